@@ -1,0 +1,120 @@
+"""Files and folders that are whole or absent: written aside, synced, renamed, verified."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dpo_cli.errors import DiskError
+
+MANIFEST = "MANIFEST.json"
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a failed write into one line and exit code 74."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"{folder}: {error.strerror or error}{_free_space(folder)}: make room or choose "
+            "another disk, then resume the run"
+        ) from error
+    except Exception as error:
+        # safetensors reports a full disk with its own exception type
+        if "No space left" not in str(error) and "os error 28" not in str(error):
+            raise
+        raise DiskError(f"{folder}: {error}: free some space, then resume") from error
+
+
+def _free_space(path: Path) -> str:
+    existing = next(p for p in path.absolute().parents if p.exists())
+    return f" ({shutil.disk_usage(existing).free / 2**20:,.0f} MB free)"
+
+
+def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Fill a temporary sibling with `write`, sync it, and rename it to `target`.
+
+    An existing target is replaced only once the new folder is complete on disk.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".tmp-{target.name}-{secrets.token_hex(4)}"
+    with disk_errors(target):
+        temporary.mkdir()
+        try:
+            write(temporary)
+            _write_manifest(temporary)
+            if target.exists():
+                old = target.parent / f".old-{target.name}-{secrets.token_hex(4)}"
+                target.rename(old)
+                temporary.rename(target)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync(target.parent)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    entries = {}
+    for path in files:
+        _sync(path)
+        name = path.relative_to(folder).as_posix()
+        entries[name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": entries}, indent=1))
+    _sync(manifest)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """Why a published folder cannot be trusted, or None if every file matches its manifest."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"no readable {MANIFEST}"
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if file_digest(path) != entry["sha256"]:
+            return f"{name} does not match its sha256"
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    with disk_errors(path):
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        temporary.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a JSON file in one step."""
+    write_text(path, json.dumps(value, indent=1) + "\n")

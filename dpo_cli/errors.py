@@ -1,0 +1,53 @@
+"""What can go wrong through no fault of this program, each with its exit code.
+
+`cli.py` prints a `UserError` as one line and exits with its code; anything else
+is a bug and keeps its traceback.
+"""
+
+
+class UserError(Exception):
+    """A problem the user can mend. The message names the place and the remedy."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration key or value that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Rows or files that cannot be used."""
+
+    exit_code = 3
+
+
+class NonFiniteError(UserError):
+    """NaN or infinity in a loss, gradient or weight."""
+
+    exit_code = 4
+
+
+class CheckpointError(UserError):
+    """No checkpoint that verifies, or one that does not fit this run."""
+
+    exit_code = 5
+
+
+class RunLockedError(UserError):
+    """Another process works in the same run folder."""
+
+    exit_code = 6
+
+
+class DiskError(UserError):
+    """A write failed: disk full, permission, I/O error."""
+
+    exit_code = 74
+
+
+class Preempted(UserError):
+    """A signal asked us to stop; the state was saved and the run can be resumed."""
+
+    exit_code = 75

@@ -1,0 +1,93 @@
+"""Preference losses as pure functions of log-probabilities, and their table.
+
+rho = log pi(y|x) - log pi_ref(y|x), (E, K), responses best first; h = rho_w - rho_l.
+A loss returns one value an example, (E,). Lengths count a response's scored tokens.
+A new loss is a function here, a `LOSSES` line and its row in `config.LOSS_OPTIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RankedLogprobs:
+    """Log-probabilities of K ranked responses to each of E prompts.
+
+    policy, reference: (E, K) float32, summed over a response's tokens.
+    lengths: (E, K) tokens in each response.
+    """
+
+    policy: Tensor
+    reference: Tensor
+    lengths: Tensor
+
+    @property
+    def logratios(self) -> Tensor:
+        """rho, (E, K)."""
+        return self.policy - self.reference
+
+
+def _pair_difference(rho: Tensor) -> Tensor:
+    assert rho.shape[1] == 2, "pairwise losses take exactly two responses"
+    return rho[:, 0] - rho[:, 1]
+
+
+def sigmoid_loss(
+    logprobs: RankedLogprobs,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    length_normalised: bool = False,
+) -> Tensor:
+    """DPO, arXiv 2305.18290 eq. 7; with label_smoothing e the conservative cDPO.
+
+    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h). `length_normalised` divides each
+    rho by its response's length first.
+    """
+    rho = logprobs.logratios / logprobs.lengths if length_normalised else logprobs.logratios
+    logits = beta * _pair_difference(rho)
+    kept = -F.logsigmoid(logits) * (1.0 - label_smoothing)
+    return kept - F.logsigmoid(-logits) * label_smoothing
+
+
+def hinge_loss(
+    logprobs: RankedLogprobs, beta: float = 0.1, length_normalised: bool = False
+) -> Tensor:
+    """relu(1 - beta h), SLiC-HF (arXiv 2305.10425) on log-ratios as in RSO (2309.06657)."""
+    rho = logprobs.logratios / logprobs.lengths if length_normalised else logprobs.logratios
+    return torch.relu(1.0 - beta * _pair_difference(rho))
+
+
+def ipo_loss(logprobs: RankedLogprobs, beta: float = 0.1) -> Tensor:
+    """(h - 1/(2 tau))^2 with tau = beta and rho averaged over tokens, arXiv 2310.12036 eq. 17."""
+    h = _pair_difference(logprobs.logratios / logprobs.lengths)
+    return (h - 1.0 / (2.0 * beta)) ** 2
+
+
+def unlikelihood_loss(logprobs: RankedLogprobs, alpha: float = 0.1) -> Tensor:
+    """-(log pi(y_w) - alpha log pi(y_l)): the paper's Unlikelihood baseline; no reference."""
+    return -(logprobs.policy[:, 0] - alpha * logprobs.policy[:, 1])
+
+
+def plackett_luce_loss(logprobs: RankedLogprobs, beta: float = 0.1) -> Tensor:
+    """DPO on a ranked list, arXiv 2305.18290 eq. 20 (appendix A.3); K = 2 is plain DPO.
+
+    -sum_k [beta rho_k - logsumexp_{j >= k} beta rho_j]
+    """
+    scores = beta * logprobs.logratios
+    tails = torch.logcumsumexp(scores.flip(1), dim=1).flip(1)  # (E, K) over j >= k
+    return (tails - scores).sum(dim=1)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": sigmoid_loss,
+    "hinge": hinge_loss,
+    "ipo": ipo_loss,
+    "unlikelihood": unlikelihood_loss,
+    "plackett_luce": plackett_luce_loss,
+}

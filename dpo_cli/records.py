@@ -1,0 +1,112 @@
+"""The plain values that flow through a run.
+
+    raw row -> PreferenceExample -> EncodedExample -> Batch -> LossOutput
+
+Shape letters used throughout:
+    T  tokens of a packed row          N  scored (target) tokens of a packed row
+    S  sequences (branches) in a row   E  examples in a row
+    V  vocabulary                      D  hidden width
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # keeps torch and numpy off the path of `dpo-run --help`
+    import numpy as np
+    from torch import Tensor
+
+Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceExample:
+    """One prompt and its responses, best first.
+
+    One response: a demonstration (SFT). Two: chosen and rejected. More: a ranked list.
+    `row` is the 0-based row of the source file, for messages about this example.
+    """
+
+    prompt: str | list[Message]
+    responses: tuple[str, ...]
+    row: int
+    scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """Token ids of a prompt (with BOS where the model has one) and of each response.
+
+    A response ends with EOS unless it was truncated. All arrays are int32 and 1-D.
+    """
+
+    prompt_ids: np.ndarray
+    response_ids: tuple[np.ndarray, ...]
+    row: int
+    scores: tuple[float, ...] | None = None
+
+    @property
+    def packed_tokens(self) -> int:
+        """Tokens this example takes in a packed row (prompt once)."""
+        return len(self.prompt_ids) + sum(len(r) for r in self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Where one example lies in a packed row: a prompt, then its branches.
+
+    start: offset of the prompt; prompt: its length; branches: length of each branch.
+    """
+
+    start: int
+    prompt: int
+    branches: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Batch:
+    """One packed row `[p|c|r][p|c|r]...`: a micro-batch.
+
+    input_ids, position_ids: (T,). A branch's positions continue its prompt's.
+    source_index: (N,) row of the hidden state that predicts each target.
+    targets: (N,) token ids; sequence_index: (N,) in [0, S): the branch of each target.
+    sequence_lengths: (S,) targets a branch has. Branches of one example are adjacent.
+    example_ids: (E,) positions of the examples in their dataset.
+    branches: K, the same for every example of the row.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    source_index: Tensor
+    targets: Tensor
+    sequence_index: Tensor
+    sequence_lengths: Tensor
+    example_ids: Tensor
+    layout: tuple[Segment, ...]
+    branches: int
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: Any) -> Batch:
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in (
+                "input_ids", "position_ids", "source_index", "targets",
+                "sequence_index", "sequence_lengths", "example_ids",
+            )
+        }  # fmt: skip
+        extras = {k: v.to(device, non_blocking=True) for k, v in self.extras.items()}
+        return Batch(**moved, layout=self.layout, branches=self.branches, extras=extras)
+
+
+@dataclass(slots=True)
+class LossOutput:
+    """A micro-batch's part of the step's loss.
+
+    loss_sum: scalar with gradient; weight: what the whole step's sum is divided by,
+    once (examples, or target tokens). metrics: name -> (sum, weight) on the device.
+    """
+
+    loss_sum: Tensor
+    weight: float
+    metrics: dict[str, tuple[Tensor, float]]

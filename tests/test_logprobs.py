@@ -1,0 +1,76 @@
+"""The chunked head against plain autograd, in float64."""
+
+import pytest
+import torch
+
+from dpo_cli import logprobs
+from dpo_cli.logprobs import Head, sum_by_sequence, target_logprobs, token_kl
+
+N, D, V = 23, 8, 40
+
+
+def make(bias: bool, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(V, D, generator=g, dtype=torch.float64, requires_grad=True)
+    offset = torch.randn(V, generator=g, dtype=torch.float64, requires_grad=True) if bias else None
+    return hidden, weight, offset, torch.randint(0, V, (N,), generator=g)
+
+
+def plain(hidden, weight, bias, targets, scale, softcap):
+    logits = torch.nn.functional.linear(hidden, weight, bias) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("chunk_rows", [16, 1000])
+def test_values_and_gradients(monkeypatch, bias, scale, softcap, chunk_rows):
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 4 * V * chunk_rows)
+    hidden, weight, offset, targets = make(bias)
+    leaves = [x for x in (hidden, weight, offset) if x is not None]
+    coefficients = torch.linspace(-1, 2, N, dtype=torch.float64)
+    expected = plain(hidden, weight, offset, targets, scale, softcap)
+    expected_grads = torch.autograd.grad((expected * coefficients).sum(), leaves)
+    head = Head(weight, offset, scale, softcap)
+    got = target_logprobs(hidden, head, targets)
+    got_grads = torch.autograd.grad((got * coefficients).sum(), leaves)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    for a, b in zip(got_grads, expected_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_frozen_head_gets_no_gradient():
+    hidden, weight, _, targets = make(False)
+    weight = weight.detach()
+    target_logprobs(hidden, Head(weight), targets).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_autocast_keeps_float32_log_softmax():
+    hidden, weight, _, targets = (x.float() if x is not None and x.is_floating_point() else x
+                                  for x in make(False))  # fmt: skip
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = target_logprobs(hidden, Head(weight), targets)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(
+        low, target_logprobs(hidden, Head(weight), targets), rtol=0, atol=0.1
+    )
+
+
+def test_sum_by_sequence():
+    values = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    assert sum_by_sequence(values, torch.tensor([0, 0, 2, 2]), 3).tolist() == [3.0, 0.0, 12.0]
+
+
+def test_token_kl_by_definition(monkeypatch):
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 4 * V * 16)
+    (p, w, _, _), (q, u, _, _) = make(False, 1), make(False, 2)
+    logp, logq = (p @ w.T).log_softmax(1), (q @ u.T).log_softmax(1)
+    expected = torch.nn.functional.kl_div(logq, logp, log_target=True, reduction="none").sum(1)
+    torch.testing.assert_close(token_kl(p, Head(w), q, Head(u)), expected, rtol=0, atol=1e-10)
+    assert token_kl(p, Head(w), p, Head(w)).abs().max() < 1e-12
