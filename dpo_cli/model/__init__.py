@@ -1,0 +1,1 @@
+"""Loading, packed attention, log-probabilities and sampling of causal language models."""

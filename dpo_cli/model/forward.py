@@ -1,0 +1,59 @@
+"""A packed row through a causal language model: log-probabilities of its targets."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.logprobs import Head, promote, sum_by_sequence, target_logprobs
+from dpo_cli.model import attention
+from dpo_cli.records import Batch
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output layer with the family's scaling and soft-capping."""
+    layer = cast(Any, model.get_output_embeddings())
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(T, D) final hidden states of a packed row; the output layer does not run."""
+    row: dict[str, Any] = {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[None],
+        "use_cache": False,
+    }
+    if model.config._attn_implementation == attention.NAME:
+        layout = attention.build_layout(batch)
+        out = model.base_model(**row, packed_layout=layout)
+        assert layout.calls, "the model's attention ignores the registered function"
+    else:
+        out = model.base_model(**row, attention_mask=attention.dense_mask(batch, model.dtype))
+    return cast(Tensor, out.last_hidden_state[0])
+
+
+def token_logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(N,) float32 log-probabilities of the row's targets."""
+    hidden = hidden_states(model, batch).index_select(0, batch.source_index)
+    return target_logprobs(hidden, head_of(model), batch.targets)
+
+
+def sequence_logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(S,) float32 log-probability of each branch given its prompt, summed over tokens."""
+    values = token_logprobs(model, batch)
+    return sum_by_sequence(values, batch.sequence_index, len(batch.sequence_lengths))
+
+
+def padded_token_logprobs(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:
+    """The plain oracle: one sequence, the model's own forward, full logits. (R,)."""
+    ids = torch.cat([prompt, response])[None]
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    picked = promote(logits[len(prompt) - 1 : -1]).log_softmax(-1)
+    return picked.gather(1, response[:, None]).squeeze(1)
