@@ -1,0 +1,245 @@
+"""What a run shows while it works: a live bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Self
+
+from rich import progress as bars
+from rich.console import Console, RenderableType
+from rich.table import Column, Table
+from rich.text import Text
+
+from dpo_cli.errors import ConfigError
+
+MODES = ("auto", "rich", "plain", "off")
+
+# Metrics shown beside the bar, where a run has them: name, label, format.
+FIGURES = (
+    ("loss", "loss ", "{:.4f}"),
+    ("rewards/accuracies", "accuracy ", "{:.1%}"),
+    ("rewards/margins", "margin ", "{:.3f}"),
+    ("tokens_per_second", "", "{:,.0f} tok/s"),
+)
+
+_PLAIN_EVERY_SECONDS = 30.0
+
+# Terminal controls, lone surrogates and the marks that reverse the direction of text.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters spelled out: a data row must not drive the terminal."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+@dataclass
+class _Task:
+    """One bar: the training loop or a phase. Times are in seconds of the progress clock."""
+
+    name: str
+    total: int | None
+    first: int  # done before this process: ETA counts only what it saw itself
+    done: int
+    began: float
+    last_line: float  # when a plain line was last printed
+    bar: bars.TaskID | None = None
+
+
+class Progress:
+    """Shows how far a run is; use it as a context.
+
+        with Progress(logger.progress) as progress:
+            with progress.phase("reference log-probs", rows) as tick:
+                tick(32)
+            progress.begin(total_steps, first_step=resume_step)
+            progress.advance(step, {"loss": 0.69, "tokens_per_second": 3200.0})
+
+    mode: `rich` is a live bar, `plain` a line at the first step, every tenth of the way and
+    every 30 s, `off` nothing at all; `auto` takes `rich` in a terminal, else `plain`.
+    Raises ConfigError for another mode. Writes to stderr unless given a console.
+    """
+
+    def __init__(
+        self,
+        mode: str = "auto",
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"logger.progress={mode}: choose one of {', '.join(MODES)}")
+        self._console = console or Console(stderr=True)
+        self._clock = clock
+        self._silent = mode == "off"
+        self._training: _Task | None = None
+        self._latest: dict[str, float] = {}
+        self._live: _Bars | None = None
+        if mode == "rich" or (mode == "auto" and self._console.is_interactive):
+            self._live = _live_bars(self._console)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def begin(self, total: int | None, first_step: int = 0, name: str = "train") -> None:
+        """Start the clock of the training loop: `total` steps, `first_step` of them resumed."""
+        self._training = self._open(name, total, first_step)
+
+    def advance(self, step: int, values: Mapping[str, float]) -> None:
+        """`step` optimiser steps are done; `eval/` metrics get a line of their own."""
+        if self._training is None:
+            self.begin(total=None, first_step=step - 1)
+        assert self._training is not None
+        held_out = {
+            name.removeprefix("eval/"): value
+            for name, value in values.items()
+            if name.startswith("eval/")
+        }
+        self._latest |= {name: v for name, v in values.items() if not name.startswith("eval/")}
+        self._show(self._training, step, _figures(self._latest), every_tenth=True)
+        if shown := _figures(held_out):
+            self.note(f"step {step:,}  held-out {shown}")
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """A named part of the run; call the yielded `tick(n)` when `n` more of `total` are done."""
+        task = self._open(name, total, first=0)
+
+        def tick(n: int = 1) -> None:
+            self._show(task, task.done + n, figures="", every_tenth=False)
+
+        try:
+            yield tick
+            took = _duration(self._clock() - task.began)
+            self.note(f"{name}: {task.done:,} in {took}" if task.done else f"{name}: {took}")
+        finally:
+            if self._live is not None and task.bar is not None:
+                self._live.remove_task(task.bar)
+
+    def note(self, line: str) -> None:
+        """Print a line of text above the bar."""
+        # soft_wrap: a log file's lines are not broken at 80 columns
+        if not self._silent:
+            self._console.print(Text(printable(line)), soft_wrap=True)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Print a table or another rich renderable above the bar."""
+        if not self._silent:
+            self._console.print(renderable)
+
+    def _open(self, name: str, total: int | None, first: int) -> _Task:
+        now = self._clock()
+        task = _Task(name, total, first, done=first, began=now, last_line=now)
+        if self._live is not None:
+            task.bar = self._live.add_task(printable(name), total=total, completed=first, eta="")
+        return task
+
+    def _show(self, task: _Task, done: int, figures: str, every_tenth: bool) -> None:
+        before, task.done = task.done, done
+        now = self._clock()
+        eta = _eta(task, now)
+        if self._live is not None and task.bar is not None:
+            self._live.figures = figures or self._live.figures
+            self._live.update(task.bar, completed=done, eta=eta)
+        elif not self._silent and _line_due(task, before, now, every_tenth):
+            task.last_line = now
+            self.note(_line(task, now, eta, figures))
+
+
+class _Bars(bars.Progress):
+    """Bars with a line of figures below: beside a bar they need more than 80 columns."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.figures:
+            yield Text(f"  {self.figures}", no_wrap=True, overflow="ellipsis")
+
+
+def _live_bars(console: Console) -> _Bars:
+    return _Bars(
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=40)),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("{task.fields[eta]}", markup=False, style="progress.remaining"),
+        console=console,
+        refresh_per_second=4,
+        # else rich sends what the program prints to a redirected stdout to the terminal
+        redirect_stdout=sys.stdout.isatty(),
+    )
+
+
+def _line_due(task: _Task, before: int, now: float, every_tenth: bool) -> bool:
+    if now - task.last_line >= _PLAIN_EVERY_SECONDS:
+        return True
+    if not every_tenth or task.done == before:
+        return False
+    tenth = task.total is not None and task.done * 10 // task.total > before * 10 // task.total
+    return tenth or before == task.first
+
+
+def _line(task: _Task, now: float, eta: str, figures: str) -> str:
+    where = f"{task.name} {task.done:,}"
+    if task.total:
+        where += f"/{task.total:,} {task.done / task.total:4.0%}"
+    return "  ".join(filter(None, (where, _duration(now - task.began), eta, figures)))
+
+
+def _eta(task: _Task, now: float) -> str:
+    """Time left at the mean pace of this process, evaluations and warm-up included."""
+    fresh = task.done - task.first
+    if task.total is None or fresh <= 0:
+        return ""
+    left = max(task.total - task.done, 0) * (now - task.began) / fresh
+    return f"eta {_duration(left)}"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _figures(values: Mapping[str, float]) -> str:
+    return "  ".join(
+        label + form.format(float(values[name]))
+        for name, label, form in FIGURES
+        if values.get(name) is not None
+    )
+
+
+def summary_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:
+    """A two-column table of names and values, text taken literally; show it with `show`."""
+    table = Table(title=Text(printable(title)), title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(cell(name), cell(value))
+    return table
+
+
+def cell(value: object) -> Text:
+    """A table cell: text without markup, numbers to four digits, "-" for nothing."""
+    return Text(printable(brief(value)))
+
+
+def brief(value: object) -> str:
+    """A number to four digits, with thousands apart; "-" for None; other values as text."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)

@@ -1,0 +1,256 @@
+"""Training curves as PNG files, from metrics.jsonl alone; no pyplot, so no global state."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from dpo_cli.durable import disk_errors
+from dpo_cli.report.curves import Curves, read_curves, running_mean
+from dpo_cli.report.runfolder import write_bytes_atomic
+
+# Okabe and Ito's palette: told apart with any colour vision.
+BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#6B6B6B"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart: its file name, title, and (metric, label, colour) per line.
+
+    With one line the held-out rows are drawn in ink; with two, in the colour of their line.
+    """
+
+    name: str
+    title: str
+    lines: tuple[tuple[str, str, str], ...]
+    reference: float | None = None  # a level to compare with: chance, zero
+    percent: bool = False
+    from_zero: bool = False
+    smooth: bool = True
+
+
+def _train(metric: str) -> tuple[tuple[str, str, str], ...]:
+    return ((metric, "train", BLUE),)
+
+
+def _pair(prefix: str) -> tuple[tuple[str, str, str], ...]:
+    return ((f"{prefix}/chosen", "chosen", BLUE), (f"{prefix}/rejected", "rejected", ORANGE))
+
+
+PANELS = (
+    Panel("loss", "Loss", _train("loss")),
+    Panel(
+        "accuracy", "Preference accuracy", _train("rewards/accuracies"), reference=0.5, percent=True
+    ),
+    Panel("margins", "Reward margin", _train("rewards/margins"), reference=0),
+    Panel("rewards", "Implicit rewards", _pair("rewards"), reference=0),
+    Panel("logratios", "Log-ratio to the reference (nats)", _pair("logratios"), reference=0),
+    Panel("logps", "Log-probability of responses (nats)", _pair("logps")),
+    Panel("grad_norm", "Gradient norm", _train("grad_norm"), from_zero=True),
+    Panel("lr", "Learning rate", _train("lr"), from_zero=True, smooth=False),
+    Panel("throughput", "Throughput (tokens/s)", _train("tokens_per_second"), from_zero=True),
+)
+
+
+def draw_curves(run_dir: Path) -> list[Path]:
+    """Draw `metrics.jsonl` of a run into `plots/`: overview.png and one file per panel.
+
+    Faint lines are the logged values, strong ones their running mean, dots the held-out rows.
+    Panels without data are left out; without any data nothing is written. Returns the paths
+    written, overview first. Raises DiskError.
+    """
+    curves = read_curves(run_dir / "metrics.jsonl")
+    panels = [panel for panel in PANELS if _has_data(panel, curves)]
+    if not panels:
+        return []
+    folder = run_dir / "plots"
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    written = [_save(_overview(panels, curves, run_dir.name), folder / "overview.png")]
+    for panel in panels:
+        written.append(_save(_single(panel, curves, run_dir.name), folder / f"{panel.name}.png"))
+    return written
+
+
+def _window(points: int) -> int:
+    """A twentieth of the run; short runs are drawn as they are."""
+    return points // 20 if points >= 40 else 1
+
+
+def _has_data(panel: Panel, curves: Curves) -> bool:
+    names = [prefix + metric for metric, _, _ in panel.lines for prefix in ("", "eval/")]
+    return any(np.isfinite(curves[name][1]).any() for name in names if name in curves)
+
+
+def _overview(panels: list[Panel], curves: Curves, title: str) -> Figure:
+    columns = 1 if len(panels) == 1 else 2 if len(panels) <= 4 else 3
+    rows = math.ceil(len(panels) / columns)
+    cell_width, cell_height, top = 4.6, 2.75, 0.75  # inches
+    width, height = max(columns * cell_width, 7.0), rows * cell_height + top
+    figure = _figure(width, height)
+    _headings(figure, _shorten(title, int(6 * width)), _caption(panels, curves), size=14)
+    for index, panel in enumerate(panels):
+        row, column = divmod(index, columns)
+        left, bottom = column * cell_width + 0.65, (rows - 1 - row) * cell_height + 0.5
+        axes = figure.add_axes(
+            (left / width, bottom / height, (cell_width - 1.5) / width, 1.85 / height)
+        )
+        _draw(axes, panel, curves)
+        axes.set_title(panel.title, loc="left", fontsize=11, color=INK, pad=8)
+    return figure
+
+
+def _single(panel: Panel, curves: Curves, run_name: str) -> Figure:
+    width, height = 7.0, 4.2
+    figure = _figure(width, height)
+    _headings(figure, panel.title, _caption([panel], curves), size=13)
+    figure.text(
+        0.2 / width, 0.12 / height, _shorten(run_name, 70), fontsize=8, color=GREY, parse_math=False
+    )
+    axes = figure.add_axes(
+        (0.75 / width, 0.6 / height, (width - 1.65) / width, (height - 1.4) / height)
+    )
+    _draw(axes, panel, curves)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _headings(figure: Figure, title: str, caption: str, size: int) -> None:
+    width, height = figure.get_size_inches()
+    left = 0.2 / width
+    # parse_math=False: a "$" in a run's name is no formula
+    figure.text(
+        left, 1 - 0.15 / height, title, fontsize=size, fontweight="bold", color=INK, va="top",
+        parse_math=False,
+    )  # fmt: skip
+    figure.text(
+        left, 1 - 0.45 / height, caption, fontsize=9, color=GREY, va="top", parse_math=False
+    )
+
+
+def _shorten(name: str, characters: int) -> str:
+    return name if len(name) <= characters else f"{name[: characters - 1]}…"
+
+
+def _caption(panels: list[Panel], curves: Curves) -> str:
+    drawn = [(panel, metric) for panel in panels for metric, _, _ in panel.lines]
+    parts = ["x: optimiser step"]
+    if any(p.smooth and m in curves and _window(len(curves[m][0])) > 1 for p, m in drawn):
+        parts.append("strong line: running mean")
+    if any(f"eval/{metric}" in curves for _, metric in drawn):
+        parts.append("dots: held-out rows")
+    return "  ·  ".join(parts)
+
+
+def _draw(axes: Axes, panel: Panel, curves: Curves) -> None:
+    pair = len(panel.lines) > 1
+    ends: list[tuple[float, str, str]] = []
+    for metric, label, colour in panel.lines:
+        train_end = held_out_end = math.nan
+        if metric in curves:
+            train_end = _draw_line(axes, *curves[metric], colour, panel.smooth)
+        if f"eval/{metric}" in curves:
+            held_out_end = _draw_dots(axes, *curves[f"eval/{metric}"], colour if pair else INK)
+        if pair:
+            ends.append((train_end if metric in curves else held_out_end, label, colour))
+        elif math.isfinite(held_out_end):
+            ends += [(train_end, label, colour), (held_out_end, "held-out", INK)]
+    _style(axes, panel)
+    _label_ends(axes, ends)
+
+
+def _draw_line(
+    axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, smooth: bool
+) -> float:
+    """Draw a train curve and its running mean; the value of its last point."""
+    finite = np.isfinite(values)
+    window = _window(int(finite.sum())) if smooth else 1
+    if window > 1:
+        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    means = running_mean(values, window)
+    axes.plot(steps, means, color=colour, linewidth=1.8, solid_capstyle="round")
+    # a point between two gaps has no line to show it
+    alone = finite & ~np.append(finite[1:], False) & ~np.insert(finite[:-1], 0, False)
+    axes.plot(steps[alone], values[alone], ".", color=colour, markersize=6)
+    return float(means[finite][-1]) if finite.any() else math.nan
+
+
+def _draw_dots(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> float:
+    """Draw held-out values; the last of them."""
+    finite = np.isfinite(values)
+    axes.plot(
+        steps[finite], values[finite], "o", color=colour, markersize=5.5,
+        markeredgecolor="white", markeredgewidth=0.9, zorder=4,
+    )  # fmt: skip
+    return float(values[finite][-1]) if finite.any() else math.nan
+
+
+def _style(axes: Axes, panel: Panel) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#BBBBBB")
+    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9, labelcolor=GREY, pad=5)
+    axes.margins(x=0.02, y=0.08)
+    first, last = axes.get_xlim()
+    if last - first < 2:  # a single step
+        axes.set_xlim((first + last) / 2 - 1, (first + last) / 2 + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10], integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:.0%}" if panel.percent else short_number(value))
+    )
+    if panel.percent:
+        axes.set_ylim(-0.03, 1.03)
+    elif panel.from_zero:
+        axes.set_ylim(bottom=0)
+    if panel.reference is not None:
+        axes.axhline(panel.reference, color="#999999", linewidth=1, linestyle=(0, (4, 3)))
+
+
+def short_number(value: float) -> str:
+    """A tick label: 1500 -> 1.5k, 2e-06 -> 2e-6."""
+    if 0 < abs(value) < 1e-3:
+        text = np.format_float_scientific(value, precision=3, trim="-", exp_digits=1)
+    else:
+        sizes = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+        size, letter = next((pair for pair in sizes if abs(value) >= pair[0]), (1, ""))
+        text = f"{value / size:.4g}{letter}"
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Name the lines at the right edge, pushed apart where they end close together."""
+    ends = sorted((end for end in ends if math.isfinite(end[0])), key=lambda end: end[0])
+    bottom, top = axes.get_ylim()
+    gap = 12 / (axes.bbox.height / axes.figure.dpi * 72)  # 12 points, as a part of the axes
+    places: list[float] = []
+    for value, _, _ in ends:
+        place = (value - bottom) / (top - bottom)
+        places.append(max(place, places[-1] + gap) if places else place)
+    for place, (_, label, colour) in zip(places, ends, strict=True):
+        axes.annotate(
+            label, (1, place), xytext=(6, 0), textcoords="offset points",
+            xycoords="axes fraction", fontsize=9, fontweight="bold", color=colour, va="center",
+        )  # fmt: skip
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_bytes_atomic(path, image.getvalue())
+    return path

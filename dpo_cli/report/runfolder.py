@@ -1,0 +1,227 @@
+"""The files that say what a run was: configuration, command, versions, samples.
+
+Every write here replaces a file in one step or appends whole lines, and no text leaves
+without `redact`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_cli.durable import disk_errors
+
+REDACTED = "[redacted]"
+
+PACKAGES = (
+    "dpo-run", "torch", "transformers", "tokenizers", "datasets", "safetensors",
+    "huggingface_hub", "peft", "accelerate", "bitsandbytes", "numpy", "hydra-core", "omegaconf",
+    "tensorboard", "wandb",
+)  # fmt: skip
+
+# TOKENIZERS_PARALLELISM=false is no secret, and MY_KEY_FILE names a place, not a key.
+_SECRET_NAME = re.compile(
+    r"TOKEN(?!IZER)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", flags=re.IGNORECASE
+)
+_PLACE_NAME = re.compile(r"(PATH|FILE|DIR)$", flags=re.IGNORECASE)
+_SHORTEST_SECRET = 8  # characters; blanking "true" or "100" out of every file would hide more
+_SECRET_SHAPE = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}"
+    r"|(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}"
+    r"|\bgh[opsru]_[A-Za-z0-9]{20,}"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password@host
+)
+
+
+def redact(value: Any) -> Any:
+    """`value` without secrets; texts inside mappings and lists too, the rest as it is.
+
+    A secret is the value of an environment variable whose name says so (TOKEN, KEY,
+    SECRET, PASSWORD, ...), or text shaped like an access token.
+    """
+    return _redact(value, _environment_secrets())
+
+
+def _environment_secrets() -> list[str]:
+    values = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST_SECRET
+        and _SECRET_NAME.search(name)
+        and not _PLACE_NAME.search(name)
+    }
+    return sorted(values, key=len, reverse=True)  # one secret may contain another
+
+
+def _redact(value: Any, secrets: list[str]) -> Any:
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, REDACTED)
+        return _SECRET_SHAPE.sub(REDACTED, value)
+    if isinstance(value, Mapping):
+        return {_redact(key, secrets): _redact(item, secrets) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_redact(item, secrets) for item in value]
+    if isinstance(value, Path):
+        return _redact(str(value), secrets)
+    return value
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Redacted, strictly valid JSON: NaN and infinities become null, scalars of numpy numbers."""
+    return json.dumps(redact(_plain(value)), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "item"):  # a scalar of numpy or torch
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def encode(text: str) -> bytes:
+    """UTF-8; a lone surrogate becomes its backslash form, which in JSON means the same."""
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` in one step: readers and crashes see the old or the new file, whole.
+
+    Raises DiskError.
+    """
+    temporary = path.with_name(f".tmp-{path.name}")  # one writer holds the run folder
+    with disk_errors(path):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as redacted JSON (see `to_json`). Raises DiskError."""
+    write_bytes_atomic(path, encode(to_json(value, indent=2) + "\n"))
+
+
+def drop_rows_after(path: Path, step: int) -> int:
+    """Cut a JSON-lines file back to the rows with `"step"` <= `step`; how many were removed.
+
+    Rows of later steps come from work that was lost with the process. A row torn by a crash
+    goes too. The file is replaced in one step, and not touched if nothing is to go.
+    """
+    if not path.exists():
+        return 0
+    with disk_errors(path):
+        *rows, torn = path.read_bytes().split(b"\n")  # not splitlines: text may hold U+2028
+    kept = [row for row in rows if _row_step(row) <= step]
+    removed = len(rows) - len(kept) + bool(torn)
+    if removed:
+        write_bytes_atomic(path, b"".join(row + b"\n" for row in kept))
+    return removed
+
+
+def _row_step(row: bytes) -> float:
+    """Step of a JSON row; infinity for one that cannot be read."""
+    try:
+        return float(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def append_samples(run_dir: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add rows (`prompt`, `completion`, ...) of `step` to samples.jsonl. Raises DiskError.
+
+    On resume, `sinks.open_sinks` first removes the rows of lost steps.
+    """
+    path = run_dir / "samples.jsonl"
+    lines = "".join(to_json({"step": step, **row}) + "\n" for row in rows)
+    with disk_errors(path), path.open("ab") as stream:
+        stream.write(encode(lines))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that other YAML readers take for a number: PyYAML writes '1e8' bare."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    try:
+        float(text)
+        style = "'"
+    except ValueError:
+        style = None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def to_yaml(value: Any) -> str:
+    """Redacted YAML in the order given."""
+    return yaml.dump(redact(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """`argv` quoted for a shell, without secrets."""
+    return shlex.join(redact(list(argv)))  # redacted first: quoting would hide a secret
+
+
+def write_run_files(run_dir: Path, config: dict[str, Any], argv: Sequence[str]) -> None:
+    """Write config.yaml and versions.json, and add this start to command.txt.
+
+    config: the resolved configuration. A resumed run has one line per start in command.txt.
+    Raises DiskError.
+    """
+    with disk_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(run_dir / "config.yaml", encode(to_yaml(config)))
+    write_json_atomic(run_dir / "versions.json", versions())
+    commands = run_dir / "command.txt"
+    with disk_errors(commands):
+        earlier = commands.read_bytes() if commands.exists() else b""
+    write_bytes_atomic(commands, earlier + encode(command_line(argv) + "\n"))
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the installed packages, and the commit of a git checkout.
+
+    A commit with uncommitted changes ends in "-dirty". Imports none of the packages.
+    """
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = _git_commit(Path(__file__).resolve().parents[2])
+    return found | ({"git_commit": commit} if commit else {})
+
+
+def _git_commit(checkout: Path) -> str | None:
+    # An installed package may lie inside somebody else's repository: ask only at our own root.
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        answer = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):  # no git, no commit yet, not our repository
+        return None
+    return answer.stdout.strip()
