@@ -1,0 +1,1 @@
+"""Ground-truth rewards, preference labels, statistics."""

@@ -1,0 +1,126 @@
+"""dry_run=true: what a run would do, from tokenizer, rows and model shape; no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from dpo_cli.config import DpoConfig, EvaluateConfig, RunConfig, SftConfig
+from dpo_cli.data.dataset import EncodedSplits, load_encoded
+from dpo_cli.data.loader import plan_steps
+from dpo_cli.logprobs import CHUNK_BYTES
+from dpo_cli.model.load import configured_context, count_parameters, hf_config, load_tokenizer
+from dpo_cli.records import EncodedExample
+from dpo_cli.report.console import summary_table
+from dpo_cli.train.runtime import MICRO_BATCH_TOKENS, Runtime, start_runtime
+
+OPTIMIZER_BYTES = {"adamw": 8, "rmsprop": 4, "adamw8bit": 2}  # of state, a weight
+ACTIVATIONS_A_LAYER = 18  # hidden-width values kept for the backward, a token and layer
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes of a training step. Attention scores are not counted."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def line(self) -> str:
+        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in vars(self).items())
+        return f"about {self.total / 2**30:.2f} GiB: {parts}"
+
+
+def print_plan(config: RunConfig) -> None:
+    """Print the plan of a run. Reads the tokenizer and the rows, writes nothing but a cache."""
+    console = Console()
+    console.print(summary_table("plan", plan_rows(config)))
+
+
+def plan_rows(config: RunConfig) -> list[tuple[str, object]]:
+    """(name, value) lines of the plan."""
+    runtime = start_runtime(config.hardware, config.seed)
+    rows: list[tuple[str, object]] = [("stage", stage_line(config))]
+    if config.stage.name == "label":
+        return [*rows, ("writes", config.run_dir)]
+    tokenizer = load_tokenizer(config.model)
+    parameters = count_parameters(config.model, tokenizer)
+    rows.append(("policy", f"{source_of(config)}, {parameters / 1e6:,.1f}M weights"))
+    stage = config.stage
+    if isinstance(stage, (DpoConfig, EvaluateConfig)):
+        rows.append(("reference", stage.reference or "the policy as loaded"))
+    context = configured_context(config.model, tokenizer)
+    splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
+    rows += data_rows(config, splits)
+    if isinstance(stage, (SftConfig, DpoConfig)):
+        rows += training_rows(config, splits.train, runtime, parameters, tokenizer)
+    return [*rows, ("device", f"{runtime.device}, {runtime.precision}"), ("writes", config.run_dir)]
+
+
+def stage_line(config: RunConfig) -> str:
+    stage = config.stage
+    if isinstance(stage, DpoConfig):
+        return f"dpo, loss {stage.loss}, beta {stage.beta:g}"
+    return stage.name
+
+
+def source_of(config: RunConfig) -> str:
+    model = config.model
+    if model.path:
+        return model.path
+    if model.architecture is not None:
+        return f"{model.name} (random weights)"
+    return f"{model.hub_id} (from the hub)"
+
+
+def data_rows(config: RunConfig, splits: EncodedSplits) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [
+        ("data", splits.origin),
+        ("rows", f"{len(splits.train):,} to train on, {len(splits.eval):,} held out"),
+    ]
+    return rows + [("", line) for line in splits.drops.summary_lines()]
+
+
+def training_rows(
+    config: RunConfig,
+    examples: Sequence[EncodedExample],
+    runtime: Runtime,
+    parameters: int,
+    tokenizer: object,
+) -> list[tuple[str, object]]:
+    train, optim = config.train, config.optim
+    plan = plan_steps(
+        len(examples), train.batch_size, train.epochs, train.max_steps, train.shuffle, config.seed
+    )
+    tokens = sum(e.packed_tokens for e in examples)
+    per_step = tokens / len(examples) * train.batch_size
+    budget = train.micro_batch_tokens or MICRO_BATCH_TOKENS[runtime.device.type]
+    memory = estimate(config, parameters, min(budget, int(per_step)), tokenizer)
+    return [
+        ("steps", f"{plan.steps:,} of {train.batch_size} examples"),
+        ("tokens", f"{per_step:,.0f} a step, {per_step * plan.steps:,.0f} in all (packed)"),
+        ("optimiser", f"{optim.name}, lr {optim.lr:g}, {optim.schedule} after warm-up"),
+        ("memory", memory.line()),
+    ]
+
+
+def estimate(config: RunConfig, parameters: int, tokens: int, tokenizer: object) -> Memory:
+    """Bytes of a step of float32 weights over a micro-batch of `tokens` packed tokens."""
+    shape = hf_config(config.model, tokenizer).get_text_config()  # type: ignore[arg-type]
+    width, layers = int(shape.hidden_size), int(shape.num_hidden_layers)
+    return Memory(
+        weights=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=OPTIMIZER_BYTES[config.optim.name] * parameters,
+        activations=4 * ACTIVATIONS_A_LAYER * width * layers * tokens,
+        logits=3 * CHUNK_BYTES,
+    )

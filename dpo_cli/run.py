@@ -1,0 +1,122 @@
+"""One run, top to bottom: lock the folder, say what it is, do the stage, sum up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_cli.config import RunConfig
+from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.model.hub import hub_commit
+from dpo_cli.report.card import write_model_card
+from dpo_cli.report.console import Progress, summary_table
+from dpo_cli.report.plots import draw_curves
+from dpo_cli.report.runfolder import redact, versions, write_json_atomic, write_run_files
+from dpo_cli.report.sinks import Sink, open_sinks
+from dpo_cli.stages import load_stage
+from dpo_cli.stages.session import Session
+from dpo_cli.train import checkpoint
+from dpo_cli.train.guard import run_lock
+from dpo_cli.train.runtime import start_runtime
+
+# What a resumed run may change without becoming another run.
+MAY_CHANGE = (
+    "run_dir", "resume", "dry_run", "cache_dir", "logger.", "hardware.", "optim.lr",
+    "train.eval_every_steps", "train.save_every_steps", "train.keep_checkpoints",
+    "train.log_every_steps", "train.micro_batch_tokens", "train.sample_",
+)  # fmt: skip
+
+
+def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
+    """Do the configured stage in `config.run_dir` and return its figures (summary.json)."""
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with run_lock(run_dir):
+        snapshot = resume_point(config, run_dir) if config.resume else None
+        write_run_files(run_dir, asdict(config), argv)
+        runtime = start_runtime(config.hardware, config.seed)
+        step = snapshot.step if snapshot else 0
+        with Progress(config.logger.progress) as progress:
+            for line in snapshot.skipped if snapshot else []:
+                progress.note(f"checkpoint not used: {line}")
+            if snapshot:
+                progress.note(f"resuming after step {step} from {snapshot.folder}")
+            with sinks_of(config, run_dir, step) as sinks:
+                session = Session(config, run_dir, runtime, progress, sinks, snapshot)
+                figures = load_stage(config.stage.name)(session)
+            return finish(config, run_dir, figures, argv, session)
+
+
+def finish(
+    config: RunConfig, run_dir: Path, figures: dict[str, Any], argv: list[str], session: Session
+) -> dict[str, Any]:
+    """Curves, model card, summary.json, and a table on the console."""
+    summary = {"stage": config.stage.name, "run_dir": str(run_dir), **figures}
+    if config.logger.plots and (run_dir / "metrics.jsonl").is_file():
+        draw_curves(run_dir)
+    if (run_dir / "final").is_dir():
+        write_model_card(run_dir / "final", card_facts(config, figures, argv, session))
+    write_json_atomic(run_dir / "summary.json", summary)
+    session.progress.show(summary_table(f"{config.stage.name}: {run_dir}", figures.items()))
+    return summary
+
+
+def card_facts(
+    config: RunConfig, figures: dict[str, Any], argv: list[str], session: Session
+) -> dict[str, Any]:
+    settings = asdict(config)
+    model = settings["model"]
+    if model["hub_id"] and not model["path"]:
+        model["revision"] = hub_commit(model["hub_id"], model["revision"])
+    return {
+        "stage": config.stage.name,
+        "name": Path(config.run_dir).name,
+        "model": {k: model[k] for k in ("name", "hub_id", "revision", "path")},
+        "data": session.data_facts,
+        "command": argv,
+        "config": {k: settings[k] for k in ("stage", "optim", "train", "seed")},
+        "results": figures,
+        "versions": versions(),
+    }
+
+
+@contextmanager
+def sinks_of(config: RunConfig, run_dir: Path, step: int) -> Iterator[list[Sink]]:
+    sinks = open_sinks(config.logger, run_dir, step, asdict(config))
+    try:
+        yield sinks
+    finally:
+        for sink in sinks:
+            sink.close()
+
+
+def resume_point(config: RunConfig, run_dir: Path) -> checkpoint.Snapshot | None:
+    """The newest valid checkpoint of this very run; None if it had not saved one yet."""
+    stored = run_dir / "config.yaml"
+    if not stored.is_file():
+        raise CheckpointError(f"resume: {run_dir} is not a run folder (no config.yaml)")
+    changes = differences(yaml.safe_load(stored.read_text()), redact(asdict(config)))
+    if changes:
+        raise ConfigError(
+            f"resume: this is another run than the one in {run_dir}: " + "; ".join(changes)
+        )
+    if not checkpoint.steps_in(run_dir / "checkpoints"):
+        return None
+    return checkpoint.newest_valid(run_dir / "checkpoints")
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every key that must not change between start and resume."""
+    lines: list[str] = []
+    for key in sorted({*before, *after}):
+        path, old, new = f"{prefix}{key}", before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{path}.")
+        elif old != new and not path.startswith(MAY_CHANGE):
+            lines.append(f"{path}: {old} -> {new}")
+    return lines

@@ -1,0 +1,14 @@
+"""The stages: name -> module whose `run(session)` does the work."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from dpo_cli.stages.session import Stage
+
+STAGES = ("sft", "dpo", "sample", "label", "evaluate", "inspect")
+
+
+def load_stage(name: str) -> Stage:
+    assert name in STAGES
+    return import_module(f"dpo_cli.stages.{name}").run

@@ -1,0 +1,193 @@
+"""stage=dpo: preference losses against a frozen reference (arXiv 2305.18290)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.config import LOSS_OPTIONS, DpoConfig
+from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.logprobs import sum_by_sequence
+from dpo_cli.losses import LOSSES, RankedLogprobs
+from dpo_cli.model.forward import sequence_logprobs, token_logprobs
+from dpo_cli.model.load import load_model, model_folder
+from dpo_cli.packing import pack_sorted
+from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.stages import reference
+from dpo_cli.stages.session import (
+    Loaded,
+    Session,
+    batches_of,
+    check_lengths,
+    load_policy_and_data,
+    sample_writer,
+    step_plan,
+)
+from dpo_cli.train.loop import Totals, TrainTask, fit
+
+ReferenceOf = Callable[[Batch], Tensor]  # a row -> (E, K) reference log-probabilities
+
+
+def run(session: Session) -> dict[str, Any]:
+    """Train on ranked responses; figures as in the paper's reference code."""
+    stage = cast(DpoConfig, session.config.stage)
+    loaded = load_policy_and_data(session)
+    train, held_out = loaded.splits.train, loaded.splits.eval
+    check_branches([*train, *held_out], stage)
+    named = reference_path(session.config, loaded)
+    reference_of = references(session, loaded, named)
+    plan = step_plan(session, len(train))
+    session.begin(plan.steps)
+    task = TrainTask(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        steps=plan.steps,
+        batches=batches_of(session, train, plan),
+        compute_loss=lambda batch: dpo_loss(loaded.model, batch, reference_of["train"], stage),
+        evaluate=lambda: evaluate(session, loaded, held_out, reference_of["eval"], stage),
+        on_eval=sample_writer(session, loaded),
+        unit="pairs" if stage.loss != "plackett_luce" else "lists",
+        provenance={
+            "stage": "dpo",
+            "loss": stage.loss,
+            "beta": stage.beta,
+            "reference": named or session.config.model.path or session.config.model.hub_id,
+            "data": loaded.splits.origin,
+        },
+    )
+    return dict(
+        fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
+    )
+
+
+def check_branches(examples: Sequence[EncodedExample], stage: DpoConfig) -> None:
+    """Two responses for the pairwise losses, one common K >= 2 for ranked lists."""
+    check_lengths(examples, 2, "dpo")
+    counts = {len(e.response_ids) for e in examples}
+    if stage.loss != "plackett_luce" and counts != {2}:
+        raise DataError(
+            f"stage.loss={stage.loss} takes pairs, the rows have {sorted(counts)} responses: "
+            "use stage.loss=plackett_luce"
+        )
+    if len(counts) > 1:
+        raise DataError(f"ranked lists must have one length, found {sorted(counts)}")
+
+
+def reference_path(config: Any, loaded: Loaded) -> str | None:
+    """`stage.reference`; the policy itself by default, unless that is already a DPO policy."""
+    stage = cast(DpoConfig, config.stage)
+    if stage.reference is None and loaded.base.get("stage") == "dpo":
+        raise ConfigError(
+            f"model.path={config.model.path} is itself a DPO policy, trained against "
+            f"{loaded.base.get('reference')}: name the reference with stage.reference=<folder> "
+            "(that one to keep it, model.path to start afresh from this policy)"
+        )
+    return stage.reference
+
+
+def references(session: Session, loaded: Loaded, named: str | None) -> dict[str, ReferenceOf]:
+    """Reference log-probabilities of both splits, as functions of a packed row."""
+    stage = cast(DpoConfig, session.config.stage)
+    splits = {"train": loaded.splits.train, "eval": loaded.splits.eval}
+    if stage.loss == "unlikelihood":  # has no reference; its log-ratios are measured from start
+        named = None
+    own = named is None and session.snapshot is None and stage.reference_logprobs == "cached"
+    model = loaded.model if own else load_reference(session, loaded, named)
+    if stage.reference_logprobs == "live":
+        model.to(session.runtime.device).eval().requires_grad_(False)  # type: ignore[arg-type]
+        return {name: _live(model) for name in splits}
+    tables = {
+        name: _table(reference.cached(session, model, rows, f"reference log-probs ({name})"),
+                     session.runtime.device)
+        for name, rows in splits.items() if rows
+    }  # fmt: skip
+    return {name: tables.get(name, _live(model)) for name in splits}
+
+
+def load_reference(session: Session, loaded: Loaded, named: str | None) -> PreTrainedModel:
+    """The named reference, or the weights the run started from (not the checkpoint's)."""
+    source = session.config.model
+    if named is not None:
+        local = model_folder(named) if Path(named).is_dir() else None
+        source = replace(
+            source, architecture=None, path=str(local) if local else None,
+            hub_id=None if local else named, revision=None,
+        )  # fmt: skip
+    return load_model(source, loaded.tokenizer, session.config.seed)
+
+
+def _table(values: Tensor, device: torch.device) -> ReferenceOf:
+    values = values.to(device)
+    return lambda batch: values[batch.example_ids]
+
+
+def _live(model: PreTrainedModel) -> ReferenceOf:
+    def compute(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return sequence_logprobs(model, batch).view(-1, batch.branches)
+
+    return compute
+
+
+def dpo_loss(
+    model: PreTrainedModel, batch: Batch, reference_of: ReferenceOf, stage: DpoConfig
+) -> LossOutput:
+    """Sum over the row's examples of the chosen loss, with the paper's metrics."""
+    tokens = token_logprobs(model, batch)
+    sums = sum_by_sequence(tokens, batch.sequence_index, len(batch.sequence_lengths))
+    logprobs = RankedLogprobs(
+        policy=sums.view(-1, batch.branches),
+        reference=reference_of(batch),
+        lengths=batch.sequence_lengths.view(-1, batch.branches).float(),
+    )
+    options = {k: getattr(stage, k) for k in LOSS_OPTIONS[stage.loss] if k != "nll_weight"}
+    losses = LOSSES[stage.loss](logprobs, **options)
+    if stage.nll_weight:
+        losses = losses - stage.nll_weight * logprobs.policy[:, 0] / logprobs.lengths[:, 0]
+    examples = float(len(losses))
+    return LossOutput(
+        loss_sum=losses.sum(),
+        weight=examples,
+        metrics={k: (v.sum(), examples) for k, v in preference_metrics(logprobs, stage.beta)},
+    )
+
+
+@torch.no_grad()
+def preference_metrics(logprobs: RankedLogprobs, beta: float) -> list[tuple[str, Tensor]]:
+    """Per-example figures; chosen is the first response, rejected the last.
+
+    An accuracy counts a tie as one half, so identical models score 0.5.
+    """
+    rho = logprobs.logratios.detach()
+    chosen, rejected = rho[:, 0], rho[:, -1]
+    margin = chosen - rejected
+    return [
+        ("rewards/chosen", beta * chosen),
+        ("rewards/rejected", beta * rejected),
+        ("rewards/margins", beta * margin),
+        ("rewards/accuracies", (margin.sign() + 1.0) / 2.0),
+        ("logps/chosen", logprobs.policy.detach()[:, 0]),
+        ("logps/rejected", logprobs.policy.detach()[:, -1]),
+        ("logratios/chosen", chosen),
+        ("logratios/rejected", rejected),
+    ]
+
+
+def evaluate(
+    session: Session,
+    loaded: Loaded,
+    examples: Sequence[EncodedExample],
+    reference_of: ReferenceOf,
+    stage: DpoConfig,
+) -> dict[str, float]:
+    """The training figures on the held-out rows; empty without any."""
+    totals = Totals()
+    for batch in pack_sorted(examples, session.token_budget):
+        totals.add(dpo_loss(loaded.model, batch.to(session.runtime.device), reference_of, stage))
+    return totals.means() if totals.sums else {}

@@ -1,0 +1,23 @@
+"""stage=inspect: what the model will be shown, token by token. Trains nothing."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from rich.console import Console
+
+from dpo_cli.config import InspectConfig
+from dpo_cli.data.show import describe
+from dpo_cli.model.load import configured_context, load_tokenizer
+from dpo_cli.stages.session import Session, load_data
+
+
+def run(session: Session) -> dict[str, Any]:
+    stage = cast(InspectConfig, session.config.stage)
+    tokenizer = load_tokenizer(session.config.model)
+    context = configured_context(session.config.model, tokenizer)
+    splits = load_data(session, context, tokenizer)
+    console = Console()
+    for part in describe(splits, tokenizer, stage.examples):
+        console.print(part)
+    return {"train_rows": len(splits.train), "eval_rows": len(splits.eval)}

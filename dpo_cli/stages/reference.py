@@ -1,0 +1,77 @@
+"""Reference log-probabilities: computed once, sorted by length, cached by content.
+
+The key is a digest of the reference's weights, the token ids of every row and the
+precision, so a changed row, tokenizer or truncation misses, and the runs of a beta sweep
+share one pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.data.dataset import fingerprint
+from dpo_cli.durable import damage, publish_folder
+from dpo_cli.model.forward import sequence_logprobs
+from dpo_cli.model.load import weights_digest
+from dpo_cli.packing import pack_sorted
+from dpo_cli.records import EncodedExample
+from dpo_cli.stages.session import Session
+
+
+def reference_key(weights: str, examples: Sequence[EncodedExample], precision: str) -> str:
+    return hashlib.sha256(f"{weights} {fingerprint(examples)} {precision} v1".encode()).hexdigest()
+
+
+@torch.no_grad()
+def compute(
+    session: Session, model: PreTrainedModel, examples: Sequence[EncodedExample], name: str
+) -> Tensor:
+    """(rows, K) float32 log-probability of every response, in the order of the rows."""
+    branches = len(examples[0].response_ids)
+    values = torch.zeros(len(examples), branches)
+    model.to(session.runtime.device).eval()  # type: ignore[arg-type]
+    with session.progress.phase(name, len(examples)) as tick:
+        for batch in pack_sorted(examples, session.token_budget):
+            with session.runtime.autocast():
+                rows = sequence_logprobs(model, batch.to(session.runtime.device))
+            values[batch.example_ids] = rows.view(-1, branches).cpu()
+            tick(len(batch.example_ids))
+    return values
+
+
+def cached(
+    session: Session, model: PreTrainedModel, examples: Sequence[EncodedExample], name: str
+) -> Tensor:
+    """As `compute`, read from or written to the cache folder."""
+    key = reference_key(weights_digest(model), examples, session.runtime.precision)
+    folder = Path(session.config.cache_dir) / "reference" / key[:32]
+    found = read(folder)
+    if found is not None:
+        session.note(f"{name}: read from cache {key[:12]}")
+        return found
+    values = compute(session, model, examples, name)
+
+    def write(target: Path) -> None:
+        save_file({"logprobs": values}, target / "logprobs.safetensors")
+        about = {"rows": len(examples), "precision": session.runtime.precision, "key": key}
+        (target / "about.json").write_text(json.dumps(about))
+
+    publish_folder(folder, write)
+    return values
+
+
+def read(folder: Path) -> Tensor | None:
+    """A cache entry, or None if it is absent or damaged."""
+    if not folder.is_dir() or damage(folder) is not None:
+        return None
+    tensors: dict[str, Any] = load_file(folder / "logprobs.safetensors")
+    return cast(Tensor, tensors["logprobs"])

@@ -1,0 +1,197 @@
+"""What every stage is given, and the steps that several stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_cli.config import ModelConfig, RunConfig
+from dpo_cli.data.dataset import EncodedSplits, load_encoded
+from dpo_cli.data.loader import StepPlan, plan_steps
+from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.model.generate import SamplingOptions, sample
+from dpo_cli.model.load import context_length, load_model, load_tokenizer, model_folder
+from dpo_cli.packing import pack_all
+from dpo_cli.records import Batch, EncodedExample
+from dpo_cli.report.console import Progress
+from dpo_cli.report.runfolder import append_samples
+from dpo_cli.report.sinks import Sink
+from dpo_cli.train.checkpoint import Snapshot
+from dpo_cli.train.loop import load_provenance
+from dpo_cli.train.runtime import Runtime
+
+
+class Stage(Protocol):
+    """A stage is a function: do the work, return the figures for summary.json."""
+
+    def __call__(self, session: Session) -> dict[str, Any]: ...
+
+
+@dataclass
+class Session:
+    """One run: resolved configuration, where it writes, where it computes."""
+
+    config: RunConfig
+    run_dir: Path
+    runtime: Runtime
+    progress: Progress
+    sinks: list[Sink]
+    snapshot: Snapshot | None = None
+    data_facts: dict[str, Any] = field(default_factory=dict)  # for the model card
+
+    @property
+    def token_budget(self) -> int:
+        return self.runtime.micro_batch_tokens(self.config.train.micro_batch_tokens)
+
+    def begin(self, steps: int) -> None:
+        self.progress.begin(steps, self.snapshot.step if self.snapshot else 0)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for sink in self.sinks:
+            sink.write(step, values)
+
+    def advance(self, step: int, values: Mapping[str, float]) -> None:
+        self.progress.advance(step, values)
+
+    def note(self, line: str) -> None:
+        self.progress.note(line)
+
+
+@dataclass
+class Loaded:
+    """Policy, tokenizer and encoded rows of a training stage."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    splits: EncodedSplits
+    base: dict[str, Any]  # provenance of the weights the run started from
+
+
+def load_policy_and_data(session: Session) -> Loaded:
+    """The policy (from the checkpoint when resuming) and the encoded splits."""
+    config = session.config
+    tokenizer = load_tokenizer(config.model)
+    source = config.model
+    if session.snapshot is not None:
+        source = replace(source, path=str(session.snapshot.folder))
+    model = load_model(source, tokenizer, config.seed)
+    splits = load_data(session, context_length(model), tokenizer)
+    if not splits.train:
+        raise DataError(f"data={config.data.name}: no training rows are left")
+    return Loaded(model, tokenizer, splits, base_provenance(config.model))
+
+
+def base_provenance(config: ModelConfig) -> dict[str, Any]:
+    return load_provenance(model_folder(config.path)) if config.path else {}
+
+
+def load_data(session: Session, context: int, tokenizer: PreTrainedTokenizerFast) -> EncodedSplits:
+    """Encoded rows for a model of that context length; says what was dropped."""
+    config = session.config
+    splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
+    for line in splits.drops.summary_lines():
+        session.note(line)
+    session.data_facts = {
+        "name": config.data.name, "hub_id": config.data.hub_id, "path": config.data.path,
+        "revision": splits.revision, "fingerprint": splits.fingerprint,
+        "train_rows": len(splits.train), "eval_rows": len(splits.eval),
+    }  # fmt: skip
+    return splits
+
+
+def step_plan(session: Session, rows: int) -> StepPlan:
+    train = session.config.train
+    return plan_steps(
+        rows, train.batch_size, train.epochs, train.max_steps, train.shuffle, session.config.seed
+    )
+
+
+def batches_of(
+    session: Session, examples: Sequence[EncodedExample], plan: StepPlan
+) -> Callable[[int], list[Batch]]:
+    """step -> its micro-batches, each at most the token budget."""
+    return lambda step: pack_all(examples, plan.indices(step), session.token_budget)
+
+
+def keep_responses(examples: Sequence[EncodedExample], count: int) -> list[EncodedExample]:
+    """The best `count` responses of each example."""
+    return [replace(e, response_ids=e.response_ids[:count]) for e in examples]
+
+
+def check_lengths(examples: Sequence[EncodedExample], branches: int, stage: str) -> None:
+    for example in examples:
+        if len(example.response_ids) < branches:
+            raise DataError(
+                f"stage={stage}: row {example.row} has {len(example.response_ids)} response(s), "
+                f"{branches} are needed: give chosen and rejected (data.rejected_field=...)"
+            )
+
+
+def sample_writer(session: Session, loaded: Loaded) -> Callable[[int], None]:
+    """on_eval: completions of the same held-out prompts, appended to samples.jsonl."""
+    train, tokenizer = session.config.train, loaded.tokenizer
+    pool = loaded.splits.eval or loaded.splits.train
+    prompts = [e.prompt_ids for e in pool[: train.sample_prompts]]
+    options = sampling_options(
+        session, 1, train.sample_temperature, 1.0, train.sample_max_new_tokens, len(prompts) or 1
+    )
+
+    def write(step: int) -> None:
+        if not prompts:
+            return
+        rows = complete(session, loaded.model, tokenizer, prompts, options)
+        append_samples(session.run_dir, step, [r[0] for r in rows])
+
+    return write
+
+
+def sampling_options(
+    session: Session, completions: int, temperature: float, top_p: float,
+    max_new_tokens: int, batch_size: int,
+) -> SamplingOptions:  # fmt: skip
+    return SamplingOptions(
+        completions=completions, temperature=temperature, top_p=top_p,
+        max_new_tokens=max_new_tokens, seed=session.config.seed, batch_size=batch_size,
+    )  # fmt: skip
+
+
+def complete(
+    session: Session,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[np.ndarray],
+    options: SamplingOptions,
+    tick: Callable[[int], None] = lambda prompts: None,
+) -> list[list[dict[str, Any]]]:
+    """Samples as readable rows {prompt, completion, finished, tokens}, a list a prompt."""
+    room = context_length(model) - max(len(p) for p in prompts)
+    if room < 1:
+        raise ConfigError("a prompt fills the model's context: lower data.max_prompt_length")
+    options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
+    assert tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None
+    with session.runtime.autocast():
+        samples = sample(
+            model, prompts, options, tokenizer.eos_token_id, tokenizer.pad_token_id, tick
+        )
+    return [
+        [
+            {
+                "prompt": text_of(tokenizer, prompt),
+                "completion": text_of(tokenizer, c.ids),
+                "finished": c.finished,
+                "tokens": len(c.ids),
+            }
+            for c in row
+        ]
+        for prompt, row in zip(prompts, samples, strict=True)
+    ]
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
+    """Token ids as text, special tokens left out."""
+    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,90 @@
+"""stage=sft: supervised fine-tuning on the best response (the paper's Preferred-FT)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from dpo_cli.config import SftConfig
+from dpo_cli.model.forward import token_logprobs
+from dpo_cli.packing import pack_sorted
+from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.stages.session import (
+    Loaded,
+    Session,
+    batches_of,
+    check_lengths,
+    keep_responses,
+    load_policy_and_data,
+    sample_writer,
+    step_plan,
+)
+from dpo_cli.train.loop import Totals, TrainTask, fit
+
+
+def run(session: Session) -> dict[str, Any]:
+    """Train on responses[0] of each row; figures: loss and eval/loss in nats."""
+    stage = cast(SftConfig, session.config.stage)
+    loaded = load_policy_and_data(session)
+    check_lengths([*loaded.splits.train, *loaded.splits.eval], 1, "sft")
+    train = targets_of(loaded.splits.train, stage.train_on_prompt)
+    held_out = targets_of(loaded.splits.eval, stage.train_on_prompt)
+    plan = step_plan(session, len(train))
+    session.begin(plan.steps)
+    task = TrainTask(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        steps=plan.steps,
+        batches=batches_of(session, train, plan),
+        compute_loss=lambda batch: sft_loss(loaded.model, batch, stage.reduction),
+        evaluate=lambda: evaluate(session, loaded, held_out, stage.reduction),
+        on_eval=sample_writer(session, loaded),
+        provenance={"stage": "sft", "data": loaded.splits.origin},
+    )
+    return dict(
+        fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
+    )
+
+
+def targets_of(examples: list[EncodedExample], train_on_prompt: bool) -> list[EncodedExample]:
+    """One branch an example. On the prompt too: all but its first token become targets."""
+    single = keep_responses(examples, 1)
+    if not train_on_prompt:
+        return single
+    return [
+        replace(
+            e,
+            prompt_ids=e.prompt_ids[:1],
+            response_ids=(np.concatenate([e.prompt_ids[1:], e.response_ids[0]]),),
+        )
+        for e in single
+    ]
+
+
+def sft_loss(model: PreTrainedModel, batch: Batch, reduction: str) -> LossOutput:
+    """Negative log-likelihood; `mean` weighs by tokens, `sum` by examples."""
+    logprobs = token_logprobs(model, batch)
+    loss = -logprobs.sum()
+    tokens, examples = float(len(logprobs)), float(len(batch.example_ids))
+    return LossOutput(
+        loss_sum=loss,
+        weight=tokens if reduction == "mean" else examples,
+        metrics={"nll_per_token": (loss.detach(), tokens)},
+    )
+
+
+def evaluate(
+    session: Session, loaded: Loaded, examples: list[EncodedExample], reduction: str
+) -> dict[str, float]:
+    """Loss and perplexity of the held-out rows; empty without any."""
+    totals = Totals()
+    for batch in pack_sorted(examples, session.token_budget):
+        totals.add(sft_loss(loaded.model, batch.to(session.runtime.device), reduction))
+    if not totals.sums:
+        return {}
+    values = totals.means()
+    return {**values, "perplexity": math.exp(min(values["nll_per_token"], 50.0))}

@@ -1,0 +1,1 @@
+"""Device, optimiser, checkpoints and the one training loop."""

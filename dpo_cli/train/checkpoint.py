@@ -1,0 +1,182 @@
+"""Checkpoints that survive a crash at any point and are checked before they are trusted.
+
+    checkpoints/step-120/  model.safetensors config.json tokenizer*   (Hugging Face layout)
+                           optimizer.safetensors optimizer.json rng.safetensors state.json
+                           MANIFEST.json                               (sha256 and size of each)
+
+A save writes `.tmp-step-N-<id>/`, syncs every file, writes the manifest, syncs the folder
+and renames it: a folder named `step-N` is complete or was damaged later, which the
+manifest shows. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_cli.durable import damage, publish_folder
+from dpo_cli.errors import CheckpointError
+
+PROVENANCE = "dpo_run.json"
+STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A verified checkpoint. `skipped`: newer folders that did not verify, and why."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+    skipped: list[str]
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Step numbers of the published checkpoints, ascending."""
+    found = (STEP_FOLDER.fullmatch(p.name) for p in folder.glob("step-*"))
+    return sorted(int(m.group(1)) for m in found if m)
+
+
+def newest_valid(folder: Path) -> Snapshot:
+    """The newest checkpoint whose files all verify."""
+    skipped: list[str] = []
+    for step in reversed(steps_in(folder)):
+        candidate = folder / f"step-{step}"
+        why = damage(candidate)
+        if why is None:
+            state = json.loads((candidate / "state.json").read_text())
+            return Snapshot(candidate, step, state, skipped)
+        skipped.append(f"{candidate.name}: {why}")
+    detail = "; ".join(skipped) or "there is none"
+    raise CheckpointError(f"{folder}: no valid checkpoint to resume from ({detail})")
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    provenance: dict[str, Any],
+) -> Path:
+    """Write `folder/step-N`; `state` and `provenance` must be JSON."""
+
+    def write(target: Path) -> None:
+        write_model(target, model, tokenizer, provenance)
+        _write_optimizer(target, optimizer)
+        _write_rng(target)
+        (target / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+
+    published = folder / f"step-{step}"
+    publish_folder(published, write)
+    return published
+
+
+def write_model(
+    target: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    provenance: dict[str, Any],
+) -> None:
+    """Weights, config and tokenizer in Hugging Face layout, and where they came from."""
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    (target / PROVENANCE).write_text(json.dumps(provenance, indent=1))
+
+
+def save_final(
+    target: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    provenance: dict[str, Any],
+) -> None:
+    """The finished model, replacing an older one only when complete."""
+    publish_folder(target, lambda folder: write_model(folder, model, tokenizer, provenance))
+
+
+def prune(folder: Path, keep: int, protect: int | None) -> None:
+    """Remove all but the `keep` highest steps and `protect` (the best one)."""
+    for step in steps_in(folder)[: -keep or None]:
+        if step != protect:
+            shutil.rmtree(folder / f"step-{step}")
+    for stale in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def restore(snapshot: Snapshot, optimizer: Optimizer) -> None:
+    """Optimiser state and every random generator; the weights are loaded by the caller."""
+    saved = json.loads((snapshot.folder / "optimizer.json").read_text())
+    flat = {**saved["scalars"], **load_file(snapshot.folder / "optimizer.safetensors")}
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in flat.items():
+        index, *keys, last = name.split("/")
+        node: dict[str, Any] = state.setdefault(int(index), {})
+        for key in keys:
+            node = node.setdefault(key, {})
+        node[last] = value
+    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    _read_rng(snapshot.folder)
+
+
+def _write_optimizer(folder: Path, optimizer: Optimizer) -> None:
+    packed = optimizer.state_dict()
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    for name, value in _leaves(packed["state"], ""):
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        else:
+            scalars[name] = value
+    save_file(tensors, folder / "optimizer.safetensors")
+    body = {"param_groups": packed["param_groups"], "scalars": scalars}
+    (folder / "optimizer.json").write_text(json.dumps(body))
+
+
+def _leaves(node: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """`3/exp_avg` -> tensor; 8-bit optimisers nest one level deeper and share tables."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _write_rng(folder: Path) -> None:
+    states = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    states["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    save_file(states, folder / "rng.safetensors")
+    version, words, gauss = random.getstate()
+    other = {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, int(position), int(has_gauss), float(cached)],
+    }
+    (folder / "rng.json").write_text(json.dumps(other))
+
+
+def _read_rng(folder: Path) -> None:
+    states = load_file(folder / "rng.safetensors")
+    other = json.loads((folder / "rng.json").read_text())
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+    version, words, gauss = other["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, position, has_gauss, cached = other["numpy"]
+    keys = states["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((kind, keys, position, has_gauss, cached))  # noqa: NPY002

@@ -1,0 +1,52 @@
+"""One process a run folder, and signals that end a run at a step's end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from dpo_cli.errors import RunLockedError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder's lock. The kernel frees it when the process dies, however."""
+    with (run_dir / ".lock").open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            raise RunLockedError(
+                f"{run_dir}: in use by process {holder}; wait for it or choose another run_dir"
+            ) from None
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+class StopRequest:
+    """Set by a signal; the loop looks at it between steps."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+
+    @contextmanager
+    def watching(self) -> Iterator[StopRequest]:
+        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,243 @@
+"""THE loop: every stage that trains goes through `fit`.
+
+A stage hands over a `TrainTask`: its model, the micro-batches of a step, and the loss of
+one micro-batch. The loop accumulates, divides once by the whole step's weight, clips,
+steps, evaluates, logs and saves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_cli.config import RunConfig
+from dpo_cli.durable import write_json
+from dpo_cli.errors import NonFiniteError, Preempted
+from dpo_cli.records import Batch, LossOutput
+from dpo_cli.train import checkpoint
+from dpo_cli.train.guard import StopRequest
+from dpo_cli.train.optim import build_optimizer, learning_rate, take_step
+from dpo_cli.train.runtime import Runtime
+
+
+class Reporter(Protocol):
+    """Where the loop's figures go: metric sinks and the console."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def advance(self, step: int, values: Mapping[str, float]) -> None: ...
+    def note(self, line: str) -> None: ...
+
+
+@dataclass
+class TrainTask:
+    """What a stage gives the loop.
+
+    batches(step): the micro-batches of a 0-based step, a function of the step alone.
+    evaluate(): figures of the held-out rows, without prefix. on_eval(step): samples.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    steps: int
+    batches: Callable[[int], Sequence[Batch]]
+    compute_loss: Callable[[Batch], LossOutput]
+    evaluate: Callable[[], dict[str, float]]
+    on_eval: Callable[[int], None] = lambda step: None
+    unit: str = "examples"  # what `<unit>_per_second` counts
+    provenance: dict[str, Any] = field(default_factory=dict)  # written beside saved weights
+
+
+class Totals:
+    """Sums over the micro-batches of a step, kept on the device until the step's end."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, float] = {}
+
+    def add(self, out: LossOutput) -> None:
+        parts = {"loss": (out.loss_sum.detach(), out.weight), **out.metrics}
+        for name, (value, weight) in parts.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def means(self) -> dict[str, float]:
+        """One transfer for all of them."""
+        values = torch.stack([v.float() for v in self.sums.values()]).tolist()
+        return {
+            name: value / self.weights[name] for name, value in zip(self.sums, values, strict=True)
+        }
+
+
+@dataclass
+class Fit:
+    """The state of a run that a checkpoint carries beside weights and optimiser."""
+
+    task: TrainTask
+    config: RunConfig
+    runtime: Runtime
+    run_dir: Path
+    reporter: Reporter
+    optimizer: Optimizer
+    step: int = 0
+    best: dict[str, float] | None = None
+    last_eval: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.run_dir / "checkpoints"
+
+
+def fit(
+    task: TrainTask,
+    config: RunConfig,
+    runtime: Runtime,
+    run_dir: Path,
+    reporter: Reporter,
+    snapshot: checkpoint.Snapshot | None = None,
+) -> dict[str, float]:
+    """Train to the end and publish `final/`. Returns the last figures.
+
+    Raises NonFiniteError before a bad step is taken and Preempted after a signal, with
+    the state saved.
+    """
+    assert config.optim.lr is not None
+    task.model.to(runtime.device)  # type: ignore[arg-type]
+    optimizer = build_optimizer(task.model, config.optim, config.optim.lr)
+    run = Fit(task, config, runtime, run_dir, reporter, optimizer)
+    if snapshot is not None:
+        checkpoint.restore(snapshot, optimizer)
+        run.step, run.best = snapshot.step, snapshot.state["best"]
+        run.last_eval = snapshot.state["last_eval"]
+    with StopRequest().watching() as stop:
+        if run.step == 0:
+            _evaluate(run)
+        values: dict[str, float] = {}
+        while run.step < task.steps:
+            values = _train_step(run)
+            _after_step(run, values, stop)
+    _publish_final(run)
+    return {**values, **{f"eval/{k}": v for k, v in run.last_eval.items()}}
+
+
+def _train_step(run: Fit) -> dict[str, float]:
+    started = time.perf_counter()
+    config, task = run.config, run.task
+    lr = learning_rate(config.optim, config.optim.lr or 0.0, run.step, task.steps)
+    task.model.train()
+    totals, tokens, examples = Totals(), 0, 0
+    for batch in task.batches(run.step):
+        tokens += batch.input_ids.numel()
+        examples += len(batch.example_ids)
+        with run.runtime.autocast():
+            out = task.compute_loss(batch.to(run.runtime.device))
+        out.loss_sum.backward()
+        totals.add(out)
+    weight = totals.weights["loss"]
+    try:
+        norm = take_step(task.model, run.optimizer, weight, config.optim.max_grad_norm, lr)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"step {run.step + 1}: {error} (loss {totals.means()['loss']}); no step was taken, the "
+            f"checkpoints in {run.checkpoints} are good: try a lower optim.lr (now {lr:g})"
+        ) from None
+    run.step += 1
+    seconds = time.perf_counter() - started
+    values = totals.means()
+    values |= {
+        "lr": lr,
+        "grad_norm": norm,
+        "step_seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        f"{task.unit}_per_second": examples / seconds,
+        "peak_memory_mb": run.runtime.peak_memory_mb(),
+    }
+    return values
+
+
+def _after_step(run: Fit, values: dict[str, float], stop: StopRequest) -> None:
+    train, last = run.config.train, run.step == run.task.steps
+    if last or run.step % train.log_every_steps == 0:
+        run.reporter.write(run.step, values)
+    run.reporter.advance(run.step, values)
+    improved = False
+    if last or is_due(run.step, train.eval_every_steps, run.task.steps):
+        improved = _evaluate(run)
+    saving = train.save_every_steps
+    saving = train.eval_every_steps if saving is None else saving
+    if improved or last or stop.signal or is_due(run.step, saving, run.task.steps):
+        _save(run)
+    if stop.signal and not last:
+        raise Preempted(
+            f"stopped by {stop.signal} after step {run.step} of {run.task.steps}, state saved; "
+            f"continue with: dpo-run resume={run.run_dir}"
+        )
+
+
+def is_due(step: int, every: int | None, total: int) -> bool:
+    """every: steps between two; None: ten times a run; 0: never before the end."""
+    if every == 0:
+        return False
+    return step % (every or max(1, math.ceil(total / 10))) == 0
+
+
+def _evaluate(run: Fit) -> bool:
+    """Figures and samples of the held-out rows; True if they are the best so far."""
+    run.task.model.eval()
+    with torch.no_grad(), run.runtime.autocast():
+        figures = run.task.evaluate()
+    bad = [name for name, value in figures.items() if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteError(
+            f"step {run.step}: {', '.join(bad)} of the held-out rows is not finite; the earlier "
+            f"checkpoints in {run.checkpoints} are good: try a lower optim.lr"
+        )
+    run.task.on_eval(run.step)
+    run.last_eval = figures
+    named = {f"eval/{k}": v for k, v in figures.items()}
+    if named:
+        run.reporter.write(run.step, named)
+        run.reporter.advance(run.step, named)
+    name = run.config.train.best_metric
+    if name not in figures or run.step == 0:
+        return False
+    sign = 1.0 if name.endswith("loss") else -1.0
+    better = run.best is None or sign * figures[name] < sign * run.best["value"]
+    if better:
+        run.best = {"step": run.step, "value": figures[name]}
+    return better
+
+
+def _save(run: Fit) -> None:
+    state = {"best": run.best, "last_eval": run.last_eval, "steps": run.task.steps}
+    folder = checkpoint.save(
+        run.checkpoints, run.step, run.task.model, run.task.tokenizer, run.optimizer,
+        state, run.task.provenance,
+    )  # fmt: skip
+    if run.best is not None:
+        best = {**run.best, "metric": run.config.train.best_metric,
+                "folder": f"checkpoints/step-{int(run.best['step'])}"}  # fmt: skip
+        write_json(run.run_dir / "best.json", best)
+    protect = None if run.best is None else int(run.best["step"])
+    checkpoint.prune(run.checkpoints, run.config.train.keep_checkpoints, protect)
+    run.reporter.note(f"saved {folder.relative_to(run.run_dir)}")
+
+
+def _publish_final(run: Fit) -> None:
+    checkpoint.save_final(
+        run.run_dir / "final", run.task.model, run.task.tokenizer, run.task.provenance
+    )
+
+
+def load_provenance(folder: Path) -> dict[str, Any]:
+    """How saved weights came about (`dpo_run.json`), empty for models from elsewhere."""
+    path = folder / checkpoint.PROVENANCE
+    return json.loads(path.read_text()) if path.is_file() else {}

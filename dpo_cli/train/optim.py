@@ -1,0 +1,87 @@
+"""Optimiser, learning-rate schedule, and one step over summed gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dpo_cli.config import OptimConfig
+from dpo_cli.errors import ConfigError, NonFiniteError
+
+
+def build_optimizer(model: torch.nn.Module, config: OptimConfig, lr: float) -> Optimizer:
+    """AdamW, RMSprop (the DPO paper's) or 8-bit AdamW over the trainable weights."""
+    groups = _decay_groups(model, config.weight_decay)
+    fused = all(p.device.type in ("cuda", "cpu") for g in groups for p in g["params"])
+    if config.name == "adamw":
+        betas = (config.betas[0], config.betas[1])
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=fused)
+    if config.name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=lr, alpha=config.alpha, eps=config.eps)
+    return _adamw_8bit(groups, config, lr)
+
+
+def _adamw_8bit(groups: list[dict], config: OptimConfig, lr: float) -> Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError("optim=adamw8bit needs bitsandbytes; use optim=adamw") from error
+    betas = (config.betas[0], config.betas[1])
+    return AdamW8bit(groups, lr=lr, betas=betas, eps=config.eps)
+
+
+def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay; biases and norm scales do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def learning_rate(config: OptimConfig, peak: float, step: int, total: int) -> float:
+    """The rate of 0-based `step`: linear warm-up, then constant, cosine or linear to zero."""
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_ratio * total)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if config.schedule == "constant":
+        return peak
+    done = (step - warmup) / max(1, total - warmup)
+    if config.schedule == "linear":
+        return peak * (1.0 - done)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def global_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The 2-norm over all gradients, on the device."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(grads)
+    return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+
+
+def take_step(
+    model: torch.nn.Module, optimizer: Optimizer, weight: float, max_grad_norm: float, lr: float
+) -> float:
+    """Divide the summed gradients once by the step's weight, clip, and step.
+
+    Returns the norm before clipping. Nothing is changed when it is not finite.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = float(global_grad_norm(parameters)) / weight
+    if not math.isfinite(norm):
+        raise NonFiniteError(f"the gradient norm is {norm}")
+    clip = min(1.0, max_grad_norm / (norm + 1e-12)) if max_grad_norm > 0 else 1.0
+    torch._foreach_mul_([cast(Tensor, p.grad) for p in parameters], clip / weight)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

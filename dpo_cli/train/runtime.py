@@ -1,0 +1,74 @@
+"""Device, precision, threads, seeds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import resource
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+import torch
+import transformers
+
+from dpo_cli.config import HardwareConfig
+from dpo_cli.errors import ConfigError
+
+MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where the run computes. `precision` is fp32 or bf16 (autocast, float32 weights)."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def micro_batch_tokens(self, configured: int | None) -> int:
+        return configured or MICRO_BATCH_TOKENS[self.device.type]
+
+    def peak_memory_mb(self) -> float:
+        """High-water mark: the device's allocator on CUDA, resident memory on the CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        unit = 2**10 if sys.platform == "linux" else 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def start_runtime(config: HardwareConfig, seed: int) -> Runtime:
+    """Choose the device, set threads, seed every generator."""
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError("hardware.device=cuda: no CUDA device here; use hardware.device=cpu")
+    kind = "cuda" if available and config.device != "cpu" else "cpu"
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    seed_everything(seed)
+    quiet_libraries()
+    return Runtime(torch.device(kind, 0) if kind == "cuda" else torch.device("cpu"), precision)
+
+
+def quiet_libraries() -> None:
+    """One progress display, ours; transformers' bars and advice would tear it."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
+    torch.manual_seed(seed)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,0 +1,37 @@
+"""Small complete runs for tests: configuration made through the real composition."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+
+from dpo_cli.compose import prepare
+from dpo_cli.config import RunConfig
+from dpo_cli.paths import conf_dir
+from dpo_cli.run import run
+
+TINY = (
+    "model=tiny", "model.architecture.layers=2", "model.architecture.hidden=32",
+    "model.architecture.heads=2", "data.rows=48", "data.eval_rows=12", "train.batch_size=8",
+    "logger.progress=off", "logger.tensorboard=false", "logger.plots=false", "hardware=cpu",
+    "train.sample_max_new_tokens=8", "train.sample_prompts=2",
+)  # fmt: skip
+
+
+def configure(*overrides: str) -> RunConfig:
+    with initialize_config_dir(str(conf_dir()), version_base=None):
+        cfg = compose("config", overrides=list(overrides))
+    return prepare(cfg, overrides)
+
+
+def train(run_dir: Path, *overrides: str) -> dict[str, Any]:
+    """A run in this process; returns its summary."""
+    config = configure(*TINY, f"run_dir={run_dir}", *overrides)
+    return run(config, ["dpo-run", *overrides])
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

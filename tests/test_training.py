@@ -1,0 +1,224 @@
+"""Whole runs on the embedded data: what is promised of DPO, resuming and micro-batches."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_cli.durable import file_digest
+from dpo_cli.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
+from dpo_cli.train import loop
+from small_runs import configure, metrics, train
+
+DPO = ("stage=dpo", "optim.lr=1e-3", "train.max_steps=6")
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "sft"
+    train(folder, "stage=sft", "train.max_steps=12", "optim.lr=3e-3")
+    return folder
+
+
+def column(run_dir, name):
+    return [row[name] for row in metrics(run_dir) if name in row]
+
+
+def weights(run_dir):
+    return load_file(run_dir / "final" / "model.safetensors")
+
+
+def assert_same_weights(a, b):
+    assert file_digest(a / "final" / "model.safetensors") == file_digest(
+        b / "final" / "model.safetensors"
+    )
+
+
+def test_sft_learns_and_leaves_a_hugging_face_model(sft):
+    losses = column(sft, "loss")
+    assert losses[-1] < losses[0] - 0.5
+    model = AutoModelForCausalLM.from_pretrained(sft / "final")
+    tokenizer = AutoTokenizer.from_pretrained(sft / "final")
+    ids = tokenizer("The film was", return_tensors="pt")
+    assert torch.isfinite(model(**ids).logits).all()
+    assert (sft / "final" / "README.md").is_file()
+    steps = {json.loads(line)["step"] for line in (sft / "samples.jsonl").read_text().splitlines()}
+    assert {0, 12} <= steps
+
+
+def test_sft_loss_is_the_plain_cross_entropy(sft, tmp_path):
+    """The first logged loss against transformers' own loss on the same rows."""
+    train(tmp_path / "r", f"model.path={sft}", "stage=sft", "train.max_steps=1",
+          "train.batch_size=48", "train.shuffle=false")  # fmt: skip
+    logged = column(tmp_path / "r", "loss")[0]
+    from dpo_cli.data.dataset import load_encoded
+
+    config = configure("data.rows=48", "data.eval_rows=12", f"cache_dir={tmp_path / 'c'}")
+    model = AutoModelForCausalLM.from_pretrained(sft / "final")
+    tokenizer = AutoTokenizer.from_pretrained(sft / "final")
+    rows = load_encoded(config.data, tokenizer, 256, 0, tmp_path / "c").train
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([*row.prompt_ids, *row.response_ids[0]])[None].long()
+        labels = ids.clone()
+        labels[0, : len(row.prompt_ids)] = -100
+        n = len(row.response_ids[0])
+        total += model(input_ids=ids, labels=labels).loss.item() * n
+        count += n
+    assert logged == pytest.approx(total / count, abs=1e-5)
+
+
+def test_dpo_starts_at_ln_2_and_learns(sft, tmp_path):
+    train(tmp_path / "r", *DPO, f"model.path={sft}", "train.max_steps=20")
+    losses = column(tmp_path / "r", "loss")
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert column(tmp_path / "r", "eval/loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert column(tmp_path / "r", "eval/rewards/accuracies")[0] == 0.5
+    assert losses[-1] < 0.6
+    provenance = json.loads((tmp_path / "r" / "final" / "dpo_run.json").read_text())
+    assert provenance["reference"] == str(sft)
+
+
+def test_cached_reference_equals_live(sft, tmp_path):
+    for kind in ("cached", "live"):
+        train(tmp_path / kind, *DPO, f"model.path={sft}", f"stage.reference_logprobs={kind}")
+    for name in ("loss", "logratios/chosen", "eval/loss"):
+        assert column(tmp_path / "cached", name) == pytest.approx(
+            column(tmp_path / "live", name), abs=2e-5
+        )
+
+
+def test_a_sweep_shares_one_reference_pass(sft, tmp_path, monkeypatch):
+    from dpo_cli.stages import reference
+
+    passes = []
+    real = reference.compute
+    monkeypatch.setattr(reference, "compute", lambda *a: passes.append(a[-1]) or real(*a))
+    cache = f"cache_dir={tmp_path / 'cache'}"
+    for beta in (0.1, 1.0):
+        train(tmp_path / str(beta), *DPO, f"model.path={sft}", f"stage.beta={beta}", cache)
+    assert len(passes) == 2  # train and eval, once
+    train(tmp_path / "longer", *DPO, f"model.path={sft}", "data.max_length=20", cache)
+    assert len(passes) == 4  # other token ids
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_micro_batches_do_not_change_the_step(sft, tmp_path, stage):
+    """One row of everything against a row an example: figures to 1e-6."""
+    for tokens in (100_000, 1):
+        train(tmp_path / str(tokens), f"stage={stage}", f"model.path={sft}", "optim.lr=1e-3",
+              "train.max_steps=3", f"train.micro_batch_tokens={tokens}")  # fmt: skip
+    names = ["loss", "grad_norm"] + (["rewards/margins"] if stage == "dpo" else [])
+    for name in names:
+        assert column(tmp_path / "1", name) == pytest.approx(
+            column(tmp_path / "100000", name), abs=1e-5, rel=1e-5
+        )
+    assert column(tmp_path / "1", "loss")[0] == pytest.approx(
+        column(tmp_path / "100000", "loss")[0], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "rmsprop", "adamw8bit"])
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_resumed_equals_uninterrupted(sft, tmp_path, monkeypatch, stage, optimiser):
+    """Interrupted after step 3 of 7 (across an epoch's end), dropout on: bit for bit."""
+    common = (f"stage={stage}", f"model.path={sft}", f"optim={optimiser}", "optim.lr=1e-3",
+              "model.dropout=0.1", "train.max_steps=7", "train.batch_size=16",
+              "train.save_every_steps=2")  # fmt: skip
+    train(tmp_path / "whole", *common)
+    real, calls = loop._train_step, []
+
+    def die_at_four(run):
+        calls.append(run.step)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(run)
+
+    monkeypatch.setattr(loop, "_train_step", die_at_four)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", *common)
+    monkeypatch.setattr(loop, "_train_step", real)
+    train(tmp_path / "cut", *common, "resume=true")
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    same = [r for r in metrics(tmp_path / "whole") if "loss" in r]
+    cut = [r for r in metrics(tmp_path / "cut") if "loss" in r]
+    assert [(r["step"], r["loss"]) for r in same] == [(r["step"], r["loss"]) for r in cut]
+
+
+def test_a_signal_saves_and_resumes(sft, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    common = ("stage=sft", f"model.path={sft}", "train.max_steps=5", "train.save_every_steps=0")
+    train(tmp_path / "whole", *common)
+    real = loop._train_step
+
+    def signalled(run):
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run)
+
+    monkeypatch.setattr(loop, "_train_step", signalled)
+    with pytest.raises(Preempted, match=r"SIGTERM after step 3 of 5.*dpo-run resume=") as error:
+        train(tmp_path / "cut", *common)
+    assert error.value.exit_code == 75
+    assert not (tmp_path / "cut" / "final").exists()
+    monkeypatch.setattr(loop, "_train_step", real)
+    train(tmp_path / "cut", *common, "resume=true")
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_resume_refuses_another_run(sft, tmp_path):
+    common = ("stage=dpo", f"model.path={sft}", "train.max_steps=2")
+    train(tmp_path / "r", *common)
+    with pytest.raises(ConfigError, match=r"seed: 0 -> 1; stage\.beta: 0\.1 -> 0\.5"):
+        train(tmp_path / "r", *common, "stage.beta=0.5", "seed=1", "resume=true")
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        train(tmp_path / "other", *common, "resume=true")
+
+
+def test_nothing_bad_is_stepped_or_saved(sft, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step \d+: .*optim\.lr") as error:
+        train(tmp_path / "r", "stage=sft", f"model.path={sft}", "optim.lr=1e20",
+              "optim.warmup_steps=0", "train.max_steps=5")  # fmt: skip
+    assert error.value.exit_code == 4
+    assert not (tmp_path / "r" / "final").exists()
+
+
+def test_a_dpo_policy_needs_its_reference_named(sft, tmp_path):
+    train(tmp_path / "a", *DPO, f"model.path={sft}")
+    with pytest.raises(ConfigError, match=r"stage\.reference"):
+        train(tmp_path / "b", *DPO, f"model.path={tmp_path / 'a'}")
+    train(tmp_path / "c", *DPO, f"model.path={tmp_path / 'a'}", f"stage.reference={sft}")
+    first = column(tmp_path / "c", "logratios/chosen")[0]
+    assert abs(first) > 1e-3  # the policy starts away from its reference
+
+
+def test_pairwise_losses_refuse_ranked_lists(sft, tmp_path):
+    lists = ("stage=dpo", f"model.path={sft}", "data.responses=3", "train.max_steps=2")
+    with pytest.raises(DataError, match="plackett_luce"):
+        train(tmp_path / "a", *lists)
+    train(tmp_path / "b", *lists, "stage.loss=plackett_luce")
+    assert column(tmp_path / "b", "loss")[0] == pytest.approx(math.log(6), abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["hinge", "ipo", "unlikelihood"])
+def test_other_losses_train(sft, tmp_path, loss):
+    train(tmp_path / "r", *DPO, f"model.path={sft}", f"stage.loss={loss}", "train.max_steps=18")
+    losses = column(tmp_path / "r", "loss")
+    assert sum(losses[-6:]) < sum(losses[:6])  # six steps are an epoch
+
+
+def test_nll_weight_adds_the_chosen_nll(sft, tmp_path):
+    for weight in (0.0, 2.0):
+        train(tmp_path / str(weight), *DPO, f"model.path={sft}", f"stage.nll_weight={weight}",
+              "train.batch_size=48", "train.max_steps=1")  # fmt: skip
+    train(tmp_path / "ipo", *DPO, f"model.path={sft}", "train.max_steps=1", "train.batch_size=48",
+          "stage.length_normalised=true")  # fmt: skip
+    plain, mixed = (column(tmp_path / str(w), "loss")[0] for w in (0.0, 2.0))
+    assert plain == pytest.approx(math.log(2), abs=1e-5)
+    per_token = (mixed - plain) / 2.0
+    assert 1.0 < per_token < math.log(1024) + 1  # nats a token of a barely trained model
