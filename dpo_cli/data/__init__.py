@@ -1,0 +1,1 @@
+"""Rows to token ids: sources, adapters, encoding, order."""

@@ -1,0 +1,74 @@
+"""Raw rows to examples: runs a data set's adapter and sorts out what cannot be used."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from dpo_cli.config import DataConfig
+from dpo_cli.data.adapters import ADAPTERS
+from dpo_cli.data.drops import MISSING, BadRow, DropReport, response_name
+from dpo_cli.data.sources import Rows
+from dpo_cli.errors import DataError
+from dpo_cli.records import PreferenceExample
+
+
+def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[PreferenceExample]:
+    """Examples of the rows; those that cannot be used go to `drops`, DataError if none is left.
+
+    A column that the very first row lacks is taken for a wrong setting, not a bad row.
+    """
+    parse = ADAPTERS[config.name]
+    kept: list[PreferenceExample] = []
+    for index, row in rows.numbered(config.max_rows, seed):
+        drops.read += 1
+        try:
+            examples = list(parse(row, index, config))
+        except BadRow as bad:
+            if drops.read == 1 and bad.field not in row and bad.reason == MISSING:
+                raise DataError(_missing_column(rows.origin, config, bad.field, row)) from bad
+            drops.add(str(bad), index)
+            continue
+        if not examples:
+            drops.add("row makes no example", index)
+        for example in examples:
+            if problem := _problem(example):
+                drops.add(problem, index)
+            else:
+                kept.append(example)
+    if not kept:
+        why = "; ".join(drops.summary_lines()) or "it is empty"
+        raise DataError(f"{rows.origin}: no row can be used: {why}")
+    return kept
+
+
+def _problem(example: PreferenceExample) -> str | None:
+    """Why there is nothing to learn from an example, whatever its data set; None if there is."""
+    prompt, responses = example.prompt, example.responses
+    for place, response in enumerate(responses):
+        if not response.strip():
+            return f"{response_name(place, len(responses))} is blank"
+    if len(set(responses)) < len(responses):
+        return f"{'chosen and rejected' if len(responses) == 2 else 'responses'} are the same"
+    prompts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+    if not all(map(_is_unicode, [*prompts, *responses])):
+        return "text holds half a surrogate pair, which is no character"
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    """False for the lone surrogates that JSON's escapes can smuggle into a str."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _missing_column(origin: str, config: DataConfig, field: str, row: dict[str, object]) -> str:
+    keys = [f"data.{f.name}=" for f in dataclasses.fields(config) if f.name.endswith("_field")]
+    named = [k for k in keys if getattr(config, k[5:-1]) == field]
+    remedy = " or ".join(named or keys) or "data=jsonl with data.chosen_field= and the like"
+    return (
+        f"{origin}: no column {field!r} (it has: {', '.join(map(str, row)) or 'none'}): "
+        f"name the right one with {remedy}"
+    )

@@ -1,0 +1,29 @@
+"""IMDb reviews: the prompt is a review's first words, the response its rest (for SFT)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from dpo_cli.config import ImdbDataConfig
+from dpo_cli.data.adapters.columns import text
+from dpo_cli.data.drops import BadRow
+from dpo_cli.records import PreferenceExample
+
+
+def parse(row: dict[str, Any], index: int, config: ImdbDataConfig) -> Iterable[PreferenceExample]:
+    """Prompts of `min_prompt_words` to `max_prompt_words` words.
+
+    Their number is a hash of the review, so it survives shuffling and never changes.
+    """
+    review = text(row, config.text_field).strip()
+    low, high = config.min_prompt_words, config.max_prompt_words
+    digest = hashlib.sha256(review.encode("utf-8", "surrogatepass")).digest()
+    count = low + int.from_bytes(digest[:8], "little") % (high - low + 1)
+    words = list(re.finditer(r"\S+", review))
+    if len(words) <= count:
+        raise BadRow(f"has {len(words)} words, the prompt alone takes {count}", config.text_field)
+    end = words[count - 1].end()
+    yield PreferenceExample(review[:end], (review[end:],), index)

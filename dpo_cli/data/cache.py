@@ -1,0 +1,105 @@
+"""Encoded rows on disk: flat arrays in one safetensors file, whole or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as to_safetensors
+
+from dpo_cli.records import EncodedExample
+
+log = logging.getLogger(__name__)
+
+Arrays = dict[str, np.ndarray]
+
+
+def save(path: Path, lists: Mapping[str, Sequence[EncodedExample]], meta: dict[str, Any]) -> None:
+    """Write aside and rename. A full disk is no reason to stop: the file is only a cache."""
+    arrays = {
+        f"{name}.{key}": array
+        for name, examples in lists.items()
+        for key, array in _flatten(examples).items()
+    }
+    text = json.dumps(meta)
+    content = to_safetensors(arrays, {"meta": text, "sha256": _checksum(arrays, text)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as stream:
+            try:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+                os.replace(stream.name, path)
+            except BaseException:
+                os.unlink(stream.name)
+                raise
+    except OSError as error:
+        log.warning("encoded rows are not cached: %s: %s", path, error)
+
+
+def load(path: Path) -> tuple[dict[str, list[EncodedExample]], dict[str, Any]] | None:
+    """(lists, meta) as saved; None, with a message, if the file does not verify."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as stored:
+            arrays: Arrays = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            header = stored.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        log.warning("damaged cache file %s (%s): encoding the rows again", path, error)
+        return None
+    text = header.get("meta", "")
+    if header.get("sha256") != _checksum(arrays, text):
+        log.warning("damaged cache file %s (wrong sha256): encoding the rows again", path)
+        return None
+    names = sorted({key.split(".")[0] for key in arrays})
+    return {name: _restore(arrays, name) for name in names}, json.loads(text)
+
+
+def _checksum(arrays: Arrays, meta: str) -> str:
+    total = hashlib.sha256(meta.encode())
+    for key in sorted(arrays):
+        total.update(f"{key} {arrays[key].dtype}".encode())
+        total.update(arrays[key].tobytes())
+    return total.hexdigest()
+
+
+def _flatten(examples: Sequence[EncodedExample]) -> Arrays:
+    """All ids end to end, prompt before responses, and the counts to cut them up again."""
+    pieces = [ids for e in examples for ids in (e.prompt_ids, *e.response_ids)]
+    scores = [e.scores or () for e in examples]
+    return {
+        "ids": np.concatenate([np.zeros(0, np.int32), *pieces]),
+        "lengths": np.array([len(ids) for ids in pieces], np.int32),
+        "responses": np.array([len(e.response_ids) for e in examples], np.int32),
+        "rows": np.array([e.row for e in examples], np.int64),
+        "scores": np.array([s for group in scores for s in group], np.float64),
+        "scored": np.array([len(group) for group in scores], np.int32),
+    }
+
+
+def _restore(arrays: Arrays, name: str) -> list[EncodedExample]:
+    ids, rows = arrays[f"{name}.ids"], arrays[f"{name}.rows"].tolist()
+    lengths = arrays[f"{name}.lengths"].tolist()
+    pieces = iter([ids[end - n : end] for n, end in zip(lengths, accumulate(lengths), strict=True)])
+    values = iter(arrays[f"{name}.scores"].tolist())
+    counts = arrays[f"{name}.responses"].tolist(), arrays[f"{name}.scored"].tolist()
+    return [
+        EncodedExample(
+            prompt_ids=next(pieces),
+            response_ids=tuple(next(pieces) for _ in range(responses)),
+            row=row,
+            scores=tuple(next(values) for _ in range(scored)) or None,
+        )
+        for row, responses, scored in zip(rows, *counts, strict=True)
+    ]

@@ -1,0 +1,242 @@
+"""From configuration to encoded splits: read, adapt, hold out, encode, cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+import dpo_cli
+from dpo_cli.config import DataConfig, SentimentDataConfig
+from dpo_cli.data import cache
+from dpo_cli.data.adapt import adapt
+from dpo_cli.data.drops import DropReport
+from dpo_cli.data.encode import Limits, encode_examples, resolve_limits
+from dpo_cli.data.sources import Source, content_digest, find_source, read_source
+from dpo_cli.data.tokens import tokenizer_digest
+from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.records import EncodedExample, PreferenceExample
+
+GENERATED = "sentiment"  # the one data set that is not read from anywhere
+EVAL_PREFIX = "eval split: "  # of messages about a file that is not the training rows'
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples in the order of their source. origin: for messages; revision: hub commit."""
+
+    train: list[PreferenceExample]
+    eval: list[PreferenceExample]
+    drops: DropReport
+    origin: str
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class EncodedSplits:
+    """Splits as token ids. fingerprint: sha256 over the ids of both, for resuming."""
+
+    train: list[EncodedExample]
+    eval: list[EncodedExample]
+    drops: DropReport
+    origin: str
+    revision: str | None
+    fingerprint: str
+    limits: Limits
+
+
+def load_splits(config: DataConfig, seed: int) -> Splits:
+    """Read, adapt and split; which row goes where depends on texts and seed, not on ids.
+
+    Raises ConfigError or DataError; rows that cannot be used are counted in `drops`.
+    """
+    if config.name == GENERATED:
+        from dpo_cli.data.adapters.sentiment import generate
+
+        assert isinstance(config, SentimentDataConfig)
+        train, held = generate(config, seed)
+        report = DropReport(read=len(train) + len(held))
+        return Splits(train, held, report, "generated film reviews", None)
+    return _read_splits(config, seed, _train_source(config), find_source(config, "eval"))
+
+
+def load_encoded(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model_context: int,
+    seed: int,
+    cache_dir: Path | None,
+) -> EncodedSplits:
+    """`load_splits` as token ids, kept in `cache_dir` for the next run on the same rows."""
+    limits = resolve_limits(config, model_context)
+    if config.name == GENERATED:
+        return _encode_splits(load_splits(config, seed), True, tokenizer, config, limits)
+    sources = _train_source(config), find_source(config, "eval")
+    path = None
+    if cache_dir is not None:
+        key = _cache_key(config, tokenizer, limits, seed, sources)
+        path = cache_dir / f"rows-{key[:24]}.safetensors"
+        if (stored := cache.load(path)) is not None:
+            return _from_cache(*stored)
+    splits = _read_splits(config, seed, *sources)
+    encoded = _encode_splits(splits, sources[1] is not None, tokenizer, config, limits)
+    if path is not None:
+        cache.save(path, {"train": encoded.train, "eval": encoded.eval}, _cache_meta(encoded))
+    return encoded
+
+
+def hold_out(
+    examples: Sequence[PreferenceExample], count: int, seed: int
+) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
+    """(train, held out): `count` examples held out, no prompt on both sides.
+
+    All examples of a prompt stay together, so fewer than `count` are held out where the
+    groups' sizes cannot add up to it. Prompts are taken in the order of a seeded hash:
+    rows that come or go leave most others on their side.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for place, example in enumerate(examples):
+        groups[_prompt_key(example)].append(place)
+    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest())
+    chosen = _adding_up_to(count, [len(groups[key]) for key in order])
+    held = {place for group in chosen for place in groups[order[group]]}
+    if count and not held:
+        least = min(map(len, groups.values()))
+        raise ConfigError(
+            f"data.eval_rows={count}: every prompt has more examples than that, "
+            f"give {least} or more"
+        )
+    train = [e for place, e in enumerate(examples) if place not in held]
+    return train, [examples[place] for place in sorted(held)]
+
+
+def _adding_up_to(count: int, sizes: Sequence[int]) -> list[int]:
+    """Places of sizes that add up to `count`, or as near below it as any do; early ones first."""
+    mask = (1 << (count + 1)) - 1
+    sums = [1]  # bit s of sums[i]: some of the first i sizes add up to s
+    for size in sizes:
+        if sums[-1] >> count & 1:
+            break
+        sums.append((sums[-1] | sums[-1] << size) & mask)
+    left, chosen = sums[-1].bit_length() - 1, []
+    for place in range(len(sums) - 2, -1, -1):
+        if not sums[place] >> left & 1:
+            chosen.append(place)
+            left -= sizes[place]
+    return chosen
+
+
+def _prompt_key(example: PreferenceExample) -> str:
+    return example.prompt if isinstance(example.prompt, str) else json.dumps(example.prompt)
+
+
+def fingerprint(examples: Sequence[EncodedExample]) -> str:
+    """sha256 over the token ids: other ids, another order or other limits change it."""
+    total = hashlib.sha256()
+    for example in examples:
+        arrays = (example.prompt_ids, *example.response_ids)
+        total.update(b"%d:" % len(arrays))
+        for ids in arrays:
+            total.update(b"%d," % len(ids) + ids.astype("<i4").tobytes())
+    return total.hexdigest()
+
+
+def _train_source(config: DataConfig) -> Source:
+    source = find_source(config, "train")
+    assert source is not None
+    return source
+
+
+def _read_splits(config: DataConfig, seed: int, train: Source, held: Source | None) -> Splits:
+    drops = DropReport()
+    examples = adapt(read_source(train), config, seed, drops)
+    count = config.eval_rows
+    if held is not None:
+        eval_drops = DropReport()
+        eval_examples = adapt(read_source(held), config, seed, eval_drops)
+        if count is not None and count < len(eval_examples):
+            _, eval_examples = hold_out(eval_examples, count, seed)
+        drops.absorb(eval_drops, EVAL_PREFIX)
+        return Splits(examples, eval_examples, drops, train.origin, train.revision)
+    if count is not None and count >= len(examples):
+        raise ConfigError(
+            f"data.eval_rows={count} leaves no training rows: "
+            f"{train.origin} has {len(examples)} that can be used"
+        )
+    kept, eval_examples = hold_out(examples, count or 0, seed)
+    return Splits(kept, eval_examples, drops, train.origin, train.revision)
+
+
+def _encode_splits(
+    splits: Splits,
+    eval_file: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    limits: Limits,
+) -> EncodedSplits:
+    """`eval_file`: the eval rows are numbered in a file of their own."""
+    drops, eval_drops = splits.drops, DropReport()
+    train = encode_examples(splits.train, tokenizer, config, limits, drops)
+    held = encode_examples(splits.eval, tokenizer, config, limits, eval_drops)
+    drops.absorb(eval_drops, EVAL_PREFIX if eval_file else "")
+    if not train:
+        raise DataError(f"{splits.origin}: no row can be used: {'; '.join(drops.summary_lines())}")
+    both = hashlib.sha256((fingerprint(train) + fingerprint(held)).encode()).hexdigest()
+    return EncodedSplits(train, held, drops, splits.origin, splits.revision, both, limits)
+
+
+def _cache_key(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    limits: Limits,
+    seed: int,
+    sources: Sequence[Source | None],
+) -> str:
+    """Everything the ids depend on, this package's code included."""
+    facts = [
+        dpo_cli.__version__,
+        _code_digest(),
+        [content_digest(source) if source else None for source in sources],
+        dataclasses.asdict(config),
+        dataclasses.asdict(limits),
+        seed,
+        tokenizer_digest(tokenizer),
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _code_digest() -> str:
+    """So that whoever edits an adapter is not shown the rows of the old one."""
+    total = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def _cache_meta(encoded: EncodedSplits) -> dict[str, object]:
+    return {
+        "drops": dataclasses.asdict(encoded.drops),
+        "limits": dataclasses.asdict(encoded.limits),
+        "origin": encoded.origin,
+        "revision": encoded.revision,
+        "fingerprint": encoded.fingerprint,
+    }
+
+
+def _from_cache(lists: dict[str, list[EncodedExample]], meta: dict[str, Any]) -> EncodedSplits:
+    return EncodedSplits(
+        train=lists["train"],
+        eval=lists["eval"],
+        drops=DropReport(**meta["drops"]),
+        origin=meta["origin"],
+        revision=meta["revision"],
+        fingerprint=meta["fingerprint"],
+        limits=Limits(**meta["limits"]),
+    )

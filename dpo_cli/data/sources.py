@@ -1,0 +1,228 @@
+"""Where rows come from: local files, a folder of datasets.save_to_disk, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dpo_cli.config import DataConfig
+from dpo_cli.data.files import (
+    SAVED_DATASET,
+    Row,
+    files_of_split,
+    folder_files,
+    is_saved_dataset,
+    read_file,
+)
+from dpo_cli.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Which = Literal["train", "eval"]
+
+HUB_TIMEOUT_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What will be read. One of `files`, `saved` (a save_to_disk folder), `hub_id`.
+
+    origin: for messages. revision: commit on the hub.
+    """
+
+    origin: str
+    files: tuple[Path, ...] = ()
+    saved: Path | None = None
+    hub_id: str | None = None
+    hub_config: str | None = None
+    revision: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Raw rows and where they are from."""
+
+    rows: Sequence[Row] | Dataset
+    origin: str
+    revision: str | None
+
+    def numbered(self, max_rows: int | None, seed: int) -> Iterator[tuple[int, Row]]:
+        """(row number, row), in order: all of them, or a seeded sample of `max_rows`.
+
+        A sample, since several public sets are sorted by label or topic.
+        """
+        count = len(self.rows)
+        if max_rows is None or max_rows >= count:
+            yield from enumerate(self.rows)
+            return
+        picked = sorted(random.Random(seed).sample(range(count), max_rows))
+        if isinstance(self.rows, Sequence):
+            yield from ((i, self.rows[i]) for i in picked)
+        else:  # a Dataset reads a selection faster than single rows
+            yield from zip(picked, self.rows.select(picked), strict=True)
+
+
+def read_rows(config: DataConfig, which: Which) -> Rows:
+    """The rows of one split.
+
+    Raises ConfigError if the configuration names none, DataError if it cannot be read.
+    """
+    source = find_source(config, which)
+    if source is None:
+        raise ConfigError(f"data={config.name}: no {which} split, set data.eval_path=")
+    return read_source(source)
+
+
+def find_source(config: DataConfig, which: Which) -> Source | None:
+    """Where the rows of `which` are; None if there is no eval split. Reads no rows."""
+    if which == "eval" and config.eval_path is not None:
+        return _local_source(config.eval_path, "data.eval_path", config.eval_split, ())
+    if config.path is not None and which == "train":
+        return _local_source(config.path, "data.path", config.train_split, (config.eval_split,))
+    if config.path is not None:
+        return _local_eval_source(Path(config.path).expanduser(), config.eval_split)
+    if config.hub_id is None:
+        raise ConfigError(f"data={config.name}: set data.path=<file or folder> or data.hub_id=")
+    split = config.train_split if which == "train" else config.eval_split
+    return None if split is None else _hub_source(config, config.hub_id, split)
+
+
+def read_source(source: Source) -> Rows:
+    if source.hub_id is not None:
+        return Rows(_load_from_hub(source), source.origin, source.revision)
+    if source.saved is not None:
+        return Rows(_load_from_disk(source.saved), source.origin, None)
+    rows = [row for path in source.files for row in read_file(path)]
+    return Rows(rows, source.origin, None)
+
+
+def content_digest(source: Source) -> str:
+    """What identifies the rows: sha256 of the files, or the hub's commit and split."""
+    if source.hub_id is not None:
+        return f"{source.hub_id}:{source.hub_config}:{source.split}@{source.revision}"
+    files: Sequence[Path] = source.files
+    if source.saved is not None:
+        files = sorted(p for p in source.saved.rglob("*") if p.is_file())
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        total.update(f"{path.name} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def _local_source(
+    path: str, key: str, split: str | None, other_splits: Sequence[str | None]
+) -> Source:
+    """One file, or a folder: its files of this split if named so, else all but the others'."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return Source(place.name, files=(place,))
+    if not place.is_dir():
+        raise DataError(f"{key}={path}: no such file or folder")
+    if is_saved_dataset(place):
+        return Source(place.name, saved=_saved_split(place, split, key))
+    files = folder_files(place)
+    others = [p for other in other_splits for p in files_of_split(files, other)]
+    chosen = files_of_split(files, split) or [p for p in files if p not in others]
+    if not chosen:
+        raise DataError(f"{key}={path}: no file of the split {split!r} here")
+    return Source(place.name, files=tuple(chosen))
+
+
+def _local_eval_source(place: Path, split: str | None) -> Source | None:
+    """The eval split beside the training rows in one folder, if it has one."""
+    if split is None or not place.is_dir():
+        return None
+    if is_saved_dataset(place):
+        saved = place / split
+        return Source(f"{place.name}/{split}", saved=saved) if saved.is_dir() else None
+    files = files_of_split(folder_files(place), split)
+    return Source(f"{place.name}/{split}", files=tuple(files)) if files else None
+
+
+def _saved_split(folder: Path, split: str | None, key: str) -> Path:
+    """The folder of one split of a saved dataset; itself if it has no splits."""
+    if not (folder / SAVED_DATASET[0]).is_file():
+        return folder
+    splits = sorted(p.name for p in folder.iterdir() if is_saved_dataset(p))
+    if split in splits:
+        return folder / str(split)
+    if len(splits) == 1:
+        return folder / splits[0]
+    raise DataError(f"{key}={folder}: no split {split!r} (it has: {', '.join(splits)})")
+
+
+def _load_from_disk(folder: Path) -> Dataset:
+    import datasets
+    import pyarrow
+
+    try:
+        return datasets.Dataset.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        raise DataError(
+            f"{folder}: not a readable folder of datasets.save_to_disk ({_brief(error)})"
+        ) from error
+
+
+def _hub_source(config: DataConfig, hub_id: str, split: str) -> Source:
+    commit = resolve_commit(hub_id, config.revision)
+    origin = f"{hub_id}@{commit[:12]}/{split}"
+    return Source(
+        origin, hub_id=hub_id, hub_config=config.hub_config, revision=commit, split=split
+    )  # fmt: skip
+
+
+@cache  # train and eval rows of a run come from one commit
+def resolve_commit(hub_id: str, revision: str | None) -> str:
+    """The commit a revision (default: main) points to; a commit needs no network when offline.
+
+    One request with a short timeout: load_dataset alone retries for half a minute.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE and revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    with _hub_errors(hub_id):
+        info = HfApi().dataset_info(hub_id, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    assert info.sha is not None
+    return info.sha
+
+
+def _load_from_hub(source: Source) -> Dataset:
+    import datasets
+
+    hub_id = str(source.hub_id)
+    with _hub_errors(hub_id):
+        return datasets.load_dataset(
+            hub_id, source.hub_config, split=source.split, revision=source.revision
+        )
+
+
+@contextmanager
+def _hub_errors(hub_id: str) -> Iterator[None]:
+    """Turn what the hub's clients raise (no network, no such dataset, gated) into one line."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError  # the base of its HTTP client's errors
+
+    try:
+        yield
+    except (OSError, ValueError, HTTPError, DatasetsError) as error:
+        raise DataError(
+            f"cannot read {hub_id} from the hub ({_brief(error)}): "
+            "use a copy with data.path=<file or folder>"
+        ) from error
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of an error, or its kind where it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
