@@ -15,6 +15,7 @@ from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.model.hub import hub_commit
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.console import Progress, summary_table
+from dpo_cli.report.curves import training_figures
 from dpo_cli.report.plots import draw_curves
 from dpo_cli.report.runfolder import redact, versions, write_json_atomic, write_run_files
 from dpo_cli.report.sinks import Sink, open_sinks
@@ -56,8 +57,9 @@ def finish(
     config: RunConfig, run_dir: Path, figures: dict[str, Any], argv: list[str], session: Session
 ) -> dict[str, Any]:
     """Curves, model card, summary.json, and a table on the console."""
+    figures |= training_figures(run_dir / "metrics.jsonl")
     summary = {"stage": config.stage.name, "run_dir": str(run_dir), **figures}
-    if config.logger.plots and (run_dir / "metrics.jsonl").is_file():
+    if config.logger.plots:
         draw_curves(run_dir)
     if (run_dir / "final").is_dir():
         write_model_card(run_dir / "final", card_facts(config, figures, argv, session))

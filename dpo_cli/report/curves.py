@@ -52,3 +52,20 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     high = np.minimum(np.arange(n) + half + 1, n)
     total, weight = sums[high] - sums[low], counts[high] - counts[low]
     return np.where(finite, total / np.maximum(weight, 1), np.nan)
+
+
+HEADLINES = ("loss", "rewards/accuracies", "eval/loss", "eval/rewards/accuracies")
+
+
+def training_figures(path: Path) -> dict[str, float]:
+    """What a metrics.jsonl comes to: `first/<name>` of the headlines, then every metric's end.
+
+    The end of a training metric is its mean over the last tenth of the rows (a single step is
+    noise), of a held-out one its last value. The first rows are those of the untrained model.
+    """
+    curves = read_curves(path)
+    figures = {f"first/{n}": float(curves[n][1][0]) for n in HEADLINES if n in curves}
+    for name, (_, values) in curves.items():
+        tail = values[-1:] if name.startswith("eval/") else values[-math.ceil(len(values) / 10) :]
+        figures[name] = float(np.nanmean(tail)) if np.isfinite(tail).any() else math.nan
+    return figures

@@ -35,7 +35,7 @@ ReferenceOf = Callable[[Batch], Tensor]  # a row -> (E, K) reference log-probabi
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Train on ranked responses; figures as in the paper's reference code."""
+    """Train on ranked responses; metrics as in the paper's reference code."""
     stage = cast(DpoConfig, session.config.stage)
     loaded = load_policy_and_data(session)
     train, held_out = loaded.splits.train, loaded.splits.eval
@@ -61,9 +61,8 @@ def run(session: Session) -> dict[str, Any]:
             "data": loaded.splits.origin,
         },
     )
-    return dict(
-        fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
-    )
+    fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
+    return {}
 
 
 def check_branches(examples: Sequence[EncodedExample], stage: DpoConfig) -> None:

@@ -18,6 +18,6 @@ def run(session: Session) -> dict[str, Any]:
     context = configured_context(session.config.model, tokenizer)
     splits = load_data(session, context, tokenizer)
     console = Console()
-    for part in describe(splits, tokenizer, stage.examples):
+    for part in describe(splits, tokenizer, stage.examples, stage.split):
         console.print(part)
     return {"train_rows": len(splits.train), "eval_rows": len(splits.eval)}

@@ -27,7 +27,7 @@ from dpo_cli.train.loop import Totals, TrainTask, fit
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Train on responses[0] of each row; figures: loss and eval/loss in nats."""
+    """Train on responses[0] of each row; losses are in nats."""
     stage = cast(SftConfig, session.config.stage)
     loaded = load_policy_and_data(session)
     check_lengths([*loaded.splits.train, *loaded.splits.eval], 1, "sft")
@@ -45,9 +45,8 @@ def run(session: Session) -> dict[str, Any]:
         on_eval=sample_writer(session, loaded),
         provenance={"stage": "sft", "data": loaded.splits.origin},
     )
-    return dict(
-        fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
-    )
+    fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
+    return {}
 
 
 def targets_of(examples: list[EncodedExample], train_on_prompt: bool) -> list[EncodedExample]:

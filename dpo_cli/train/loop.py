@@ -89,7 +89,6 @@ class Fit:
     optimizer: Optimizer
     step: int = 0
     best: dict[str, float] | None = None
-    last_eval: dict[str, float] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Path:
@@ -103,8 +102,8 @@ def fit(
     run_dir: Path,
     reporter: Reporter,
     snapshot: checkpoint.Snapshot | None = None,
-) -> dict[str, float]:
-    """Train to the end and publish `final/`. Returns the last figures.
+) -> None:
+    """Train to the end and publish `final/`; the figures are in metrics.jsonl.
 
     Raises NonFiniteError before a bad step is taken and Preempted after a signal, with
     the state saved.
@@ -116,16 +115,12 @@ def fit(
     if snapshot is not None:
         checkpoint.restore(snapshot, optimizer)
         run.step, run.best = snapshot.step, snapshot.state["best"]
-        run.last_eval = snapshot.state["last_eval"]
     with StopRequest().watching() as stop:
         if run.step == 0:
             _evaluate(run)
-        values: dict[str, float] = {}
         while run.step < task.steps:
-            values = _train_step(run)
-            _after_step(run, values, stop)
-    _publish_final(run)
-    return {**values, **{f"eval/{k}": v for k, v in run.last_eval.items()}}
+            _after_step(run, _train_step(run), stop)
+    checkpoint.save_final(run_dir / "final", task.model, task.tokenizer, task.provenance)
 
 
 def _train_step(run: Fit) -> dict[str, float]:
@@ -201,7 +196,6 @@ def _evaluate(run: Fit) -> bool:
             f"checkpoints in {run.checkpoints} are good: try a lower optim.lr"
         )
     run.task.on_eval(run.step)
-    run.last_eval = figures
     named = {f"eval/{k}": v for k, v in figures.items()}
     if named:
         run.reporter.write(run.step, named)
@@ -217,7 +211,7 @@ def _evaluate(run: Fit) -> bool:
 
 
 def _save(run: Fit) -> None:
-    state = {"best": run.best, "last_eval": run.last_eval, "steps": run.task.steps}
+    state = {"best": run.best, "steps": run.task.steps}
     folder = checkpoint.save(
         run.checkpoints, run.step, run.task.model, run.task.tokenizer, run.optimizer,
         state, run.task.provenance,
@@ -229,12 +223,6 @@ def _save(run: Fit) -> None:
     protect = None if run.best is None else int(run.best["step"])
     checkpoint.prune(run.checkpoints, run.config.train.keep_checkpoints, protect)
     run.reporter.note(f"saved {folder.relative_to(run.run_dir)}")
-
-
-def _publish_final(run: Fit) -> None:
-    checkpoint.save_final(
-        run.run_dir / "final", run.task.model, run.task.tokenizer, run.task.provenance
-    )
 
 
 def load_provenance(folder: Path) -> dict[str, Any]:
