@@ -16,7 +16,7 @@ def run(session: Session) -> dict[str, Any]:
     stage = cast(InspectConfig, session.config.stage)
     tokenizer = load_tokenizer(session.config.model)
     context = configured_context(session.config.model, tokenizer)
-    splits = load_data(session, context, tokenizer)
+    splits = load_data(session, context, tokenizer, announce=False)
     console = Console()
     for part in describe(splits, tokenizer, stage.examples, stage.split):
         console.print(part)

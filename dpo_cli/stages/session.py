@@ -90,11 +90,13 @@ def base_provenance(config: ModelConfig) -> dict[str, Any]:
     return load_provenance(model_folder(config.path)) if config.path else {}
 
 
-def load_data(session: Session, context: int, tokenizer: PreTrainedTokenizerFast) -> EncodedSplits:
-    """Encoded rows for a model of that context length; says what was dropped."""
+def load_data(
+    session: Session, context: int, tokenizer: PreTrainedTokenizerFast, announce: bool = True
+) -> EncodedSplits:
+    """Encoded rows for a model of that context length; `announce` says what was dropped."""
     config = session.config
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
-    for line in splits.drops.summary_lines():
+    for line in splits.drops.summary_lines() if announce else []:
         session.note(line)
     session.data_facts = {
         "name": config.data.name, "hub_id": config.data.hub_id, "path": config.data.path,

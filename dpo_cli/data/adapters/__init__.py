@@ -3,7 +3,7 @@
 An adapter is a pure function `parse(row, index, config) -> iterable of PreferenceExample`
 that raises `BadRow` for a row it cannot use. Blank, repeated or unreadable responses are
 found afterwards, for every dataset alike, by `adapt.adapt`. To add a dataset: a file
-here, a line in `ADAPTERS`, a dataclass in `config.py`, `conf/data/<name>.yaml`.
+here, a line in `ADAPTERS`, a dataclass in `config/datasets.py`, `conf/data/<name>.yaml`.
 
 `sentiment` is not in the table: its rows are generated, not read.
 """

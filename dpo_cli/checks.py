@@ -1,0 +1,266 @@
+"""Cross-field checks: every problem of a configuration, told together.
+
+A line is `key=value: what is wrong; the remedy`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.config import (
+    CHOICES,
+    LOSS_OPTIONS,
+    DpoConfig,
+    EvaluateConfig,
+    JsonlDataConfig,
+    LabelConfig,
+    RunConfig,
+    SentimentDataConfig,
+)
+from dpo_cli.errors import ConfigError
+from dpo_cli.hints import did_you_mean
+
+Bound = tuple[str, Callable[[float], bool]]
+TRAINING = ("sft", "dpo")
+GENERATED_IGNORES = ("hub_id", "hub_config", "revision", "path", "eval_path", "eval_split")
+OPTIM_OPTIONS = {"adamw": {"betas"}, "rmsprop": {"alpha"}, "adamw8bit": {"betas"}}
+
+
+def at_least(least: float) -> Bound:
+    return f"must be at least {least}", lambda value: least <= value < math.inf
+
+
+def above(least: float) -> Bound:
+    return f"must be above {least}", lambda value: least < value < math.inf
+
+
+def within(interval: str) -> Bound:
+    """An interval as mathematicians write it, such as `[0, 0.5)`."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def inside(value: float) -> bool:
+        over = value > low if interval[0] == "(" else value >= low
+        return over and (value < high if interval[-1] == ")" else value <= high)
+
+    return f"must be in {interval}", inside
+
+
+BOUNDS: dict[str, Bound] = {
+    "seed": at_least(0),
+    "model.dropout": within("[0, 1)"),
+    "model.lr_scale": above(0),
+    "model.architecture.layers": at_least(1),
+    "model.architecture.hidden": at_least(1),
+    "model.architecture.heads": at_least(1),
+    "model.architecture.context": at_least(8),
+    "model.architecture.vocab": at_least(1),
+    "data.rows": at_least(1),
+    "data.eval_rows": at_least(0),
+    "data.max_rows": at_least(1),
+    "data.max_length": at_least(2),
+    "data.max_prompt_length": at_least(1),
+    "data.min_prompt_words": at_least(1),
+    "data.responses": at_least(1),
+    "data.min_score_ratio": at_least(1),
+    "data.max_pairs_per_prompt": at_least(1),
+    "stage.beta": above(0),
+    "stage.label_smoothing": within("[0, 0.5)"),
+    "stage.nll_weight": at_least(0),
+    "stage.alpha": at_least(0),
+    "stage.prompts": at_least(0),
+    "stage.eval_prompts": at_least(0),
+    "stage.completions": at_least(1),
+    "stage.temperature": above(0),
+    "stage.top_p": within("(0, 1]"),
+    "stage.max_new_tokens": at_least(1),
+    "stage.batch_size": at_least(1),
+    "stage.flip_rate": within("[0, 1]"),
+    "stage.examples": at_least(1),
+    "optim.lr": at_least(0),
+    "optim.weight_decay": at_least(0),
+    "optim.alpha": within("[0, 1)"),
+    "optim.eps": above(0),
+    "optim.warmup_steps": at_least(0),
+    "optim.warmup_ratio": within("[0, 1]"),
+    "optim.max_grad_norm": within("[0, inf]"),
+    "train.epochs": above(0),
+    "train.max_steps": at_least(1),
+    "train.batch_size": at_least(1),
+    "train.micro_batch_tokens": at_least(1),
+    "train.eval_every_steps": at_least(0),
+    "train.save_every_steps": at_least(0),
+    "train.keep_checkpoints": at_least(1),
+    "train.log_every_steps": at_least(1),
+    "train.sample_prompts": at_least(0),
+    "train.sample_max_new_tokens": at_least(1),
+    "train.sample_temperature": above(0),
+    "hardware.devices": at_least(1),
+    "hardware.threads": at_least(1),
+}
+FILES = ("model.path", "data.path", "data.eval_path", "stage.samples", "stage.pairs")
+
+
+def check(config: RunConfig, typed: Sequence[str] = ()) -> None:
+    """Raise ConfigError with all problems, a line each. `typed`: the command line's words."""
+    parts = (_choices, _bounds, _files, _model, _data, _stage, _optim, _hardware)
+    problems = [line for part in parts for line in part(config)]
+    problems += _trust(config, typed)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    """The value at a dotted key; None where the chosen options have no such key."""
+    node: Any = config
+    for name in key.split("."):
+        node = getattr(node, name, None)
+    return node
+
+
+def _choices(config: RunConfig) -> Iterator[str]:
+    for key, allowed in CHOICES.items():
+        value = _value(config, key)
+        if value is None or value in allowed:
+            continue
+        if key == "hardware.precision" and value in ("fp16", "float16", "half"):
+            yield f"{key}={value}: not offered, log-probs overflow in it; use bf16 or fp32"
+        else:
+            hint = did_you_mean(value, allowed)
+            yield f"{key}={value}: must be one of {', '.join(allowed)}{hint}"
+
+
+def _bounds(config: RunConfig) -> Iterator[str]:
+    for key, (rule, holds) in BOUNDS.items():
+        value = _value(config, key)
+        if value is not None and not holds(value):
+            yield f"{key}={value}: {rule}"
+
+
+def _files(config: RunConfig) -> Iterator[str]:
+    for key in FILES:
+        value = _value(config, key)
+        if value is not None and not Path(value).exists():
+            yield f"{key}={value}: no such file or folder"
+    for key in ("stage.reference", "model.tokenizer"):  # a hub id looks like owner/name
+        value = _value(config, key)
+        local = value is not None and (value.startswith((".", "/")) or value.count("/") > 1)
+        if local and not Path(value).exists():
+            yield f"{key}={value}: no such folder"
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if not (model.path or model.hub_id or model.architecture) and config.stage.name != "label":
+        yield (
+            f"model={model.name}: no weights; set model.path=<folder> or model.hub_id=<owner/name>"
+        )
+    shape = model.architecture
+    if shape and shape.heads >= 1 and shape.hidden % shape.heads:
+        yield (
+            f"model.architecture.heads={shape.heads}: must divide "
+            f"model.architecture.hidden={shape.hidden}"
+        )
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    local = isinstance(data, SentimentDataConfig) or config.stage.name == "label"
+    if not (local or data.path or data.hub_id):
+        yield f"data={data.name}: no rows; set data.path=<file or folder>"
+    for name in GENERATED_IGNORES if isinstance(data, SentimentDataConfig) else ():
+        if getattr(data, name) is not None:
+            yield _no_effect(f"data.{name}", getattr(data, name), "data=sentiment")
+    longest, prompt = data.max_length, data.max_prompt_length
+    if longest is not None and prompt is not None and prompt >= longest:
+        yield (
+            f"data.max_prompt_length={prompt}: must be below data.max_length={longest}, "
+            "the response needs room"
+        )
+    fewest, most = _value(config, "data.min_prompt_words"), _value(config, "data.max_prompt_words")
+    if fewest is not None and most < fewest:
+        yield f"data.max_prompt_words={most}: must be at least data.min_prompt_words={fewest}"
+
+
+def _stage(config: RunConfig) -> Iterator[str]:
+    stage = config.stage
+    if isinstance(stage, DpoConfig):
+        yield from _pairs(config)
+        yield from _loss(stage)
+    if isinstance(stage, LabelConfig):
+        if stage.samples is None:
+            yield "stage.samples=null: nothing to label; give the folder of a stage=sample run"
+        if stage.labels == "deterministic" and stage.temperature != 1.0:
+            yield _no_effect("stage.temperature", stage.temperature, "stage.labels=deterministic")
+    if isinstance(stage, EvaluateConfig) and stage.prompts == 0:
+        yield "stage.prompts=0: nothing to evaluate; use at least 1"
+
+
+def _pairs(config: RunConfig) -> Iterator[str]:
+    data = config.data
+    if data.name == "imdb":
+        yield (
+            "data=imdb: has no preference pairs for stage=dpo; sample and label some first "
+            "(stage=sample, stage=label) or use another dataset"
+        )
+    if isinstance(data, SentimentDataConfig) and data.responses == 1:
+        yield "data.responses=1: stage=dpo needs at least 2"
+    if isinstance(data, JsonlDataConfig) and not (data.rejected_field or data.responses_field):
+        yield (
+            "data.rejected_field=null: stage=dpo needs pairs; name the rejected response's field "
+            "or data.responses_field"
+        )
+
+
+def _loss(stage: DpoConfig) -> Iterator[str]:
+    """Options that the chosen loss would silently ignore."""
+    read = LOSS_OPTIONS.get(stage.loss)
+    if read is None:
+        return  # reported as an unknown choice
+    defaults = {f.name: f.default for f in dataclasses.fields(DpoConfig)}
+    for name in sorted(set().union(*LOSS_OPTIONS.values()) - read):
+        value = getattr(stage, name)
+        if value != defaults[name]:
+            yield _no_effect(f"stage.{name}", value, f"stage.loss={stage.loss}")
+    if stage.loss == "unlikelihood":
+        for name in ("reference", "reference_logprobs"):
+            value = getattr(stage, name)
+            if value != defaults[name]:
+                yield _no_effect(f"stage.{name}", value, "stage.loss=unlikelihood")
+
+
+def _optim(config: RunConfig) -> Iterator[str]:
+    optim = config.optim
+    if config.stage.name in TRAINING and optim.lr == 0:
+        yield "optim.lr=0.0: nothing would be learnt; set it above 0"
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        yield f"optim.betas={optim.betas}: must be two numbers in [0, 1)"
+    defaults = type(optim)()
+    ignored = set().union(*OPTIM_OPTIONS.values()) - OPTIM_OPTIONS.get(optim.name, set())
+    for name in sorted(ignored) if optim.name in OPTIM_OPTIONS else ():
+        if getattr(optim, name) != getattr(defaults, name):
+            yield _no_effect(f"optim.{name}", getattr(optim, name), f"optim={optim.name}")
+    if optim.warmup_steps is not None and optim.warmup_ratio != defaults.warmup_ratio:
+        steps = f"optim.warmup_steps={optim.warmup_steps}"
+        yield _no_effect("optim.warmup_ratio", optim.warmup_ratio, steps)
+
+
+def _hardware(config: RunConfig) -> Iterator[str]:
+    devices = config.hardware.devices
+    if devices > 1:
+        yield f"hardware.devices={devices}: several devices are not supported yet; use 1"
+
+
+def _no_effect(key: str, value: Any, chosen: str) -> str:
+    return f"{key}={value}: has no effect with {chosen}; remove it"
+
+
+def _trust(config: RunConfig, typed: Sequence[str]) -> list[str]:
+    """Code from the hub runs only if the user typed so, not because a YAML file says it."""
+    words = {word.lstrip("+").partition("=")[0] for word in typed}
+    if not config.model.trust_remote_code or "model.trust_remote_code" in words:
+        return []
+    return ["model.trust_remote_code=true: runs foreign code, so write it on the command line"]

@@ -1,0 +1,260 @@
+"""`dpo-run`: from the command line to one run, a sweep or a recipe.
+
+Hydra composes the configuration; it neither makes folders nor runs anything but sweeps.
+A user's mistake becomes one line and an exit code, a bug of ours keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from dpo_cli.errors import ConfigError, UserError
+from dpo_cli.paths import conf_dir
+from dpo_cli.usage import quick_answer
+
+if TYPE_CHECKING:  # Hydra takes 0.2 s to import, which --help does without
+    from omegaconf import DictConfig
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal, as shells have it
+HYDRA_VERSION = "1.3"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command; exits with the code of `errors.py` unless all went well."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        answer = quick_answer(words)
+        if answer is not None:
+            print(answer, flush=True)
+        code = 0 if answer is not None else dispatch(words)
+    except UserError as error:
+        code = report_error(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = BROKEN_PIPE
+    if code:
+        sys.exit(code)
+
+
+def report_error(error: UserError) -> int:
+    """Print the error, several problems as a list."""
+    first, *others = str(error).splitlines() or [type(error).__name__]
+    if others:
+        lines = [f"error: {len(others) + 1} problems", *(f"  {line}" for line in [first, *others])]
+    else:
+        lines = [f"error: {first}"]
+    print("\n".join(lines), file=sys.stderr)
+    return error.exit_code
+
+
+def dispatch(words: list[str]) -> int:
+    if any(word.startswith("recipe=") for word in words):
+        from dpo_cli.recipe import run_recipe
+
+        return run_recipe(words)
+    folder = _resume_folder(words)
+    expanded = _stored_command(folder, words) if folder else words
+    args = _parse(expanded)
+    _quiet_hydra()
+    if args.cfg or args.info or args.hydra_help or args.shell_completion:
+        _ask_hydra(args)
+        return 0
+    if args.multirun or "hydra.mode=MULTIRUN" in args.overrides:
+        return _sweep(args)
+    return _run(_compose(args, args.overrides), words)
+
+
+def _resume_folder(words: Sequence[str]) -> Path | None:
+    """The folder of `resume=<folder>`; plain `resume=true` stays a key of the run."""
+    given = [word.partition("=")[2] for word in words if word.startswith("resume=")]
+    folders = [value for value in given if value.lower() not in ("true", "false")]
+    if not folders:
+        return None
+    if len(given) > 1 or any(word.startswith("run_dir=") for word in words):
+        raise ConfigError(f"resume={folders[0]}: names the run folder; give it once, no run_dir")
+    return Path(os.path.expanduser(folders[0]))
+
+
+def _stored_command(folder: Path, words: Sequence[str]) -> list[str]:
+    """The command that started the run in `folder`, with the new words on top."""
+    from dpo_cli import run_folder
+    from dpo_cli.launch import as_override
+
+    extra = [word for word in words if not word.startswith("resume=")]
+    extra += [as_override("run_dir", str(folder)), "resume=true"]
+    merged = run_folder.merge_overrides(run_folder.stored_overrides(folder), extra)
+    if any(word.startswith(("--config-", "-cd", "-cn")) for word in words):
+        return merged
+    return merged + run_folder.stored_composed_with(folder)
+
+
+def _parse(words: Sequence[str]) -> Namespace:
+    """Hydra's own flags; everything else is key=value."""
+    from hydra._internal.utils import get_args_parser  # no public way to them; hydra is pinned
+
+    from dpo_cli.launch import as_override
+
+    parser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        message = message.replace("unrecognized arguments", "unknown option")
+        raise ConfigError(f"{message}; settings are written key=value, see dpo-run --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    args = parser.parse_intermixed_args(list(words))
+    if args.experimental_rerun:
+        raise ConfigError("--experimental-rerun: unpickles a file; use resume=<run folder>")
+    if args.config_path:
+        raise ConfigError("--config-path: would hide dpo-run's own YAML; use --config-dir")
+    if args.config_dir:
+        folder = Path(args.config_dir).absolute()
+        if not folder.is_dir():
+            raise ConfigError(f"--config-dir {args.config_dir}: no such folder")
+        if any(word.startswith("hydra.searchpath=") for word in args.overrides):
+            raise ConfigError("--config-dir and hydra.searchpath: give one of them")
+        # As a setting it is recorded, and reaches the jobs of a sweep and a resumed run.
+        args.overrides.append(as_override("hydra.searchpath", [f"file://{folder}"]))
+    return args
+
+
+def _flags(args: Namespace) -> list[str]:
+    """Hydra's flags again, without those that dpo-run has dealt with."""
+    valued = {"--cfg": args.cfg, "--package": args.package, "--info": args.info}
+    valued["--config-name"] = args.config_name
+    switches = {"--resolve": args.resolve, "--hydra-help": args.hydra_help}
+    switches |= {"--shell-completion": args.shell_completion, "--multirun": args.multirun}
+    flags = [word for flag, value in valued.items() if value for word in (flag, value)]
+    return flags + [flag for flag, is_set in switches.items() if is_set]
+
+
+def _quiet_hydra() -> None:
+    """Have Hydra raise its errors instead of printing and exiting, and keep its advice."""
+    import warnings
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    warnings.filterwarnings("ignore", module=r"hydra|omegaconf")
+
+
+def _compose(args: Namespace, overrides: list[str]) -> DictConfig:
+    """The configuration with Hydra's node, as a single run gets it. Creates no folder."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from dpo_cli.compose import refuse_targets
+    from dpo_cli.hydra_errors import explained
+
+    with (
+        explained(overrides, ValueError, KeyError),
+        initialize_config_dir(str(conf_dir()), job_name="dpo-run", version_base=HYDRA_VERSION),
+    ):
+        cfg = compose(args.config_name or "config", overrides, return_hydra_config=True)
+    # Callbacks are objects that Hydra makes from names in the config: any code at all.
+    refuse_targets(OmegaConf.to_container(cfg.hydra.callbacks, resolve=False), "hydra.callbacks")
+    HydraConfig.instance().set_config(cfg)  # for ${hydra:...} in values
+    return cfg
+
+
+def _ask_hydra(args: Namespace) -> None:
+    """Hydra's own answers: --cfg, --info, --hydra-help, shell completion."""
+    try:
+        _hydra_main(args)
+    except ConfigError:
+        if not args.shell_completion:  # there, a half-typed line is no mistake
+            raise
+
+
+def _hydra_main(args: Namespace, extra: Sequence[str] = ()) -> None:
+    import hydra
+
+    from dpo_cli.hydra_errors import explained
+    from dpo_cli.sweep import run_job
+
+    overrides = [*args.overrides, *extra]
+    sys.argv = [sys.argv[0], *overrides, *_flags(args)]
+    entry = hydra.main(
+        version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name="config"
+    )
+    with explained(overrides):
+        entry(run_job)()
+
+
+def _run(cfg: DictConfig, words: list[str]) -> int:
+    """Check everything that can be checked cheaply, then claim the folder and run."""
+    from dpo_cli import run_folder
+    from dpo_cli.compose import prepare
+
+    config = prepare(cfg, words)
+    chosen = config.run_dir or (cfg.hydra.run.dir if cfg.hydra.run.dir != "." else "")
+    folder = Path(chosen) if chosen else run_folder.default_run_dir(config)
+    if config.resume and not chosen:
+        raise ConfigError("resume=true: which run? give resume=<run folder>")
+    run_folder.check_free(folder, config.resume)
+    asked, config.run_dir = config.resume, str(folder)
+    config.resume = asked and (folder / "config.yaml").is_file()  # else it never got going
+    os.environ.update({key: str(value) for key, value in cfg.hydra.job.env_set.items()})
+    if config.dry_run:
+        from dpo_cli.plan import print_plan
+
+        print_plan(config)
+        return 0
+    with run_folder.claimed(folder, cfg, asked):
+        # Importing torch takes seconds, in which another start must find the folder taken.
+        from dpo_cli.run import run
+    run(config, ["dpo-run", *words])
+    return 0
+
+
+def _sweep(args: Namespace) -> int:
+    """Hand the jobs to Hydra, then sum up."""
+    from dpo_cli import sweep
+
+    for key, remedy in {
+        "run_dir": "each job of a sweep has its own folder; use hydra.sweep.dir=<folder>",
+        "resume": "a sweep cannot be resumed; resume one of its jobs with resume=<run folder>",
+    }.items():
+        if any(word.startswith(f"{key}=") for word in args.overrides):
+            raise ConfigError(f"{key}: {remedy}")
+    cfg = _compose(args, _without_sweeps(args.overrides))
+    if cfg.dry_run:
+        with tempfile.TemporaryDirectory(prefix="dpo-run-") as name:
+            _hydra_main(args, [f"hydra.sweep.dir={sweep.claim(name)}"])
+            return sweep.exit_code(sweep.recorded_jobs(Path(name)))
+    folder = sweep.claim(cfg.hydra.sweep.dir)
+    return _finished_sweep(args, folder)
+
+
+def _finished_sweep(args: Namespace, folder: Path) -> int:
+    from dpo_cli import sweep
+    from dpo_cli.launch import as_override
+
+    try:
+        _hydra_main(args, [as_override("hydra.sweep.dir", str(folder))])
+    except ConfigError:
+        if not sweep.recorded_jobs(folder):
+            shutil.rmtree(folder)  # all in it is ours: it was empty when claimed
+        raise
+    except KeyboardInterrupt:
+        return sweep.finish(folder) or INTERRUPTED
+    return sweep.finish(folder)
+
+
+def _without_sweeps(overrides: list[str]) -> list[str]:
+    """The overrides that are the same in every job."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from dpo_cli.hydra_errors import explained
+
+    with explained(overrides):
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    return [str(word.input_line) for word in parsed if not word.is_sweep_override()]

@@ -1,0 +1,198 @@
+"""From a composed Hydra config to a `RunConfig`: typed, complete and checked.
+
+Nothing below this knows Hydra. No `_target_` is ever followed: names of losses, datasets
+and stages are looked up in closed tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_cli.checks import check
+from dpo_cli.config import RunConfig, SentimentDataConfig
+from dpo_cli.errors import ConfigError
+from dpo_cli.hints import TABLES, did_you_mean, optional, unknown_key
+
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+PATH_KEYS = {
+    "model": ("path", "tokenizer"),
+    "data": ("path", "eval_path"),
+    "stage": ("reference", "samples", "pairs"),
+}
+
+
+class Mismatch(Exception):
+    """A value of the wrong type; the message says what was expected."""
+
+
+def prepare(cfg: DictConfig, typed: Sequence[str] = ()) -> RunConfig:
+    """`build`, `finalise` and `check` in one. `typed`: what the user wrote on the command line."""
+    config = finalise(build(cfg))
+    check(config, typed)
+    return config
+
+
+def build(cfg: DictConfig) -> RunConfig:
+    """Resolve the interpolations once and fit every group to its dataclass.
+
+    Raises ConfigError that names all unknown keys and all values of a wrong type.
+    """
+    values = _plain(cfg)
+    problems: list[str] = []
+    chosen = {group: _option(group, values.get(group), problems) for group in TABLES}
+    if problems:
+        raise ConfigError("\n".join(problems))
+    config = _fit(RunConfig, values, "", chosen, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def finalise(config: RunConfig) -> RunConfig:
+    """Fill in the values that depend on others."""
+    lr = config.optim.lr
+    if lr is None:
+        lr = config.stage.default_lr * config.model.lr_scale
+    data = config.data
+    if isinstance(data, SentimentDataConfig) and data.responses is None:
+        data = dataclasses.replace(data, responses=2 if config.stage.name == "dpo" else 1)
+    config = dataclasses.replace(
+        config,
+        data=data,
+        optim=dataclasses.replace(config.optim, lr=lr),
+        cache_dir=os.path.expanduser(config.cache_dir or _user_cache()),
+        run_dir=os.path.expanduser(config.run_dir),
+    )
+    return dataclasses.replace(
+        config, **{g: _expand(getattr(config, g), keys) for g, keys in PATH_KEYS.items()}
+    )
+
+
+def _user_cache() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return os.environ.get("DPO_RUN_CACHE") or f"{base}/dpo-run"
+
+
+def _expand(group: Any, keys: Sequence[str]) -> Any:
+    """`~` at the start of paths: shells leave it alone after `key=`."""
+    paths = {key: getattr(group, key, None) for key in keys}
+    return dataclasses.replace(
+        group, **{key: os.path.expanduser(path) for key, path in paths.items() if path}
+    )
+
+
+def refuse_targets(node: Any, path: str = "") -> None:
+    """Hydra's `_target_` names code to run; a configuration may not."""
+    children: Any = ()
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            raise ConfigError(f"{path or 'config'}._target_: a config may not name code to run")
+        children = node.items()
+    elif isinstance(node, list):
+        children = enumerate(node)
+    for key, child in children:
+        refuse_targets(child, f"{path}.{key}" if path else str(key))
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """Resolved values of everything but Hydra's own node."""
+    values: dict[str, Any] = {}
+    for key in cfg:
+        if key == "hydra":
+            continue
+        try:
+            # Key by key, in place: interpolations may point at the root or at hydra.
+            value = cfg[key]
+            if OmegaConf.is_config(value):
+                refuse_targets(OmegaConf.to_container(value, resolve=False), str(key))
+                value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            where = error.full_key or str(key)
+            raise ConfigError(f"{where}: {str(error).splitlines()[0]}") from error
+        if key == "_target_":
+            refuse_targets({key: value})
+        values[str(key)] = value
+    return values
+
+
+def _option(group: str, values: Any, problems: list[str]) -> str:
+    """The name that picks the schema of a group with several."""
+    name = values.get("name") if isinstance(values, dict) else None
+    if name not in TABLES[group]:
+        known = ", ".join(TABLES[group])
+        hint = did_you_mean(str(name), TABLES[group])
+        problems.append(f"{group}.name={name}: unknown{hint or f'; one of {known}'}")
+    return str(name)
+
+
+def _fit(
+    schema: Any, values: Any, path: str, chosen: Mapping[str, str], problems: list[str]
+) -> Any:
+    """An instance of `schema`; keys absent from `values` keep their defaults."""
+    if not isinstance(values, dict):
+        problems.append(f"{path}={values}: expected a group of keys")
+        return None
+    hints = get_type_hints(schema)
+    fields = {field.name for field in dataclasses.fields(schema)}
+    prefix = f"{path}." if path else ""
+    problems += [unknown_key(f"{prefix}{key}", chosen) for key in values if key not in fields]
+    arguments: dict[str, Any] = {}
+    for name in (key for key in values if key in fields):
+        kind, nullable = optional(hints[name])
+        value = values[name]
+        full = f"{prefix}{name}"
+        if value is None and nullable:
+            arguments[name] = None
+        elif dataclasses.is_dataclass(kind):
+            kind = TABLES[name][chosen[name]] if name in TABLES and not path else kind
+            arguments[name] = _fit(kind, value, full, chosen, problems)
+        else:
+            try:
+                arguments[name] = _convert(value, kind)
+            except Mismatch as mismatch:
+                null = " or null" if nullable else ""
+                problems.append(f"{full}={value}: expected {mismatch}{null}")
+    missing = _required(schema) - arguments.keys()
+    if missing:
+        problems += [f"{prefix}{name}: missing" for name in sorted(missing - values.keys())]
+        return None
+    return schema(**arguments)
+
+
+def _required(schema: Any) -> set[str]:
+    empty = dataclasses.MISSING
+    fields = dataclasses.fields(schema)
+    return {f.name for f in fields if f.default is empty and f.default_factory is empty}
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """`value` as `kind`; numbers may come as text (from the environment, or 1e-5 in YAML)."""
+    if get_origin(kind) is list:
+        (item,) = get_args(kind)
+        if not isinstance(value, list):
+            raise Mismatch(f"a list such as [{NAMES[item]}, ...]")
+        return [_convert(entry, item) for entry in value]
+    if kind is str and not isinstance(value, str):
+        raise Mismatch("text; put it in quotes")  # YAML reads a bare off as false, 7e1 as 70.0
+    if type(value) is kind:
+        return value
+    if kind in (int, float) and isinstance(value, (int, float, str)) and value is not True:
+        number = _number(value)
+        if number is not None and (kind is float or number.is_integer()):
+            return kind(number)
+    raise Mismatch(NAMES[kind])
+
+
+def _number(value: float | str) -> float | None:
+    if isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None

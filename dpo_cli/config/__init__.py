@@ -1,0 +1,194 @@
+"""The schema: every key a user can set, its type, default and meaning.
+
+`compose.py` turns the YAML of `conf/` and the command line into a `RunConfig`;
+nothing below `run.py` sees a DictConfig. Names carry their unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dpo_cli.config.datasets import (
+    DATA_SCHEMAS,
+    DataConfig,
+    HhDataConfig,
+    ImdbDataConfig,
+    JsonlDataConfig,
+    SeDataConfig,
+    SentimentDataConfig,
+    ShpDataConfig,
+    TldrDataConfig,
+    UltrafeedbackDataConfig,
+)
+from dpo_cli.config.stages import (
+    LOSS_OPTIONS,
+    STAGE_SCHEMAS,
+    DpoConfig,
+    EvaluateConfig,
+    InspectConfig,
+    LabelConfig,
+    SampleConfig,
+    SftConfig,
+    StageConfig,
+)
+
+__all__ = [
+    "CHOICES",
+    "DATA_SCHEMAS",
+    "LOSS_OPTIONS",
+    "STAGE_SCHEMAS",
+    "ArchitectureConfig",
+    "DataConfig",
+    "DpoConfig",
+    "EvaluateConfig",
+    "HardwareConfig",
+    "HhDataConfig",
+    "ImdbDataConfig",
+    "InspectConfig",
+    "JsonlDataConfig",
+    "LabelConfig",
+    "LoggerConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "SampleConfig",
+    "SeDataConfig",
+    "SentimentDataConfig",
+    "SftConfig",
+    "ShpDataConfig",
+    "StageConfig",
+    "TldrDataConfig",
+    "TrainConfig",
+    "UltrafeedbackDataConfig",
+]
+
+
+@dataclass
+class ArchitectureConfig:
+    """A GPT-2 shaped model initialised from scratch."""
+
+    layers: int = 4
+    hidden: int = 128
+    heads: int = 4
+    context: int = 256
+    vocab: int = 1024
+
+
+@dataclass
+class ModelConfig:
+    """Which weights to train. `path` (a local folder or a run folder) wins over `hub_id`."""
+
+    name: str = "custom"
+    path: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    tokenizer: str | None = None  # local folder or hub id; default: beside the weights
+    architecture: ArchitectureConfig | None = None  # set: random weights of this shape
+    trust_remote_code: bool = False
+    attention: str = "auto"  # auto | packed | dense
+    dropout: float = 0.0
+    lr_scale: float = 1.0  # multiplies the stage's default learning rate (small models: > 1)
+
+
+@dataclass
+class LoraConfig:
+    """Adapters; only `none` for now."""
+
+    name: str = "none"
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and schedule."""
+
+    name: str = "adamw"  # adamw | rmsprop | adamw8bit
+    lr: float | None = None  # null: stage.default_lr * model.lr_scale
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    alpha: float = 0.99  # rmsprop smoothing
+    eps: float = 1e-8
+    schedule: str = "constant"  # constant | cosine | linear, after a linear warm-up
+    warmup_steps: int | None = None  # null: warmup_ratio of the run
+    warmup_ratio: float = 0.1
+    max_grad_norm: float = 10.0
+
+
+@dataclass
+class TrainConfig:
+    """The loop: how long, how large, how often."""
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 32  # examples an optimiser step, over all devices
+    micro_batch_tokens: int | None = None  # packed tokens a forward; null: by device
+    eval_every_steps: int | None = None  # null: ten times a run; 0: only at the end
+    save_every_steps: int | None = None  # null: with every evaluation; 0: only at the end
+    keep_checkpoints: int = 2
+    log_every_steps: int = 1
+    shuffle: bool = True
+    best_metric: str = "loss"  # of the held-out rows; lower is better for loss
+    sample_prompts: int = 4
+    sample_max_new_tokens: int = 48
+    sample_temperature: float = 0.7
+
+
+@dataclass
+class HardwareConfig:
+    """Where it runs."""
+
+    name: str = "auto"
+    device: str = "auto"  # auto | cpu | cuda
+    precision: str = "auto"  # auto | fp32 | bf16 (autocast over fp32 master weights)
+    devices: int = 1
+    threads: int | None = None
+
+
+@dataclass
+class LoggerConfig:
+    """Metric sinks beside metrics.jsonl."""
+
+    name: str = "default"
+    progress: str = "auto"  # auto | rich | plain | off
+    tensorboard: bool = True
+    plots: bool = True
+    wandb: bool = False
+    wandb_project: str = "dpo-run"
+
+
+@dataclass
+class RunConfig:
+    """One run, fully resolved."""
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig
+    stage: StageConfig
+    optim: OptimConfig
+    train: TrainConfig
+    hardware: HardwareConfig
+    logger: LoggerConfig
+    seed: int = 0
+    run_dir: str = ""
+    cache_dir: str = ""
+    resume: bool = False
+    dry_run: bool = False
+
+
+CHOICES: dict[str, tuple[str, ...]] = {  # key -> the values it may have
+    "model.attention": ("auto", "packed", "dense"),
+    "data.keep_prompt": ("start", "end"),
+    "data.chat_template": ("auto", "always", "never"),
+    "lora.name": ("none",),
+    "stage.reduction": ("mean", "sum"),
+    "stage.loss": tuple(LOSS_OPTIONS),
+    "stage.reference_logprobs": ("cached", "live"),
+    "stage.split": ("train", "eval"),
+    "stage.labels": ("deterministic", "bradley_terry"),
+    "stage.scorer": ("sentiment", "length"),
+    "optim.name": ("adamw", "rmsprop", "adamw8bit"),
+    "optim.schedule": ("constant", "cosine", "linear"),
+    "hardware.device": ("auto", "cpu", "cuda"),
+    "hardware.precision": ("auto", "fp32", "bf16"),
+    "logger.progress": ("auto", "rich", "plain", "off"),
+}

@@ -1,0 +1,100 @@
+"""What a mistyped key or option most likely meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, get_args, get_origin, get_type_hints
+
+from dpo_cli.config import DATA_SCHEMAS, STAGE_SCHEMAS, RunConfig
+
+TABLES: dict[str, Mapping[str, type]] = {"data": DATA_SCHEMAS, "stage": STAGE_SCHEMAS}
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean x?`, or nothing where no choice is close."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def optional(hint: Any) -> tuple[Any, bool]:
+    """(X, True) for `X | None`, (X, False) for X."""
+    if get_origin(hint) is not types.UnionType:
+        return hint, False
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    assert len(kinds) == 1, f"the schema has unions with None only, not {hint}"
+    return kinds[0], True
+
+
+def leaf_keys(schema: Any, prefix: str) -> list[str]:
+    """Full paths of a schema's keys, nested ones included."""
+    hints = get_type_hints(schema)
+    keys = []
+    for field in dataclasses.fields(schema):
+        kind, _ = optional(hints[field.name])
+        path = f"{prefix}{field.name}"
+        keys += [path, *leaf_keys(kind, f"{path}.")] if dataclasses.is_dataclass(kind) else [path]
+    return keys
+
+
+def group_keys(group: str, option: str) -> list[str]:
+    """Full paths of a group's keys; `option` picks the schema of data and stage."""
+    table = TABLES.get(group)
+    schema = table.get(option) if table else get_type_hints(RunConfig)[group]
+    return leaf_keys(schema, f"{group}.") if schema else []
+
+
+def groups() -> list[str]:
+    """Names of the config groups, in the order of a run's configuration."""
+    hints = get_type_hints(RunConfig)
+    return [
+        f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(hints[f.name])
+    ]
+
+
+def root_keys() -> list[str]:
+    """Keys outside the groups."""
+    return [f.name for f in dataclasses.fields(RunConfig) if f.name not in groups()]
+
+
+def valid_keys(options: Mapping[str, str]) -> list[str]:
+    """Every key a run may set; `options` names the chosen data and stage."""
+    return root_keys() + [k for g in groups() for k in group_keys(g, options.get(g, ""))]
+
+
+def unknown_key(path: str, options: Mapping[str, str]) -> str:
+    """One line about a key that the chosen options do not have."""
+    holders = _holders(options)
+    if path in holders:
+        group = path.partition(".")[0]
+        return f"{path}: not a key of {group}={options.get(group)}; it belongs to {holders[path]}"
+    valid = valid_keys(options)
+    by_leaf = {key.rpartition(".")[2]: key for key in reversed(valid)}
+    leaf = path.rpartition(".")[2]
+    close = difflib.get_close_matches(path, [*valid, *holders], n=1, cutoff=0.6)
+    near_leaf = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
+    if leaf in by_leaf:
+        hint = f"did you mean {by_leaf[leaf]}?"
+    elif close:
+        hint = f"did you mean {close[0]}{_of(holders.get(close[0]))}?"
+    else:
+        hint = f"did you mean {by_leaf[near_leaf[0]]}?" if near_leaf else "see dpo-run --cfg job"
+    return f"{path}: unknown key; {hint}"
+
+
+def _of(holder: str | None) -> str:
+    return f", a key of {holder}" if holder else ""
+
+
+def _holders(options: Mapping[str, str]) -> dict[str, str]:
+    """Keys that only other options of data and stage have -> those, `stage=dpo, ...`."""
+    valid = set(valid_keys(options))
+    holders: dict[str, list[str]] = {}
+    for group, table in TABLES.items():
+        for option in table:
+            for key in group_keys(group, option):
+                if key not in valid:
+                    holders.setdefault(key, []).append(f"{group}={option}")
+    return {key: ", ".join(names) for key, names in holders.items()}

@@ -1,0 +1,137 @@
+"""Hydra's errors in one line each, with what was probably meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import yaml
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_cli.errors import ConfigError
+from dpo_cli.hints import did_you_mean, groups, root_keys, unknown_key, valid_keys
+from dpo_cli.paths import recipes_dir
+
+DEFAULT_OPTIONS = {"data": "sentiment", "stage": "sft"}  # as in conf/config.yaml
+
+
+@contextmanager
+def explained(overrides: Sequence[str], *more: type[Exception]) -> Iterator[None]:
+    """Raise what Hydra, OmegaConf and YAML complain about as a ConfigError.
+
+    more: further kinds, for a body that does nothing but compose.
+    """
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, *more) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    if isinstance(error, OverrideParseException):
+        return _syntax(error.override)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        return _missing_option(error)
+    for pattern, answer in ANSWERS:
+        if match := re.search(pattern, str(error), re.MULTILINE):
+            return answer(match[1], overrides)
+    return _gist(error, overrides)
+
+
+def _syntax(override: str) -> str:
+    if "=" in override or override.startswith("~"):
+        return f"{override}: cannot be read; quote values with special characters: \"key='a (b)'\""
+    hint = did_you_mean(override, [path.stem for path in recipes_dir().glob("*.yaml")])
+    if hint:
+        return f"{override}: settings are written key=value{hint.replace('mean ', 'mean recipe=')}"
+    return f"{override}: settings are written key=value; see dpo-run --help"
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    group, _, option = str(error.missing_cfg_file).rpartition("/")
+    if not group:
+        return f"{option}: no such config; see dpo-run --info searchpath"
+    options = sorted(error.options or [])
+    if not options and group in groups():
+        return f"{group}/{option}: no such YAML file, but another one names it in its defaults"
+    if not options:
+        return _unknown_group(group, overrides=())
+    hint = did_you_mean(option, options)
+    return f"{group}={option}: unknown option{hint} (available: {', '.join(options)})"
+
+
+def _unknown(key: str, overrides: Sequence[str]) -> str:
+    """A key or group that the composed YAML does not have."""
+    chosen = dict(DEFAULT_OPTIONS)
+    for word in overrides:
+        name, _, option = word.lstrip("+").partition("=")
+        if name in chosen:
+            chosen[name] = option
+    group = key.partition(".")[0]
+    if key in groups():
+        return f"{key}: choose an option, {key}=<name>, or set its keys one by one, {key}.x=..."
+    if group == "hydra":
+        return f"{key}: unknown key; see dpo-run --cfg hydra"
+    if key in valid_keys(chosen) and group in groups():
+        return (
+            f"{key}: the YAML of the chosen {group} leaves this key out; "
+            f"write +{key}=... or add it there"
+        )
+    hint = did_you_mean(key, [*groups(), *root_keys(), "recipe", "resume"])
+    leaves = {valid.rpartition(".")[2] for valid in valid_keys(chosen)}
+    if not hint or "." in key or key in leaves:  # lr means optim.lr, not lora
+        return unknown_key(key, chosen)
+    return f"{key}: unknown group or key{hint}"
+
+
+def _gist(error: Exception, overrides: Sequence[str]) -> str:
+    """Anything else: the whole of a YAML error, first lines of other errors and their cause."""
+    if isinstance(error, yaml.YAMLError):
+        return " ".join(str(error).split())  # file, line and what is wrong there
+    lines = []
+    for part in (error, error.__cause__):
+        text = str(part or "").strip()
+        if text and text.splitlines()[0] not in lines:
+            lines.append(text.splitlines()[0])
+    return f"{': '.join(lines) or type(error).__name__} (in: {' '.join(overrides)})"
+
+
+def _needs_sweep(word: str, overrides: Sequence[str]) -> str:
+    return (
+        f"{word}: several values need a sweep: add -m "
+        "(write a list as key=[a,b], text with a comma as \"key='a,b'\")"
+    )
+
+
+def _exists(key: str, overrides: Sequence[str]) -> str:
+    return f"+{key}: this key exists already; leave out the +"
+
+
+def _nothing_to_delete(key: str, overrides: Sequence[str]) -> str:
+    return f"~{key}: there is no such key to leave out"
+
+
+def _unknown_group(group: str, overrides: Sequence[str]) -> str:
+    return f"{group}: unknown group{did_you_mean(group, groups())}"
+
+
+ANSWERS: list[tuple[str, Callable[[str, Sequence[str]], str]]] = [  # what Hydra says -> we say
+    (r"Ambiguous value for argument '(.+)'$", _needs_sweep),
+    (r"Sweep parameters '(.+)' requires --multirun", _needs_sweep),
+    (r"An item is already at '([^']+)'", _exists),
+    (r"Could not override '([^']+)'", _unknown),
+    (r"Could not delete(?: from config\.)? '([^']+)'", _nothing_to_delete),
+    (r"config group '([^']+)' does not exist", _unknown_group),
+]
+
+
+def _first_lines(error: Exception) -> str:
+    """The gist of anything else: first line of the error and of its cause."""
+    lines = []
+    for part in (error, error.__cause__):
+        text = str(part or "").strip()
+        if text and text.splitlines()[0] not in lines:
+            lines.append(text.splitlines()[0])
+    return ": ".join(lines) or type(error).__name__

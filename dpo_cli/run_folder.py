@@ -1,0 +1,163 @@
+"""A run's folder before the run: its name, its claim, and how Hydra composed it."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_cli.config import RunConfig
+from dpo_cli.durable import write_text
+from dpo_cli.errors import ConfigError, DiskError, RunLockedError
+from dpo_cli.report.runfolder import redact
+from dpo_cli.train.guard import run_lock
+
+COMPOSED = ".hydra"  # Hydra's own name for the folder of what was composed
+
+
+def unique_name() -> str:
+    """`<time>-<4 hex>`: runs started in the same second must not meet."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def default_run_dir(config: RunConfig) -> Path:
+    names = [config.stage.name, config.model.name, config.data.name]
+    return Path("runs", "-".join([*map(_slug, names), unique_name()]))
+
+
+def _slug(name: str) -> str:
+    """A name that is one folder's, whatever was written: no separators, no leading dots."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "unnamed"
+
+
+def is_used(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def check_free(folder: Path, resume: bool) -> None:
+    """Raise ConfigError unless a run may start there (resume: or go on), RunLockedError if
+    one is at work."""
+    if not is_used(folder):
+        return
+    refuse_locked(folder)
+    is_run = _is_run(folder)
+    if resume and not is_run:
+        raise ConfigError(f"run_dir={folder}: is not a run folder; choose another to resume")
+    if not resume:
+        other = "choose another run_dir"
+        remedy = f"go on with dpo-run resume={folder}, or {other}" if is_run else other
+        raise ConfigError(f"run_dir={folder}: is not empty; {remedy}")
+
+
+def refuse_locked(folder: Path) -> None:
+    """Raise RunLockedError if another process works in the folder."""
+    if (folder / ".lock").exists():  # asking creates the file, so ask only in run folders
+        with run_lock(folder):
+            pass
+
+
+def make(folder: Path) -> None:
+    """Create a folder, or say in one line why not (exit code 74)."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DiskError(f"{folder}: cannot be created: {error.strerror}") from error
+
+
+@contextmanager
+def claimed(folder: Path, cfg: DictConfig, resume: bool) -> Iterator[None]:
+    """Hold the folder, with the composed configuration stored in it.
+
+    cfg: the whole config with Hydra's node; stored unresolved, so that values taken from
+    the environment stay there. A resumed run keeps what it was started with.
+    """
+    make(folder)
+    with run_lock(folder):
+        if _is_run(folder) and not resume:  # started and ended since we looked
+            raise RunLockedError(f"{folder}: another run has just used it; choose another run_dir")
+        if not _is_run(folder):
+            _store(folder / COMPOSED, cfg)
+        yield
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / COMPOSED / "overrides.yaml").is_file()  # written last
+
+
+def _store(folder: Path, cfg: DictConfig) -> None:
+    make(folder)
+    parts = {
+        "config": OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]),
+        "hydra": OmegaConf.masked_copy(cfg, ["hydra"]),
+        "overrides": cfg.hydra.overrides.task,
+    }
+    for name, part in parts.items():
+        write_text(folder / f"{name}.yaml", redact(OmegaConf.to_yaml(part)))
+
+
+def task_overrides(cfg: DictConfig) -> list[str]:
+    """What the user wrote, Hydra's own settings aside; interpolations stay as they are."""
+    return _words(cfg.hydra.overrides.task)
+
+
+def composed_with(cfg: DictConfig) -> list[str]:
+    """The words beside the overrides that compose the same YAML again."""
+    words = _words(cfg.hydra.overrides.hydra)
+    name = cfg.hydra.job.config_name
+    return [word for word in words if key_of(word) == "hydra.searchpath"] + (
+        ["--config-name", name] if name != "config" else []
+    )
+
+
+def _words(node: Any) -> list[str]:
+    words = OmegaConf.to_container(node, resolve=False)
+    return [str(word) for word in words] if isinstance(words, list) else []
+
+
+def stored_overrides(folder: Path) -> list[str]:
+    """The overrides a run was started with. Raises ConfigError if it is no run folder."""
+    return _words(_load(folder, "overrides"))
+
+
+def stored_composed_with(folder: Path) -> list[str]:
+    return composed_with(_load(folder, "hydra"))
+
+
+def _load(folder: Path, name: str) -> DictConfig:
+    path = folder / COMPOSED / f"{name}.yaml"
+    if not folder.is_dir():
+        raise ConfigError(f"resume={folder}: no such folder")
+    try:
+        return OmegaConf.load(path)  # type: ignore[return-value]
+    except FileNotFoundError:
+        raise ConfigError(f"resume={folder}: not a run folder, it has no {path}") from None
+    except (OSError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"resume={folder}: cannot read {path}: {error}") from error
+
+
+def key_of(override: str) -> str:
+    """`+a.b=c` -> `a.b`."""
+    return override.lstrip("+~").partition("=")[0]
+
+
+def merge_overrides(stored: Sequence[str], extra: Sequence[str]) -> list[str]:
+    """Stored overrides, each replaced by an extra one for the same key."""
+    keys = {key_of(word) for word in extra}
+    return [word for word in stored if key_of(word) not in keys] + list(extra)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no readable one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

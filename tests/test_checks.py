@@ -1,0 +1,154 @@
+"""What a configuration may not combine; and that the schema agrees with the code."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import pytest
+
+import dpo_cli.config as schemas
+from composing import composed, problems
+from dpo_cli import checks
+from dpo_cli.compose import prepare
+from dpo_cli.config import CHOICES, DATA_SCHEMAS, LOSS_OPTIONS, STAGE_SCHEMAS, RunConfig
+from dpo_cli.hints import group_keys, groups
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("stage=dpo stage.beta=0", "stage.beta=0.0: must be above 0"),
+        ("stage=dpo stage.label_smoothing=0.5", "stage.label_smoothing=0.5: must be in [0, 0.5)"),
+        ("stage=dpo stage.loss=sigmiod", "stage.loss=sigmiod: must be one of sigmoid, "),
+        (
+            "stage=dpo stage.loss=hinge stage.label_smoothing=0.1",
+            "stage.label_smoothing=0.1: has no effect with stage.loss=hinge; remove it",
+        ),
+        (
+            "stage=dpo stage.loss=ipo stage.length_normalised=true",
+            "stage.length_normalised=True: has no effect with stage.loss=ipo; remove it",
+        ),
+        (
+            "stage=dpo stage.alpha=0.5",
+            "stage.alpha=0.5: has no effect with stage.loss=sigmoid; remove it",
+        ),
+        (
+            "stage=dpo stage.loss=unlikelihood stage.reference=gpt2",
+            "stage.reference=gpt2: has no effect with stage.loss=unlikelihood; remove it",
+        ),
+        ("stage=dpo data=imdb", "data=imdb: has no preference pairs for stage=dpo"),
+        ("stage=dpo data.responses=1", "data.responses=1: stage=dpo needs at least 2"),
+        ("data=jsonl", "data=jsonl: no rows; set data.path=<file or folder>"),
+        ("data=jsonl data.path=/no/such", "data.path=/no/such: no such file or folder"),
+        ("+data.hub_id=x", "data.hub_id=x: has no effect with data=sentiment; remove it"),
+        ("data.max_length=8 data.max_prompt_length=8", "data.max_prompt_length=8: must be below"),
+        ("data.max_prompt_words=1", "data.max_prompt_words=1: must be at least data.min_prompt"),
+        ("model=custom", "model=custom: no weights; set model.path=<folder> or model.hub_id="),
+        ("model.path=/no/such", "model.path=/no/such: no such file or folder"),
+        ("model.architecture.heads=3", "model.architecture.heads=3: must divide model.archit"),
+        ("stage=dpo stage.reference=./no", "stage.reference=./no: no such folder"),
+        ("stage=label", "stage.samples=null: nothing to label"),
+        ("stage=evaluate stage.prompts=0", "stage.prompts=0: nothing to evaluate"),
+        ("stage=sample stage.top_p=0", "stage.top_p=0.0: must be in (0, 1]"),
+        ("optim.lr=0", "optim.lr=0.0: nothing would be learnt"),
+        ("optim.betas=[0.9]", "optim.betas=[0.9]: must be two numbers in [0, 1)"),
+        ("optim.alpha=0.5", "optim.alpha=0.5: has no effect with optim=adamw; remove it"),
+        ("optim=rmsprop optim.betas=[0,0]", "optim.betas=[0.0, 0.0]: has no effect with optim=rm"),
+        (
+            "optim.warmup_steps=3 optim.warmup_ratio=0.5",
+            "optim.warmup_ratio=0.5: has no effect with optim.warmup_steps=3",
+        ),
+        ("hardware.precision=fp16", "hardware.precision=fp16: not offered, log-probs overflow"),
+        ("hardware.precision=bf61", "hardware.precision=bf61: must be one of auto, fp32, bf16; d"),
+        ("hardware.devices=2", "hardware.devices=2: several devices are not supported yet"),
+        ("train.epochs=.nan", "train.epochs=.nan: expected a number"),
+        ("train.epochs=nan", "train.epochs=nan: must be above 0"),
+        ("train.epochs=inf", "train.epochs=inf: must be above 0"),
+    ],
+)
+def test_what_cannot_work_is_refused(overrides: str, expected: str) -> None:
+    (line,) = problems(overrides.split())
+    assert line.startswith(expected)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    found = problems(["stage=dpo", "stage.beta=-1", "train.batch_size=0", "hardware.device=gpux"])
+    assert found == [
+        "hardware.device=gpux: must be one of auto, cpu, cuda",
+        "stage.beta=-1.0: must be above 0",
+        "train.batch_size=0: must be at least 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside"),
+    [("[0, 0.5)", [0, 0.49], [-0.01, 0.5]), ("(0, 1]", [0.01, 1], [0, 1.01])],
+)
+def test_ends_of_intervals(interval: str, inside: list[float], outside: list[float]) -> None:
+    _, holds = checks.within(interval)
+    assert all(map(holds, inside))
+    assert not any(map(holds, [*outside, math.nan]))
+
+
+def test_foreign_code_needs_the_command_line() -> None:
+    word = "model.trust_remote_code=true"
+    assert problems([word])[0].startswith("model.trust_remote_code=true: runs foreign code")
+    assert prepare(composed(word), [word]).model.trust_remote_code
+
+
+# ---------------------------------------------------------------- schema and code agree
+
+
+def test_bounds_and_choices_name_existing_keys() -> None:
+    options = {"data": DATA_SCHEMAS, "stage": STAGE_SCHEMAS}
+    keys = {"seed"}
+    for group in groups():
+        for option in options.get(group, [""]):
+            keys.update(group_keys(group, option))
+    assert set(checks.BOUNDS) <= keys
+    assert set(CHOICES) <= keys
+
+
+def test_every_number_of_the_schema_is_bounded() -> None:
+    """A new numeric key needs a bound (or a reason not to have one)."""
+    free = {
+        "stage.default_lr",  # only optim.lr counts, which is bounded
+        "data.max_prompt_words",  # compared with min_prompt_words
+        "optim.betas",  # checked as a pair
+    }
+    numeric = set()
+    for table, group in ((DATA_SCHEMAS, "data"), (STAGE_SCHEMAS, "stage")):
+        for option in table:
+            numeric |= numeric_keys(table[option], group)
+    for name in ("model", "optim", "train", "hardware"):
+        numeric |= numeric_keys(RunConfig.__annotations__[name], name)
+    assert numeric - set(checks.BOUNDS) - free == set()
+
+
+def numeric_keys(schema: Any, group: str) -> set[str]:
+    if isinstance(schema, str):
+        schema = getattr(schemas, schema)
+    hints = inspect.get_annotations(schema)
+    for parent in schema.__mro__[1:-1]:
+        hints = {**inspect.get_annotations(parent), **hints}
+    return {f"{group}.{k}" for k, v in hints.items() if v.split(" ")[0] in ("int", "float")}
+
+
+def test_losses_read_the_options_they_are_said_to_read() -> None:
+    from dpo_cli.losses import LOSSES
+
+    assert set(LOSS_OPTIONS) == set(LOSSES)
+    for name, loss in LOSSES.items():
+        read = set(inspect.signature(loss).parameters) - {"logprobs"}
+        # nll_weight is added by the stage, to the losses that have a reference
+        assert LOSS_OPTIONS[name] - {"nll_weight"} == read
+
+
+def test_choices_are_those_of_the_code() -> None:
+    from dpo_cli.evaluation.scorers import SCORERS
+    from dpo_cli.stages import STAGES
+
+    assert set(STAGES) == set(STAGE_SCHEMAS)
+    assert set(CHOICES["stage.scorer"]) == set(SCORERS)

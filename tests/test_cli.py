@@ -1,0 +1,241 @@
+"""The command line: help, messages, exit codes, run folders, resume."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from cli_helpers import fails
+from conftest import Cli
+from dpo_cli import __version__, cli
+from dpo_cli.errors import DataError
+from dpo_cli.paths import conf_dir
+
+pytest_plugins = ["cli_fixtures"]
+HEAVY = ("torch", "transformers", "datasets", "numpy", "matplotlib")
+
+
+# ---------------------------------------------------------------- help
+
+
+def test_help_lists_what_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main([])
+    text = capsys.readouterr().out
+    cli.main(["stage=dpo", "--help"])
+    assert capsys.readouterr().out == text
+    for folder in conf_dir().iterdir():
+        if folder.is_dir():
+            for option in folder.glob("*.yaml"):
+                assert option.stem in text
+    assert "quickstart" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"dpo-run {__version__}\n"
+
+
+def imported(*commands: str) -> set[str]:
+    """Modules in a process after `dpo-run <command>` for each of the commands."""
+    code = "import sys\nfrom dpo_cli.cli import main\n"
+    for command in commands:
+        code += f"try: main({command.split()!r})\nexcept SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('MODULES', *sys.modules)"],
+        cwd=Path(cli.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_help_imports_neither_hydra_nor_torch() -> None:
+    assert not imported("", "--help", "--version") & {*HEAVY, "hydra", "omegaconf", "rich"}
+
+
+def test_mistakes_are_found_without_torch() -> None:
+    mistakes = ["seed=-1", "recipe=none", "recipe=quickstart dry_run=true", "modle=x", "resume=/no"]
+    modules = imported(*mistakes)
+    assert "hydra" in modules
+    assert not modules & set(HEAVY)
+
+
+def test_a_mistake_is_told_within_two_seconds(cli: Cli) -> None:
+    began = time.monotonic()
+    done = cli("stage=dpo", "stage.beta=-1")
+    assert time.monotonic() - began < 2.0
+    assert done.returncode == 2
+    assert done.stderr == "error: stage.beta=-1.0: must be above 0\n"
+    assert done.stdout == ""
+
+
+def test_a_closed_pipe_is_no_error(clean_env: dict[str, str]) -> None:
+    command = f"{sys.executable} -m dpo_cli --help | true"
+    root = Path(cli.__file__).parents[1]
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=root, env=clean_env, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+
+
+# ---------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("model=gpt2-lrge", "model=gpt2-lrge: unknown option; did you mean gpt2-large? (available"),
+        ("modle=gpt2", "modle: unknown group or key; did you mean model?"),
+        ("+extra=x", "extra: unknown key; see dpo-run --cfg job"),
+        ("train.batchsize=3", "train.batchsize: unknown key; did you mean train.batch_size?"),
+        ("lr=3", "lr: unknown key; did you mean optim.lr?"),
+        ("stage.beta=3", "stage.beta: not a key of stage=sft; it belongs to stage=dpo"),
+        ("stage=dpo stage.bta=3", "stage.bta: unknown key; did you mean stage.beta?"),
+        ("+train.batch_size=3", "+train.batch_size: this key exists already; leave out the +"),
+        ("~train.nothing", "~train.nothing: there is no such key to leave out"),
+        ("data.max_rows=3", "data.max_rows: the YAML of the chosen data leaves this key out"),
+        ("train={a:1}", "train: choose an option, train=<name>, or set its keys one by one"),
+        ("stage=null", "Config group override must be a string or a list. Got NoneType (in: st"),
+        ("hydra.run.dirr=x", "hydra.run.dirr: unknown key; see dpo-run --cfg hydra"),
+        ("hydra/launcher=other", "hydra/launcher=other: unknown option (available: "),
+        ("hydra.job.env_copy=[NOT_SET]", "'NOT_SET' (in: hydra.job.env_copy=[NOT_SET])"),
+        ("seed=1,2", "seed=1,2: several values need a sweep: add -m"),
+        ("seed=range(3)", "seed=range(3): several values need a sweep: add -m"),
+        ("seed=(", "seed=(: cannot be read; quote values with special characters"),
+        ("quickstrat", "quickstrat: settings are written key=value; did you mean recipe=quickst"),
+        ("train", "train: settings are written key=value; see dpo-run --help"),
+        ("--lr 3", "unknown option: --lr"),
+        ("--config-dir /no/such", "--config-dir /no/such: no such folder"),
+        ("--config-path /tmp", "--config-path: would hide dpo-run's own YAML"),
+        ("--experimental-rerun x.pickle", "--experimental-rerun: unpickles a file"),
+        ("--config-name other", "other: no such config"),
+        ("model@other=gpt2", "model@other: "),
+        ("+hydra.callbacks.x._target_=os.system", "hydra.callbacks.x._target_: a config may not"),
+        ("resume=true", "resume=true: which run? give resume=<run folder>"),
+        ("resume=/no/such", "resume=/no/such: no such folder"),
+        ("resume=. run_dir=x", "resume=.: names the run folder"),
+        ("resume=.", "resume=.: not a run folder"),
+        ("-m seed=1,2 run_dir=x", "run_dir: each job of a sweep has its own folder"),
+        ("-m seed=1,2 resume=true", "resume: a sweep cannot be resumed"),
+        ("-m train.batchsize=1,2", "train.batchsize: unknown key; did you mean train.batch_size?"),
+        ("-m model=tiny,tny", "model=tny: unknown option; did you mean tiny?"),
+        ("--cfg job lr=3", "lr: unknown key; did you mean optim.lr?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    words: str, expected: str, empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = fails(capsys, *words.split())
+    assert message.startswith(expected)
+    assert "\n" not in message
+    assert [path for path in empty.rglob("*") if path.is_file()] == []
+
+
+def test_several_problems_are_a_list(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(capsys, "seed=-1", "train.batch_size=0")
+    assert message.splitlines() == [
+        "2 problems",
+        "  seed=-1: must be at least 0",
+        "  train.batch_size=0: must be at least 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: [", 'model/mine.yaml", line 1'),
+        ("name: a\nname: b\n", "found duplicate key name"),
+        ("defaults: [nope]\n", "model/nope: no such YAML file"),
+        ("- 1\n", "model=[1]: expected a group of keys"),
+        ("name: a\nhub_id: b/c\nattentoin: x\n", "model.attentoin: unknown key; did you mean mode"),
+        ("name: a\nhub_id: b/c\ntrust_remote_code: true\n", "write it on the command line"),
+        ("name: a\nhub_id: {_target_: os.system}\n", "model.hub_id._target_: a config may not"),
+    ],
+)
+def test_mistakes_in_the_users_yaml(
+    text: str, expected: str, empty: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/mine.yaml").write_text(text)
+    message = fails(capsys, "--config-dir", str(tmp_path), "model=mine")
+    assert expected in message
+    assert "\n" not in message
+
+
+# ---------------------------------------------------------------- Hydra's own flags
+
+
+def test_cfg_prints_yaml(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--cfg", "job", "--package", "stage", "stage=dpo"])
+    assert "beta: 0.1" in capsys.readouterr().out
+
+
+def test_flags_may_stand_anywhere(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["stage=dpo", "--cfg", "job", "stage.beta=0.3"])
+    assert "beta: 0.3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("dpo-run model=gpt2-l", "model=gpt2-large\n"), ("dpo-run model=tiny train=(", "\n")],
+)
+def test_shell_completion(
+    line: str,
+    expected: str,
+    empty: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    cli.main(["-sc", "query=bash"])
+    out, err = capsys.readouterr()
+    assert (out or "\n", err) == (expected, "")
+
+
+# ---------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(DataError("row 3: no text"), 3), (KeyboardInterrupt(), 130)]
+)
+def test_what_a_run_raises_becomes_its_exit_code(
+    raised: BaseException,
+    code: int,
+    empty: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "dpo_cli.run", SimpleNamespace(run=raiser(raised)))  # type: ignore[arg-type]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["seed=0"])
+    assert caught.value.code == code
+    assert capsys.readouterr().err in ("error: row 3: no text\n", "interrupted\n")
+
+
+def test_a_bug_keeps_its_traceback(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = raiser(ZeroDivisionError())
+    monkeypatch.setitem(sys.modules, "dpo_cli.run", SimpleNamespace(run=run))  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["seed=0"])
+
+
+def raiser(error: BaseException) -> Callable[..., None]:
+    def run(*_: object) -> None:
+        raise error
+
+    return run
+
+
+def test_python_m_is_the_same_program(cli: Cli) -> None:
+    done = cli("--cfg", "job", "--package", "optim")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert yaml.safe_load(done.stdout)["name"] == "adamw"

@@ -1,0 +1,140 @@
+"""Every file of conf/ and recipes/ composes, and says what the schema says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from dpo_cli.compose import prepare
+from dpo_cli.config import CHOICES, DATA_SCHEMAS, STAGE_SCHEMAS, RunConfig
+from dpo_cli.hints import groups, optional
+from dpo_cli.paths import conf_dir, recipes_dir
+from dpo_cli.recipe_file import load_recipe, resolve
+
+OPTIONS = sorted(path.relative_to(conf_dir()) for path in conf_dir().rglob("*/*.yaml"))
+RECIPES = sorted(recipes_dir().rglob("*.yaml"))
+NEEDS = {  # what an option cannot do without
+    "model/custom": ["model.hub_id=somebody/something"],
+    "data/jsonl": ["data.hub_id=somebody/something"],
+    "stage/label": ["stage.samples=."],
+}
+
+
+def prepared(overrides: list[str]) -> RunConfig:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return prepare(compose("config", overrides))
+
+
+def schema_of(group: str, name: str) -> Any:
+    if group in ("data", "stage"):
+        return {"data": DATA_SCHEMAS, "stage": STAGE_SCHEMAS}[group][name]
+    import dpo_cli.config as module
+
+    return getattr(module, f"{group.capitalize()}Config")
+
+
+def test_there_are_options_and_recipes() -> None:
+    assert {path.parts[0] for path in OPTIONS} == set(groups())
+    assert RECIPES
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_option_composes_and_passes_the_checks(option: Path) -> None:
+    group, name = option.parts[0], option.stem
+    prepared([f"{group}={name}", *NEEDS.get(f"{group}/{name}", [])])
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_option_has_the_keys_of_its_schema(option: Path) -> None:
+    """All of them, so that a.b=c works; a dataset may leave out what it does not read."""
+    values = OmegaConf.to_container(OmegaConf.load(conf_dir() / option))
+    assert isinstance(values, dict)
+    schema = schema_of(option.parts[0], option.stem)
+    fields = {field.name for field in dataclasses.fields(schema)}
+    assert set(values) <= fields
+    if option.parts[0] != "data":
+        assert set(values) == fields
+    assert values.get("name", option.stem) == option.stem
+
+
+@pytest.mark.parametrize("option", OPTIONS, ids=str)
+def test_option_explains_itself(option: Path) -> None:
+    first = (conf_dir() / option).read_text(encoding="utf-8").splitlines()[0]
+    assert re.fullmatch(r"# \S.{15,}", first)
+
+
+def test_the_root_has_the_keys_outside_the_groups() -> None:
+    root = OmegaConf.load(conf_dir() / "config.yaml")
+    own = {str(key) for key in root} - {"defaults", "hydra"}
+    assert own == {f.name for f in dataclasses.fields(RunConfig)} - set(groups())
+
+
+def test_defaults_in_yaml_are_those_of_the_schema() -> None:
+    """Two places name a default; a plain `dpo-run stage=x` must not depend on which is asked."""
+    config = prepared(["model=custom", *NEEDS["model/custom"]])
+    for group in ("lora", "optim", "train", "hardware", "logger", "model"):
+        ours = getattr(config, group)
+        for field, value in dataclasses.asdict(type(ours)()).items():
+            if f"{group}.{field}" not in ("optim.lr", "model.hub_id"):
+                assert getattr(ours, field) == value, f"{group}.{field}"
+    for stage, schema in STAGE_SCHEMAS.items():
+        ours = prepared([f"stage={stage}", *NEEDS.get(f"stage/{stage}", [])]).stage
+        for field, value in dataclasses.asdict(schema()).items():
+            if field not in ("default_lr", "samples"):
+                assert getattr(ours, field) == value, f"stage={stage}: {field}"
+
+
+def test_options_are_those_of_the_code() -> None:
+    def names(group: str) -> set[str]:
+        return {path.stem for path in OPTIONS if path.parts[0] == group}
+
+    assert names("data") == set(DATA_SCHEMAS)
+    assert names("stage") == set(STAGE_SCHEMAS)
+    assert names("optim") == set(CHOICES["optim.name"])
+    assert names("lora") == set(CHOICES["lora.name"])
+    assert names("hardware") == set(CHOICES["hardware.device"])
+
+
+def test_yaml_comments_list_every_choice() -> None:
+    checked = 0
+    for option in OPTIONS:
+        for line in (conf_dir() / option).read_text(encoding="utf-8").splitlines():
+            key, _, rest = line.partition(":")
+            comment = rest.partition("#")[2]
+            if choices := CHOICES.get(f"{option.parts[0]}.{key}") if "|" in comment else None:
+                listed = re.findall(r"\w+", comment)
+                assert set(choices) <= set(listed), f"{option}: {line}"
+                checked += 1
+    assert checked > 20
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_step_of_a_recipe_composes(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.description
+    folders: dict[str, Path] = {}
+    for step in recipe.steps:
+        overrides, _ = resolve(recipe, step, folders)
+        if not step.sweep:
+            prepared(overrides)
+        folders[step.name] = tmp_path / step.label
+        folders[step.name].mkdir()
+        for name in ("train.jsonl", "eval.jsonl", "samples.jsonl"):
+            (folders[step.name] / name).touch()
+
+
+def test_the_schema_has_plain_types_only() -> None:
+    """compose.py converts these; another kind would fail at run time."""
+    import typing
+
+    plain = {bool, int, float, str, list[float]}
+    for schema in [*DATA_SCHEMAS.values(), *STAGE_SCHEMAS.values(), RunConfig]:
+        for name, hint in typing.get_type_hints(schema).items():
+            kind, _ = optional(hint)
+            assert kind in plain or dataclasses.is_dataclass(kind), f"{schema.__name__}.{name}"

@@ -1,0 +1,259 @@
+"""Recipes: order, references between steps, what is skipped, rerun, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_cli import cli, launch, recipe
+from dpo_cli.train.guard import run_lock
+
+# Stands in for `dpo-run`. A file `fail-<step>` makes a step fail, `stop-<step>` stops it after
+# its first checkpoint, `value-<step>` changes what it writes; starts.txt tells what was run.
+STUB = """
+import json, pathlib, sys
+words = sys.argv[1:]
+values = dict(word.split("=", 1) for word in words if "=" in word)
+resume = "resume" in values
+folder = pathlib.Path(values.get("resume") or values.get("run_dir") or values["hydra.sweep.dir"])
+name = folder.name[3:]
+with open("starts.txt", "a") as file:
+    print("resume" if resume else "run", name, file=file)
+assert resume or not folder.exists()
+if not resume:
+    folder.mkdir(parents=True)
+(folder / "words.json").write_text(json.dumps(words))
+if pathlib.Path(f"fail-{name}").exists():
+    sys.exit(3)
+if pathlib.Path(f"stop-{name}").exists():
+    (folder / "checkpoints/step-1").mkdir(parents=True)
+    sys.exit(75)
+value = pathlib.Path(f"value-{name}")
+reward = float(value.read_text()) if value.exists() else 0.5
+(folder / "summary.json").write_text(json.dumps({"stage": "x", "reward": reward, "ok": True}))
+row = {"prompt": "The film", "completion": f" by {name}", "reward": reward}
+(folder / "samples.jsonl").write_text(json.dumps(row))
+"""
+
+RECIPE = """
+description: a small one
+vars: {rows: 8, lr: 1e-3, note: "it's, so"}
+steps:
+  - name: sft
+    overrides: {stage: sft, train: {max_steps: "${vars.rows}"}, optim.lr: "${vars.lr}"}
+  - name: dpo
+    overrides: ["stage=dpo", "model.path=${steps.sft.dir}", "logger.wandb_project=${vars.note}"]
+  - name: score
+    overrides:
+      stage: evaluate
+      model.path: ${steps.dpo.dir}
+      stage.reference: ${steps.sft.dir}
+report:
+  - {label: ours, step: score}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with recipe.yaml, and the stub in the place of `dpo-run`."""
+    script = tmp_path / "stub.py"
+    script.write_text(STUB)
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    (folder / "small.yaml").write_text(RECIPE)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(launch, "child_command", lambda: [sys.executable, str(script)])
+    return folder
+
+
+def run_cli(*words: str) -> int:
+    try:
+        cli.main(["recipe=small.yaml", *words])
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def starts(folder: Path) -> list[str]:
+    """What was started since the last call."""
+    path = folder / "starts.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return lines
+
+
+ALL = ["run sft", "run dpo", "run score"]
+
+
+def test_steps_run_in_order_with_their_references(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli() == 0
+    assert starts(folder) == ALL
+    base = "runs/small"
+    assert json.loads((folder / base / "01-sft/words.json").read_text()) == [
+        "stage=sft", "train.max_steps=8", "optim.lr=0.001", f"run_dir={base}/01-sft",
+    ]  # fmt: skip
+    assert json.loads((folder / base / "02-dpo/words.json").read_text()) == [
+        "stage=dpo", f"model.path={base}/01-sft", r"logger.wandb_project='it\'s, so'",
+        f"run_dir={base}/02-dpo",
+    ]  # fmt: skip
+    assert json.loads((folder / base / "03-score/words.json").read_text())[1:3] == [
+        f"model.path={base}/02-dpo",
+        f"stage.reference={base}/01-sft",
+    ]
+    out = capfd.readouterr().out
+    assert "reward" in out
+    assert "by score [reward 0.500]" in out
+
+
+def test_finished_steps_are_skipped(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_cli() == 0
+    starts(folder)
+    capfd.readouterr()
+    assert run_cli() == 0
+    assert starts(folder) == []
+    out = capfd.readouterr().out
+    assert "[1/3] sft: skip (finished earlier with the same inputs)" in out
+    assert "by score [reward 0.500]" in out  # the report comes all the same
+
+
+def test_a_changed_variable_reruns_what_depends_on_it(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_cli()
+    starts(folder)
+    (folder / "value-sft").write_text("0.7")
+    assert run_cli("vars.rows=9") == 0
+    assert starts(folder) == ALL
+    out = capfd.readouterr().out
+    assert "sft: run (again, now train.max_steps=9, no longer train.max_steps=8)" in out
+    assert "dpo: run (again, sft has changed)" in out
+    assert (folder / "runs/small/01-sft.old/summary.json").is_file()
+    (folder / "value-sft").write_text("0.8")
+    assert run_cli() == 0  # back again: only the last one is set aside
+    assert sorted(p.name for p in (folder / "runs/small").glob("01-sft*")) == [
+        "01-sft", "01-sft.json", "01-sft.old",
+    ]  # fmt: skip
+
+
+def test_a_step_whose_inputs_come_out_the_same_is_not_repeated(folder: Path) -> None:
+    run_cli()
+    starts(folder)
+    assert run_cli("vars.rows=9") == 0  # the stub writes the same summary
+    assert starts(folder) == ["run sft"]
+
+
+def test_changed_outputs_are_noticed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_cli()
+    starts(folder)
+    (folder / "runs/small/02-dpo/samples.jsonl").write_text("{}")
+    (folder / "value-dpo").write_text("0.9")
+    assert run_cli() == 0
+    assert starts(folder) == ["run dpo", "run score"]
+    assert "dpo: run (again, its outputs were changed or removed)" in capfd.readouterr().out
+
+
+def test_another_version_runs_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_cli()
+    starts(folder)
+    monkeypatch.setattr(recipe, "__version__", "9.9.9")
+    assert run_cli() == 0
+    assert starts(folder) == ALL
+    assert "-> 9.9.9" in capfd.readouterr().out
+
+
+def test_a_failing_step_ends_the_recipe(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "fail-dpo").touch()
+    assert run_cli() == 3
+    assert starts(folder) == ["run sft", "run dpo"]
+    assert "step dpo ended with exit code 3" in capfd.readouterr().err
+    (folder / "fail-dpo").unlink()
+    assert run_cli() == 0
+    assert starts(folder) == ["run dpo", "run score"]
+    assert "dpo: run (again, it did not finish)" in capfd.readouterr().out
+
+
+def test_an_interrupted_step_is_resumed_from_its_checkpoint(folder: Path) -> None:
+    (folder / "stop-dpo").touch()
+    assert run_cli() == 75
+    (folder / "stop-dpo").unlink()
+    starts(folder)
+    assert run_cli() == 0
+    assert starts(folder) == ["resume dpo", "run score"]
+
+
+def test_an_interrupted_step_with_other_inputs_starts_anew(folder: Path) -> None:
+    (folder / "stop-dpo").touch()
+    run_cli()
+    (folder / "stop-dpo").unlink()
+    (folder / "value-sft").write_text("0.7")
+    starts(folder)
+    assert run_cli("vars.rows=9") == 0
+    assert starts(folder) == ALL
+
+
+def test_a_sweep_step(folder: Path) -> None:
+    text = "steps:\n  - {name: s, sweep: true, overrides: ['seed=1,2', 'stage=sft']}\n"
+    (folder / "small.yaml").write_text(text)
+    assert run_cli("run_dir=here") == 0
+    words = json.loads((folder / "here/01-s/words.json").read_text())
+    assert words == ["-m", "seed=1,2", "stage=sft", "hydra.sweep.dir=here/01-s"]
+
+
+def test_dry_run_tells_what_would_be_done_and_writes_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_cli("dry_run=true") == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["small.yaml"]
+    out = capsys.readouterr().out
+    assert "01-sft: run\n  dpo-run stage=sft train.max_steps=8 optim.lr=0.001\n" in out
+    assert "03-score: run (after dpo, sft)" in out
+    run_cli()
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    assert run_cli("dry_run=true", "vars.note=x") == 0
+    out = capsys.readouterr().out
+    assert "01-sft: skip" in out
+    assert "02-dpo: run (again, now logger.wandb_project=x" in out
+    assert "03-score: run (after dpo)" in out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_two_of_one_recipe_do_not_meet(folder: Path) -> None:
+    (folder / "runs/small").mkdir(parents=True)
+    with run_lock(folder / "runs/small"):
+        (folder / "runs/small/recipe.json").write_text('{"recipe": "small"}')
+        assert run_cli() == 6
+    assert starts(folder) == []
+
+
+# ---------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("train.max_steps=2", "train.max_steps=2: would reach no step; a recipe takes run_dir=, "),
+        ("-m", "-m: would reach no step"),
+        ("vars.row=2", "vars.row: not a variable of this recipe; did you mean rows? (it has lr, "),
+        ("run_dir=used", "run_dir=used: is not empty; choose another run_dir"),
+        ("run_dir=other", "run_dir=other: belongs to recipe other"),
+        ("recipe=quikstart", "recipe=quikstart: unknown recipe; did you mean quickstart?"),
+        ("recipe=none.yaml", "recipe=none.yaml: no such file"),
+    ],
+)
+def test_a_mistake_in_the_command(
+    words: str, expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, file in (("used", "notes.txt"), ("other", "recipe.json")):
+        (folder / name).mkdir()
+        (folder / name / file).write_text('{"recipe": "other"}')
+    assert run_cli(*words.split()) == 2
+    assert capsys.readouterr().err.startswith(f"error: {expected}")
+    assert starts(folder) == []
