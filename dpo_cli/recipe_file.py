@@ -1,7 +1,7 @@
 """recipes/*.yaml: ordered steps, each a set of overrides for one `dpo-run` command.
 
     description: one line
-    vars: {rows: 1000}              changed by vars.rows=... on the command line
+    vars: {rows: 1000, path: "???"}  vars.rows=... on the command line changes it; ??? must be given
     steps:
       - name: sft
         overrides: {stage: sft, data.rows: "${vars.rows}"}
@@ -108,6 +108,9 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
         report=body.get("report") or [],
     )
     _check(path, recipe)
+    missing = [f"vars.{name}=..." for name, value in recipe.variables.items() if value == "???"]
+    if missing:
+        raise ConfigError(f"recipe={path.stem}: needs {' '.join(missing)}")
     return recipe
 
 

@@ -52,14 +52,14 @@ def print_report(steps: Sequence[tuple[str, Path]]) -> None:
 
 
 def figures_table(labels: Sequence[str], summaries: Sequence[dict[str, Any]]) -> Table:
-    """A row for each number that all summaries have."""
+    """A row for each number that some summary has, in the order of their first mention."""
     table = Table(title="Comparison", title_justify="left")
     table.add_column("")
     for label in labels:
         table.add_column(cell(label), justify="right")
-    for name in summaries[0]:
+    for name in dict.fromkeys(name for summary in summaries for name in summary):
         values = [summary.get(name) for summary in summaries]
-        if all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        if any(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
             table.add_row(cell(name), *map(cell, values))
     return table
 
@@ -82,10 +82,12 @@ def _scored(row: dict[str, Any]) -> str:
 
 
 def first_completions(path: Path) -> dict[str, dict[str, Any]]:
-    """prompt -> its first row in a samples.jsonl; empty if there is no such file."""
+    """prompt -> its first row of the last step in a samples.jsonl; empty without the file."""
     rows: dict[str, dict[str, Any]] = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            rows.setdefault(str(row["prompt"]), row)
+            known = rows.get(str(row["prompt"]))
+            if known is None or row.get("step", 0) > known.get("step", 0):
+                rows[str(row["prompt"])] = row
     return rows

@@ -16,7 +16,6 @@ from dpo_cli.model.hub import hub_commit
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.console import Progress, summary_table
 from dpo_cli.report.curves import training_figures
-from dpo_cli.report.plots import draw_curves
 from dpo_cli.report.runfolder import redact, versions, write_json_atomic, write_run_files
 from dpo_cli.report.sinks import Sink, open_sinks
 from dpo_cli.stages import load_stage
@@ -60,6 +59,8 @@ def finish(
     figures |= training_figures(run_dir / "metrics.jsonl")
     summary = {"stage": config.stage.name, "run_dir": str(run_dir), **figures}
     if config.logger.plots:
+        from dpo_cli.report.plots import draw_curves  # matplotlib is slow to import
+
         draw_curves(run_dir)
     if (run_dir / "final").is_dir():
         write_model_card(run_dir / "final", card_facts(config, figures, argv, session))

@@ -19,6 +19,7 @@ from dpo_cli.recipe_file import load_recipe, resolve
 
 OPTIONS = sorted(path.relative_to(conf_dir()) for path in conf_dir().rglob("*/*.yaml"))
 RECIPES = sorted(recipes_dir().rglob("*.yaml"))
+REQUIRED = {"preferences": ("model_path", "data_path")}
 NEEDS = {  # what an option cannot do without
     "model/custom": ["model.hub_id=somebody/something"],
     "data/jsonl": ["data.hub_id=somebody/something"],
@@ -116,7 +117,7 @@ def test_yaml_comments_list_every_choice() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_step_of_a_recipe_composes(path: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(path)
+    recipe = load_recipe(path, [f"{name}={tmp_path}" for name in REQUIRED.get(path.stem, ())])
     assert recipe.description
     folders: dict[str, Path] = {}
     for step in recipe.steps:

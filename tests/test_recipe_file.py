@@ -70,3 +70,11 @@ def test_references_keep_their_type_and_are_remembered(tmp_path: Path) -> None:
         ["n=4", "f=true", "z=null", "t='3'", "l=[1,x]", "p='/d/x y'", "q=/e"],
         ["r", "s"],
     )
+
+
+def test_a_required_variable_must_be_given(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("vars: {a: '???', b: 1, c: '???'}\nsteps: [{name: x, overrides: {seed: 1}}]\n")
+    with pytest.raises(ConfigError, match=r"recipe=mine: needs vars\.c=\.\.\.$"):
+        load_recipe(path, ["a=5"])
+    assert load_recipe(path, ["a=5", "c=6"]).variables == {"a": 5, "b": 1, "c": 6}

@@ -10,7 +10,6 @@ import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
 import torch
 import transformers
@@ -64,7 +63,7 @@ def quiet_libraries() -> None:
     """One progress display, ours; transformers' bars and advice would tear it."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,31 @@
+"""`make demo`'s recipe, scaled down: every step for real, then nothing left to do."""
+
+import json
+
+SMALL = ("recipe=quickstart", "run_dir=q", "vars.rows=320", "vars.prompts=12",
+         "vars.eval_prompts=6", "vars.evaluate_prompts=8")  # fmt: skip
+
+
+def test_quickstart_runs_and_then_skips(cli, tmp_path):
+    first = cli(*SMALL)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "Comparison" in first.stdout
+    assert "reward" in first.stdout
+    sft, dpo = (
+        json.loads((tmp_path / "q" / step / "summary.json").read_text())
+        for step in ("05-evaluate-sft", "06-evaluate-dpo")
+    )
+    assert sft["kl"] == 0.0
+    assert sft["accuracy"] == 0.5
+    assert dpo["kl"] > 0.0
+    assert 0.0 <= dpo["reward"] <= 1.0
+    pairs = [json.loads(line) for line in (tmp_path / "q/03-label/train.jsonl").open()]
+    assert all(row["scores"][0] > row["scores"][1] for row in pairs)
+    trained = json.loads((tmp_path / "q/04-dpo/summary.json").read_text())
+    assert abs(trained["first/loss"] - 0.693147) < 1e-4
+    again = cli(*SMALL)
+    assert again.returncode == 0
+    assert again.stdout.count("skipped") == 6
+    changed = cli(*SMALL, "vars.beta=0.2", "dry_run=true")
+    assert changed.returncode == 0
+    assert "evaluate-dpo" in changed.stdout

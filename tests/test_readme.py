@@ -1,0 +1,83 @@
+"""Every command of the README runs, on small local stand-ins for the hub's models and rows."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from small_runs import TINY, train
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("dpo-run")]
+TABLE = [c for c in re.findall(r"`(dpo-run[^`]*)`", README) if "<" not in c and c != "dpo-run"]
+QUICK = ("train.max_steps=1", "train.batch_size=4", "train.sample_prompts=0", "logger=none")
+RECIPE = ("vars.batch_size=8", "vars.eval_rows=2", "vars.max_length=64")
+HUB = ("model.path=my-model", "data.path=hh.jsonl", "data.max_length=64",
+       "data.max_prompt_length=32", "data.eval_rows=2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder with what the README's reader is supposed to have."""
+    folder = tmp_path_factory.mktemp("readme")
+    train(folder / "runs" / "my-sft", "stage=sft", "train.max_steps=1")
+    (folder / "my-model").symlink_to(folder / "runs" / "my-sft" / "final")
+    said = [(f"Question {i}?", " A good answer.", f" Bad answer {i}.") for i in range(220)]
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in said]
+    turns = [f"\n\nHuman: {p}\n\nAssistant:" for p, _, _ in said]
+    hh = [
+        {"chosen": turn + c, "rejected": turn + r}
+        for turn, (_, c, r) in zip(turns, said, strict=True)
+    ]
+    for name, content in (("pairs.jsonl", rows), ("hh.jsonl", hh)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    return folder
+
+
+def stand_ins(words: list[str]) -> list[str]:
+    """The README's words, then what makes them small and local."""
+    if any(w.startswith("recipe=") for w in words):
+        return [*words, *RECIPE, "run_dir=recipe"]
+    extra = [w for w in HUB if not any(v.startswith(w.split("=")[0] + "=") for v in words)]
+    local = extra if "data=hh" in words else []
+    if "stage=inspect" in words or "--cfg" in words or "--help" in words:
+        return [*words, *local]
+    if "-m" in words:
+        local = [w for w in TINY if not w.startswith("logger")]
+    return [*words, *local, *QUICK]
+
+
+def test_the_readme_has_commands():
+    assert len(COMMANDS) >= 5
+    assert len(TABLE) >= 3
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *TABLE])
+def test_command(cli, workplace, command):
+    words = stand_ins(shlex.split(command)[1:])
+    done = cli(*words, cwd=workplace)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_make_targets_exist():
+    named = set(re.findall(r"^make (\w+)$", README, re.MULTILINE))
+    assert "demo" in named
+    for target in named:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_map_names_every_module():
+    package = ROOT / "dpo_cli"
+    names = [p.name + "/" if p.is_dir() else p.name for p in package.iterdir()]
+    table = README[README.index("| file | what it holds |") :]
+    patterns = [
+        re.compile(re.escape(name).replace(r"\*", ".*")) for name in re.findall(r"`([^`]+)`", table)
+    ]
+    for name in names:
+        if name.startswith("_"):
+            continue
+        assert any(p.fullmatch(name) for p in patterns), f"the README's map lacks {name}"
