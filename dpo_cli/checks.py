@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import (
+    BEST_METRICS,
     CHOICES,
     LOSS_OPTIONS,
     DpoConfig,
@@ -74,7 +75,7 @@ BOUNDS: dict[str, Bound] = {
     "stage.prompts": at_least(0),
     "stage.eval_prompts": at_least(0),
     "stage.completions": at_least(1),
-    "stage.temperature": above(0),
+    "stage.temperature": at_least(0),
     "stage.top_p": within("(0, 1]"),
     "stage.max_new_tokens": at_least(1),
     "stage.batch_size": at_least(1),
@@ -106,7 +107,7 @@ FILES = ("model.path", "data.path", "data.eval_path", "stage.samples", "stage.pa
 
 def check(config: RunConfig, typed: Sequence[str] = ()) -> None:
     """Raise ConfigError with all problems, a line each. `typed`: the command line's words."""
-    parts = (_choices, _bounds, _files, _model, _data, _stage, _optim, _hardware)
+    parts = (_choices, _bounds, _files, _model, _data, _stage, _train, _optim, _hardware)
     problems = [line for part in parts for line in part(config)]
     problems += _trust(config, typed)
     if problems:
@@ -193,6 +194,8 @@ def _stage(config: RunConfig) -> Iterator[str]:
     if isinstance(stage, LabelConfig):
         if stage.samples is None:
             yield "stage.samples=null: nothing to label; give the folder of a stage=sample run"
+        if stage.temperature == 0:
+            yield "stage.temperature=0.0: must be above 0; use stage.labels=deterministic"
         if stage.labels == "deterministic" and stage.temperature != 1.0:
             yield _no_effect("stage.temperature", stage.temperature, "stage.labels=deterministic")
     if isinstance(stage, EvaluateConfig) and stage.prompts == 0:
@@ -230,6 +233,13 @@ def _loss(stage: DpoConfig) -> Iterator[str]:
             value = getattr(stage, name)
             if value != defaults[name]:
                 yield _no_effect(f"stage.{name}", value, "stage.loss=unlikelihood")
+
+
+def _train(config: RunConfig) -> Iterator[str]:
+    known, name = BEST_METRICS.get(config.stage.name, {}), config.train.best_metric
+    if known and name not in known:
+        hint = did_you_mean(name, known)
+        yield f"train.best_metric={name}: must be one of {', '.join(known)}{hint}"
 
 
 def _optim(config: RunConfig) -> Iterator[str]:

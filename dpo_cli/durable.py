@@ -41,26 +41,43 @@ def _free_space(path: Path) -> str:
 def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Fill a temporary sibling with `write`, sync it, and rename it to `target`.
 
-    An existing target is replaced only once the new folder is complete on disk.
+    An existing target is replaced only once the new folder is complete on disk, and put back
+    if that fails. Raises DiskError.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".tmp-{target.name}-{secrets.token_hex(4)}"
     with disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.parent / f".tmp-{target.name}-{secrets.token_hex(4)}"
         temporary.mkdir()
         try:
             write(temporary)
             _write_manifest(temporary)
-            if target.exists():
-                old = target.parent / f".old-{target.name}-{secrets.token_hex(4)}"
-                target.rename(old)
-                temporary.rename(target)
-                shutil.rmtree(old)
-            else:
-                temporary.rename(target)
+            _swap(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         _sync(target.parent)
+
+
+def _swap(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    old = target.parent / f".old-{target.name}"
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def recover(target: Path) -> None:
+    """Put back what a process that died between the two renames of a replacement left aside."""
+    old = target.parent / f".old-{target.name}"
+    if old.exists() and not target.exists():
+        old.rename(target)
 
 
 def _write_manifest(folder: Path) -> None:
@@ -93,15 +110,18 @@ def damage(folder: Path) -> str | None:
     """Why a published folder cannot be trusted, or None if every file matches its manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        expected = {str(n): (int(e["bytes"]), str(e["sha256"])) for n, e in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST}"
-    for name, entry in files.items():
+    if not expected:
+        return f"{MANIFEST} names no file"
+    for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if file_digest(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if file_digest(path) != digest:
             return f"{name} does not match its sha256"
     return None
 

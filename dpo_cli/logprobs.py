@@ -6,13 +6,13 @@ the backward recomputes each chunk's logits. Log-sum-exp is in float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20  # of float32 logits alive at once
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}  # of float32 logits alive at once
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,13 @@ class Head:
     softcap: float | None = None
 
     def rows_per_chunk(self) -> int:
-        return max(16, CHUNK_BYTES // (4 * self.weight.shape[0]))
+        budget = CHUNK_BYTES.get(self.weight.device.type, CHUNK_BYTES["cpu"])
+        return max(16, budget // (4 * self.weight.shape[0]))
+
+    def cast(self, dtype: torch.dtype) -> Head:
+        """The same head in another dtype: once, not once a chunk."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=self.weight.to(dtype), bias=bias)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -46,10 +52,9 @@ def promote(logits: Tensor) -> Tensor:
 
 
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
-    """(n, D) -> (n, V), float32 (float64 stays). For one chunk; differentiable."""
-    dtype = _compute_dtype(hidden)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    logits = promote(torch.nn.functional.linear(hidden.to(dtype), head.weight.to(dtype), bias))
+    """(n, D) -> (n, V), float32 (float64 stays), computed in the head's dtype. For one chunk."""
+    weight, bias = head.weight, head.bias
+    logits = promote(torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias))
     if head.scale != 1.0:
         logits = logits * head.scale
     if head.softcap is not None:
@@ -63,7 +68,8 @@ class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
                 scale: float, softcap: float | None) -> Tensor:  # fmt: skip
-        head = Head(weight, bias, scale, softcap)
+        dtype = _compute_dtype(hidden)
+        head = Head(weight, bias, scale, softcap).cast(dtype)
         rows = head.rows_per_chunk()
         parts = []
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
@@ -71,7 +77,7 @@ class _TargetLogprobs(torch.autograd.Function):
             picked = logits.gather(1, t[:, None]).squeeze(1)
             parts.append(picked - logits.logsumexp(dim=1))
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.scale, ctx.softcap, ctx.dtype = scale, softcap, _compute_dtype(hidden)
+        ctx.scale, ctx.softcap, ctx.dtype = scale, softcap, dtype
         return torch.cat(parts)
 
     @staticmethod
@@ -81,8 +87,7 @@ class _TargetLogprobs(torch.autograd.Function):
         rows = Head(weight).rows_per_chunk()
         need_weight = ctx.needs_input_grad[1]
         need_bias = bias is not None and ctx.needs_input_grad[2]
-        compute_weight = weight.to(dtype)
-        plain = Head(compute_weight, bias, ctx.scale, ctx.softcap)
+        head = Head(weight, bias, ctx.scale, ctx.softcap).cast(dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
@@ -92,7 +97,7 @@ class _TargetLogprobs(torch.autograd.Function):
         ):
             chunk = slice(start, start + len(h))
             start += len(h)
-            logits = logits_of(h.to(dtype), plain)
+            logits = logits_of(h, head)
             grad = torch.softmax(logits, dim=1).neg_()  # d logp / d logits = onehot - p
             grad.scatter_add_(1, t[:, None], torch.ones_like(g[:, None]))
             grad.mul_(g[:, None])
@@ -101,7 +106,7 @@ class _TargetLogprobs(torch.autograd.Function):
             if ctx.scale != 1.0:
                 grad.mul_(ctx.scale)
             low = grad.to(dtype)
-            grad_hidden[chunk] = low @ compute_weight
+            grad_hidden[chunk] = low @ head.weight
             if grad_weight is not None:
                 grad_weight += low.t() @ h.to(dtype)
             if grad_bias is not None:
@@ -123,6 +128,8 @@ def sum_by_sequence(values: Tensor, sequence_index: Tensor, sequences: int) -> T
 def token_kl(policy: Tensor, head: Head, reference: Tensor, reference_head: Head) -> Tensor:
     """KL(pi || pi_ref) over the vocabulary at each position. (N, D) hidden states -> (N,)."""
     rows = head.rows_per_chunk()
+    head = head.cast(_compute_dtype(policy))
+    reference_head = reference_head.cast(_compute_dtype(reference))
     parts = []
     for p, q in zip(policy.split(rows), reference.split(rows), strict=True):
         logp = logits_of(p, head).log_softmax(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -62,7 +62,7 @@ def plan_rows(config: RunConfig) -> list[tuple[str, object]]:
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
     rows += data_rows(config, splits)
     if isinstance(stage, (SftConfig, DpoConfig)):
-        rows += training_rows(config, splits.train, runtime, parameters, tokenizer)
+        rows += training_rows(config, targets(config, splits.train), runtime, parameters, tokenizer)
     return [*rows, ("device", f"{runtime.device}, {runtime.precision}"), ("writes", config.run_dir)]
 
 
@@ -90,6 +90,13 @@ def data_rows(config: RunConfig, splits: EncodedSplits) -> list[tuple[str, objec
     return rows + [("", line) for line in splits.drops.summary_lines()]
 
 
+def targets(config: RunConfig, examples: list[EncodedExample]) -> list[EncodedExample]:
+    """What the stage trains on: SFT takes the best response alone."""
+    if config.stage.name != "sft":
+        return examples
+    return [replace(e, response_ids=e.response_ids[:1]) for e in examples]
+
+
 def training_rows(
     config: RunConfig,
     examples: Sequence[EncodedExample],
@@ -104,7 +111,7 @@ def training_rows(
     tokens = sum(e.packed_tokens for e in examples)
     per_step = tokens / len(examples) * train.batch_size
     budget = train.micro_batch_tokens or MICRO_BATCH_TOKENS[runtime.device.type]
-    memory = estimate(config, parameters, min(budget, int(per_step)), tokenizer)
+    memory = estimate(config, runtime, parameters, min(budget, int(per_step)), tokenizer)
     return [
         ("steps", f"{plan.steps:,} of {train.batch_size} examples"),
         ("tokens", f"{per_step:,.0f} a step, {per_step * plan.steps:,.0f} in all (packed)"),
@@ -113,7 +120,9 @@ def training_rows(
     ]
 
 
-def estimate(config: RunConfig, parameters: int, tokens: int, tokenizer: object) -> Memory:
+def estimate(
+    config: RunConfig, runtime: Runtime, parameters: int, tokens: int, tokenizer: object
+) -> Memory:
     """Bytes of a step of float32 weights over a micro-batch of `tokens` packed tokens."""
     shape = hf_config(config.model, tokenizer).get_text_config()  # type: ignore[arg-type]
     width, layers = int(shape.hidden_size), int(shape.num_hidden_layers)
@@ -122,5 +131,5 @@ def estimate(config: RunConfig, parameters: int, tokens: int, tokenizer: object)
         gradients=4 * parameters,
         optimizer=OPTIMIZER_BYTES[config.optim.name] * parameters,
         activations=4 * ACTIVATIONS_A_LAYER * width * layers * tokens,
-        logits=3 * CHUNK_BYTES,
+        logits=3 * CHUNK_BYTES[runtime.device.type],
     )

@@ -10,7 +10,7 @@ Shape letters used throughout:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # keeps torch and numpy off the path of `dpo-run --help`
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # keeps torch and numpy off the path of `dpo-run --help`
     from torch import Tensor
 
 Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
+Prompt = str | list[Message]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class PreferenceExample:
     `row` is the 0-based row of the source file, for messages about this example.
     """
 
-    prompt: str | list[Message]
+    prompt: Prompt
     responses: tuple[str, ...]
     row: int
     scores: tuple[float, ...] | None = None
@@ -85,7 +86,6 @@ class Batch:
     example_ids: Tensor
     layout: tuple[Segment, ...]
     branches: int
-    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: Any) -> Batch:
         moved = {
@@ -95,8 +95,7 @@ class Batch:
                 "sequence_index", "sequence_lengths", "example_ids",
             )
         }  # fmt: skip
-        extras = {k: v.to(device, non_blocking=True) for k, v in self.extras.items()}
-        return Batch(**moved, layout=self.layout, branches=self.branches, extras=extras)
+        return Batch(**moved, layout=self.layout, branches=self.branches)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpo_cli.config import OptimConfig
-from dpo_cli.durable import damage, publish_folder, write_json
+from dpo_cli.durable import damage, publish_folder, recover, write_json
 from dpo_cli.errors import CheckpointError, DiskError, RunLockedError
 from dpo_cli.grammar.tokenizer import build_tokenizer
 from dpo_cli.train import checkpoint
@@ -93,21 +93,52 @@ def test_prune_goes_by_number_and_keeps_the_best(saved):
     for step, when in ((1, 3e9), (2, 2e9), (3, 1e9)):  # mtimes the wrong way round
         os.utime(saved / f"step-{step}", (when, when))
     (saved / ".tmp-step-9-dead").mkdir()
-    checkpoint.prune(saved, keep=1, protect=1)
+    checkpoint.prune(saved, step=3, keep=1, protect=1)
     assert sorted(p.name for p in saved.iterdir()) == ["step-1", "step-3"]
 
 
-def test_restore_continues_bit_for_bit(saved, tokenizer):
-    snapshot = checkpoint.newest_valid(saved)
-    results = []
-    for _ in range(2):
-        model = GPT2LMHeadModel.from_pretrained(snapshot.folder)
-        optimizer = build_optimizer(model, OptimConfig(), 1e-3)
-        torch.manual_seed(99)  # overwritten by the saved generator state
-        checkpoint.restore(snapshot, optimizer)
-        train_step(model, optimizer)
-        results.append([p.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+def test_prune_does_not_count_damaged_leftovers(saved):
+    (saved / "step-900").mkdir()
+    checkpoint.prune(saved, step=3, keep=2, protect=None)
+    assert checkpoint.steps_in(saved) == [2, 3]
+
+
+def test_restore_continues_bit_for_bit(saved, tokenizer, tmp_path):
+    """The step after a checkpoint, taken by the process that wrote it and by another."""
+    model = small_model()
+    optimizer = build_optimizer(model, OptimConfig(), 1e-3)
+    train_step(model, optimizer)
+    checkpoint.save(tmp_path / "c", 1, model, tokenizer, optimizer, {"best": None}, {})
+    train_step(model, optimizer)  # draws its rows from the saved generator
+    snapshot = checkpoint.newest_valid(tmp_path / "c")
+    torch.manual_seed(99)
+    other = GPT2LMHeadModel.from_pretrained(snapshot.folder).train()  # dropout on
+    other_optimizer = build_optimizer(other, OptimConfig(), 1e-3)
+    checkpoint.restore(snapshot, other_optimizer)
+    train_step(other, other_optimizer)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_any_flipped_bit_of_a_manifest_is_survived(tmp_path):
+    publish_folder(tmp_path / "step-1", lambda f: (f / "w").write_text("weights"))
+    manifest = tmp_path / "step-1" / "MANIFEST.json"
+    data = manifest.read_bytes()
+    for place in range(len(data)):
+        for bit in range(8):
+            flipped = bytearray(data)
+            flipped[place] ^= 1 << bit
+            manifest.write_bytes(flipped)
+            damage(tmp_path / "step-1")  # must judge, not raise
+    manifest.write_text('{"files": {}}')
+    assert damage(tmp_path / "step-1") is not None
+
+
+def test_a_replacement_cut_between_its_renames_is_put_back(tmp_path):
+    publish_folder(tmp_path / "final", lambda f: (f / "w").write_text("good"))
+    (tmp_path / "final").rename(tmp_path / ".old-final")
+    recover(tmp_path / "final")
+    assert (tmp_path / "final" / "w").read_text() == "good"
 
 
 def test_every_file_is_synced_and_the_rename_is_last(tmp_path, monkeypatch):

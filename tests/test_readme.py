@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from small_runs import TINY, train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_cli.durable import file_digest
 from dpo_cli.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
 from dpo_cli.train import loop
-from small_runs import configure, metrics, train
+from small_runs import TINY, configure, metrics, train
 
 DPO = ("stage=dpo", "optim.lr=1e-3", "train.max_steps=6")
 
@@ -180,6 +180,63 @@ def test_resume_refuses_another_run(sft, tmp_path):
         train(tmp_path / "other", *common, "resume=true")
 
 
+def test_resume_refuses_changed_rows_and_reference(sft, tmp_path):
+    rows = [{"prompt": f"The film {i}", "chosen": " was good.", "rejected": f" was bad {i}."}
+            for i in range(24)]  # fmt: skip
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    words = ("stage=dpo", f"model.path={sft}", f"data.path={path}", "train.max_steps=4")
+    run_jsonl(tmp_path / "r", *words)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows[:-1]))
+    with pytest.raises(ConfigError, match=r"other input \(rows: .* -> .*; reference"):
+        run_jsonl(tmp_path / "r", *words, "resume=true")
+
+
+def run_jsonl(run_dir, *words):
+    from dpo_cli.run import run
+
+    quiet = [w for w in TINY if not w.startswith(("data.rows", "data.eval_rows"))]
+    return run(configure(*quiet, "data=jsonl", f"run_dir={run_dir}", *words), ["dpo-run"])
+
+
+def test_the_reference_key_knows_the_models_shape(tmp_path):
+    """Four heads and two have weights of the same shapes, and other log-probabilities."""
+    cache = f"cache_dir={tmp_path / 'cache'}"
+    for heads in (2, 4):
+        train(tmp_path / str(heads), *DPO, f"model.architecture.heads={heads}", cache)
+        assert column(tmp_path / str(heads), "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_best_is_the_lowest_perplexity(tmp_path):
+    train(tmp_path / "r", "stage=sft", "train.max_steps=8", "train.best_metric=perplexity",
+          "optim.lr=3e-3")  # fmt: skip
+    best = json.loads((tmp_path / "r" / "best.json").read_text())
+    assert best["value"] == min(column(tmp_path / "r", "eval/perplexity")[1:])
+    with pytest.raises(ConfigError, match=r"train\.best_metric=perplexty.*did you mean perplexity"):
+        configure("stage=sft", "train.best_metric=perplexty")
+
+
+def test_a_step_that_blew_the_weights_up_is_not_saved(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 1: the loss after the step"):
+        train(tmp_path / "r", "stage=sft", "optim.lr=1e30", "optim.warmup_steps=0",
+              "train.max_steps=4", "train.save_every_steps=1", "data.eval_rows=0")  # fmt: skip
+    assert not list((tmp_path / "r" / "checkpoints").glob("step-*"))
+
+
+def test_dropout_with_weights_from_scratch(tmp_path):
+    train(tmp_path / "r", "stage=sft", "model.dropout=0.1", "train.max_steps=2")
+    assert len(column(tmp_path / "r", "loss")) == 2
+
+
+def test_bf16_trains_close_to_fp32(sft, tmp_path):
+    for precision in ("fp32", "bf16"):
+        train(tmp_path / precision, *DPO, f"model.path={sft}", "train.max_steps=12",
+              f"hardware.precision={precision}")  # fmt: skip
+    fp32, bf16 = (column(tmp_path / p, "loss") for p in ("fp32", "bf16"))
+    assert bf16[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert bf16 == pytest.approx(fp32, abs=0.03)
+
+
 def test_nothing_bad_is_stepped_or_saved(sft, tmp_path):
     with pytest.raises(NonFiniteError, match=r"step \d+: .*optim\.lr") as error:
         train(tmp_path / "r", "stage=sft", f"model.path={sft}", "optim.lr=1e20",
@@ -216,8 +273,6 @@ def test_nll_weight_adds_the_chosen_nll(sft, tmp_path):
     for weight in (0.0, 2.0):
         train(tmp_path / str(weight), *DPO, f"model.path={sft}", f"stage.nll_weight={weight}",
               "train.batch_size=48", "train.max_steps=1")  # fmt: skip
-    train(tmp_path / "ipo", *DPO, f"model.path={sft}", "train.max_steps=1", "train.batch_size=48",
-          "stage.length_normalised=true")  # fmt: skip
     plain, mixed = (column(tmp_path / str(w), "loss")[0] for w in (0.0, 2.0))
     assert plain == pytest.approx(math.log(2), abs=1e-5)
     per_token = (mixed - plain) / 2.0

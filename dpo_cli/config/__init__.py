@@ -33,6 +33,7 @@ from dpo_cli.config.stages import (
 )
 
 __all__ = [
+    "BEST_METRICS",
     "CHOICES",
     "DATA_SCHEMAS",
     "LOSS_OPTIONS",
@@ -119,7 +120,7 @@ class TrainConfig:
     """The loop: how long, how large, how often."""
 
     epochs: float = 1.0
-    max_steps: int | None = None
+    max_steps: int | None = None  # wins over epochs
     batch_size: int = 32  # examples an optimiser step, over all devices
     micro_batch_tokens: int | None = None  # packed tokens a forward; null: by device
     eval_every_steps: int | None = None  # null: ten times a run; 0: only at the end
@@ -127,7 +128,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every_steps: int = 1
     shuffle: bool = True
-    best_metric: str = "loss"  # of the held-out rows; lower is better for loss
+    best_metric: str = "loss"  # of the held-out rows, see BEST_METRICS
     sample_prompts: int = 4
     sample_max_new_tokens: int = 48
     sample_temperature: float = 0.7
@@ -174,6 +175,11 @@ class RunConfig:
     resume: bool = False
     dry_run: bool = False
 
+
+BEST_METRICS = {  # stage -> what train.best_metric may be, and which value of it is best
+    "sft": {"loss": "lowest", "perplexity": "lowest", "nll_per_token": "lowest"},
+    "dpo": {"loss": "lowest", "rewards/accuracies": "highest", "rewards/margins": "highest"},
+}
 
 CHOICES: dict[str, tuple[str, ...]] = {  # key -> the values it may have
     "model.attention": ("auto", "packed", "dense"),

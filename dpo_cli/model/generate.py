@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from dpo_cli.errors import NonFiniteError
+from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.model.attention import attention_as
 
 
@@ -51,7 +51,7 @@ def sample(
     per_batch = max(1, options.batch_size // options.completions)
     was_training = model.training
     model.eval()
-    with attention_as(model, "sdpa"):
+    with attention_as(model, cached_attention(model)):
         for first in range(0, len(order), per_batch):
             chosen = order[first : first + per_batch]
             generator = torch.Generator(model.device).manual_seed(options.seed * 1_000_003 + first)
@@ -62,6 +62,24 @@ def sample(
             tick(len(chosen))
     model.train(was_training)
     return results
+
+
+def cached_attention(model: PreTrainedModel) -> str:
+    """What can decode with a cache: SDPA knows neither soft-capping nor attention sinks."""
+    softcapped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if softcapped or not model._supports_sdpa else "sdpa"
+
+
+def room_for(model: PreTrainedModel, prompts: Sequence[np.ndarray], wanted: int) -> int:
+    """New tokens that fit behind the longest of these prompts, at most `wanted`."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20)
+    longest = max(len(p) for p in prompts)
+    if longest >= context:
+        raise ConfigError(
+            f"a prompt of {longest} tokens fills the model's context of {context}: lower "
+            "data.max_length and data.max_prompt_length"
+        )
+    return min(wanted, context - longest)
 
 
 def _left_pad(
@@ -76,6 +94,19 @@ def _left_pad(
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
+class _Rows:
+    """Tokens sampled so far, for all rows of a batch, finished or not."""
+
+    def __init__(self, rows: int, steps: int, pad_id: int, device: torch.device) -> None:
+        self.tokens = torch.full((rows, steps), pad_id, device=device)
+        self.logprobs = torch.zeros(rows, steps, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def add(self, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
+        self.tokens[rows, step], self.logprobs[rows, step] = tokens, logprobs
+        self.lengths[rows] += 1
+
+
 def _decode(
     model: PreTrainedModel,
     prompts: Sequence[np.ndarray],
@@ -85,31 +116,26 @@ def _decode(
     generator: torch.Generator,
 ) -> list[Completion]:
     """Decode one batch of prompts; returns prompts x completions rows, prompt-major."""
-    device = model.device
-    ids, mask = _left_pad(prompts, pad_id, device)
+    steps = room_for(model, prompts, options.max_new_tokens)
+    ids, mask = _left_pad(prompts, pad_id, model.device)
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache(config=model.config)
-    out = model(
+    logits = model(
         input_ids=ids, attention_mask=mask, position_ids=positions,
         past_key_values=cache, use_cache=True, logits_to_keep=1,
-    )  # fmt: skip
-    if not torch.isfinite(out.logits).all():
+    ).logits[:, -1]  # fmt: skip
+    if not torch.isfinite(logits).all():
         raise NonFiniteError("sampling: the model's logits are not finite")
     n = options.completions
     cache.batch_repeat_interleave(n)
-    mask = mask.repeat_interleave(n, 0)
-    position = positions[:, -1].repeat_interleave(n, 0)
-    logits = out.logits[:, -1].repeat_interleave(n, 0)
-    alive = torch.arange(len(mask), device=device)  # original row of each live row
-    tokens = torch.full((len(mask), options.max_new_tokens), pad_id, device=device)
-    logprobs = torch.zeros(len(mask), options.max_new_tokens, device=device)
-    lengths = torch.zeros(len(mask), dtype=torch.long, device=device)
-    for step in range(options.max_new_tokens):
+    mask, position, logits = (x.repeat_interleave(n, 0) for x in (mask, positions[:, -1], logits))
+    rows = _Rows(len(mask), steps, pad_id, model.device)
+    alive = torch.arange(len(mask), device=model.device)  # original row of each live row
+    for step in range(steps):
         chosen, logp = draw(logits.float(), options.temperature, options.top_p, generator)
-        tokens[alive, step], logprobs[alive, step] = chosen, logp
-        lengths[alive] += 1
+        rows.add(step, alive, chosen, logp)
         going = (chosen != eos_id).nonzero().squeeze(1)
-        if len(going) == 0 or step + 1 == options.max_new_tokens:
+        if len(going) == 0 or step + 1 == steps:
             break
         if len(going) < len(alive):  # finished rows leave the batch and the cache
             alive, mask, position, chosen = (x[going] for x in (alive, mask, position, chosen))
@@ -120,7 +146,7 @@ def _decode(
             input_ids=chosen[:, None], attention_mask=mask, position_ids=position[:, None],
             past_key_values=cache, use_cache=True,
         ).logits[:, -1]  # fmt: skip
-    return _collect(tokens.cpu(), logprobs.cpu(), lengths.tolist(), eos_id)
+    return _collect(rows.tokens.cpu(), rows.logprobs.cpu(), rows.lengths.tolist(), eos_id)
 
 
 def _collect(tokens: Tensor, logprobs: Tensor, lengths: list[int], eos_id: int) -> list[Completion]:

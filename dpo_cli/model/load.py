@@ -28,11 +28,16 @@ from dpo_cli.model.hub import hub_options
 from dpo_cli.packing import pack
 from dpo_cli.records import Batch, EncodedExample
 
+# Entries of a model's configuration that do not change what it computes.
+NOT_THE_FUNCTION = ("_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")
 PROBE_TOLERANCE = 2e-3  # nats, on random tokens in float32
 
 
-def model_folder(path: str) -> Path:
-    """The HF folder meant by `path`: itself, or the final model of a run folder."""
+def model_folder(path: str, key: str = "model.path") -> Path:
+    """The HF folder meant by `path`: itself, or the final model of a run folder.
+
+    key: where the user wrote it, for the message of the ConfigError.
+    """
     folder = Path(path)
     if (folder / "final" / "config.json").is_file():
         return folder / "final"
@@ -42,7 +47,7 @@ def model_folder(path: str) -> Path:
         " (this run has checkpoints but no final/: resume it)" * (folder / "checkpoints").is_dir()
     )
     raise ConfigError(
-        f"model.path={path}: no config.json there nor in final/{unfinished}; "
+        f"{key}={path}: no config.json there nor in final/{unfinished}; "
         "give a Hugging Face model folder or a finished run folder"
     )
 
@@ -90,7 +95,7 @@ def load_model(
             model = _from_scratch(config, tokenizer)
     else:
         model = _pretrained(config)
-    _set_dropout(model, config.dropout)
+    set_dropout(model, config.dropout)
     vocab = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > vocab:
         raise ConfigError(
@@ -144,18 +149,17 @@ def _unavailable(config: ModelConfig, source: str, error: Exception) -> str:
     )
 
 
-def _set_dropout(model: PreTrainedModel, rate: float) -> None:
-    """Dropout would make policy and reference differ at step 0, so the default is none."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = rate
-    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop",
-                 "hidden_dropout", "attn_dropout"):  # fmt: skip
-        if isinstance(getattr(model.config, name, None), (int, float)):
-            setattr(model.config, name, rate)
-        for module in model.modules():
-            if isinstance(getattr(module, name, None), (int, float)):
-                setattr(module, name, rate)
+def set_dropout(model: PreTrainedModel, rate: float) -> None:
+    """Dropout would make policy and reference differ at step 0, so the default is none.
+
+    Families call it attention_dropout, resid_pdrop, layerdrop, ...: all with "drop" in them.
+    """
+    for part in (model.config, *model.modules()):
+        if isinstance(part, torch.nn.Dropout):
+            part.p = rate
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, rate if value <= 1.0 else value)
 
 
 @torch.no_grad()
@@ -163,23 +167,38 @@ def choose_attention(model: PreTrainedModel, choice: str) -> None:
     """Packed attention if it reproduces the plain forward, else the dense mask, else refuse.
 
     Some families accept a registered attention and ignore it, so each is tried on the
-    loaded weights.
+    loaded weights. The choice is `model.config._attn_implementation`.
     """
+    model.eval()
     model.set_attn_implementation("eager")
-    plain = [forward.padded_token_logprobs(model, p, r) for p, r in _probe_sequences(model)]
+    plain = torch.cat(
+        [forward.padded_token_logprobs(model, p, r) for p, r in _probe_sequences(model)]
+    )
     names = {"packed": [attention.NAME], "dense": ["eager"]}
-    why = ""
+    reasons = []
     for name in names.get(choice, [attention.NAME, "eager"]):
-        model.set_attn_implementation(name)
-        if name == "eager" and getattr(model.config.get_text_config(), "sliding_window", None):
-            why = "its sliding-window attention needs the packed kernel"
-            continue
-        packed = forward.token_logprobs(model, _probe_row(model))
-        error = float((packed - torch.cat(plain)).abs().max())
-        if error < PROBE_TOLERANCE:
+        why = _probe(model, name, plain)
+        if why is None:
             return
-        why = f"packed log-probabilities are {error:.2g} away from the plain forward's"
-    raise ConfigError(f"model.attention={choice}: {type(model).__name__} cannot be used: {why}")
+        reasons.append(f"{'dense' if name == 'eager' else 'packed'}: {why}")
+    raise ConfigError(
+        f"model.attention={choice}: {type(model).__name__} cannot be used ({'; '.join(reasons)})"
+    )
+
+
+def _probe(model: PreTrainedModel, name: str, plain: torch.Tensor) -> str | None:
+    """Why an attention implementation cannot be used, or None."""
+    if name == "eager" and getattr(model.config.get_text_config(), "sliding_window", None):
+        return "its sliding-window attention needs the packed kernel"
+    model.set_attn_implementation(name)
+    try:
+        packed = forward.token_logprobs(model, _probe_row(model))
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    error_nats = float((packed - plain).abs().max())
+    if error_nats < PROBE_TOLERANCE:
+        return None
+    return f"log-probabilities are {error_nats:.2g} away from the plain forward's"
 
 
 def _probe_examples(model: PreTrainedModel) -> list[EncodedExample]:
@@ -238,9 +257,10 @@ def count_parameters(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) ->
     return sum(p.numel() for p in model.parameters())
 
 
-def weights_digest(model: PreTrainedModel) -> str:
-    """sha256 over names, shapes, dtypes and values of all weights."""
-    digest = hashlib.sha256(json.dumps(model.config.architectures or []).encode())
+def model_digest(model: PreTrainedModel) -> str:
+    """sha256 over the configuration and over names, shapes, dtypes and values of all weights."""
+    shape = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_FUNCTION}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         raw = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8)

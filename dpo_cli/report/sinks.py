@@ -41,7 +41,7 @@ def open_sinks(
     """
     with disk_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    drop_rows_after(run_dir / "samples.jsonl", resume_step)
+    drop_rows_after(run_dir / "samples.jsonl", _last_kept_step(resume_step))
     sinks = []
     with ExitStack() as opened:
         for name, open_sink in SINKS.items():

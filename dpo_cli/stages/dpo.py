@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.logprobs import sum_by_sequence
 from dpo_cli.losses import LOSSES, RankedLogprobs
 from dpo_cli.model.forward import sequence_logprobs, token_logprobs
-from dpo_cli.model.load import load_model, model_folder
+from dpo_cli.model.load import load_model
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages import reference
@@ -25,6 +24,7 @@ from dpo_cli.stages.session import (
     Session,
     batches_of,
     check_lengths,
+    load_named,
     load_policy_and_data,
     sample_writer,
     step_plan,
@@ -50,7 +50,7 @@ def run(session: Session) -> dict[str, Any]:
         steps=plan.steps,
         batches=batches_of(session, train, plan),
         compute_loss=lambda batch: dpo_loss(loaded.model, batch, reference_of["train"], stage),
-        evaluate=lambda: evaluate(session, loaded, held_out, reference_of["eval"], stage),
+        evaluate=lambda: evaluate(session, loaded, held_out, reference_of.get("eval"), stage),
         on_eval=sample_writer(session, loaded),
         unit="pairs" if stage.loss != "plackett_luce" else "lists",
         provenance={
@@ -59,6 +59,10 @@ def run(session: Session) -> dict[str, Any]:
             "beta": stage.beta,
             "reference": named or session.config.model.path or session.config.model.hub_id,
             "data": loaded.splits.origin,
+        },
+        identity={
+            "rows": loaded.splits.fingerprint,
+            "reference": getattr(reference_of["train"], "key", "live"),
         },
     )
     fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
@@ -94,36 +98,35 @@ def references(session: Session, loaded: Loaded, named: str | None) -> dict[str,
     """Reference log-probabilities of both splits, as functions of a packed row."""
     stage = cast(DpoConfig, session.config.stage)
     splits = {"train": loaded.splits.train, "eval": loaded.splits.eval}
-    if stage.loss == "unlikelihood":  # has no reference; its log-ratios are measured from start
-        named = None
     own = named is None and session.snapshot is None and stage.reference_logprobs == "cached"
     model = loaded.model if own else load_reference(session, loaded, named)
     if stage.reference_logprobs == "live":
         model.to(session.runtime.device).eval().requires_grad_(False)  # type: ignore[arg-type]
-        return {name: _live(model) for name in splits}
-    tables = {
-        name: _table(reference.cached(session, model, rows, f"reference log-probs ({name})"),
-                     session.runtime.device)
-        for name, rows in splits.items() if rows
-    }  # fmt: skip
-    return {name: tables.get(name, _live(model)) for name in splits}
+        return dict.fromkeys(splits, _live(model))
+    tables: dict[str, ReferenceOf] = {}
+    for name, rows in splits.items():
+        if rows:
+            values, key = reference.cached(session, model, rows, f"reference log-probs ({name})")
+            tables[name] = _Table(values.to(session.runtime.device), key)
+    return tables
 
 
 def load_reference(session: Session, loaded: Loaded, named: str | None) -> PreTrainedModel:
     """The named reference, or the weights the run started from (not the checkpoint's)."""
-    source = session.config.model
     if named is not None:
-        local = model_folder(named) if Path(named).is_dir() else None
-        source = replace(
-            source, architecture=None, path=str(local) if local else None,
-            hub_id=None if local else named, revision=None,
-        )  # fmt: skip
-    return load_model(source, loaded.tokenizer, session.config.seed)
+        return load_named(session, named, loaded.tokenizer)
+    return load_model(session.config.model, loaded.tokenizer, session.config.seed)
 
 
-def _table(values: Tensor, device: torch.device) -> ReferenceOf:
-    values = values.to(device)
-    return lambda batch: values[batch.example_ids]
+@dataclass(frozen=True)
+class _Table:
+    """Cached log-probabilities, (rows, K), looked up by the row's example ids."""
+
+    values: Tensor
+    key: str
+
+    def __call__(self, batch: Batch) -> Tensor:
+        return self.values[batch.example_ids]
 
 
 def _live(model: PreTrainedModel) -> ReferenceOf:
@@ -182,11 +185,13 @@ def evaluate(
     session: Session,
     loaded: Loaded,
     examples: Sequence[EncodedExample],
-    reference_of: ReferenceOf,
+    reference_of: ReferenceOf | None,
     stage: DpoConfig,
 ) -> dict[str, float]:
     """The training figures on the held-out rows; empty without any."""
+    if reference_of is None:
+        return {}
     totals = Totals()
     for batch in pack_sorted(examples, session.token_budget):
         totals.add(dpo_loss(loaded.model, batch.to(session.runtime.device), reference_of, stage))
-    return totals.means() if totals.sums else {}
+    return totals.means()

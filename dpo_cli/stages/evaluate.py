@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,18 +17,27 @@ from dpo_cli.evaluation.scorers import SCORERS
 from dpo_cli.evaluation.statistics import distinct_ngrams, mean_and_error
 from dpo_cli.logprobs import sum_by_sequence, target_logprobs, token_kl
 from dpo_cli.model.forward import head_of, hidden_states, sequence_logprobs
-from dpo_cli.model.generate import Completion, sample
-from dpo_cli.model.load import context_length, load_model, load_tokenizer, model_folder
+from dpo_cli.model.generate import Completion, SamplingOptions, sample
+from dpo_cli.model.load import context_length, load_model, load_tokenizer
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample
-from dpo_cli.stages.sample import distinct_prompts, write_rows
-from dpo_cli.stages.session import Session, load_data, sampling_options, text_of
+from dpo_cli.stages.sample import as_text, distinct_prompts, source_prompts, write_rows
+from dpo_cli.stages.session import (
+    Session,
+    base_provenance,
+    check_lengths,
+    load_data,
+    load_named,
+    text_of,
+)
 
 
 @dataclass
 class Models:
+    """reference: None where nothing says what the policy should be measured against."""
+
     policy: PreTrainedModel
-    reference: PreTrainedModel
+    reference: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerFast
 
 
@@ -37,9 +46,13 @@ def run(session: Session) -> dict[str, Any]:
     stage = cast(EvaluateConfig, session.config.stage)
     models = load_models(session, stage)
     splits = load_data(session, context_length(models.policy), models.tokenizer)
-    prompts = distinct_prompts(splits.eval or splits.train)[: stage.prompts]
-    samples = draw(session, models, prompts, stage)
-    texts = [text_of(models.tokenizer, p) for p in prompts]
+    split = "eval" if splits.eval else "train"
+    if split == "train":
+        session.note("no rows are held out (data.eval_rows): these are training prompts")
+    chosen = distinct_prompts(splits.eval or splits.train)[: stage.prompts]
+    samples = draw(session, models, [e.prompt_ids for e in chosen], stage)
+    sources = source_prompts(session)[split]
+    texts = [as_text(sources[e.row]) for e in chosen]
     completions = [[text_of(models.tokenizer, c.ids) for c in row] for row in samples]
     rewards = [
         SCORERS[stage.scorer]([text + c for c in row])
@@ -51,26 +64,29 @@ def run(session: Session) -> dict[str, Any]:
         for c, r in zip(row, scores, strict=True)
     ])  # fmt: skip
     figures = reward_figures(completions, rewards, samples)
-    figures |= divergence(session, models, prompts, samples)
+    if models.reference is not None and stage.temperature == 1.0:
+        figures |= divergence(session, models.policy, models.reference, chosen, samples)
     if stage.pairs is not None:
         figures |= preference_accuracy(session, models, stage.pairs)
     return figures
 
 
 def load_models(session: Session, stage: EvaluateConfig) -> Models:
-    """Policy and reference; the same object where they are the same weights."""
+    """Policy and reference; the reference is the one named, else the one it was trained against.
+
+    The same object where both are the same folder.
+    """
     source = session.config.model
     tokenizer = load_tokenizer(source)
     policy = load_model(source, tokenizer, session.config.seed)
     policy.to(session.runtime.device).eval()  # type: ignore[arg-type]
-    if stage.reference is None:
+    named = stage.reference or base_provenance(source).get("reference")
+    if named is None:
+        session.note("no stage.reference: the KL is not measured")
+        return Models(policy, None, tokenizer)
+    if source.path is not None and Path(named).resolve() == Path(source.path).resolve():
         return Models(policy, policy, tokenizer)
-    folder = model_folder(stage.reference) if Path(stage.reference).is_dir() else None
-    other = replace(
-        source, architecture=None, revision=None,
-        path=str(folder) if folder else None, hub_id=None if folder else stage.reference,
-    )  # fmt: skip
-    reference = load_model(other, tokenizer, session.config.seed)
+    reference = load_named(session, named, tokenizer)
     reference.to(session.runtime.device).eval()  # type: ignore[arg-type]
     return Models(policy, reference, tokenizer)
 
@@ -78,12 +94,13 @@ def load_models(session: Session, stage: EvaluateConfig) -> Models:
 def draw(
     session: Session, models: Models, prompts: Sequence[np.ndarray], stage: EvaluateConfig
 ) -> list[list[Completion]]:
-    options = sampling_options(
-        session, stage.completions, stage.temperature, 1.0, stage.max_new_tokens, stage.batch_size
+    options = SamplingOptions(
+        completions=stage.completions,
+        temperature=stage.temperature,
+        max_new_tokens=stage.max_new_tokens,
+        seed=session.config.seed,
+        batch_size=stage.batch_size,
     )
-    longest = max(len(p) for p in prompts)
-    room = context_length(models.policy) - longest
-    options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
     eos, pad = models.tokenizer.eos_token_id, models.tokenizer.pad_token_id
     assert eos is not None and pad is not None
     with session.runtime.autocast(), session.progress.phase("sampling", len(prompts)) as tick:
@@ -110,18 +127,19 @@ def reward_figures(
 @torch.no_grad()
 def divergence(
     session: Session,
-    models: Models,
-    prompts: Sequence[np.ndarray],
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    prompts: Sequence[EncodedExample],
     samples: list[list[Completion]],
 ) -> dict[str, float]:
-    """Sequence KL(policy || reference) in nats, at temperature 1.
+    """Sequence KL(policy || reference) in nats, of samples drawn at temperature 1.
 
     `kl`: per-token KL over the vocabulary, summed along each sampled sequence (the paper's).
     `kl_sampled`: log pi - log pi_ref of the sampled tokens, same mean, larger error.
     """
     examples = [
-        EncodedExample(prompt, tuple(c.ids for c in row), i)
-        for i, (prompt, row) in enumerate(zip(prompts, samples, strict=True))
+        EncodedExample(e.prompt_ids, tuple(c.ids for c in row), e.row)
+        for e, row in zip(prompts, samples, strict=True)
     ]
     exact: list[float] = []
     sampled: list[float] = []
@@ -129,12 +147,12 @@ def divergence(
         for batch in pack_sorted(examples, session.token_budget):
             row = batch.to(session.runtime.device)
             with session.runtime.autocast():
-                heads = head_of(models.policy), head_of(models.reference)
-                policy = hidden_states(models.policy, row)[row.source_index]
-                reference = hidden_states(models.reference, row)[row.source_index]
-                kl = token_kl(policy, heads[0], reference, heads[1])
-                ratio = target_logprobs(policy, heads[0], row.targets) - target_logprobs(
-                    reference, heads[1], row.targets
+                heads = head_of(policy), head_of(reference)
+                hidden = hidden_states(policy, row)[row.source_index]
+                other = hidden_states(reference, row)[row.source_index]
+                kl = token_kl(hidden, heads[0], other, heads[1])
+                ratio = target_logprobs(hidden, heads[0], row.targets) - target_logprobs(
+                    other, heads[1], row.targets
                 )
             exact += per_prompt_means(kl, row)
             sampled += per_prompt_means(ratio, row)
@@ -160,25 +178,30 @@ def preference_accuracy(session: Session, models: Models, pairs: str) -> dict[st
     """
     config = session.config
     data = JsonlDataConfig(path=pairs, eval_rows=0)
-    splits = load_encoded(
+    rows = load_encoded(
         data, models.tokenizer, context_length(models.policy), config.seed, Path(config.cache_dir)
-    )
-    policy_margins: list[float] = []
-    margins: list[float] = []
-    with session.progress.phase("preference accuracy", len(splits.train)) as tick:
-        for batch in pack_sorted(splits.train, session.token_budget):
+    ).train
+    check_lengths(rows, 2, "evaluate")
+    margins: dict[str, list[float]] = {"likelihood_accuracy": [], "accuracy": []}
+    with session.progress.phase("preference accuracy", len(rows)) as tick:
+        for batch in pack_sorted(rows, session.token_budget):
             row = batch.to(session.runtime.device)
             with session.runtime.autocast():
                 policy = sequence_logprobs(models.policy, row).view(-1, row.branches)
-                reference = sequence_logprobs(models.reference, row).view(-1, row.branches)
-            rho = policy - reference
-            margins += (rho[:, 0] - rho[:, -1]).tolist()
-            policy_margins += (policy[:, 0] - policy[:, -1]).tolist()
+                margins["likelihood_accuracy"] += margin(policy)
+                if models.reference is not None:
+                    reference = sequence_logprobs(models.reference, row).view(-1, row.branches)
+                    margins["accuracy"] += margin(policy - reference)
             tick(len(batch.example_ids))
-    accuracy, error = mean_and_error([(np.sign(m) + 1.0) / 2.0 for m in margins])
-    return {
-        "accuracy": accuracy,
-        "accuracy_se": error,
-        "likelihood_accuracy": mean_and_error([(np.sign(m) + 1) / 2 for m in policy_margins])[0],
-        "pairs": len(margins),
-    }
+    figures: dict[str, float] = {"pairs": len(rows)}
+    for name, values in margins.items():
+        if values:
+            right = [(np.sign(m) + 1.0) / 2.0 for m in values]
+            figures[name], figures[f"{name}_se"] = mean_and_error(right)
+    return figures
+
+
+def margin(values: torch.Tensor) -> list[float]:
+    """(E, K) -> first minus last of each example."""
+    found: list[float] = (values[:, 0] - values[:, -1]).tolist()
+    return found

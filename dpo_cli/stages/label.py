@@ -11,7 +11,7 @@ from dpo_cli.config import LabelConfig
 from dpo_cli.errors import DataError
 from dpo_cli.evaluation.labels import all_pairs, bradley_terry, flipped
 from dpo_cli.evaluation.scorers import SCORERS
-from dpo_cli.stages.sample import write_rows
+from dpo_cli.stages.sample import as_text, write_rows
 from dpo_cli.stages.session import Session
 
 
@@ -39,7 +39,7 @@ def run(session: Session) -> dict[str, Any]:
 def label_row(row: dict[str, Any], stage: LabelConfig, rng: random.Random) -> list[dict[str, Any]]:
     """{prompt, completions} -> rows {prompt, chosen, rejected, scores}."""
     prompt, completions = row["prompt"], row["completions"]
-    scores = SCORERS[stage.scorer]([prompt + c for c in completions])
+    scores = SCORERS[stage.scorer]([as_text(prompt) + c for c in completions])
     pairs = all_pairs(scores)
     if stage.labels == "bradley_terry":
         pairs = bradley_terry(pairs, scores, stage.temperature, rng)

@@ -20,15 +20,22 @@ from transformers import PreTrainedModel
 
 from dpo_cli.data.dataset import fingerprint
 from dpo_cli.durable import damage, publish_folder
+from dpo_cli.errors import DiskError
 from dpo_cli.model.forward import sequence_logprobs
-from dpo_cli.model.load import weights_digest
+from dpo_cli.model.load import model_digest
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import EncodedExample
 from dpo_cli.stages.session import Session
 
 
-def reference_key(weights: str, examples: Sequence[EncodedExample], precision: str) -> str:
-    return hashlib.sha256(f"{weights} {fingerprint(examples)} {precision} v1".encode()).hexdigest()
+def reference_key(
+    session: Session, model: PreTrainedModel, examples: Sequence[EncodedExample]
+) -> str:
+    """Digest of all that the log-probabilities depend on."""
+    runtime = session.runtime
+    computed = f"{runtime.device.type} {runtime.precision} {model.config._attn_implementation}"
+    text = f"{model_digest(model)} {fingerprint(examples)} {computed} v2"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @torch.no_grad()
@@ -50,14 +57,14 @@ def compute(
 
 def cached(
     session: Session, model: PreTrainedModel, examples: Sequence[EncodedExample], name: str
-) -> Tensor:
-    """As `compute`, read from or written to the cache folder."""
-    key = reference_key(weights_digest(model), examples, session.runtime.precision)
+) -> tuple[Tensor, str]:
+    """As `compute`, read from or written to the cache folder; and the cache's key."""
+    key = reference_key(session, model, examples)
     folder = Path(session.config.cache_dir) / "reference" / key[:32]
     found = read(folder)
     if found is not None:
         session.note(f"{name}: read from cache {key[:12]}")
-        return found
+        return found, key
     values = compute(session, model, examples, name)
 
     def write(target: Path) -> None:
@@ -65,8 +72,11 @@ def cached(
         about = {"rows": len(examples), "precision": session.runtime.precision, "key": key}
         (target / "about.json").write_text(json.dumps(about))
 
-    publish_folder(folder, write)
-    return values
+    try:
+        publish_folder(folder, write)
+    except DiskError as error:  # another run of a sweep published it first, or no room
+        session.note(f"{name}: not cached: {error}")
+    return values, key
 
 
 def read(folder: Path) -> Tensor | None:

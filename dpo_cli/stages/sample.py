@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from dpo_cli.config import SampleConfig
+from dpo_cli.data.dataset import load_splits
 from dpo_cli.durable import write_text
+from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
-from dpo_cli.records import EncodedExample
-from dpo_cli.stages.session import Session, complete, load_data, sampling_options
+from dpo_cli.records import EncodedExample, Prompt
+from dpo_cli.stages.session import Session, complete, load_data
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -21,36 +23,61 @@ def run(session: Session) -> dict[str, Any]:
     model.to(session.runtime.device)  # type: ignore[arg-type]
     splits = load_data(session, context_length(model), tokenizer)
     limits = {"train": (splits.train, stage.prompts), "eval": (splits.eval, stage.eval_prompts)}
-    options = sampling_options(
-        session, stage.completions, stage.temperature, stage.top_p,
-        stage.max_new_tokens, stage.batch_size,
-    )  # fmt: skip
+    options = SamplingOptions(
+        completions=stage.completions,
+        temperature=stage.temperature,
+        top_p=stage.top_p,
+        max_new_tokens=stage.max_new_tokens,
+        seed=session.config.seed,
+        batch_size=stage.batch_size,
+    )
+    sources = source_prompts(session)
     figures: dict[str, Any] = {}
     for name, (examples, limit) in limits.items():
-        prompts = distinct_prompts(examples)[:limit]
-        if not prompts:
+        chosen = distinct_prompts(examples)[:limit]
+        if not chosen:
             continue
+        prompts = [e.prompt_ids for e in chosen]
         with session.progress.phase(f"sampling ({name})", len(prompts)) as tick:
             rows = complete(session, model, tokenizer, prompts, options, tick)
         write_rows(session.run_dir / f"{name}.jsonl", [
-            {"prompt": row[0]["prompt"], "completions": [c["completion"] for c in row]}
-            for row in rows
+            {"prompt": sources[name][e.row], "completions": [c["completion"] for c in row]}
+            for e, row in zip(chosen, rows, strict=True)
         ])  # fmt: skip
-        figures[f"{name}_prompts"] = len(prompts)
-        figures[f"{name}_tokens"] = sum(c["tokens"] for row in rows for c in row)
-        figures[f"{name}_finished"] = sum(c["finished"] for row in rows for c in row) / (
-            len(prompts) * stage.completions
-        )
+        figures |= {f"{name}_{k}": v for k, v in counts(rows).items()}
     return figures
 
 
-def distinct_prompts(examples: list[EncodedExample]) -> list[Any]:
-    """Each prompt once, in the order of its first row."""
-    seen = {e.prompt_ids.tobytes(): e.prompt_ids for e in reversed(examples)}
-    first: dict[bytes, Any] = {}
+def counts(rows: list[list[dict[str, Any]]]) -> dict[str, float]:
+    """Prompts, sampled tokens, and the share of completions that ended by themselves."""
+    flat = [c for row in rows for c in row]
+    return {
+        "prompts": len(rows),
+        "tokens": sum(c["tokens"] for c in flat),
+        "finished": sum(c["finished"] for c in flat) / len(flat),
+    }
+
+
+def source_prompts(session: Session) -> dict[str, dict[int, Prompt]]:
+    """split -> row -> the prompt as the source has it: text, or the messages of a chat."""
+    splits = load_splits(session.config.data, session.config.seed)
+    return {
+        "train": {e.row: e.prompt for e in splits.train},
+        "eval": {e.row: e.prompt for e in splits.eval},
+    }
+
+
+def distinct_prompts(examples: list[EncodedExample]) -> list[EncodedExample]:
+    """The first example of each prompt."""
+    first: dict[bytes, EncodedExample] = {}
     for example in examples:
-        first.setdefault(example.prompt_ids.tobytes(), seen[example.prompt_ids.tobytes()])
+        first.setdefault(example.prompt_ids.tobytes(), example)
     return list(first.values())
+
+
+def as_text(prompt: Prompt) -> str:
+    """What a scorer reads before the completion: the text, or the contents of a chat."""
+    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n"
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -86,6 +86,23 @@ def load_policy_and_data(session: Session) -> Loaded:
     return Loaded(model, tokenizer, splits, base_provenance(config.model))
 
 
+def load_named(
+    session: Session, named: str, tokenizer: PreTrainedTokenizerFast, key: str = "stage.reference"
+) -> PreTrainedModel:
+    """Another model by folder or hub id, for the same token ids as the policy's."""
+    local = model_folder(named, key) if Path(named).is_dir() else None
+    source = replace(
+        session.config.model, architecture=None, revision=None, tokenizer=None,
+        path=str(local) if local else None, hub_id=None if local else named,
+    )  # fmt: skip
+    if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"{key}={named}: has another tokenizer than model={session.config.model.name}; its "
+            "log-probabilities would be of other texts"
+        )
+    return load_model(source, tokenizer, session.config.seed)
+
+
 def base_provenance(config: ModelConfig) -> dict[str, Any]:
     return load_provenance(model_folder(config.path)) if config.path else {}
 
@@ -139,8 +156,10 @@ def sample_writer(session: Session, loaded: Loaded) -> Callable[[int], None]:
     train, tokenizer = session.config.train, loaded.tokenizer
     pool = loaded.splits.eval or loaded.splits.train
     prompts = [e.prompt_ids for e in pool[: train.sample_prompts]]
-    options = sampling_options(
-        session, 1, train.sample_temperature, 1.0, train.sample_max_new_tokens, len(prompts) or 1
+    options = SamplingOptions(
+        temperature=train.sample_temperature,
+        max_new_tokens=train.sample_max_new_tokens,
+        seed=session.config.seed,
     )
 
     def write(step: int) -> None:
@@ -152,16 +171,6 @@ def sample_writer(session: Session, loaded: Loaded) -> Callable[[int], None]:
     return write
 
 
-def sampling_options(
-    session: Session, completions: int, temperature: float, top_p: float,
-    max_new_tokens: int, batch_size: int,
-) -> SamplingOptions:  # fmt: skip
-    return SamplingOptions(
-        completions=completions, temperature=temperature, top_p=top_p,
-        max_new_tokens=max_new_tokens, seed=session.config.seed, batch_size=batch_size,
-    )  # fmt: skip
-
-
 def complete(
     session: Session,
     model: PreTrainedModel,
@@ -171,10 +180,6 @@ def complete(
     tick: Callable[[int], None] = lambda prompts: None,
 ) -> list[list[dict[str, Any]]]:
     """Samples as readable rows {prompt, completion, finished, tokens}, a list a prompt."""
-    room = context_length(model) - max(len(p) for p in prompts)
-    if room < 1:
-        raise ConfigError("a prompt fills the model's context: lower data.max_prompt_length")
-    options = replace(options, max_new_tokens=min(options.max_new_tokens, room))
     assert tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None
     with session.runtime.autocast():
         samples = sample(

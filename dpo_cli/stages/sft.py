@@ -44,6 +44,7 @@ def run(session: Session) -> dict[str, Any]:
         evaluate=lambda: evaluate(session, loaded, held_out, stage.reduction),
         on_eval=sample_writer(session, loaded),
         provenance={"stage": "sft", "data": loaded.splits.origin},
+        identity={"rows": loaded.splits.fingerprint},
     )
     fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
     return {}

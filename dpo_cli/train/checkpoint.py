@@ -107,11 +107,16 @@ def save_final(
     publish_folder(target, lambda folder: write_model(folder, model, tokenizer, provenance))
 
 
-def prune(folder: Path, keep: int, protect: int | None) -> None:
-    """Remove all but the `keep` highest steps and `protect` (the best one)."""
-    for step in steps_in(folder)[: -keep or None]:
-        if step != protect:
-            shutil.rmtree(folder / f"step-{step}")
+def prune(folder: Path, step: int, keep: int, protect: int | None) -> None:
+    """After saving `step`: remove all but the `keep` newest up to it and `protect` (the best).
+
+    Later steps are damaged leftovers that a resume passed over; they would count as newest.
+    """
+    steps = steps_in(folder)
+    kept = {*[s for s in steps if s <= step][-keep:], protect}
+    for old in steps:
+        if old not in kept:
+            shutil.rmtree(folder / f"step-{old}")
     for stale in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
         shutil.rmtree(stale, ignore_errors=True)
 

@@ -19,9 +19,9 @@ import torch
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.config import RunConfig
-from dpo_cli.durable import write_json
-from dpo_cli.errors import NonFiniteError, Preempted
+from dpo_cli.config import BEST_METRICS, RunConfig
+from dpo_cli.durable import recover, write_json
+from dpo_cli.errors import ConfigError, NonFiniteError, Preempted
 from dpo_cli.records import Batch, LossOutput
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import StopRequest
@@ -54,6 +54,7 @@ class TrainTask:
     on_eval: Callable[[int], None] = lambda step: None
     unit: str = "examples"  # what `<unit>_per_second` counts
     provenance: dict[str, Any] = field(default_factory=dict)  # written beside saved weights
+    identity: dict[str, str] = field(default_factory=dict)  # digests a resume must find again
 
 
 class Totals:
@@ -112,7 +113,9 @@ def fit(
     task.model.to(runtime.device)  # type: ignore[arg-type]
     optimizer = build_optimizer(task.model, config.optim, config.optim.lr)
     run = Fit(task, config, runtime, run_dir, reporter, optimizer)
+    recover(run_dir / "final")
     if snapshot is not None:
+        _check_identity(snapshot, task)
         checkpoint.restore(snapshot, optimizer)
         run.step, run.best = snapshot.step, snapshot.state["best"]
     with StopRequest().watching() as stop:
@@ -121,6 +124,20 @@ def fit(
         while run.step < task.steps:
             _after_step(run, _train_step(run), stop)
     checkpoint.save_final(run_dir / "final", task.model, task.tokenizer, task.provenance)
+
+
+def _check_identity(snapshot: checkpoint.Snapshot, task: TrainTask) -> None:
+    saved = snapshot.state["identity"]
+    changed = [
+        f"{name}: {saved.get(name, 'none')[:12]} -> {now[:12]}"
+        for name, now in task.identity.items()
+        if saved.get(name) != now
+    ]
+    if changed:
+        raise ConfigError(
+            f"resume: {snapshot.folder} was trained on other input ({'; '.join(changed)}): bring "
+            "back the old rows and reference, or start afresh in another run_dir"
+        )
 
 
 def _train_step(run: Fit) -> dict[str, float]:
@@ -141,8 +158,8 @@ def _train_step(run: Fit) -> dict[str, float]:
         norm = take_step(task.model, run.optimizer, weight, config.optim.max_grad_norm, lr)
     except NonFiniteError as error:
         raise NonFiniteError(
-            f"step {run.step + 1}: {error} (loss {totals.means()['loss']}); no step was taken, the "
-            f"checkpoints in {run.checkpoints} are good: try a lower optim.lr (now {lr:g})"
+            f"step {run.step + 1}: {error} (loss {totals.means()['loss']}); no step was taken; "
+            f"{_remedy(run)}"
         ) from None
     run.step += 1
     seconds = time.perf_counter() - started
@@ -163,12 +180,13 @@ def _after_step(run: Fit, values: dict[str, float], stop: StopRequest) -> None:
     if last or run.step % train.log_every_steps == 0:
         run.reporter.write(run.step, values)
     run.reporter.advance(run.step, values)
-    improved = False
-    if last or is_due(run.step, train.eval_every_steps, run.task.steps):
-        improved = _evaluate(run)
-    saving = train.save_every_steps
-    saving = train.eval_every_steps if saving is None else saving
-    if improved or last or stop.signal or is_due(run.step, saving, run.task.steps):
+    saving = train.eval_every_steps if train.save_every_steps is None else train.save_every_steps
+    evaluate = last or is_due(run.step, train.eval_every_steps, run.task.steps)
+    save = last or bool(stop.signal) or is_due(run.step, saving, run.task.steps)
+    if evaluate or save:
+        _check_weights(run)
+    improved = evaluate and _evaluate(run)
+    if save or improved:
         _save(run)
     if stop.signal and not last:
         raise Preempted(
@@ -192,8 +210,7 @@ def _evaluate(run: Fit) -> bool:
     bad = [name for name, value in figures.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteError(
-            f"step {run.step}: {', '.join(bad)} of the held-out rows is not finite; the earlier "
-            f"checkpoints in {run.checkpoints} are good: try a lower optim.lr"
+            f"step {run.step}: {', '.join(bad)} of the held-out rows is not finite; {_remedy(run)}"
         )
     run.task.on_eval(run.step)
     named = {f"eval/{k}": v for k, v in figures.items()}
@@ -203,15 +220,34 @@ def _evaluate(run: Fit) -> bool:
     name = run.config.train.best_metric
     if name not in figures or run.step == 0:
         return False
-    sign = 1.0 if name.endswith("loss") else -1.0
+    sign = 1.0 if BEST_METRICS[run.config.stage.name][name] == "lowest" else -1.0
     better = run.best is None or sign * figures[name] < sign * run.best["value"]
     if better:
         run.best = {"step": run.step, "value": figures[name]}
     return better
 
 
+def _check_weights(run: Fit) -> None:
+    """A forward on the new weights: a step that blew them up shows only there."""
+    run.task.model.eval()
+    with torch.no_grad(), run.runtime.autocast():
+        batch = run.task.batches(run.step - 1)[0]
+        loss = run.task.compute_loss(batch.to(run.runtime.device)).loss_sum
+    if not torch.isfinite(loss):
+        raise NonFiniteError(
+            f"step {run.step}: the loss after the step is {float(loss)}, it is not saved; "
+            f"{_remedy(run)}"
+        )
+
+
+def _remedy(run: Fit) -> str:
+    steps = checkpoint.steps_in(run.checkpoints)
+    kept = f"step-{steps[-1]} is the last checkpoint" if steps else "nothing was saved yet"
+    return f"{kept}: try a lower optim.lr (now {run.config.optim.lr:g})"
+
+
 def _save(run: Fit) -> None:
-    state = {"best": run.best, "steps": run.task.steps}
+    state = {"best": run.best, "steps": run.task.steps, "identity": run.task.identity}
     folder = checkpoint.save(
         run.checkpoints, run.step, run.task.model, run.task.tokenizer, run.optimizer,
         state, run.task.provenance,
@@ -221,7 +257,7 @@ def _save(run: Fit) -> None:
                 "folder": f"checkpoints/step-{int(run.best['step'])}"}  # fmt: skip
         write_json(run.run_dir / "best.json", best)
     protect = None if run.best is None else int(run.best["step"])
-    checkpoint.prune(run.checkpoints, run.config.train.keep_checkpoints, protect)
+    checkpoint.prune(run.checkpoints, run.step, run.config.train.keep_checkpoints, protect)
     run.reporter.note(f"saved {folder.relative_to(run.run_dir)}")
 
 

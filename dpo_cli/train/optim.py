@@ -17,10 +17,9 @@ from dpo_cli.errors import ConfigError, NonFiniteError
 def build_optimizer(model: torch.nn.Module, config: OptimConfig, lr: float) -> Optimizer:
     """AdamW, RMSprop (the DPO paper's) or 8-bit AdamW over the trainable weights."""
     groups = _decay_groups(model, config.weight_decay)
-    fused = all(p.device.type in ("cuda", "cpu") for g in groups for p in g["params"])
     if config.name == "adamw":
         betas = (config.betas[0], config.betas[1])
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=fused)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True)
     if config.name == "rmsprop":
         return torch.optim.RMSprop(groups, lr=lr, alpha=config.alpha, eps=config.eps)
     return _adamw_8bit(groups, config, lr)
