@@ -7,7 +7,6 @@ not depend on the number of devices or the micro-batch budget.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,21 +14,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class StepPlan:
-    """rows: dataset size; total_examples: where the stream ends (None: never)."""
+    """rows: dataset size; batch_size: examples of every step."""
 
     rows: int
     batch_size: int
     steps: int
-    total_examples: int | None
     shuffle: bool
     seed: int
 
     def indices(self, step: int) -> list[int]:
-        """Examples of the 0-based step; `batch_size` of them, fewer only in the last step."""
+        """The `batch_size` examples of the 0-based step."""
         first = step * self.batch_size
         last = first + self.batch_size
-        if self.total_examples is not None:
-            last = min(last, self.total_examples)
         chosen: list[int] = []
         for epoch in range(first // self.rows, (last - 1) // self.rows + 1):
             order = self._order(epoch)
@@ -46,8 +42,11 @@ class StepPlan:
 def plan_steps(
     rows: int, batch_size: int, epochs: float, max_steps: int | None, shuffle: bool, seed: int
 ) -> StepPlan:
-    """`max_steps` wins over `epochs`; without it the stream ends exactly with the epochs."""
-    if max_steps is not None:
-        return StepPlan(rows, batch_size, max_steps, None, shuffle, seed)
-    total = max(1, round(rows * epochs))
-    return StepPlan(rows, batch_size, math.ceil(total / batch_size), total, shuffle, seed)
+    """As many full steps as the epochs hold, or `max_steps` of them.
+
+    Rows that do not fill a last step are left out: a step of one example moves the weights
+    as far as one of 64. Fewer rows than `batch_size` make smaller batches.
+    """
+    batch = min(batch_size, max(1, round(rows * epochs))) if max_steps is None else batch_size
+    steps = max_steps or max(1, round(rows * epochs) // batch)
+    return StepPlan(rows, batch, steps, shuffle, seed)

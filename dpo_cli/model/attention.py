@@ -95,8 +95,10 @@ def packed_attention(
     # Under autocast rotary embeddings leave q and k in float32.
     q, k, v = (_unpack(x.to(value.dtype), packed_layout) for x in (query, key, value))
     mask = packed_layout.mask(sliding_window)
-    if softcap is not None:
-        out = _softcapped(q, k, v, mask, scaling, softcap)
+    if q.shape[1] != k.shape[1] and (q.is_cuda or q.dtype == torch.bfloat16 or softcap is not None):
+        k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))
+    if softcap is not None or (q.dtype == torch.bfloat16 and not q.is_cuda):
+        out = _matmul_attention(q, k, v, mask, scaling, softcap)
     else:
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling,
@@ -112,15 +114,21 @@ def _unpack(x: Tensor, layout: PackedLayout) -> Tensor:
     return rows.view(*layout.gather.shape, *rows.shape[1:]).transpose(1, 2)
 
 
-def _softcapped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float
+def _matmul_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None
 ) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = repeat_kv(k, groups), repeat_kv(v, groups)
+    """With soft-capping, which SDPA lacks, and in bf16 on a CPU, where its kernel is slower
+    than two matmuls (half the speed at 300 tokens, a fifth at 60). Softmax is in float32."""
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap))
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    scores = (q * scale) @ k.transpose(-1, -2)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=promoted(q.dtype))
     return weights.to(v.dtype) @ v
+
+
+def promoted(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def dense_mask(batch: Batch, dtype: torch.dtype) -> Tensor:

@@ -24,6 +24,7 @@ from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.grammar.tokenizer import build_tokenizer
 from dpo_cli.model import attention, forward
+from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.model.hub import hub_options
 from dpo_cli.packing import pack
 from dpo_cli.records import Batch, EncodedExample
@@ -96,6 +97,7 @@ def load_model(
     else:
         model = _pretrained(config)
     set_dropout(model, config.dropout)
+    fuse_gelu(model)
     vocab = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > vocab:
         raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import resource
@@ -17,6 +18,7 @@ import transformers
 from dpo_cli.config import HardwareConfig
 from dpo_cli.errors import ConfigError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
@@ -56,7 +58,17 @@ def start_runtime(config: HardwareConfig, seed: int) -> Runtime:
         torch.set_num_threads(config.threads)
     seed_everything(seed)
     quiet_libraries()
+    if kind == "cpu":
+        keep_freed_memory()
     return Runtime(torch.device(kind, 0) if kind == "cuda" else torch.device("cpu"), precision)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep large freed buffers: page faults on fresh ones cost up to a third."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # neither musl nor macOS
+        libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def quiet_libraries() -> None:
