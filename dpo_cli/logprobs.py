@@ -1,11 +1,12 @@
 """Log-probabilities of target tokens, without ever holding logits of shape (N, V).
 
-Only the N hidden states that predict a target meet the output embedding, in chunks;
-the backward recomputes each chunk's logits. Log-sum-exp is in float32.
+Only the N hidden states that predict a target meet the output embedding, in chunks.
+Log-sum-exp is in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,61 +63,130 @@ def logits_of(hidden: Tensor, head: Head) -> Tensor:
     return logits
 
 
-class _TargetLogprobs(torch.autograd.Function):
-    """log softmax(head(h))[target] with a recomputing, chunked backward."""
+@torch.no_grad()
+def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
+    """(N, D) hidden states, (N,) token ids -> (N,) log-probabilities, float32. No gradient."""
+    head = head.cast(_compute_dtype(hidden))
+    rows = head.rows_per_chunk()
+    parts = []
+    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+        logits = logits_of(h, head)
+        parts.append(logits.gather(1, t[:, None]).squeeze(1) - logits.logsumexp(dim=1))
+    return torch.cat(parts)
 
+
+# loss_of(logprobs, examples): the summed loss of the examples in the slice, whose targets'
+# log-probabilities are given, (n,).
+LossOf = Callable[[Tensor, slice], Tensor]
+
+
+def fused_loss(
+    hidden: Tensor, head: Head, targets: Tensor, counts: Sequence[int], loss_of: LossOf
+) -> tuple[Tensor, Tensor]:
+    """Loss on target log-probabilities, its gradients formed while each chunk's logits live.
+
+    Three matmuls a chunk instead of four: a loss needs only the log-probabilities of whole
+    examples, so chunks hold whole examples and no logits are computed twice.
+
+    hidden: (N, D); targets: (N,); counts: targets of each example, in order, summing to N.
+    Returns the loss summed over examples, with gradient, and the (N,) log-probabilities,
+    without. The head's gradient is an autograd gradient like any other.
+    """
+    chunks = _whole_examples(counts, head.rows_per_chunk())
+    # Inside a Function gradients look wanted even under no_grad.
+    leaves = (hidden, head.weight, head.bias)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
+    loss, logprobs = _FusedLoss.apply(*leaves, targets, head, chunks, loss_of, wanted)
+    return loss, logprobs
+
+
+def _whole_examples(counts: Sequence[int], rows: int) -> list[tuple[slice, slice]]:
+    """(examples, their targets) of each chunk: about `rows` targets, at least one example."""
+    chunks = []
+    first, start, end = 0, 0, 0
+    for i, count in enumerate(counts):
+        if end > start and end + count - start > rows:
+            chunks.append((slice(first, i), slice(start, end)))
+            first, start = i, end
+        end += count
+    chunks.append((slice(first, len(counts)), slice(start, end)))
+    return chunks
+
+
+class _FusedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-                scale: float, softcap: float | None) -> Tensor:  # fmt: skip
-        dtype = _compute_dtype(hidden)
-        head = Head(weight, bias, scale, softcap).cast(dtype)
-        rows = head.rows_per_chunk()
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: Head,
+        chunks: Sequence[tuple[slice, slice]],
+        loss_of: LossOf,
+        wanted: Sequence[bool],
+    ) -> tuple[Tensor, Tensor]:
+        head = head.cast(_compute_dtype(hidden))
+        grads = [
+            torch.zeros_like(x) if x is not None and want else None
+            for x, want in zip((hidden, weight, bias), wanted, strict=True)
+        ]
+        loss = torch.zeros((), dtype=promote(hidden[:0]).dtype, device=hidden.device)
         parts = []
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = logits_of(h, head)
-            picked = logits.gather(1, t[:, None]).squeeze(1)
-            parts.append(picked - logits.logsumexp(dim=1))
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.scale, ctx.softcap, ctx.dtype = scale, softcap, dtype
-        return torch.cat(parts)
+        for examples, rows in chunks:
+            logits = logits_of(hidden[rows], head)
+            logsumexp = logits.logsumexp(dim=1)
+            logprobs = logits.gather(1, targets[rows][:, None]).squeeze(1) - logsumexp
+            with torch.enable_grad():
+                leaf = logprobs.detach().requires_grad_()
+                part = loss_of(leaf, examples)
+                (weights,) = torch.autograd.grad(part, leaf)
+            loss += part.detach()
+            parts.append(logprobs)
+            if any(wanted):
+                _add_gradients(grads, hidden[rows], rows, head, logits, logsumexp,
+                               targets[rows], weights)  # fmt: skip
+        ctx.save_for_backward(*grads)
+        logprobs = torch.cat(parts)
+        ctx.mark_non_differentiable(logprobs)
+        return loss, logprobs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        grad_logprobs, dtype = grad_outputs[0], ctx.dtype
-        rows = Head(weight).rows_per_chunk()
-        need_weight = ctx.needs_input_grad[1]
-        need_bias = bias is not None and ctx.needs_input_grad[2]
-        head = Head(weight, bias, ctx.scale, ctx.softcap).cast(dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        grad_bias = torch.zeros_like(bias) if need_bias else None
-        start = 0
-        for h, t, g in zip(
-            hidden.split(rows), targets.split(rows), grad_logprobs.split(rows), strict=True
-        ):
-            chunk = slice(start, start + len(h))
-            start += len(h)
-            logits = logits_of(h, head)
-            grad = torch.softmax(logits, dim=1).neg_()  # d logp / d logits = onehot - p
-            grad.scatter_add_(1, t[:, None], torch.ones_like(g[:, None]))
-            grad.mul_(g[:, None])
-            if ctx.softcap is not None:
-                grad.mul_(1.0 - (logits / ctx.softcap) ** 2)
-            if ctx.scale != 1.0:
-                grad.mul_(ctx.scale)
-            low = grad.to(dtype)
-            grad_hidden[chunk] = low @ head.weight
-            if grad_weight is not None:
-                grad_weight += low.t() @ h.to(dtype)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        grads = [g if g is None else g.mul_(grad_outputs[0]) for g in ctx.saved_tensors]
+        return (*grads, None, None, None, None, None)
 
 
-def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """(N, D) hidden states, (N,) token ids -> (N,) log-probabilities, float32."""
-    return _TargetLogprobs.apply(hidden, head.weight, head.bias, targets, head.scale, head.softcap)
+def _add_gradients(
+    grads: Sequence[Tensor | None],
+    hidden: Tensor,
+    rows: slice,
+    head: Head,
+    logits: Tensor,
+    logsumexp: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+) -> None:
+    """Add a chunk's part to the gradients of hidden states, weight and bias.
+
+    weights: (n,) d loss / d log-probability; d logp / d logits = onehot - softmax. Overwrites
+    `logits`, which at a large vocabulary is the largest thing in memory.
+    """
+    slope = None if head.softcap is None else 1.0 - (logits / head.softcap) ** 2
+    grad = logits.sub_(logsumexp[:, None]).exp_().mul_(-weights[:, None])
+    grad.scatter_add_(1, targets[:, None], weights[:, None])
+    if slope is not None:
+        grad.mul_(slope)
+    if head.scale != 1.0:
+        grad.mul_(head.scale)
+    low = grad.to(head.weight.dtype)
+    grad_hidden, grad_weight, grad_bias = grads
+    if grad_hidden is not None:
+        grad_hidden[rows] = low @ head.weight
+    if grad_weight is not None:
+        grad_weight += low.t() @ hidden.to(low.dtype)
+    if grad_bias is not None:
+        grad_bias += grad.sum(0)
 
 
 def sum_by_sequence(values: Tensor, sequence_index: Tensor, sequences: int) -> Tensor:

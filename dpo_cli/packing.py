@@ -84,6 +84,7 @@ def pack(
         example_ids=_long(np.asarray(example_ids)),
         layout=tuple(layout),
         branches=branches,
+        counts=tuple(sum(map(len, e.response_ids)) for e in examples),
     )
 
 

@@ -74,7 +74,7 @@ class Batch:
     targets: (N,) token ids; sequence_index: (N,) in [0, S): the branch of each target.
     sequence_lengths: (S,) targets a branch has. Branches of one example are adjacent.
     example_ids: (E,) positions of the examples in their dataset.
-    branches: K, the same for every example of the row.
+    branches: K, the same for every example of the row. counts: targets of each example.
     """
 
     input_ids: Tensor
@@ -86,6 +86,7 @@ class Batch:
     example_ids: Tensor
     layout: tuple[Segment, ...]
     branches: int
+    counts: tuple[int, ...]
 
     def to(self, device: Any) -> Batch:
         moved = {
@@ -95,7 +96,7 @@ class Batch:
                 "sequence_index", "sequence_lengths", "example_ids",
             )
         }  # fmt: skip
-        return Batch(**moved, layout=self.layout, branches=self.branches)
+        return Batch(**moved, layout=self.layout, branches=self.branches, counts=self.counts)
 
 
 @dataclass(slots=True)

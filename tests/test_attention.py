@@ -1,5 +1,7 @@
 """Packed rows against each model family's own forward, one sequence at a time."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -68,10 +70,15 @@ def examples(branches: int) -> list[EncodedExample]:
     ]
 
 
-def gradients(model, logprobs) -> dict[str, torch.Tensor]:
+def weighted(values: torch.Tensor, first: int, total: int) -> torch.Tensor:
+    """A loss that gives every token another weight."""
+    coefficients = torch.linspace(-1.0, 2.0, total, dtype=values.dtype)
+    return (values * coefficients[first : first + len(values)]).sum()
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    coefficients = torch.linspace(-1.0, 2.0, len(logprobs), dtype=logprobs.dtype)
-    (logprobs * coefficients).sum().backward()
+    loss.backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -89,11 +96,17 @@ def oracle(model, rows):
 def test_loss_and_every_gradient_equal_the_plain_forward(family, branches):
     model, rows = build(family), examples(branches)
     expected = oracle(model, rows)
-    expected_grads = gradients(model, expected)
+    expected_loss = weighted(expected, 0, len(expected))
+    expected_grads = gradients(model, expected_loss)
     choose_attention(model, "auto")
-    got = forward.token_logprobs(model, pack(rows, [0, 1, 2]))
+    batch = pack(rows, [0, 1, 2])
+    starts = [0, *itertools.accumulate(batch.counts)]
+    loss, got = forward.loss_and_logprobs(
+        model, batch, lambda v, examples: weighted(v, starts[examples.start], len(expected))
+    )
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
-    got_grads = gradients(model, got)
+    torch.testing.assert_close(loss, expected_loss, rtol=0, atol=1e-10)
+    got_grads = gradients(model, loss)
     assert got_grads.keys() == expected_grads.keys()
     for name, grad in got_grads.items():
         torch.testing.assert_close(grad, expected_grads[name], rtol=1e-9, atol=1e-9, msg=name)

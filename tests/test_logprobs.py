@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dpo_cli import logprobs
-from dpo_cli.logprobs import Head, sum_by_sequence, target_logprobs, token_kl
+from dpo_cli.logprobs import Head, fused_loss, sum_by_sequence, target_logprobs, token_kl
 
 N, D, V = 23, 8, 40
 
@@ -24,21 +24,36 @@ def plain(hidden, weight, bias, targets, scale, softcap):
     return logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
 
 
+COUNTS = (5, 1, 9, 8)  # targets of four examples
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("chunk_rows", [16, 1000])
+@pytest.mark.parametrize("chunk_rows", [1, 16, 1000])
 def test_values_and_gradients(monkeypatch, bias, scale, softcap, chunk_rows):
-    monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", 4 * V * chunk_rows)
+    """A loss that is not linear in an example's log-probabilities, as DPO's is not."""
+    monkeypatch.setattr(Head, "rows_per_chunk", lambda self: chunk_rows)
     hidden, weight, offset, targets = make(bias)
     leaves = [x for x in (hidden, weight, offset) if x is not None]
-    coefficients = torch.linspace(-1, 2, N, dtype=torch.float64)
+    coefficients = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
+    starts = [0, 5, 6, 15, 23]
+
+    def loss_of(values, examples):
+        first = starts[examples.start]
+        sums = [values[starts[i] - first : starts[i + 1] - first].sum()
+                for i in range(examples.start, examples.stop)]  # fmt: skip
+        return (torch.stack(sums).mul(0.05).exp() * coefficients[examples]).sum()
+
     expected = plain(hidden, weight, offset, targets, scale, softcap)
-    expected_grads = torch.autograd.grad((expected * coefficients).sum(), leaves)
+    expected_loss = loss_of(expected, slice(0, 4))
+    expected_grads = torch.autograd.grad(3.0 * expected_loss, leaves)
     head = Head(weight, offset, scale, softcap)
-    got = target_logprobs(hidden, head, targets)
-    got_grads = torch.autograd.grad((got * coefficients).sum(), leaves)
+    loss, got = fused_loss(hidden, head, targets, COUNTS, loss_of)
+    got_grads = torch.autograd.grad(3.0 * loss, leaves)
+    torch.testing.assert_close(loss, expected_loss, rtol=0, atol=1e-12)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(target_logprobs(hidden, head, targets), got, rtol=0, atol=1e-12)
     for a, b in zip(got_grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
@@ -46,9 +61,18 @@ def test_values_and_gradients(monkeypatch, bias, scale, softcap, chunk_rows):
 def test_frozen_head_gets_no_gradient():
     hidden, weight, _, targets = make(False)
     weight = weight.detach()
-    target_logprobs(hidden, Head(weight), targets).sum().backward()
+    loss, _ = fused_loss(hidden, Head(weight), targets, COUNTS, lambda values, _: values.sum())
+    loss.backward()
     assert hidden.grad is not None
     assert weight.grad is None
+
+
+def test_no_gradients_are_formed_for_evaluation(monkeypatch):
+    monkeypatch.setattr(logprobs, "_add_gradients", lambda *a: pytest.fail("formed"))
+    hidden, weight, _, targets = make(False)
+    with torch.no_grad():
+        loss, _ = fused_loss(hidden, Head(weight), targets, COUNTS, lambda v, _: v.sum())
+    assert not loss.requires_grad
 
 
 def test_autocast_keeps_float32_log_softmax():

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.logprobs import Head, promote, sum_by_sequence, target_logprobs
+from dpo_cli.logprobs import (
+    Head,
+    LossOf,
+    fused_loss,
+    promote,
+    sum_by_sequence,
+    target_logprobs,
+)
 from dpo_cli.model import attention
 from dpo_cli.records import Batch
 
@@ -39,12 +46,25 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     return cast(Tensor, out.last_hidden_state[0])
 
 
+def target_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(N, D) the hidden states that predict the row's targets."""
+    return hidden_states(model, batch).index_select(0, batch.source_index)
+
+
+def loss_and_logprobs(
+    model: PreTrainedModel, batch: Batch, loss_of: LossOf
+) -> tuple[Tensor, Tensor]:
+    """The row's summed loss, with gradient, and its targets' log-probabilities, (N,)."""
+    hidden = target_states(model, batch)
+    return fused_loss(hidden, head_of(model), batch.targets, batch.counts, loss_of)
+
+
 def token_logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(N,) float32 log-probabilities of the row's targets."""
-    hidden = hidden_states(model, batch).index_select(0, batch.source_index)
-    return target_logprobs(hidden, head_of(model), batch.targets)
+    """(N,) float32 log-probabilities of the row's targets, without gradient."""
+    return target_logprobs(target_states(model, batch), head_of(model), batch.targets)
 
 
+@torch.no_grad()
 def sequence_logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(S,) float32 log-probability of each branch given its prompt, summed over tokens."""
     values = token_logprobs(model, batch)

@@ -14,7 +14,7 @@ from dpo_cli.config import LOSS_OPTIONS, DpoConfig
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.logprobs import sum_by_sequence
 from dpo_cli.losses import LOSSES, RankedLogprobs
-from dpo_cli.model.forward import sequence_logprobs, token_logprobs
+from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.model.load import load_model
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample, LossOutput
@@ -130,34 +130,43 @@ class _Table:
 
 
 def _live(model: PreTrainedModel) -> ReferenceOf:
-    def compute(batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return sequence_logprobs(model, batch).view(-1, batch.branches)
-
-    return compute
+    return lambda batch: sequence_logprobs(model, batch).view(-1, batch.branches)
 
 
 def dpo_loss(
     model: PreTrainedModel, batch: Batch, reference_of: ReferenceOf, stage: DpoConfig
 ) -> LossOutput:
     """Sum over the row's examples of the chosen loss, with the paper's metrics."""
-    tokens = token_logprobs(model, batch)
-    sums = sum_by_sequence(tokens, batch.sequence_index, len(batch.sequence_lengths))
-    logprobs = RankedLogprobs(
-        policy=sums.view(-1, batch.branches),
-        reference=reference_of(batch),
-        lengths=batch.sequence_lengths.view(-1, batch.branches).float(),
+    reference = reference_of(batch)
+
+    def ranked(logprobs: Tensor, examples: slice) -> RankedLogprobs:
+        """Token log-probabilities of some of the row's examples -> their sequences'."""
+        k = batch.branches
+        lengths = batch.sequence_lengths[examples.start * k : examples.stop * k]
+        index = torch.repeat_interleave(lengths, output_size=len(logprobs))
+        sums = sum_by_sequence(logprobs, index, len(lengths)).view(-1, k)
+        return RankedLogprobs(sums, reference[examples], lengths.view(-1, k).float())
+
+    def loss_of(logprobs: Tensor, examples: slice) -> Tensor:
+        return objective(ranked(logprobs, examples), stage).sum()
+
+    loss, logprobs = loss_and_logprobs(model, batch, loss_of)
+    examples = len(batch.example_ids)
+    figures = preference_metrics(ranked(logprobs, slice(0, examples)), stage.beta)
+    return LossOutput(
+        loss_sum=loss,
+        weight=float(examples),
+        metrics={name: (values.sum(), float(examples)) for name, values in figures},
     )
+
+
+def objective(logprobs: RankedLogprobs, stage: DpoConfig) -> Tensor:
+    """(E,) the configured loss of each example, with the NLL of the chosen mixed in."""
     options = {k: getattr(stage, k) for k in LOSS_OPTIONS[stage.loss] if k != "nll_weight"}
     losses = LOSSES[stage.loss](logprobs, **options)
     if stage.nll_weight:
         losses = losses - stage.nll_weight * logprobs.policy[:, 0] / logprobs.lengths[:, 0]
-    examples = float(len(losses))
-    return LossOutput(
-        loss_sum=losses.sum(),
-        weight=examples,
-        metrics={k: (v.sum(), examples) for k, v in preference_metrics(logprobs, stage.beta)},
-    )
+    return losses
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from dpo_cli.config import SftConfig
-from dpo_cli.model.forward import token_logprobs
+from dpo_cli.model.forward import loss_and_logprobs
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages.session import (
@@ -67,13 +67,12 @@ def targets_of(examples: list[EncodedExample], train_on_prompt: bool) -> list[En
 
 def sft_loss(model: PreTrainedModel, batch: Batch, reduction: str) -> LossOutput:
     """Negative log-likelihood; `mean` weighs by tokens, `sum` by examples."""
-    logprobs = token_logprobs(model, batch)
-    loss = -logprobs.sum()
+    loss, logprobs = loss_and_logprobs(model, batch, lambda values, _: -values.sum())
     tokens, examples = float(len(logprobs)), float(len(batch.example_ids))
     return LossOutput(
         loss_sum=loss,
         weight=tokens if reduction == "mean" else examples,
-        metrics={"nll_per_token": (loss.detach(), tokens)},
+        metrics={"nll_per_token": (-logprobs.sum(), tokens)},
     )
 
 
