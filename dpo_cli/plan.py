@@ -109,11 +109,11 @@ def training_rows(
         len(examples), train.batch_size, train.epochs, train.max_steps, train.shuffle, config.seed
     )
     tokens = sum(e.packed_tokens for e in examples)
-    per_step = tokens / len(examples) * train.batch_size
+    per_step = tokens / len(examples) * plan.batch_size
     budget = train.micro_batch_tokens or MICRO_BATCH_TOKENS[runtime.device.type]
     memory = estimate(config, runtime, parameters, min(budget, int(per_step)), tokenizer)
     return [
-        ("steps", f"{plan.steps:,} of {train.batch_size} examples"),
+        ("steps", f"{plan.steps:,} of {plan.batch_size} examples{plan.left_out(train.epochs)}"),
         ("tokens", f"{per_step:,.0f} a step, {per_step * plan.steps:,.0f} in all (packed)"),
         ("optimiser", f"{optim.name}, lr {optim.lr:g}, {optim.schedule} after warm-up"),
         ("memory", memory.line()),

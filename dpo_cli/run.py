@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,9 +11,10 @@ from typing import Any
 
 import yaml
 
+from dpo_cli.checks import TRAINING
 from dpo_cli.config import RunConfig
 from dpo_cli.errors import CheckpointError, ConfigError
-from dpo_cli.model.hub import hub_commit
+from dpo_cli.model.source import hub_commit
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.console import Progress, summary_table
 from dpo_cli.report.curves import training_figures
@@ -69,6 +71,12 @@ def finish(
     return summary
 
 
+def first_command(run_dir: Path, argv: list[str]) -> list[str]:
+    """How the run was started; a resume alone would not say."""
+    lines = (run_dir / "command.txt").read_text().splitlines()
+    return shlex.split(lines[0]) if lines else argv
+
+
 def card_facts(
     config: RunConfig, figures: dict[str, Any], argv: list[str], session: Session
 ) -> dict[str, Any]:
@@ -81,7 +89,8 @@ def card_facts(
         "name": Path(config.run_dir).name,
         "model": {k: model[k] for k in ("name", "hub_id", "revision", "path")},
         "data": session.data_facts,
-        "command": argv,
+        "command": first_command(Path(config.run_dir), argv),
+        "chat": session.data_facts.get("chat", False),
         "config": {k: settings[k] for k in ("stage", "optim", "train", "seed")},
         "results": figures,
         "versions": versions(),
@@ -90,7 +99,8 @@ def card_facts(
 
 @contextmanager
 def sinks_of(config: RunConfig, run_dir: Path, step: int) -> Iterator[list[Sink]]:
-    sinks = open_sinks(config.logger, run_dir, step, asdict(config))
+    training = config.stage.name in TRAINING
+    sinks = open_sinks(config.logger, run_dir, step, asdict(config)) if training else []
     try:
         yield sinks
     finally:

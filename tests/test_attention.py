@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.errors import ConfigError
 from dpo_cli.model import attention, forward
-from dpo_cli.model.load import choose_attention, set_dropout
+from dpo_cli.model.load import set_dropout
+from dpo_cli.model.probe import choose_attention
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 

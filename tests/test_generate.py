@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.model import forward
 from dpo_cli.model.generate import SamplingOptions, draw, sample
-from dpo_cli.model.load import choose_attention
+from dpo_cli.model.probe import choose_attention
 
 EOS, PAD = 0, 1
 PROMPTS = [np.array(p, dtype=np.int32) for p in ([5], [7, 8, 9, 10], [3, 4], [11, 12, 13])]

@@ -188,7 +188,7 @@ def test_resume_refuses_changed_rows_and_reference(sft, tmp_path):
     words = ("stage=dpo", f"model.path={sft}", f"data.path={path}", "train.max_steps=4")
     run_jsonl(tmp_path / "r", *words)
     path.write_text("".join(json.dumps(r) + "\n" for r in rows[:-1]))
-    with pytest.raises(ConfigError, match=r"other input \(rows: .* -> .*; reference"):
+    with pytest.raises(ConfigError, match=r"another run \(rows: .* -> .*; reference"):
         run_jsonl(tmp_path / "r", *words, "resume=true")
 
 

@@ -43,7 +43,7 @@ def resolve_limits(config: DataConfig, model_context: int) -> Limits:
     if length > model_context:
         raise ConfigError(
             f"data.max_length={length} is more than the model's context of {model_context} tokens: "
-            f"set data.max_length={model_context} or less"
+            f"set data.max_length={model_context} and data.max_prompt_length below it"
         )
     if length < 2:
         raise ConfigError(f"data.max_length={length}: a prompt and a response take 2 or more")

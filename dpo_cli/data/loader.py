@@ -33,6 +33,13 @@ class StepPlan:
             chosen += order[max(0, low) : max(0, min(high, self.rows))].tolist()
         return chosen
 
+    def left_out(self, epochs: float) -> str:
+        """What to tell people about rows that fill no step; empty if there are none."""
+        rows = max(1, round(self.rows * epochs)) - self.steps * self.batch_size
+        if not 0 < rows < self.batch_size:
+            return ""
+        return f" ({rows:,} of {round(self.rows * epochs):,} rows fill no step)"
+
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(self.rows)

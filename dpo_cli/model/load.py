@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -23,51 +22,30 @@ from transformers import (
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.grammar.tokenizer import build_tokenizer
-from dpo_cli.model import attention, forward
 from dpo_cli.model.fuse import fuse_gelu
-from dpo_cli.model.hub import hub_options
-from dpo_cli.packing import pack
-from dpo_cli.records import Batch, EncodedExample
+from dpo_cli.model.probe import choose_attention
+from dpo_cli.model.source import check_safetensors, hub_source, loading, source_of
 
 # Entries of a model's configuration that do not change what it computes.
 NOT_THE_FUNCTION = ("_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")
-PROBE_TOLERANCE = 2e-3  # nats, on random tokens in float32
 
 
-def model_folder(path: str, key: str = "model.path") -> Path:
-    """The HF folder meant by `path`: itself, or the final model of a run folder.
-
-    key: where the user wrote it, for the message of the ConfigError.
-    """
-    folder = Path(path)
-    if (folder / "final" / "config.json").is_file():
-        return folder / "final"
-    if (folder / "config.json").is_file():
-        return folder
-    unfinished = (
-        " (this run has checkpoints but no final/: resume it)" * (folder / "checkpoints").is_dir()
-    )
-    raise ConfigError(
-        f"{key}={path}: no config.json there nor in final/{unfinished}; "
-        "give a Hugging Face model folder or a finished run folder"
-    )
-
-
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
+def load_tokenizer(config: ModelConfig, key: str = "model.path") -> PreTrainedTokenizerFast:
     """The tokenizer beside the weights, or `model.tokenizer`."""
     if config.tokenizer is None and config.path is None and config.architecture is not None:
         return build_tokenizer(config.architecture.vocab)
+    options: dict[str, Any] = {}
     if config.tokenizer is None:
-        source, options = _source(config)
+        source, options = source_of(config, key)
+    elif Path(config.tokenizer).is_dir():
+        source, key = config.tokenizer, "model.tokenizer"
     else:
-        local = Path(config.tokenizer).is_dir()
-        source, options = config.tokenizer, {} if local else hub_options(config.tokenizer, None)
-    try:
+        key = "model.tokenizer"
+        source, options = hub_source(config.tokenizer, None, key)
+    with loading(source, key):
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(_unavailable(config, source, error)) from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{source}: the tokenizer has no EOS token, responses could not end")
     if tokenizer.pad_token_id is None:
@@ -75,27 +53,23 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     return cast(PreTrainedTokenizerFast, tokenizer)
 
 
-def _source(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Folder or hub id, and the arguments that pin its commit."""
-    if config.path:
-        return str(model_folder(config.path)), {}
-    assert config.hub_id is not None  # checked with the configuration
-    return config.hub_id, hub_options(config.hub_id, config.revision)
-
-
 def load_model(
-    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, seed: int = 0
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int = 0,
+    key: str = "model.path",
 ) -> PreTrainedModel:
     """Float32 master weights on the CPU, packed attention where the family supports it.
 
-    `seed` decides the weights of a model from scratch, whatever was drawn before.
+    `seed` decides the weights of a model from scratch, whatever was drawn before. `key` is
+    where the user named the model. Raises ConfigError for what cannot be loaded whole.
     """
     if config.path is None and config.architecture is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _from_scratch(config, tokenizer)
     else:
-        model = _pretrained(config)
+        model = _pretrained(config, key)
     set_dropout(model, config.dropout)
     fuse_gelu(model)
     vocab = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
@@ -124,31 +98,23 @@ def _gpt2_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> GPT
     )  # fmt: skip
 
 
-def _pretrained(config: ModelConfig) -> PreTrainedModel:
-    source, options = _source(config)
-    if config.path and not list(Path(source).glob("*.safetensors")):
-        raise ConfigError(
-            f"model.path={config.path}: no .safetensors weights; pickled weights (.bin, .pt) are "
-            "not read: convert them with save_pretrained(..., safe_serialization=True)"
-        )
-    try:
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True,
+def _pretrained(config: ModelConfig, key: str) -> PreTrainedModel:
+    source, options = source_of(config, key)
+    check_safetensors(source, key)
+    with loading(source, key):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             trust_remote_code=config.trust_remote_code, **options,
-        ))  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise ConfigError(_unavailable(config, source, error)) from error
-
-
-def _unavailable(config: ModelConfig, source: str, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if config.path:
-        return f"model.path={config.path}: cannot be loaded: {first}"
-    return (
-        f"model={config.name}: {source} is neither on the Hugging Face hub as seen from here nor "
-        "in the local cache (no network, or a gated or wrong id): give a local folder with "
-        "model.path=/folder/with/config.json"
-    )
+        )  # fmt: skip
+    model, report = loaded
+    # transformers fills what is missing with random numbers
+    lacking = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
+    if lacking:
+        raise ConfigError(
+            f"{key}={source}: lacks {len(lacking)} weights of a {type(model).__name__}, such as "
+            f"{lacking[0]}: it is damaged or no causal language model"
+        )
+    return cast(PreTrainedModel, model)
 
 
 def set_dropout(model: PreTrainedModel, rate: float) -> None:
@@ -164,67 +130,6 @@ def set_dropout(model: PreTrainedModel, rate: float) -> None:
                 setattr(part, name, rate if value <= 1.0 else value)
 
 
-@torch.no_grad()
-def choose_attention(model: PreTrainedModel, choice: str) -> None:
-    """Packed attention if it reproduces the plain forward, else the dense mask, else refuse.
-
-    Some families accept a registered attention and ignore it, so each is tried on the
-    loaded weights. The choice is `model.config._attn_implementation`.
-    """
-    model.eval()
-    model.set_attn_implementation("eager")
-    plain = torch.cat(
-        [forward.padded_token_logprobs(model, p, r) for p, r in _probe_sequences(model)]
-    )
-    names = {"packed": [attention.NAME], "dense": ["eager"]}
-    reasons = []
-    for name in names.get(choice, [attention.NAME, "eager"]):
-        why = _probe(model, name, plain)
-        if why is None:
-            return
-        reasons.append(f"{'dense' if name == 'eager' else 'packed'}: {why}")
-    raise ConfigError(
-        f"model.attention={choice}: {type(model).__name__} cannot be used ({'; '.join(reasons)})"
-    )
-
-
-def _probe(model: PreTrainedModel, name: str, plain: torch.Tensor) -> str | None:
-    """Why an attention implementation cannot be used, or None."""
-    if name == "eager" and getattr(model.config.get_text_config(), "sliding_window", None):
-        return "its sliding-window attention needs the packed kernel"
-    model.set_attn_implementation(name)
-    try:
-        packed = forward.token_logprobs(model, _probe_row(model))
-    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    error_nats = float((packed - plain).abs().max())
-    if error_nats < PROBE_TOLERANCE:
-        return None
-    return f"log-probabilities are {error_nats:.2g} away from the plain forward's"
-
-
-def _probe_examples(model: PreTrainedModel) -> list[EncodedExample]:
-    vocab = model.config.get_text_config().vocab_size
-    ids = np.random.default_rng(0).integers(0, vocab, 16).astype(np.int32)
-    return [
-        EncodedExample(ids[:3], (ids[3:7], ids[7:9]), 0),
-        EncodedExample(ids[9:10], (ids[10:11], ids[11:16]), 1),
-    ]
-
-
-def _probe_row(model: PreTrainedModel) -> Batch:
-    return pack(_probe_examples(model), [0, 1]).to(model.device)
-
-
-def _probe_sequences(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [
-        (torch.tensor(e.prompt_ids, device=model.device).long(),
-         torch.tensor(r, device=model.device).long())
-        for e in _probe_examples(model)
-        for r in e.response_ids
-    ]  # fmt: skip
-
-
 def context_length(model: PreTrainedModel) -> int:
     """Most tokens a sequence may have."""
     return _positions(model.config)
@@ -238,13 +143,12 @@ def hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Pretra
     """The model's Hugging Face configuration, without its weights."""
     if config.path is None and config.architecture is not None:
         return _gpt2_config(config, tokenizer)
-    source, options = _source(config)
-    try:
+    source, options = source_of(config)
+    check_safetensors(source, "model.path")
+    with loading(source, "model.path"):
         return cast(PretrainedConfig, AutoConfig.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, **options
         ))  # fmt: skip
-    except (OSError, ValueError) as error:
-        raise ConfigError(_unavailable(config, source, error)) from error
 
 
 def configured_context(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> int:

@@ -61,7 +61,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            rows.append({"prompt": row["prompt"], "completions": list(row["completions"])})
+            completions = row["completions"]
+            if not isinstance(completions, list) or not all(
+                isinstance(c, str) for c in completions
+            ):
+                raise TypeError("completions must be a list of texts")
+            rows.append({"prompt": row["prompt"], "completions": completions})
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path}:{number}: not a sampled row {{prompt, completions}}: {error}"

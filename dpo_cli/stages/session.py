@@ -15,7 +15,8 @@ from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.generate import SamplingOptions, sample
-from dpo_cli.model.load import context_length, load_model, load_tokenizer, model_folder
+from dpo_cli.model.load import context_length, load_model, load_tokenizer
+from dpo_cli.model.source import model_folder
 from dpo_cli.packing import pack_all
 from dpo_cli.records import Batch, EncodedExample
 from dpo_cli.report.console import Progress
@@ -95,12 +96,12 @@ def load_named(
         session.config.model, architecture=None, revision=None, tokenizer=None,
         path=str(local) if local else None, hub_id=None if local else named,
     )  # fmt: skip
-    if load_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+    if load_tokenizer(source, key).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"{key}={named}: has another tokenizer than model={session.config.model.name}; its "
             "log-probabilities would be of other texts"
         )
-    return load_model(source, tokenizer, session.config.seed)
+    return load_model(source, tokenizer, session.config.seed, key)
 
 
 def base_provenance(config: ModelConfig) -> dict[str, Any]:
@@ -119,15 +120,25 @@ def load_data(
         "name": config.data.name, "hub_id": config.data.hub_id, "path": config.data.path,
         "revision": splits.revision, "fingerprint": splits.fingerprint,
         "train_rows": len(splits.train), "eval_rows": len(splits.eval),
+        "chat": is_chat(splits.train, tokenizer),
     }  # fmt: skip
     return splits
 
 
+def is_chat(examples: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether prompts went through a chat template: text alone never makes special tokens."""
+    special = set(tokenizer.all_special_ids)
+    return any(int(i) in special for e in examples[:1] for i in e.prompt_ids[1:])
+
+
 def step_plan(session: Session, rows: int) -> StepPlan:
     train = session.config.train
-    return plan_steps(
+    plan = plan_steps(
         rows, train.batch_size, train.epochs, train.max_steps, train.shuffle, session.config.seed
     )
+    if left := plan.left_out(train.epochs):
+        session.note(f"{plan.steps:,} steps of {plan.batch_size}{left}")
+    return plan
 
 
 def batches_of(

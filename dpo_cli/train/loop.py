@@ -114,6 +114,7 @@ def fit(
     optimizer = build_optimizer(task.model, config.optim, config.optim.lr)
     run = Fit(task, config, runtime, run_dir, reporter, optimizer)
     recover(run_dir / "final")
+    task.identity["precision"] = runtime.precision
     if snapshot is not None:
         _check_identity(snapshot, task)
         checkpoint.restore(snapshot, optimizer)
@@ -135,8 +136,8 @@ def _check_identity(snapshot: checkpoint.Snapshot, task: TrainTask) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"resume: {snapshot.folder} was trained on other input ({'; '.join(changed)}): bring "
-            "back the old rows and reference, or start afresh in another run_dir"
+            f"resume: {snapshot.folder} comes from another run ({'; '.join(changed)}): bring back "
+            "what changed, or start afresh in another run_dir"
         )
 
 

@@ -1,0 +1,86 @@
+"""Weights that are missing, damaged, pickled, foreign or out of reach: one line each."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dpo_cli.errors import ConfigError
+from dpo_cli.model.load import load_model, load_tokenizer
+from small_runs import configure, train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("load") / "run"
+    train(folder, "stage=sft", "train.max_steps=1")
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    return shutil.copytree(trained / "final", tmp_path / "model")
+
+
+def load(path, *words):
+    config = configure("model=custom", f"model.path={path}", *words).model
+    return load_model(config, load_tokenizer(config))
+
+
+def test_a_run_folder_means_its_final_model(trained):
+    assert load(trained).config.n_layer == 2
+
+
+def test_missing_weights_are_not_made_up(copy):
+    weights = load_file(copy / "model.safetensors")
+    kept = {k: v for k, v in weights.items() if ".h.1." not in k}
+    save_file(kept, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks \d+ weights .*h\.1\."):
+        load(copy)
+
+
+def test_a_truncated_file_is_one_line(copy):
+    data = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(data[:1000])
+    with pytest.raises(ConfigError, match=r"^model\.path=.*: cannot be loaded: .*$"):
+        load(copy)
+
+
+def test_a_config_of_another_shape_is_one_line(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "n_embd": 64}))
+    with pytest.raises(ConfigError, match=r"^model\.path=[^\n]*$"):
+        load(copy)
+
+
+def test_pickled_weights_are_refused(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="pickled weights"):
+        load(copy)
+
+
+def test_a_tokenizer_too_large_for_the_embedding(copy, tmp_path):
+    config = json.loads((copy / "config.json").read_text())
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    assert config["vocab_size"] == 1024
+    for i in range(5):
+        tokenizer["added_tokens"].append({
+            "id": 1024 + i, "content": f"<extra{i}>", "single_word": False, "lstrip": False,
+            "rstrip": False, "normalized": False, "special": True,
+        })  # fmt: skip
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match="1029 tokens but the model's embedding 1024"):
+        load(copy)
+
+
+def test_an_unreachable_hub_names_the_key_to_set():
+    config = configure("model=gpt2-large").model
+    with pytest.raises(ConfigError, match=r"openai-community/gpt2-large is neither .*model\.path="):
+        load_tokenizer(config)
+
+
+def test_an_empty_folder_names_what_is_missing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        load(tmp_path / "empty")
