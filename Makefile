@@ -8,6 +8,8 @@ TORCH_PIP_ARGS ?=
 # Test processes, and what else to hand to pytest: make test PYTEST_ARGS="-k losses -x"
 JOBS ?= 2
 PYTEST_ARGS ?=
+# What to measure: make bench BENCH_ARGS="--task sft --preset gpt2 --precision bf16"
+BENCH_ARGS ?= --task dpo --preset tiny4x256
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +19,7 @@ CHECK_PYTHON := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint typecheck format check wheel clean distclean
+.PHONY: help install demo bench test lint typecheck format check wheel clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +28,9 @@ install: $(READY) ## Create .venv with everything pinned in constraints.txt
 
 demo: $(READY) ## Tune a small model end to end on this machine (recipes/quickstart.yaml)
 	$(BIN)/dpo-run recipe=quickstart run_dir=runs/quickstart
+
+bench: $(READY) ## Measure dpo-run against TRL on this machine
+	$(BIN)/python scripts/bench.py $(BENCH_ARGS)
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

@@ -129,6 +129,8 @@ def _choices(config: RunConfig) -> Iterator[str]:
             continue
         if key == "hardware.precision" and value in ("fp16", "float16", "half"):
             yield f"{key}={value}: not offered, log-probs overflow in it; use bf16 or fp32"
+        elif (key, value) == ("stage.loss", "dpo"):
+            yield "stage.loss=dpo: DPO's own loss is called sigmoid; use stage.loss=sigmoid"
         else:
             hint = did_you_mean(value, allowed)
             yield f"{key}={value}: must be one of {', '.join(allowed)}{hint}"
@@ -160,6 +162,13 @@ def _model(config: RunConfig) -> Iterator[str]:
             f"model={model.name}: no weights; set model.path=<folder> or model.hub_id=<owner/name>"
         )
     shape = model.architecture
+    if model.hub_id and shape and not model.path:
+        yield (
+            f"model.hub_id={model.hub_id}: has no effect with model={model.name}, whose weights "
+            f"are random; use model=custom model.hub_id={model.hub_id}"
+        )
+    if model.path and model.revision:
+        yield _no_effect("model.revision", model.revision, f"model.path={model.path}")
     if shape and shape.heads >= 1 and shape.hidden % shape.heads:
         yield (
             f"model.architecture.heads={shape.heads}: must divide "
@@ -198,6 +207,11 @@ def _stage(config: RunConfig) -> Iterator[str]:
             yield "stage.temperature=0.0: must be above 0; use stage.labels=deterministic"
         if stage.labels == "deterministic" and stage.temperature != 1.0:
             yield _no_effect("stage.temperature", stage.temperature, "stage.labels=deterministic")
+    if isinstance(stage, EvaluateConfig) and stage.scorer == "sentiment" != config.data.name:
+        yield (
+            f"stage.scorer=sentiment: rates the reviews of data=sentiment, not data="
+            f"{config.data.name}; choose another scorer"
+        )
     if isinstance(stage, EvaluateConfig) and stage.prompts == 0:
         yield "stage.prompts=0: nothing to evaluate; use at least 1"
 

@@ -13,7 +13,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dpo_cli.errors import ConfigError, UserError
 from dpo_cli.paths import conf_dir
@@ -225,7 +225,8 @@ def _sweep(args: Namespace) -> int:
     }.items():
         if any(word.startswith(f"{key}=") for word in args.overrides):
             raise ConfigError(f"{key}: {remedy}")
-    cfg = _compose(args, _without_sweeps(args.overrides))
+    cfg = _compose(args, _first_job(args.overrides))
+    args.overrides = _for_every_option(args.overrides)
     if cfg.dry_run:
         with tempfile.TemporaryDirectory(prefix="dpo-run-") as name:
             _hydra_main(args, [f"hydra.sweep.dir={sweep.claim(name)}"])
@@ -249,12 +250,37 @@ def _finished_sweep(args: Namespace, folder: Path) -> int:
     return sweep.finish(folder)
 
 
-def _without_sweeps(overrides: list[str]) -> list[str]:
-    """The overrides that are the same in every job."""
+def _first_job(overrides: list[str]) -> list[str]:
+    """The overrides of the sweep's first job: each swept key with the first of its values."""
+    from hydra.core.override_parser.types import ValueType
+
+    first = []
+    for word in _parsed(overrides):
+        if not word.is_sweep_override():
+            first.append(str(word.input_line))
+        elif word.value_type != ValueType.GLOB_CHOICE_SWEEP:  # a glob's choices are on disk
+            first.append(f"{word.get_key_element()}={next(iter(word.sweep_string_iterator()))}")
+    return first
+
+
+def _for_every_option(overrides: list[str]) -> list[str]:
+    """`++key=value` for the keys of a swept group.
+
+    Hydra first composes a sweep with the default option of a swept group, which may not have
+    the key; the strict schema still refuses what a job's own option does not know.
+    """
+    words = _parsed(overrides)
+    swept = {word.key_or_group for word in words if word.is_sweep_override()}
+    return [
+        f"++{line}" if line.partition(".")[0] in swept and not line.startswith(("+", "~")) else line
+        for line in (str(word.input_line) for word in words)
+    ]
+
+
+def _parsed(overrides: list[str]) -> list[Any]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     from dpo_cli.hydra_errors import explained
 
     with explained(overrides):
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    return [str(word.input_line) for word in parsed if not word.is_sweep_override()]
+        return OverridesParser.create().parse_overrides(overrides)

@@ -58,7 +58,8 @@ def finalise(config: RunConfig) -> RunConfig:
     """Fill in the values that depend on others."""
     lr = config.optim.lr
     if lr is None:
-        lr = config.stage.default_lr * config.model.lr_scale
+        scratch = config.model.path is None and config.model.architecture is not None
+        lr = config.stage.default_lr * (config.model.lr_scale if scratch else 1.0)
     data = config.data
     if isinstance(data, SentimentDataConfig) and data.responses is None:
         data = dataclasses.replace(data, responses=2 if config.stage.name == "dpo" else 1)

@@ -125,13 +125,3 @@ ANSWERS: list[tuple[str, Callable[[str, Sequence[str]], str]]] = [  # what Hydra
     (r"Could not delete(?: from config\.)? '([^']+)'", _nothing_to_delete),
     (r"config group '([^']+)' does not exist", _unknown_group),
 ]
-
-
-def _first_lines(error: Exception) -> str:
-    """The gist of anything else: first line of the error and of its cause."""
-    lines = []
-    for part in (error, error.__cause__):
-        text = str(part or "").strip()
-        if text and text.splitlines()[0] not in lines:
-            lines.append(text.splitlines()[0])
-    return ": ".join(lines) or type(error).__name__

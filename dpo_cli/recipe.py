@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli import __version__, recipe_report
+from dpo_cli.compose import PATH_KEYS
 from dpo_cli.durable import disk_errors, file_digest, write_json
 from dpo_cli.errors import ConfigError
 from dpo_cli.launch import as_override, run_child, shell_status
@@ -91,7 +91,7 @@ def parse(words: Sequence[str]) -> Command:
         else:
             refused.append(word)
     if refused:
-        variables = load_recipe(find_recipe(name)).variables
+        variables = load_recipe(find_recipe(name), complete=False).variables
         listed = ", ".join(f"vars.{variable}={value}" for variable, value in variables.items())
         raise ConfigError(
             f"{' '.join(refused)}: would reach no step; a recipe takes run_dir=, dry_run=true and "
@@ -145,6 +145,7 @@ def _examine(
     overrides, uses = resolve(recipe, step, folders)
     inputs = {
         "overrides": overrides,
+        "files": outside_files(overrides, run_dir),
         "uses": {name: identity(folders[name]) for name in uses},
         "version": __version__,
     }
@@ -180,9 +181,37 @@ def _changes(before: dict[str, Any], after: dict[str, Any]) -> str:
     for name, now in after["uses"].items():
         if before["uses"].get(name, now) != now:
             parts.append(f"{name} has changed" if now != PENDING else f"{name} runs again")
+    parts += [
+        f"the content of {path} has changed"
+        for path, now in after["files"].items()
+        if before["files"].get(path, now) != now
+    ]
     if before["version"] != after["version"]:
         parts.append(f"dpo-run {before['version']} -> {after['version']}")
     return ", ".join(parts)
+
+
+OUTSIDE_KEYS = {f"{group}.{key}" for group, keys in PATH_KEYS.items() for key in keys}
+
+
+def outside_files(overrides: Sequence[str], run_dir: Path) -> dict[str, str]:
+    """Digests of the files and folders that a step reads and no earlier step wrote."""
+    found: dict[str, str] = {}
+    for word in overrides:
+        key, _, value = word.partition("=")
+        path = Path(value.strip("'\""))
+        if key not in OUTSIDE_KEYS or not path.exists() or path.is_relative_to(run_dir):
+            continue
+        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+        parts = [f"{p.name} {p.stat().st_size} {_content(p)}" for p in files]
+        found[str(path)] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return found
+
+
+def _content(path: Path) -> str:
+    """A digest of a file; of a large one, when it was last written."""
+    status = path.stat()
+    return file_digest(path) if status.st_size <= HASHED_BYTES else str(status.st_mtime_ns)
 
 
 def identity(folder: Path) -> str:
@@ -223,11 +252,11 @@ def _run_step(step: Step, folder: Path, inputs: dict[str, Any], decision: Decisi
 
 
 def _set_aside(folder: Path) -> None:
-    """Keep the step's previous folder as `<folder>.old`, and only the last one."""
-    old = folder.with_name(f"{folder.name}.old")
+    """Keep the step's previous folder as `<folder>.old-1`, `.old-2`, ...: it may be a model."""
+    number = 1
+    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
     with disk_errors(folder):
-        if old.exists():
-            shutil.rmtree(old)
         folder.rename(old)
 
 

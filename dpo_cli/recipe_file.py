@@ -80,8 +80,10 @@ def find_recipe(name: str) -> Path:
     return recipes_dir() / f"{name}.yaml"
 
 
-def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True) -> Recipe:
     """Read a recipe. settings: `x=1` for every `vars.x=1` of the command line.
+
+    complete: variables that must be given (`???`) have to be.
 
     Raises ConfigError that names the file and the place.
     """
@@ -109,7 +111,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     )
     _check(path, recipe)
     missing = [f"vars.{name}=..." for name, value in recipe.variables.items() if value == "???"]
-    if missing:
+    if missing and complete:
         raise ConfigError(f"recipe={path.stem}: needs {' '.join(missing)}")
     return recipe
 

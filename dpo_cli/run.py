@@ -67,7 +67,8 @@ def finish(
     if (run_dir / "final").is_dir():
         write_model_card(run_dir / "final", card_facts(config, figures, argv, session))
     write_json_atomic(run_dir / "summary.json", summary)
-    session.progress.show(summary_table(f"{config.stage.name}: {run_dir}", figures.items()))
+    session.progress.show(summary_table(config.stage.name, figures.items()))
+    session.progress.note(f"results in {run_dir}")
     return summary
 
 

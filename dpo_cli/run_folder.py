@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,12 +50,27 @@ def check_free(folder: Path, resume: bool) -> None:
         return
     refuse_locked(folder)
     is_run = _is_run(folder)
+    if is_run and not resume and _holds_nothing(folder):
+        shutil.rmtree(folder)  # a start that failed before it did anything
+        return
     if resume and not is_run:
         raise ConfigError(f"run_dir={folder}: is not a run folder; choose another to resume")
     if not resume:
         other = "choose another run_dir"
         remedy = f"go on with dpo-run resume={folder}, or {other}" if is_run else other
         raise ConfigError(f"run_dir={folder}: is not empty; {remedy}")
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Whether a run left only its own papers: no weights, rows, figures or foreign files."""
+    papers = {COMPOSED, ".lock", "config.yaml", "command.txt", "versions.json", "tensorboard"}
+    for path in folder.iterdir():
+        if path.name == "metrics.jsonl":
+            if path.stat().st_size:
+                return False
+        elif path.name not in papers:
+            return False
+    return True
 
 
 def refuse_locked(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Both sides of `bench.py --task decode`: N samples a prompt, ours and transformers' generate.
 
-    python bench_decode.py job.json result.json
+Usage: `python bench_decode.py job.json result.json`
 
 A step is one call for `batch` prompts. EOS ends nothing on either side, so every call
 yields batch * samples * new_tokens tokens. `settings.side` is `ours` or `hf`.

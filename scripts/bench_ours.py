@@ -1,6 +1,6 @@
 """dpo-run's side of `bench.py`: a training stage run as `dpo-run` runs it, timed at its sink.
 
-    python bench_ours.py job.json result.json
+Usage: `python bench_ours.py job.json result.json`
 """
 
 from __future__ import annotations

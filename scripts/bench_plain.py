@@ -1,6 +1,6 @@
 """The plain padded side of `bench.py --grow`: DPO as one would write it first.
 
-    python bench_plain.py job.json result.json
+Usage: `python bench_plain.py job.json result.json`
 
 Chosen and rejected in one padded batch, the prompt in both, full logits, the model's own
 forward; the reference is computed once beforehand, as on the other side.

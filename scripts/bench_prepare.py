@@ -1,6 +1,6 @@
 """Makes what both sides of `bench.py` read: a model folder, rows, and the rows as token ids.
 
-    python bench_prepare.py plan.json
+Usage: `python bench_prepare.py plan.json`
 
 Runs as a process of its own, so that the one that starts the measurements stays small.
 """
@@ -224,5 +224,14 @@ def save_model(plan: Plan, tokenizer: Any) -> None:
     tokenizer.save_pretrained(plan.model)
 
 
+def main() -> None:
+    from dpo_cli.errors import UserError
+
+    try:
+        prepare(Plan.load(Path(sys.argv[1])))
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 if __name__ == "__main__":
-    prepare(Plan.load(Path(sys.argv[1])))
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -39,7 +40,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def refuse_if_busy(allowed: bool, seconds: float = 3.0) -> float:
+def refuse_if_busy(allowed: bool, seconds: float = 1.0) -> float:
     """Cores that other processes keep busy just now; exits if they are too many.
 
     The load average still counts what ended a minute ago, so it only decides where the
@@ -65,7 +66,7 @@ def prepare(plan: Plan, threads: int) -> None:
     Path(plan.folder).mkdir(parents=True, exist_ok=True)
     path = Path(plan.folder) / "plan.json"
     plan.save(path)
-    run_python("bench_prepare.py", [path], Path(plan.folder) / "prepare", threads)
+    run_python("bench_prepare.py", [path], Path(plan.folder) / f"make-{plan.ids.stem}", threads)
 
 
 def run_python(
@@ -132,8 +133,9 @@ def search(
         agrees = compare(first, result, job.precision)["agree"]
         table.append({"name": side.name, "per_second": result["per_second"],
                       "peak_memory_mb": result["peak_memory_mb"], "agrees": agrees})  # fmt: skip
+        note = "" if agrees else "  (other losses: left out)"
         say(f"search  {side.name:44} {result['per_second']:10.3f} {UNITS[job.task]}/s "
-            f"{result['peak_memory_mb']:8.0f} MB{'' if agrees else '  (other losses: left out)'}")  # fmt: skip
+            f"{result['peak_memory_mb']:8.0f} MB{note}")  # fmt: skip
     usable = [row for row in table if row["agrees"]]
     return max(usable, key=lambda row: row["per_second"])["name"], table
 
@@ -143,13 +145,14 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], precision: str) -> dict[
     loss_limit, logps_limit = TOLERANCE[precision]
     loss = logps = 0.0
     same = a["figures"].keys() == b["figures"].keys()
+    finite = all(math.isfinite(x) for r in (a, b) for xs in r["figures"].values() for x in xs)
     for name in a["figures"].keys() & b["figures"].keys():
         for x, y in zip(a["figures"][name], b["figures"][name], strict=True):
             if name == "loss":
                 loss = max(loss, abs(x - y))
             else:
                 logps = max(logps, abs(x - y) / max(1.0, abs(x)))
-    agree = same and loss <= loss_limit and logps <= logps_limit
+    agree = same and finite and loss <= loss_limit and logps <= logps_limit
     return {"agree": agree, "loss": loss, "logps_relative": logps}
 
 

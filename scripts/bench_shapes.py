@@ -68,5 +68,3 @@ def hf_config(shape: Shape, context: int, **token_ids: int) -> Any:
         intermediate_size=shape.inner, max_position_embeddings=context,
         tie_word_embeddings=True, attention_dropout=0.0, **token_ids,
     )  # fmt: skip
-
-

@@ -28,37 +28,40 @@ NO_CHECKPOINTING = {"gradient_checkpointing": False}
 CACHED = NO_CHECKPOINTING | {"precompute_ref_log_probs": True}
 PADDING_FREE = NO_CHECKPOINTING | {"padding_free": True, "max_length": None}
 
+EAGER = {"attn_implementation": "eager"}
+FLASH = {"attn_implementation": "flash_attention_2"}
+LOADERS = {"dataloader_num_workers": 2}
+
 CANDIDATES: dict[str, dict[str, Settings]] = {
     "dpo": {
-        "cached reference, no checkpointing": CACHED,
-        "... eager attention": CACHED | {"attn_implementation": "eager"},
-        "... batches padded to 64": CACHED | {"pad_to_multiple_of": 64},
-        "... 2 loader processes": CACHED | {"dataloader_num_workers": 2},
+        "cached reference": CACHED,
+        "cached reference, eager attention": CACHED | EAGER,
+        "cached reference, padded to 64": CACHED | {"pad_to_multiple_of": 64},
+        "cached reference, 2 loaders": CACHED | LOADERS,
         "cached reference, checkpointing": {"precompute_ref_log_probs": True},
     },
     "sft": {
-        "no checkpointing": NO_CHECKPOINTING,
-        "... eager attention": NO_CHECKPOINTING | {"attn_implementation": "eager"},
-        "... 2 loader processes": NO_CHECKPOINTING | {"dataloader_num_workers": 2},
-        "... padding-free": PADDING_FREE,
-        "... padding-free, eager attention": PADDING_FREE | {"attn_implementation": "eager"},
+        "padded": NO_CHECKPOINTING,
+        "padded, eager attention": NO_CHECKPOINTING | EAGER,
+        "padded, 2 loaders": NO_CHECKPOINTING | LOADERS,
+        "padding-free": PADDING_FREE,
+        "padding-free, eager attention": PADDING_FREE | EAGER,
     },
     "decode": {
-        "defaults": {},
-        "eager attention": {"attn_implementation": "eager"},
+        "dynamic cache": {},
+        "dynamic cache, eager attention": EAGER,
         "static cache": {"cache_implementation": "static"},
     },
 }
-CUDA_CANDIDATES: dict[str, dict[str, Settings]] = {
-    "dpo": {"... torch.compile": CACHED | {"torch_compile": True}},
-    "sft": {"... torch.compile": NO_CHECKPOINTING | {"torch_compile": True}},
+COMPILED: dict[str, dict[str, Settings]] = {  # on CUDA
+    "dpo": {"cached reference, compiled": CACHED | {"torch_compile": True}},
+    "sft": {"padded, compiled": NO_CHECKPOINTING | {"torch_compile": True}},
     "decode": {},
 }
-FLASH = {"attn_implementation": "flash_attention_2"}
-BEST = {  # the fastest of the candidates so far; `bench.py --search` looks again
-    "dpo": "cached reference, no checkpointing",
-    "sft": "... padding-free",
-    "decode": "defaults",
+BEST = {  # the fastest in small searches on CPUs; `bench.py --search` looks again
+    "dpo": "cached reference",
+    "sft": "padding-free",
+    "decode": "dynamic cache",
 }
 
 
@@ -68,9 +71,9 @@ def candidates(task: str, device: str, precision: str) -> dict[str, Settings]:
     if task == "decode" and precision == "bf16":
         found["weights in bf16"] = {"dtype": "bfloat16"}
     if device == "cuda":
-        found |= CUDA_CANDIDATES[task]
+        found |= COMPILED[task]
         if find_spec("flash_attn") and precision == "bf16":
-            found |= {f"{k}, FlashAttention 2": v | FLASH for k, v in CANDIDATES[task].items()
+            found |= {f"{k}, flash attention": v | FLASH for k, v in CANDIDATES[task].items()
                       if "attn_implementation" not in v}  # fmt: skip
     return found
 
@@ -97,6 +100,5 @@ def sides_of(task: str, best: Settings) -> list[Side]:
     ]
 
 
-def candidate_side(task: str, name: str, settings: Settings) -> Side:
-    """A side of `--search`."""
-    return replace(sides_of(task, settings)[-1 if task != "dpo" else 3], name=name)
+def best_side(task: str, settings: Settings) -> Side:
+    return next(side for side in sides_of(task, settings) if side.name == f"{PEER[task]}-best")

@@ -1,6 +1,6 @@
 """TRL's side of `bench.py`: its own trainers on the same token ids, timed at their log.
 
-    python bench_trl.py job.json result.json
+Usage: `python bench_trl.py job.json result.json`
 
 Imports nothing of dpo-run, so it also runs under the Python of another environment.
 """

@@ -132,11 +132,11 @@ def test_a_changed_variable_reruns_what_depends_on_it(
     out = capfd.readouterr().out
     assert "sft: run (again, now train.max_steps=9, no longer train.max_steps=8)" in out
     assert "dpo: run (again, sft has changed)" in out
-    assert (folder / "runs/small/01-sft.old/summary.json").is_file()
+    assert (folder / "runs/small/01-sft.old-1/summary.json").is_file()
     (folder / "value-sft").write_text("0.8")
     assert run_cli() == 0  # back again: only the last one is set aside
     assert sorted(p.name for p in (folder / "runs/small").glob("01-sft*")) == [
-        "01-sft", "01-sft.json", "01-sft.old",
+        "01-sft", "01-sft.json", "01-sft.old-1", "01-sft.old-2",
     ]  # fmt: skip
 
 

@@ -53,6 +53,7 @@ def test_a_used_folder_is_refused_with_the_way_on(
     empty: Path, starts: Starts, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cli.main(["run_dir=a"])
+    (empty / "a/summary.json").touch()
     before = (empty / "a/.hydra/overrides.yaml").read_text()
     message = fails(capsys, "run_dir=a", "seed=1")
     assert message == (

@@ -89,7 +89,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     attention: str = "auto"  # auto | packed | dense
     dropout: float = 0.0
-    lr_scale: float = 1.0  # multiplies the stage's default learning rate (small models: > 1)
+    lr_scale: float = 1.0  # times the stage's default learning rate, for weights from scratch
 
 
 @dataclass

@@ -102,7 +102,7 @@ def references(session: Session, loaded: Loaded, named: str | None) -> dict[str,
     model = loaded.model if own else load_reference(session, loaded, named)
     if stage.reference_logprobs == "live":
         model.to(session.runtime.device).eval().requires_grad_(False)  # type: ignore[arg-type]
-        return dict.fromkeys(splits, _live(model))
+        return {name: _live(model) for name, rows in splits.items() if rows}
     tables: dict[str, ReferenceOf] = {}
     for name, rows in splits.items():
         if rows:

@@ -1,0 +1,93 @@
+"""The command line of `bench.py`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from bench_run import ROOT
+from bench_shapes import CHANGEABLE, PRESETS
+
+GROW_LENGTHS = (32, 64, 128, 256, 512, 1024)
+
+DATA = """\
+data: by default synthetic pairs of random words. Their lengths are drawn from log-normal
+distributions fitted to Anthropic HH (harmless-base/test in GPT-2's tokens: prompts of 124 on
+average, median 96; chosen 42, rejected 52), so that a third of a padded batch of 4 is unique
+tokens and the rest padding and repeated prompts, as there. --prompt-length and
+--response-length fix them. --data FILE --adapter hh takes real pairs: a seeded sample, read as
+dpo-run reads it, with --tokenizer FOLDER or else a byte-level BPE learned from the file.
+Nothing is downloaded."""
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=description, epilog=DATA, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--task", choices=("dpo", "sft", "reward", "decode"), default="dpo")
+    add_model_and_data(p)
+    add_measurement(p.add_argument_group("measurement"))
+    out = p.add_argument_group("output")
+    out.add_argument("--json", action="store_true", help="end with one line of JSON")
+    out.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="FOLDER")
+    out.add_argument("--work", metavar="FOLDER", help="where weights and rows lie meanwhile")
+    return p
+
+
+def add_model_and_data(p: argparse.ArgumentParser) -> None:
+    model = p.add_argument_group("model")
+    model.add_argument("--preset", choices=PRESETS, default="tiny4x256")
+    for name in CHANGEABLE:
+        model.add_argument(f"--{name}", type=int, help="instead of the preset's")
+    model.add_argument("--tokenizer", metavar="FOLDER", help="default: see data")
+    data = p.add_argument_group("data")
+    data.add_argument("--data", metavar="FILE", help="real pairs; default: synthetic ones")
+    data.add_argument("--adapter", default="jsonl", help="how FILE is read: hh, jsonl, ...")
+    data.add_argument("--length", type=int, default=512, help="tokens of prompt and response kept")
+    data.add_argument("--prompt-length", type=int, help="tokens of every synthetic prompt")
+    data.add_argument("--response-length", type=int, help="tokens of synthetic responses, with EOS")
+
+
+def add_measurement(how: argparse._ArgumentGroup) -> None:
+    cores = os.cpu_count() or 1
+    how.add_argument("--batch", type=int, default=4, help="pairs (examples, prompts) a step")
+    how.add_argument("--steps", type=int, default=10, help="timed steps of each process")
+    how.add_argument("--warmup", type=int, default=2, help="steps before them, not timed")
+    how.add_argument("--rounds", type=int, default=3, help="processes of each side")
+    how.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    how.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    how.add_argument("--threads", type=int, default=cores, help="default: all cores")
+    how.add_argument("--lr", type=float, default=1e-4, help="large enough for losses to move")
+    how.add_argument("--seed", type=int, default=0, help="of weights and data")
+    how.add_argument("--samples", type=int, default=16, help="decode: completions of a prompt")
+    how.add_argument("--new-tokens", type=int, default=64, help="decode: tokens of a completion")
+    how.add_argument("--sides", metavar="A,B", help="only these, such as ours,trl-best")
+    how.add_argument("--search", action="store_true", help="try the other side's settings first")
+    how.add_argument("--trl-python", metavar="FILE", default="", help="Python with another TRL")
+    how.add_argument("--busy-ok", action="store_true", help="measure on a busy machine")
+    how.add_argument(
+        "--grow", choices=("prompts",), help="only: cost of a pair by prompt length, ours and plain"
+    )
+    how.add_argument("--grow-lengths", type=lengths, default=GROW_LENGTHS, metavar="32,64,...")
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Exit with what is wrong with the arguments."""
+    if args.task == "reward":
+        raise SystemExit("--task reward: stage=reward does not exist yet")
+    if args.grow and args.task != "dpo":
+        raise SystemExit(f"--grow: measures --task dpo, not {args.task}")
+    if args.grow and args.data:
+        raise SystemExit("--grow: takes synthetic pairs, leave out --data")
+    if args.data and (args.prompt_length or args.response_length):
+        raise SystemExit("--prompt-length, --response-length: of synthetic pairs; leave out --data")
+    for path in (args.data, args.tokenizer, args.trl_python):
+        if path and not Path(path).exists():
+            raise SystemExit(f"{path}: no such file or folder")
+    if min(args.warmup, args.steps, args.rounds, args.batch, args.threads) < 1:
+        raise SystemExit("--warmup, --steps, --rounds, --batch, --threads: must be at least 1")

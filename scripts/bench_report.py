@@ -1,0 +1,184 @@
+"""What `bench.py` prints and keeps: tables, a Markdown file and a picture.
+
+The Markdown file of a task, preset and device has one section for each set of conditions;
+each section carries its record as JSON in a comment, from which file and picture are drawn
+anew, so a repeated measurement replaces its own section alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_summary import json_line
+
+Record = dict[str, Any]
+KEPT = re.compile(r"^<!-- record: (\{.*\}) -->$", re.MULTILINE)
+BLUE, GREY, INK = "#0072B2", "#9A9A9A", "#222222"
+RATIO_NAMES = {
+    "ratio_vs_trl_best": "speed, ours / {peer} best",
+    "memory_ratio_vs_trl_best": "peak memory, ours / {peer} best",
+    "ratio_vs_trl_default": "speed, ours / {peer} default",
+    "memory_ratio_vs_trl_default": "peak memory, ours / {peer} default",
+    "ratio_live_vs_trl_best_live": "speed, reference in the loop on both sides, ours / best",
+    "ratio_live_vs_trl_default": "speed, reference in the loop on both sides, ours / default",
+    "ratio_one_epoch_vs_trl_best": "speed over one epoch with its reference pass, ours / best",
+}
+
+
+def keep(record: Record, folder: Path) -> Path:
+    """Write or update `<task>-<preset>-<device>.md` and `.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record['task']}-{record['preset']}-{record['device']}.md"
+    old = KEPT.findall(path.read_text()) if path.is_file() else []
+    records = {heading(r): r for r in map(json.loads, old)} | {heading(record): record}
+    path.write_text(markdown(path.stem, list(records.values())))
+    draw(path.with_suffix(".png"), list(records.values()))
+    return path
+
+
+def heading(record: Record) -> str:
+    """The conditions that make two measurements comparable."""
+    settings, data = record["settings"], record["data"]["label"]
+    trl = "" if record["task"] == "decode" else f", TRL {record['versions']['trl']}"
+    plural = "" if settings["threads"] == 1 else "s"
+    threads = f", {settings['threads']} thread{plural}" if record["device"] == "cpu" else ""
+    return f"{record['precision']}, batch {settings['batch']}, {data}{threads}{trl}"
+
+
+def markdown(name: str, records: Sequence[Record]) -> str:
+    lines = [f"# {name}", "", f"![{name}]({name}.png)", "",
+             "Medians over the rounds, lowest and highest in brackets. Written by "
+             "`scripts/bench.py`.", ""]  # fmt: skip
+    for record in records:
+        lines += [f"## {heading(record)}", "", *section(record), ""]
+        lines += [f"<!-- record: {json_line(record)} -->", ""]
+    return "\n".join(lines)
+
+
+def section(record: Record) -> list[str]:
+    machine, settings, agree = record["machine"], record["settings"], record["losses_agree"]
+    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+    facts = [
+        f"`{record['command']}`",
+        f"{record['date']}, commit {record['commit']}, {where}, {machine['system']}; {versions}.",
+        f"{settings['rounds']} rounds of {settings['steps']} steps after {settings['warmup']} to "
+        f"warm up, every side in a process of its own. Both sides logged the same in every step: "
+        f"losses within {agree['largest_loss_difference']:.1e}, log-probabilities within "
+        f"{agree['largest_relative_logps_difference']:.1e} of their value.",
+        "Settings: " + "; ".join(f"{name}: `{facts['settings'] or 'defaults'}`"
+                                 for name, facts in record["sides"].items()) + ".",
+    ]  # fmt: skip
+    if machine["others_cpu"] > 0.1:
+        facts.append(f"**Other processes kept up to {machine['others_cpu']:.1f} cores busy.**")
+    paragraphs = [line for fact in facts for line in (fact, "")]
+    steps = [line for rows in step_tables(record) for line in (*table(rows), "")]
+    folded = ["<details><summary>What the sides logged in each step</summary>", "", *steps]
+    tables = [*table(side_rows(record)), "", *table(ratio_rows(record)), ""]
+    if record["searched"]:
+        tables += ["Settings tried, one process each:", "", *table(search_rows(record)), ""]
+    return [*tables, *paragraphs, *folded, "</details>"]
+
+
+def side_rows(record: Record) -> list[list[str]]:
+    tokens = record["data"].get("real_tokens_per_row")
+    rows = [["side", f"{record['unit']}/s", "real tokens/s", "peak memory, MB",
+             "reference pass / epoch", f"{record['unit']}/s over one epoch"]]  # fmt: skip
+    for name, side in record["sides"].items():
+        share, epoch = side.get("reference_share_of_epoch"), side.get("per_second_one_epoch")
+        real = f"{side['per_second']['median'] * tokens:,.0f}" if tokens else ""
+        rows.append([
+            name, ranged(side["per_second"]), real, ranged(side["peak_memory_mb"]),
+            ranged(share) if share else "", ranged(epoch) if epoch else "",
+        ])  # fmt: skip
+    filled = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    return [[row[i] for i in filled] for row in rows]
+
+
+def ratio_rows(record: Record) -> list[list[str]]:
+    peer = "generate" if record["task"] == "decode" else "TRL"
+    named = [(RATIO_NAMES[key].format(peer=peer), value) for key, value in record["ratios"].items()]
+    return [["ratio", "median [range]"], *([name, ranged(value)] for name, value in named)]
+
+
+def search_rows(record: Record) -> list[list[str]]:
+    rows = [["settings", f"{record['unit']}/s", "peak memory, MB", "same losses"]]
+    for tried in record["searched"]:
+        figures = (short(tried[key]) for key in ("per_second", "peak_memory_mb"))
+        rows.append([tried["name"], *figures, "yes" if tried["agrees"] else "no"])
+    return rows
+
+
+def ranged(value: Mapping[str, float]) -> str:
+    middle, low, high = (short(value[key]) for key in ("median", "min", "max"))
+    return middle if low == high else f"{middle} [{low}, {high}]"
+
+
+def short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown, columns aligned, so that it can be read on a terminal too."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+def step_tables(record: Record) -> list[list[list[str]]]:
+    """What every side logged in each step, side by side; a table for each figure."""
+    sides = record["sides"]
+    names = next(iter(sides.values()))["figures_by_step"]
+    return [
+        [
+            [name, *sides],
+            *([str(step), *(f"{value:.6g}" for value in values)]
+              for step, values in enumerate(columns_of(sides, name), start=1)),
+        ]
+        for name in names
+    ]  # fmt: skip
+
+
+def columns_of(sides: Mapping[str, Any], name: str) -> list[tuple[float, ...]]:
+    return list(zip(*(facts["figures_by_step"][name] for facts in sides.values()), strict=True))
+
+
+def draw(path: Path, records: Sequence[Record]) -> None:
+    """Bars of speed and peak memory, a row of two panels a section; whiskers: lowest, highest."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 0.6 + 2.4 * len(records)), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(records), 2, squeeze=False)
+    for row, record in zip(panels, records, strict=True):
+        unit = record["unit"]
+        bars(row[0], record, "per_second", f"{unit}/s (more is better)")
+        bars(row[1], record, "peak_memory_mb", "peak memory, MB (less is better)")
+        row[0].set_title(heading(record), loc="left", fontsize=9, color=INK)
+    figure.tight_layout(h_pad=1.5)
+    figure.savefig(path)
+
+
+def bars(axes: Any, record: Record, key: str, label: str) -> None:
+    sides = record["sides"]
+    values = [side[key] for side in sides.values()]
+    middle = [v["median"] for v in values]
+    whiskers = [[v["median"] - v["min"] for v in values], [v["max"] - v["median"] for v in values]]
+    colours = [BLUE if name.startswith("ours") else GREY for name in sides]
+    axes.barh(list(sides), middle, color=colours, xerr=whiskers, ecolor=INK, capsize=2)
+    for place, value in enumerate(values):
+        label_at, text = value["max"], f"  {short(value['median'])}"
+        axes.text(label_at, place, text, va="center", fontsize=8, color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.2 * max(v["max"] for v in values))
+    axes.set_xlabel(label, fontsize=8)
+    axes.tick_params(labelsize=8, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)

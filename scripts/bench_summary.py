@@ -1,0 +1,216 @@
+"""From the results of the rounds to one record: figures, ratios, and what it takes to repeat."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bench_job import Job
+from bench_prepare import Plan
+from bench_run import ROOT, Results, agreement, ratio, spread
+from bench_sides import PEER, UNITS, Side
+
+PACKAGES = ("torch", "transformers", "trl", "tokenizers", "accelerate", "datasets", "numpy")
+
+
+def row_facts(job: Job) -> dict[str, float]:
+    """Means over the rows, and what share of a padded batch is real, unique or scored."""
+    rows = job.rows()
+    if job.task == "decode":
+        return {"rows": len(rows), "mean_prompt_tokens": mean(len(r["prompt"]) for r in rows)}
+    names = ("chosen",) if job.task == "sft" else ("chosen", "rejected")
+    real = unique = scored = padded = 0
+    for first in range(0, len(rows), job.batch):
+        batch = rows[first : first + job.batch]
+        lengths = [len(r["prompt"]) + len(r[name]) for r in batch for name in names]
+        real += sum(lengths)
+        padded += max(lengths) * len(lengths)
+        scored += sum(len(r[name]) for r in batch for name in names)
+        unique += sum(len(r["prompt"]) + sum(len(r[name]) for name in names) for r in batch)
+    means = {f"mean_{n}_tokens": mean(len(r[n]) for r in rows) for n in ("prompt", *names)}
+    return {"rows": len(rows), **means, "real_tokens_per_row": real / len(rows),
+            "real_to_padded": real / padded, "unique_to_padded": unique / padded,
+            "scored_to_padded": scored / padded}  # fmt: skip
+
+
+def mean(values: Any) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def side_facts(job: Job, side: Side, rows: Results) -> dict[str, Any]:
+    """What one side did, over the rounds."""
+    results = rows[side.name]
+    facts: dict[str, Any] = {
+        "settings": side.settings,
+        "per_second": spread([r["per_second"] for r in results]),
+        "peak_memory_mb": spread([r["peak_memory_mb"] for r in results]),
+        "memory_before_the_model_mb": spread([r["start_memory_mb"] for r in results]),
+        "others_cpu": max(r["others_cpu"] for r in results),
+        "figures_by_step": results[0]["figures"],
+    }
+    if job.task == "dpo":
+        facts["per_second_one_epoch"] = spread([one_epoch(job, r) for r in results])
+    if results[0]["reference_seconds"] is not None:
+        facts["reference_seconds"] = spread([r["reference_seconds"] for r in results])
+        facts["reference_share_of_epoch"] = spread(
+            [r["reference_seconds"] * r["per_second"] / job_rows(job) for r in results]
+        )
+    return facts
+
+
+def job_rows(job: Job) -> int:
+    return job.total_steps * job.batch
+
+
+def one_epoch(job: Job, result: dict[str, Any]) -> float:
+    """Pairs a second over one epoch, its pass over the reference included."""
+    rows = job_rows(job)
+    return rows / (rows / result["per_second"] + (result["reference_seconds"] or 0.0))
+
+
+def ratios(job: Job, results: Results) -> dict[str, dict[str, float]]:
+    """Ours to theirs: speed where more is better, memory where less is."""
+    peer, found = PEER[job.task], {}
+    for other in ("default", "best"):
+        name = f"{peer}-{other}"
+        if {"ours", name} <= results.keys():
+            found[f"ratio_vs_trl_{other}"] = ratio(results, "ours", name, "per_second")
+            found[f"memory_ratio_vs_trl_{other}"] = ratio(results, "ours", name, "peak_memory_mb")
+    for name in ("trl-default", "trl-best-live"):
+        if {"ours-live", name} <= results.keys():
+            key = f"ratio_live_vs_{name.replace('-', '_')}"
+            found[key] = ratio(results, "ours-live", name, "per_second")
+    if job.task == "dpo":
+        found |= one_epoch_ratio(job, results)
+    return found
+
+
+def one_epoch_ratio(job: Job, results: Results) -> dict[str, dict[str, float]]:
+    """Against whatever is fastest for one epoch on the other side, cached or live."""
+    theirs = [name for name in ("trl-best", "trl-best-live") if name in results]
+    if "ours" not in results or not theirs:
+        return {}
+    return {"ratio_one_epoch_vs_trl_best": spread([
+        one_epoch(job, ours) / max(one_epoch(job, results[name][i]) for name in theirs)
+        for i, ours in enumerate(results["ours"])
+    ])}  # fmt: skip
+
+
+def summary(
+    name: str,
+    job: Job,
+    plan: Plan,
+    sides: Sequence[Side],
+    results: Results,
+    searched: list[dict[str, Any]],
+    argv: Sequence[str],
+) -> dict[str, Any]:
+    """The record that is printed as JSON and kept in the Markdown file."""
+    found, rows = ratios(job, results), row_facts(job)
+    return {
+        **{key: value["median"] for key, value in found.items()},
+        "task": job.task,
+        "preset": name,
+        "device": job.device,
+        "precision": job.precision,
+        "unit": UNITS[job.task],
+        "losses_agree": agreement(results, job.precision),
+        "ratios": found,
+        "sides": {side.name: side_facts(job, side, results) for side in sides},
+        "data": {"label": data_label(plan), "sha256": data_digest(plan), **rows},
+        "shape": vars(plan.shape) | {"context": plan.context},
+        "settings": {key: getattr(job, key) for key in (
+            "batch", "warmup", "steps", "lr", "threads", "length", "samples", "new_tokens")}
+            | {"rounds": len(next(iter(results.values()))), "seed": plan.seed},
+        "searched": searched,
+        **circumstances(results, argv),
+    }  # fmt: skip
+
+
+def data_label(plan: Plan) -> str:
+    if plan.data is not None:
+        own = f", {Path(plan.tokenizer).name} tokenizer" if plan.tokenizer else ""
+        return f"{Path(plan.data).name} ({plan.adapter}{own}, at most {plan.length} tokens)"
+    prompt = "HH's" if plan.prompt_length is None else f"{plan.prompt_length}-token"
+    response = "HH's" if plan.response_length is None else f"{plan.response_length}-token"
+    if prompt == response:
+        return f"synthetic pairs, lengths drawn as in HH, at most {plan.length} tokens"
+    return f"synthetic pairs, {prompt} prompts, {response} responses, at most {plan.length} tokens"
+
+
+def data_digest(plan: Plan) -> str | None:
+    if plan.data is None:
+        return None
+    with Path(plan.data).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def circumstances(results: Results, argv: Sequence[str]) -> dict[str, Any]:
+    """Command, date, code, versions and machine."""
+    rows = [r for side in results.values() for r in side]
+    versions = {name: installed(name) for name in PACKAGES}
+    for row in rows:
+        versions |= row.get("versions", {})
+    return {
+        "command": shown_command(argv),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": {
+            "cpu": cpu_model(),
+            "cores": os.cpu_count(),
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+            "gpu": rows[0]["device_name"],
+            "system": f"{platform.system()} {platform.release()}",
+            "others_cpu": max(row["others_cpu"] for row in rows),
+        },
+    }
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def shown_command(argv: Sequence[str]) -> str:
+    """As typed, but paths as names: a published figure needs nobody's folders."""
+    words = []
+    for word in argv:
+        key, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(key + equals + (Path(value).name if os.sep in value else value))
+    return shlex.join(["python", "scripts/bench.py", *words])
+
+
+def commit() -> str | None:
+    """Of the checkout, `+` if it has changes; None away from git."""
+    try:
+        head, status = (
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def json_line(record: dict[str, Any]) -> str:
+    return json.dumps(record, separators=(",", ":"))

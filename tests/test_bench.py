@@ -1,0 +1,212 @@
+"""The benchmark: equal work on both sides, and its arithmetic."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "bench.py"
+SMALL = (
+    "--layers=1", "--width=32", "--heads=2", "--vocab=64", "--length=40", "--batch=2", "--steps=1",
+    "--warmup=1", "--rounds=1", "--threads=1", "--busy-ok", "--json",
+)  # fmt: skip
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`module("bench_run")`: a module of scripts/."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return import_module
+
+
+@pytest.fixture
+def bench(module: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Any:
+    """`bench("--task=dpo", ...)`: the record of a small measurement, written to `tmp_path`.
+
+    The workers run in this process: importing torch, transformers and TRL in each takes most
+    of a minute. Processes are tested by `test_a_worker_is_a_process`.
+    """
+
+    def worker(script: str, files: list[Path], scratch: Path, *_: Any) -> None:
+        scratch.mkdir(parents=True)
+        code = module(script.removesuffix(".py"))
+        if script == "bench_prepare.py":
+            code.prepare(code.Plan.load(files[0]))
+        else:
+            job = module("bench_job").Job(**json.loads(files[0].read_text()))
+            files[1].write_text(json.dumps(code.measure(job)))
+
+    def run(*words: str) -> dict[str, Any]:
+        assert module("bench").main([*SMALL, f"--out={tmp_path}", *words]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    monkeypatch.setattr(module("bench_run"), "run_python", worker)
+    return run
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
+def test_dpo_does_the_same_work_as_trl(bench: Any, module: Any, tmp_path: Path) -> None:
+    record = bench("--sides=ours,trl-best", "--lr=1e-2")
+    ours, theirs = (record["sides"][name] for name in ("ours", "trl-best"))
+    assert ours["figures_by_step"]["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(ours["figures_by_step"]["loss"][1] - math.log(2)) > 1e-3  # a step was taken
+    for name, values in ours["figures_by_step"].items():
+        assert values == pytest.approx(theirs["figures_by_step"][name], rel=1e-4), name
+    rates = [side["per_second"]["median"] for side in (ours, theirs)]
+    assert record["ratio_vs_trl_best"] == pytest.approx(rates[0] / rates[1])
+    peaks = [side["peak_memory_mb"]["median"] for side in (ours, theirs)]
+    assert record["memory_ratio_vs_trl_best"] == pytest.approx(peaks[0] / peaks[1])
+    assert ours["reference_seconds"]["median"] > 0
+    assert theirs["reference_seconds"]["median"] > 0
+    assert record["shape"]["layers"] == 1
+    check_files(module("bench_report"), record, tmp_path)
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
+def test_sft_does_the_same_work_as_trl(bench: Any) -> None:
+    record = bench("--task=sft", "--lr=1e-2")
+    losses = [side["figures_by_step"]["loss"] for side in record["sides"].values()]
+    assert len(losses) == 3
+    assert losses[0][0] == pytest.approx(math.log(64), abs=0.1)  # untrained: uniform
+    for other in losses[1:]:
+        assert losses[0] == pytest.approx(other, rel=1e-4)
+
+
+def check_files(report: ModuleType, record: dict[str, Any], folder: Path) -> None:
+    """The same conditions replace their section, others get one of their own."""
+    path = folder / "dpo-gpt2-1x32-h2-v64-cpu.md"
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert str(folder) not in path.read_text()
+    report.keep(record | {"date": "2001-02-03"}, folder)
+    report.keep(record | {"precision": "bf16", "date": "2004-05-06"}, folder)
+    text = path.read_text()
+    assert text.count("\n## ") == 2
+    assert text.count("2001-02-03, commit") == text.count("2004-05-06, commit") == 1
+    assert record["date"] + ", commit" not in text
+
+
+def test_decoding_draws_from_the_same_model(bench: Any) -> None:
+    record = bench("--task=decode", "--sides=ours,hf-best", "--samples=3", "--new-tokens=4")
+    ours, theirs = (record["sides"][name] for name in ("ours", "hf-best"))
+    greedy = ours["figures_by_step"]["logps/greedy"]
+    assert greedy == pytest.approx(theirs["figures_by_step"]["logps/greedy"], rel=1e-5)
+    assert all(value < -8.0 for value in greedy)  # 8 tokens of an untrained model
+    assert record["unit"] == "tokens"
+    assert record["ratio_vs_trl_best"] > 0
+
+
+def test_growing_prompts_leave_a_curve(bench: Any, tmp_path: Path) -> None:
+    lengths = "--grow-lengths=4,16"
+    record = bench("--grow=prompts", lengths, "--response-length=4", "--vocab=63")
+    rows = [(row["prompt_tokens"], row["side"]) for row in record["curve"]]
+    assert rows == [(4, "ours"), (4, "plain"), (16, "ours"), (16, "plain")]
+    text = (tmp_path / "grow-prompts-gpt2-1x32-h2-v63-cpu.csv").read_text()
+    assert len(text.splitlines()) == 5
+
+
+def test_a_worker_is_a_process(module: Any, tmp_path: Path) -> None:
+    run_python = module("bench_run").run_python
+    run_python("bench_shapes.py", [], tmp_path / "a", threads=1)
+    with pytest.raises(SystemExit, match=r"bench_none\.py failed with exit code 2"):
+        run_python("bench_none.py", [], tmp_path / "b", threads=1)
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True,
+                          check=True)  # fmt: skip
+    assert "--trl-python" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--task=reward"], "stage=reward does not exist yet"),
+        (["--data=missing.jsonl"], "missing.jsonl: no such file"),
+        (["--grow=prompts", "--task=sft"], "--grow: measures --task dpo"),
+        (["--width=33"], "--width 33: must be a multiple of --heads 4"),
+        (["--warmup=0"], "must be at least 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(module: Any, words: list[str], why: str) -> None:
+    with pytest.raises(SystemExit, match=why):
+        module("bench").main(words)
+
+
+def test_a_busy_machine_is_refused(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = module("bench_run")
+    monkeypatch.setattr(run.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(run, "busy_cpu_seconds", iter([100.0, 100.02] * 3).__next__)
+    assert run.refuse_if_busy(allowed=False, seconds=0.1) == pytest.approx(0.2)
+    with pytest.raises(SystemExit, match=r"2\.0 of 4 cores busy.*--busy-ok"):
+        run.refuse_if_busy(allowed=False, seconds=0.01)
+    assert run.refuse_if_busy(allowed=True, seconds=0.01) == pytest.approx(2.0)
+
+
+def results(*figures: dict[str, list[float]]) -> list[dict[str, Any]]:
+    return [{"figures": f} for f in figures]
+
+
+def test_unequal_work_is_noticed(module: Any) -> None:
+    agreement = module("bench_run").agreement
+    base = {"loss": [0.7, 0.6], "logps/chosen": [-200.0, -100.0]}
+    close = {"loss": [0.7, 0.6005], "logps/chosen": [-200.01, -100.0]}
+    found = agreement({"trl-default": results(base), "ours": results(base, close)}, "fp32")
+    assert found["agree"]
+    assert found["largest_loss_difference"] == pytest.approx(5e-4)
+    assert found["largest_relative_logps_difference"] == pytest.approx(5e-5)
+    for other in (
+        base | {"loss": [0.7, 0.602]},
+        base | {"loss": [0.7, math.nan]},
+        base | {"logps/chosen": [-200.0, -100.02]},
+        {"loss": [0.7, 0.6]},
+    ):
+        assert not agreement({"trl-default": results(base), "ours": results(other)}, "fp32")[
+            "agree"
+        ]
+
+
+def test_ratios_are_taken_within_a_round(module: Any) -> None:
+    rounds = {
+        "ours": [{"per_second": v} for v in (4.0, 9.0, 10.0)],
+        "other": [{"per_second": v} for v in (2.0, 3.0, 1.0)],
+    }
+    found = module("bench_run").ratio(rounds, "ours", "other", "per_second")
+    assert found == {"median": 3.0, "min": 2.0, "max": 10.0}
+
+
+def test_one_epoch_counts_the_reference_pass(module: Any) -> None:
+    job = module("bench_job").Job(
+        task="dpo", model="", ids="", overrides=[], batch=5, warmup=1, steps=3, lr=0.0,
+        precision="fp32", device="cpu", threads=1, length=0, samples=0, new_tokens=0,
+    )  # fmt: skip
+    assert module("bench_run").per_second(job, seconds=3.0) == 5.0
+    one_epoch = module("bench_summary").one_epoch  # 20 pairs: 4 s of steps, 1 s of reference
+    assert one_epoch(job, {"per_second": 5.0, "reference_seconds": 1.0}) == 4.0
+    assert one_epoch(job, {"per_second": 5.0, "reference_seconds": None}) == 5.0
+
+
+def test_synthetic_lengths_are_those_of_hh(module: Any) -> None:
+    """Medians and the tail of harmless-base/test in GPT-2's tokens."""
+    prepare = module("bench_prepare")
+    plan = prepare.Plan("", module("bench_shapes").PRESETS["gpt2"], 1024, 20_000, 512, seed=0)
+    import numpy as np
+
+    columns = np.array(prepare.draw_lengths(plan, np.random.default_rng(0))).T
+    for drawn, (median, p95) in zip(columns, ((96, 349), (29, 121), (37.5, 147)), strict=True):
+        assert np.median(drawn) == pytest.approx(median, rel=0.2)
+        assert np.percentile(drawn, 95) == pytest.approx(p95, rel=0.25)
+    assert columns.min(axis=1).tolist() == [13, 3, 3]
+
+
+def test_published_commands_name_no_folder(module: Any) -> None:
+    shown = module("bench_summary").shown_command
+    assert shown(["--data", "/home/me/my pairs.jsonl", "--out=/tmp/x", "--json"]) == (
+        "python scripts/bench.py --data 'my pairs.jsonl' --out=x --json"
+    )
