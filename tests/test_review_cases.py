@@ -9,8 +9,6 @@ from dpo_cli.recipe import outside_files
 from dpo_cli.run_folder import check_free
 from small_runs import TINY, configure, train
 
-ROW = {"prompt": "a", "chosen": " b", "rejected": " c"}
-
 
 def test_the_tiny_models_rate_is_for_weights_from_scratch(tmp_path):
     (tmp_path / "config.json").touch()
@@ -76,11 +74,8 @@ def test_a_sweep_over_a_group(cli, tmp_path):
     """Keys that only the swept options have must not be looked for in the default ones."""
     train(tmp_path / "sft", "stage=sft", "train.max_steps=1")
     path = tmp_path / "rows.jsonl"
-    turn = "\n\nHuman: hello\n\nAssistant:"
-    rows = [
-        {**ROW, "prompt": f"a{i}", "chosen": f"{turn} b{i}", "rejected": f"{turn} c{i}"}
-        for i in range(20)
-    ]
+    turns = [f"\n\nHuman: hello {i}\n\nAssistant:" for i in range(20)]
+    rows = [{"prompt": t, "chosen": f"{t} yes", "rejected": f"{t} no"} for t in turns]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     small = [w for w in TINY if w.startswith(("train.", "hardware", "logger"))]
     done = cli("-m", "stage=dpo", f"model.path={tmp_path / 'sft'}", "data=jsonl,hh",
