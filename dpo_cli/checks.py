@@ -6,11 +6,12 @@ A line is `key=value: what is wrong; the remedy`.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.bounds import BOUNDS
 from dpo_cli.config import (
     BEST_METRICS,
     CHOICES,
@@ -19,97 +20,33 @@ from dpo_cli.config import (
     EvaluateConfig,
     JsonlDataConfig,
     LabelConfig,
+    OptimConfig,
     RunConfig,
     SentimentDataConfig,
+    TrainConfig,
 )
 from dpo_cli.errors import ConfigError
 from dpo_cli.hints import did_you_mean
 
-Bound = tuple[str, Callable[[float], bool]]
 TRAINING = ("sft", "dpo")
 GENERATED_IGNORES = ("hub_id", "hub_config", "revision", "path", "eval_path", "eval_split")
+SETTINGS = {"optim": OptimConfig(), "train": TrainConfig()}  # of training
+READ_ANYWAY = {("evaluate", "train.micro_batch_tokens")}  # by stages that do not train
 OPTIM_OPTIONS = {"adamw": {"betas"}, "rmsprop": {"alpha"}, "adamw8bit": {"betas"}}
 
 
-def at_least(least: float) -> Bound:
-    return f"must be at least {least}", lambda value: least <= value < math.inf
-
-
-def above(least: float) -> Bound:
-    return f"must be above {least}", lambda value: least < value < math.inf
-
-
-def within(interval: str) -> Bound:
-    """An interval as mathematicians write it, such as `[0, 0.5)`."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-
-    def inside(value: float) -> bool:
-        over = value > low if interval[0] == "(" else value >= low
-        return over and (value < high if interval[-1] == ")" else value <= high)
-
-    return f"must be in {interval}", inside
-
-
-BOUNDS: dict[str, Bound] = {
-    "seed": at_least(0),
-    "model.dropout": within("[0, 1)"),
-    "model.lr_scale": above(0),
-    "model.architecture.layers": at_least(1),
-    "model.architecture.hidden": at_least(1),
-    "model.architecture.heads": at_least(1),
-    "model.architecture.context": at_least(8),
-    "model.architecture.vocab": at_least(1),
-    "data.rows": at_least(1),
-    "data.eval_rows": at_least(0),
-    "data.max_rows": at_least(1),
-    "data.max_length": at_least(2),
-    "data.max_prompt_length": at_least(1),
-    "data.min_prompt_words": at_least(1),
-    "data.responses": at_least(1),
-    "data.min_score_ratio": at_least(1),
-    "data.max_pairs_per_prompt": at_least(1),
-    "stage.beta": above(0),
-    "stage.label_smoothing": within("[0, 0.5)"),
-    "stage.nll_weight": at_least(0),
-    "stage.alpha": at_least(0),
-    "stage.prompts": at_least(0),
-    "stage.eval_prompts": at_least(0),
-    "stage.completions": at_least(1),
-    "stage.temperature": at_least(0),
-    "stage.top_p": within("(0, 1]"),
-    "stage.max_new_tokens": at_least(1),
-    "stage.batch_size": at_least(1),
-    "stage.flip_rate": within("[0, 1]"),
-    "stage.examples": at_least(1),
-    "optim.lr": at_least(0),
-    "optim.weight_decay": at_least(0),
-    "optim.alpha": within("[0, 1)"),
-    "optim.eps": above(0),
-    "optim.warmup_steps": at_least(0),
-    "optim.warmup_ratio": within("[0, 1]"),
-    "optim.max_grad_norm": within("[0, inf]"),
-    "train.epochs": above(0),
-    "train.max_steps": at_least(1),
-    "train.batch_size": at_least(1),
-    "train.micro_batch_tokens": at_least(1),
-    "train.eval_every_steps": at_least(0),
-    "train.save_every_steps": at_least(0),
-    "train.keep_checkpoints": at_least(1),
-    "train.log_every_steps": at_least(1),
-    "train.sample_prompts": at_least(0),
-    "train.sample_max_new_tokens": at_least(1),
-    "train.sample_temperature": above(0),
-    "hardware.devices": at_least(1),
-    "hardware.threads": at_least(1),
-}
 FILES = ("model.path", "data.path", "data.eval_path", "stage.samples", "stage.pairs")
 
 
-def check(config: RunConfig, typed: Sequence[str] = ()) -> None:
-    """Raise ConfigError with all problems, a line each. `typed`: the command line's words."""
-    parts = (_choices, _bounds, _files, _model, _data, _stage, _train, _optim, _hardware)
-    problems = [line for part in parts for line in part(config)]
-    problems += _trust(config, typed)
+def check(config: RunConfig, typed: Sequence[str] = (), coming: Sequence[Path] = ()) -> None:
+    """Raise ConfigError with all problems, a line each.
+
+    typed: the command line's words; coming: folders whose files need not be there yet.
+    """
+    parts = (_choices, _bounds, partial(_files, coming=coming), _model, _data, _stage, _train)
+    problems = [line for part in (*parts, _optim, _hardware) for line in part(config)]
+    keys = sorted({word.lstrip("+").partition("=")[0] for word in typed})
+    problems += [*_without_effect(config, keys), *_trust(config, keys)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -143,15 +80,18 @@ def _bounds(config: RunConfig) -> Iterator[str]:
             yield f"{key}={value}: {rule}"
 
 
-def _files(config: RunConfig) -> Iterator[str]:
+def _files(config: RunConfig, coming: Sequence[Path]) -> Iterator[str]:
+    def absent(path: str) -> bool:
+        return not Path(path).exists() and not any(map(Path(path).is_relative_to, coming))
+
     for key in FILES:
         value = _value(config, key)
-        if value is not None and not Path(value).exists():
+        if value is not None and absent(value):
             yield f"{key}={value}: no such file or folder"
     for key in ("stage.reference", "model.tokenizer"):  # a hub id looks like owner/name
         value = _value(config, key)
         local = value is not None and (value.startswith((".", "/")) or value.count("/") > 1)
-        if local and not Path(value).exists():
+        if local and absent(value):
             yield f"{key}={value}: no such folder"
 
 
@@ -167,8 +107,6 @@ def _model(config: RunConfig) -> Iterator[str]:
             f"model.hub_id={model.hub_id}: has no effect with model={model.name}, whose weights "
             f"are random; use model=custom model.hub_id={model.hub_id}"
         )
-    if model.path and model.revision:
-        yield _no_effect("model.revision", model.revision, f"model.path={model.path}")
     if shape and shape.heads >= 1 and shape.hidden % shape.heads:
         yield (
             f"model.architecture.heads={shape.heads}: must divide "
@@ -207,10 +145,11 @@ def _stage(config: RunConfig) -> Iterator[str]:
             yield "stage.temperature=0.0: must be above 0; use stage.labels=deterministic"
         if stage.labels == "deterministic" and stage.temperature != 1.0:
             yield _no_effect("stage.temperature", stage.temperature, "stage.labels=deterministic")
-    if isinstance(stage, EvaluateConfig) and stage.scorer == "sentiment" != config.data.name:
+    generated = isinstance(config.data, SentimentDataConfig)
+    if isinstance(stage, EvaluateConfig) and stage.scorer == "sentiment" and not generated:
         yield (
-            f"stage.scorer=sentiment: rates the reviews of data=sentiment, not data="
-            f"{config.data.name}; choose another scorer"
+            "stage.scorer=sentiment: rates the reviews of data=sentiment, not "
+            f"data={config.data.name}; use another, stage.scorer=length"
         )
     if isinstance(stage, EvaluateConfig) and stage.prompts == 0:
         yield "stage.prompts=0: nothing to evaluate; use at least 1"
@@ -282,9 +221,28 @@ def _no_effect(key: str, value: Any, chosen: str) -> str:
     return f"{key}={value}: has no effect with {chosen}; remove it"
 
 
-def _trust(config: RunConfig, typed: Sequence[str]) -> list[str]:
+def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
+    """Keys of the command line that neither the stage nor the weights read.
+
+    Those of YAML files may be there for another stage or other weights.
+    """
+    stage, path = config.stage.name, config.model.path
+    for key in keys:
+        group, _, name = key.partition(".")
+        value = _value(config, key)
+        if value is None or not name:  # not a key's word but an option's, such as optim=adamw
+            continue
+        untrained = group in SETTINGS and stage not in TRAINING and (stage, key) not in READ_ANYWAY
+        if untrained and value != getattr(SETTINGS[group], name):
+            yield _no_effect(key, value, f"stage={stage}, which trains nothing")
+        elif key.startswith(("model.revision", "model.architecture.")) and path:
+            yield _no_effect(key, value, f"model.path={path}")
+        elif key == "model.lr_scale" and (path or not config.model.architecture):
+            yield _no_effect(key, value, "weights that are not random")
+
+
+def _trust(config: RunConfig, keys: Sequence[str]) -> list[str]:
     """Code from the hub runs only if the user typed so, not because a YAML file says it."""
-    words = {word.lstrip("+").partition("=")[0] for word in typed}
-    if not config.model.trust_remote_code or "model.trust_remote_code" in words:
+    if not config.model.trust_remote_code or "model.trust_remote_code" in keys:
         return []
     return ["model.trust_remote_code=true: runs foreign code, so write it on the command line"]

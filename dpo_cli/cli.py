@@ -13,7 +13,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dpo_cli.errors import ConfigError, UserError
 from dpo_cli.paths import conf_dir
@@ -23,7 +23,6 @@ if TYPE_CHECKING:  # Hydra takes 0.2 s to import, which --help does without
     from omegaconf import DictConfig
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal, as shells have it
-HYDRA_VERSION = "1.3"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,6 +57,9 @@ def report_error(error: UserError) -> int:
 
 
 def dispatch(words: list[str]) -> int:
+    from dpo_cli.overrides import composed, quiet_hydra
+
+    quiet_hydra()
     if any(word.startswith("recipe=") for word in words):
         from dpo_cli.recipe import run_recipe
 
@@ -65,13 +67,12 @@ def dispatch(words: list[str]) -> int:
     folder = _resume_folder(words)
     expanded = _stored_command(folder, words) if folder else words
     args = _parse(expanded)
-    _quiet_hydra()
     if args.cfg or args.info or args.hydra_help or args.shell_completion:
         _ask_hydra(args)
         return 0
     if args.multirun or "hydra.mode=MULTIRUN" in args.overrides:
         return _sweep(args)
-    return _run(_compose(args, args.overrides), words)
+    return _run(composed(args.overrides, args.config_name), words)
 
 
 def _resume_folder(words: Sequence[str]) -> Path | None:
@@ -137,34 +138,6 @@ def _flags(args: Namespace) -> list[str]:
     return flags + [flag for flag, is_set in switches.items() if is_set]
 
 
-def _quiet_hydra() -> None:
-    """Have Hydra raise its errors instead of printing and exiting, and keep its advice."""
-    import warnings
-
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    warnings.filterwarnings("ignore", module=r"hydra|omegaconf")
-
-
-def _compose(args: Namespace, overrides: list[str]) -> DictConfig:
-    """The configuration with Hydra's node, as a single run gets it. Creates no folder."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    from dpo_cli.compose import refuse_targets
-    from dpo_cli.hydra_errors import explained
-
-    with (
-        explained(overrides, ValueError, KeyError),
-        initialize_config_dir(str(conf_dir()), job_name="dpo-run", version_base=HYDRA_VERSION),
-    ):
-        cfg = compose(args.config_name or "config", overrides, return_hydra_config=True)
-    # Callbacks are objects that Hydra makes from names in the config: any code at all.
-    refuse_targets(OmegaConf.to_container(cfg.hydra.callbacks, resolve=False), "hydra.callbacks")
-    HydraConfig.instance().set_config(cfg)  # for ${hydra:...} in values
-    return cfg
-
-
 def _ask_hydra(args: Namespace) -> None:
     """Hydra's own answers: --cfg, --info, --hydra-help, shell completion."""
     try:
@@ -178,6 +151,7 @@ def _hydra_main(args: Namespace, extra: Sequence[str] = ()) -> None:
     import hydra
 
     from dpo_cli.hydra_errors import explained
+    from dpo_cli.overrides import HYDRA_VERSION
     from dpo_cli.sweep import run_job
 
     overrides = [*args.overrides, *extra]
@@ -201,14 +175,14 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
         raise ConfigError("resume=true: which run? give resume=<run folder>")
     run_folder.check_free(folder, config.resume)
     asked, config.run_dir = config.resume, str(folder)
-    config.resume = asked and (folder / "config.yaml").is_file()  # else it never got going
+    config.resume = asked and not run_folder.is_bare(folder)  # else it never got going
     os.environ.update({key: str(value) for key, value in cfg.hydra.job.env_set.items()})
     if config.dry_run:
         from dpo_cli.plan import print_plan
 
         print_plan(config)
         return 0
-    with run_folder.claimed(folder, cfg, asked):
+    with run_folder.claimed(folder, cfg, config.resume):
         # Importing torch takes seconds, in which another start must find the folder taken.
         from dpo_cli.run import run
     run(config, ["dpo-run", *words])
@@ -217,7 +191,7 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
 
 def _sweep(args: Namespace) -> int:
     """Hand the jobs to Hydra, then sum up."""
-    from dpo_cli import sweep
+    from dpo_cli import overrides, sweep
 
     for key, remedy in {
         "run_dir": "each job of a sweep has its own folder; use hydra.sweep.dir=<folder>",
@@ -225,8 +199,8 @@ def _sweep(args: Namespace) -> int:
     }.items():
         if any(word.startswith(f"{key}=") for word in args.overrides):
             raise ConfigError(f"{key}: {remedy}")
-    cfg = _compose(args, _first_job(args.overrides))
-    args.overrides = _for_every_option(args.overrides)
+    cfg = overrides.composed(overrides.first_job(args.overrides), args.config_name)
+    args.overrides = overrides.for_every_option(args.overrides)
     if cfg.dry_run:
         with tempfile.TemporaryDirectory(prefix="dpo-run-") as name:
             _hydra_main(args, [f"hydra.sweep.dir={sweep.claim(name)}"])
@@ -248,39 +222,3 @@ def _finished_sweep(args: Namespace, folder: Path) -> int:
     except KeyboardInterrupt:
         return sweep.finish(folder) or INTERRUPTED
     return sweep.finish(folder)
-
-
-def _first_job(overrides: list[str]) -> list[str]:
-    """The overrides of the sweep's first job: each swept key with the first of its values."""
-    from hydra.core.override_parser.types import ValueType
-
-    first = []
-    for word in _parsed(overrides):
-        if not word.is_sweep_override():
-            first.append(str(word.input_line))
-        elif word.value_type != ValueType.GLOB_CHOICE_SWEEP:  # a glob's choices are on disk
-            first.append(f"{word.get_key_element()}={next(iter(word.sweep_string_iterator()))}")
-    return first
-
-
-def _for_every_option(overrides: list[str]) -> list[str]:
-    """`++key=value` for the keys of a swept group.
-
-    Hydra first composes a sweep with the default option of a swept group, which may not have
-    the key; the strict schema still refuses what a job's own option does not know.
-    """
-    words = _parsed(overrides)
-    swept = {word.key_or_group for word in words if word.is_sweep_override()}
-    return [
-        f"++{line}" if line.partition(".")[0] in swept and not line.startswith(("+", "~")) else line
-        for line in (str(word.input_line) for word in words)
-    ]
-
-
-def _parsed(overrides: list[str]) -> list[Any]:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from dpo_cli.hydra_errors import explained
-
-    with explained(overrides):
-        return OverridesParser.create().parse_overrides(overrides)

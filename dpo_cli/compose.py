@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -31,10 +32,14 @@ class Mismatch(Exception):
     """A value of the wrong type; the message says what was expected."""
 
 
-def prepare(cfg: DictConfig, typed: Sequence[str] = ()) -> RunConfig:
-    """`build`, `finalise` and `check` in one. `typed`: what the user wrote on the command line."""
+def prepare(cfg: DictConfig, typed: Sequence[str] = (), coming: Sequence[Path] = ()) -> RunConfig:
+    """`build`, `finalise` and `check` in one.
+
+    typed: what the user wrote on the command line; coming: folders whose files need not be
+    there yet.
+    """
     config = finalise(build(cfg))
-    check(config, typed)
+    check(config, typed, coming)
     return config
 
 

@@ -126,13 +126,24 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file in one step: readers and crashes see the old or the new one, whole.
+
+    Raises DiskError.
+    """
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     with disk_errors(path):
-        temporary.write_text(text, encoding="utf-8")
-        _sync(temporary)
-        temporary.replace(path)
+        try:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file in one step."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -84,6 +84,7 @@ def _literal(value: Any) -> str:
 def _quoted(text: str) -> str:
     if _BARE.fullmatch(text) and text.lower() not in _WORDS:
         return text
-    # Backslashes count only before a quote, where each is doubled; ${ would interpolate.
+    # Backslashes count only before a quote and before ${ (which would interpolate), where
+    # each is doubled.
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
-    return "'" + escaped.replace("${", "\\${") + "'"
+    return "'" + re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", escaped) + "'"

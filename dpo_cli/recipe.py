@@ -9,7 +9,6 @@ uses have written, and the version of dpo-run.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import sys
@@ -20,17 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli import __version__, recipe_report
-from dpo_cli.compose import PATH_KEYS
-from dpo_cli.durable import disk_errors, file_digest, write_json
+from dpo_cli.compose import prepare
+from dpo_cli.durable import disk_errors, write_json
 from dpo_cli.errors import ConfigError
 from dpo_cli.launch import as_override, run_child, shell_status
+from dpo_cli.overrides import composed, first_job
 from dpo_cli.recipe_file import Recipe, Step, find_recipe, load_recipe, resolve
-from dpo_cli.run_folder import is_used, make, read_json, refuse_locked
+from dpo_cli.recipe_state import Decision, decide, identity, outside_files
+from dpo_cli.run_folder import is_bare, is_used, make, read_json, refuse_locked
 from dpo_cli.train.guard import run_lock
-
-HASHED_BYTES = 16 * 2**20  # larger files count by name and size; their summary tells the rest
-PENDING = "not there yet"  # identity of a step that has yet to run
-OUTPUT_NAMES = ("summary.json", "sweep.csv")  # beside *.jsonl and what is in final/
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,6 @@ class Command:
     settings: list[str]  # x=1 of vars.x=1
     run_dir: Path | None
     dry_run: bool
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What to do with a step: run, resume or skip, and why."""
-
-    action: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +55,7 @@ def run_recipe(words: Sequence[str]) -> int:
     recipe = load_recipe(find_recipe(command.recipe), command.settings)
     run_dir = command.run_dir or Path("runs", recipe.name)
     _refuse_foreign(run_dir, recipe)
+    _check_steps(recipe, run_dir)
     if command.dry_run:
         _print_plan(recipe, run_dir)
         return 0
@@ -106,6 +96,24 @@ def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
     if is_used(run_dir) and owner != recipe.name:
         whose = f"belongs to recipe {owner}" if owner else "is not empty"
         raise ConfigError(f"run_dir={run_dir}: {whose}; choose another run_dir")
+
+
+def _check_steps(recipe: Recipe, run_dir: Path) -> None:
+    """Compose and check every step, so that a slip in the last one shows before the first runs.
+
+    What an earlier step has yet to write may be missing.
+    """
+    folders: dict[str, Path] = {}
+    problems: list[str] = []
+    for step in recipe.steps:
+        words, _ = resolve(recipe, step, folders)
+        folders[step.name] = run_dir / step.label
+        try:
+            prepare(composed(first_job(words) if step.sweep else words), words, coming=[run_dir])
+        except ConfigError as error:
+            problems += [f"step {step.name}: {line}" for line in str(error).splitlines()]
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def _run_steps(recipe: Recipe, run_dir: Path) -> int:
@@ -153,87 +161,11 @@ def _examine(
     return inputs, decide(run_dir / step.label, record, inputs)
 
 
-def decide(folder: Path, record: dict[str, Any], inputs: dict[str, Any]) -> Decision:
-    """record: what the step's last start and end left behind, empty if it never started."""
-    if not record:
-        if is_used(folder):
-            raise ConfigError(f"{folder}: is not this recipe's; move it away or change run_dir")
-        return Decision("run", "")
-    changes = _changes(record["inputs"], inputs)
-    if changes:
-        return Decision("run", f"again, {changes}")
-    if record["status"] == "done":
-        if record["outputs"] == identity(folder):
-            return Decision("skip", "finished earlier with the same inputs")
-        return Decision("run", "again, its outputs were changed or removed")
-    if any(folder.glob("checkpoints/step-*")):
-        return Decision("resume", "it was interrupted")
-    return Decision("run", "again, it did not finish")
-
-
-def _changes(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What differs between two inputs, in words."""
-    old, new = before["overrides"], after["overrides"]
-    parts = [f"now {word}" for word in new if word not in old]
-    parts += [f"no longer {word}" for word in old if word not in new]
-    if not parts and old != new:
-        parts = ["its overrides are in another order"]
-    for name, now in after["uses"].items():
-        if before["uses"].get(name, now) != now:
-            parts.append(f"{name} has changed" if now != PENDING else f"{name} runs again")
-    parts += [
-        f"the content of {path} has changed"
-        for path, now in after["files"].items()
-        if before["files"].get(path, now) != now
-    ]
-    if before["version"] != after["version"]:
-        parts.append(f"dpo-run {before['version']} -> {after['version']}")
-    return ", ".join(parts)
-
-
-OUTSIDE_KEYS = {f"{group}.{key}" for group, keys in PATH_KEYS.items() for key in keys}
-
-
-def outside_files(overrides: Sequence[str], run_dir: Path) -> dict[str, str]:
-    """Digests of the files and folders that a step reads and no earlier step wrote."""
-    found: dict[str, str] = {}
-    for word in overrides:
-        key, _, value = word.partition("=")
-        path = Path(value.strip("'\""))
-        if key not in OUTSIDE_KEYS or not path.exists() or path.is_relative_to(run_dir):
-            continue
-        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-        parts = [f"{p.name} {p.stat().st_size} {_content(p)}" for p in files]
-        found[str(path)] = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return found
-
-
-def _content(path: Path) -> str:
-    """A digest of a file; of a large one, when it was last written."""
-    status = path.stat()
-    return file_digest(path) if status.st_size <= HASHED_BYTES else str(status.st_mtime_ns)
-
-
-def identity(folder: Path) -> str:
-    """A digest of a step's outputs: names, sizes and, of smaller files, contents."""
-    if not folder.is_dir():
-        return PENDING
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        named = name.suffix == ".jsonl" or name.name in OUTPUT_NAMES
-        if not path.is_file() or not (named or "final" in name.parts[:-1]):
-            continue
-        size = path.stat().st_size
-        content = file_digest(path) if size <= HASHED_BYTES else ""
-        digest.update(f"{name.as_posix()} {size} {content}\n".encode())
-    return digest.hexdigest()
-
-
 def _run_step(step: Step, folder: Path, inputs: dict[str, Any], decision: Decision) -> int:
     record = folder.with_name(f"{step.label}.json")
     refuse_locked(folder)
-    if decision.action == "run" and folder.exists():
+    kept = is_used(folder) if step.sweep else not is_bare(folder)
+    if decision.action == "run" and kept:
         _set_aside(folder)
     write_json(record, {"status": "started", "inputs": inputs})
     if decision.action == "resume":

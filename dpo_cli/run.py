@@ -18,7 +18,7 @@ from dpo_cli.model.source import hub_commit
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.console import Progress, summary_table
 from dpo_cli.report.curves import training_figures
-from dpo_cli.report.runfolder import redact, versions, write_json_atomic, write_run_files
+from dpo_cli.report.files import redact, versions, write_redacted_json, write_run_files
 from dpo_cli.report.sinks import Sink, open_sinks
 from dpo_cli.stages import load_stage
 from dpo_cli.stages.session import Session
@@ -66,7 +66,7 @@ def finish(
         draw_curves(run_dir)
     if (run_dir / "final").is_dir():
         write_model_card(run_dir / "final", card_facts(config, figures, argv, session))
-    write_json_atomic(run_dir / "summary.json", summary)
+    write_redacted_json(run_dir / "summary.json", summary)
     session.progress.show(summary_table(config.stage.name, figures.items()))
     session.progress.note(f"results in {run_dir}")
     return summary

@@ -16,12 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_cli.config import RunConfig
-from dpo_cli.durable import write_text
+from dpo_cli.durable import disk_errors, write_text
 from dpo_cli.errors import ConfigError, DiskError, RunLockedError
-from dpo_cli.report.runfolder import redact
+from dpo_cli.report.files import redact
 from dpo_cli.train.guard import run_lock
 
 COMPOSED = ".hydra"  # Hydra's own name for the folder of what was composed
+LOCK = ".lock"
+STALE = {COMPOSED, "config.yaml", "command.txt", "versions.json", "metrics.jsonl", "tensorboard"}
+PAPERS = STALE | {LOCK, "wandb", "wandb_run_id.txt"}  # all that a start writes before it works
 
 
 def unique_name() -> str:
@@ -49,10 +52,9 @@ def check_free(folder: Path, resume: bool) -> None:
     if not is_used(folder):
         return
     refuse_locked(folder)
-    is_run = _is_run(folder)
-    if is_run and not resume and _holds_nothing(folder):
-        shutil.rmtree(folder)  # a start that failed before it did anything
+    if is_bare(folder):
         return
+    is_run = _is_run(folder)
     if resume and not is_run:
         raise ConfigError(f"run_dir={folder}: is not a run folder; choose another to resume")
     if not resume:
@@ -61,21 +63,21 @@ def check_free(folder: Path, resume: bool) -> None:
         raise ConfigError(f"run_dir={folder}: is not empty; {remedy}")
 
 
-def _holds_nothing(folder: Path) -> bool:
-    """Whether a run left only its own papers: no weights, rows, figures or foreign files."""
-    papers = {COMPOSED, ".lock", "config.yaml", "command.txt", "versions.json", "tensorboard"}
-    for path in folder.iterdir():
-        if path.name == "metrics.jsonl":
-            if path.stat().st_size:
-                return False
-        elif path.name not in papers:
-            return False
-    return True
+def is_bare(folder: Path) -> bool:
+    """Whether nothing is there but the papers of a start that failed before it did anything."""
+    if not is_used(folder):
+        return True
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    metrics = folder / "metrics.jsonl"
+    ours = _is_run(folder) or names <= {COMPOSED, LOCK}
+    return ours and names <= PAPERS and not (metrics.exists() and metrics.stat().st_size)
 
 
 def refuse_locked(folder: Path) -> None:
     """Raise RunLockedError if another process works in the folder."""
-    if (folder / ".lock").exists():  # asking creates the file, so ask only in run folders
+    if (folder / LOCK).exists():  # asking creates the file, so ask only in run folders
         with run_lock(folder):
             pass
 
@@ -93,15 +95,26 @@ def claimed(folder: Path, cfg: DictConfig, resume: bool) -> Iterator[None]:
     """Hold the folder, with the composed configuration stored in it.
 
     cfg: the whole config with Hydra's node; stored unresolved, so that values taken from
-    the environment stay there. A resumed run keeps what it was started with.
+    the environment stay there. A resumed run keeps what it was started with. The papers of a
+    start that failed make way.
     """
     make(folder)
     with run_lock(folder):
-        if _is_run(folder) and not resume:  # started and ended since we looked
-            raise RunLockedError(f"{folder}: another run has just used it; choose another run_dir")
-        if not _is_run(folder):
+        if is_bare(folder):
+            _clear(folder)
             _store(folder / COMPOSED, cfg)
+        elif not resume:  # started and ended since we looked
+            raise RunLockedError(f"{folder}: another run has just used it; choose another run_dir")
         yield
+
+
+def _clear(folder: Path) -> None:
+    with disk_errors(folder):
+        for path in folder.iterdir():
+            if path.name in STALE and path.is_dir():
+                shutil.rmtree(path)
+            elif path.name in STALE:
+                path.unlink()
 
 
 def _is_run(folder: Path) -> bool:

@@ -28,7 +28,7 @@ Keys used most (all of them with their values: dpo-run --cfg job, also after sta
   data.path=FILE            local rows instead of the hub
   stage.loss= stage.beta=   the preference loss and its strength
   stage.reference=DIR       the frozen reference (default: the policy as loaded)
-  optim.lr=                 default: the stage's rate times model.lr_scale
+  optim.lr=                 default: the stage's rate, stage.default_lr
   train.epochs= train.max_steps= train.batch_size=
   hardware=cpu              and seed=0, logger=wandb, ...
 

@@ -30,6 +30,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> Starts:
     def run(config: RunConfig, argv: list[str]) -> dict[str, float]:
         seen.append((config, argv))
         Path(config.run_dir, "config.yaml").write_text("{}")
+        Path(config.run_dir, "metrics.jsonl").write_text('{"step": 1}\n')
         return {}
 
     monkeypatch.setitem(sys.modules, "dpo_cli.run", SimpleNamespace(run=run))  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ TINY = (
 def configure(*overrides: str) -> RunConfig:
     with initialize_config_dir(str(conf_dir()), version_base=None):
         cfg = compose("config", overrides=list(overrides))
-    return prepare(cfg, overrides)
+    return prepare(cfg)  # TINY has words that only some stages read
 
 
 def train(run_dir: Path, *overrides: str) -> dict[str, Any]:

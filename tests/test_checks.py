@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dpo_cli.config as schemas
 from composing import composed, problems
-from dpo_cli import checks
+from dpo_cli import bounds
 from dpo_cli.compose import prepare
 from dpo_cli.config import CHOICES, DATA_SCHEMAS, LOSS_OPTIONS, STAGE_SCHEMAS, RunConfig
+from dpo_cli.errors import ConfigError
 from dpo_cli.hints import group_keys, groups
 
 
@@ -73,6 +75,53 @@ def test_what_cannot_work_is_refused(overrides: str, expected: str) -> None:
     assert line.startswith(expected)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            "stage=sample train.max_steps=3",
+            "train.max_steps=3: has no effect with stage=sample, wh",
+        ),
+        ("stage=evaluate optim.lr=1", "optim.lr=1.0: has no effect with stage=evaluate, which tr"),
+        ("model.path=. model.revision=x", "model.revision=x: has no effect with model.path=.; rem"),
+        ("model.path=. model.architecture.layers=2", "model.architecture.layers=2: has no effect"),
+        ("model.path=. model.lr_scale=3", "model.lr_scale=3.0: has no effect with weights that a"),
+        ("stage=dpo stage.loss=dpo", "stage.loss=dpo: DPO's own loss is called sigmoid"),
+    ],
+)
+def test_typed_keys_that_nothing_reads(overrides: str, expected: str) -> None:
+    (line,) = problems(overrides.split(), typed=overrides.split())
+    assert line.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "stage=evaluate train.micro_batch_tokens=64",
+        "stage=sample train.batch_size=32",  # as it is anyway
+        "stage=dpo train.max_steps=3 optim.lr=1",
+        "model.architecture.layers=2 model.lr_scale=3",
+        "stage=inspect optim=rmsprop",
+    ],
+)
+def test_typed_keys_that_are_read_or_change_nothing(overrides: str) -> None:
+    prepare(composed(*overrides.split()), overrides.split())
+
+
+@pytest.mark.parametrize(
+    "words", ["stage=sample train.max_steps=3", "model.path=. model.revision=x"]
+)
+def test_keys_of_yaml_files_may_be_for_another_stage(words: str) -> None:
+    prepare(composed(*words.split()))
+
+
+def test_files_of_a_folder_to_come_may_be_missing(tmp_path: Path) -> None:
+    cfg = composed(f"model.path={tmp_path / 'run/01-sft'}")
+    prepare(cfg, coming=[tmp_path / "run"])
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        prepare(cfg, coming=[tmp_path / "other"])
+
+
 def test_all_problems_are_told_at_once() -> None:
     found = problems(["stage=dpo", "stage.beta=-1", "train.batch_size=0", "hardware.device=gpux"])
     assert found == [
@@ -87,7 +136,7 @@ def test_all_problems_are_told_at_once() -> None:
     [("[0, 0.5)", [0, 0.49], [-0.01, 0.5]), ("(0, 1]", [0.01, 1], [0, 1.01])],
 )
 def test_ends_of_intervals(interval: str, inside: list[float], outside: list[float]) -> None:
-    _, holds = checks.within(interval)
+    _, holds = bounds.within(interval)
     assert all(map(holds, inside))
     assert not any(map(holds, [*outside, math.nan]))
 
@@ -107,7 +156,7 @@ def test_bounds_and_choices_name_existing_keys() -> None:
     for group in groups():
         for option in options.get(group, [""]):
             keys.update(group_keys(group, option))
-    assert set(checks.BOUNDS) <= keys
+    assert set(bounds.BOUNDS) <= keys
     assert set(CHOICES) <= keys
 
 
@@ -124,7 +173,7 @@ def test_every_number_of_the_schema_is_bounded() -> None:
             numeric |= numeric_keys(table[option], group)
     for name in ("model", "optim", "train", "hardware"):
         numeric |= numeric_keys(RunConfig.__annotations__[name], name)
-    assert numeric - set(checks.BOUNDS) - free == set()
+    assert numeric - set(bounds.BOUNDS) - free == set()
 
 
 def numeric_keys(schema: Any, group: str) -> set[str]:

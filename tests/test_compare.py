@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -40,8 +41,40 @@ JOBS = [
 def test_columns_are_what_differs_and_the_metrics_in_order():
     table, text = sweep_table(JOBS)
     shown = [str(column.header) for column in table.columns]
-    assert shown == ["job", "stage.beta", "seed", "status", "kl", "eval/loss", "loss", "zeta"]
-    assert text.split("\n")[0].split(",") == [*shown, "run_dir"]
+    assert shown == ["job", "beta", "seed", "status", "kl", "eval/\nloss", "loss"]
+    header = ["job", "stage.beta", "seed", "status", "kl", "eval/loss", "loss", "zeta", "run_dir"]
+    assert text.split("\n")[0].split(",") == header
+
+
+def test_heads_are_never_broken_inside_a_word():
+    overrides = {"stage.beta": "0.1", "optim.lr": "1e-6"}
+    summary = dict.fromkeys(KEY_METRICS, -1234.5)
+    jobs = [
+        {"job": i, "overrides": dict.fromkeys(overrides, i), "summary": summary, "exit_code": 3}
+        for i in range(12)
+    ]
+    table, _ = sweep_table(jobs)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table)
+    words = set(re.findall(r"[^\s│┃]+", console.file.getvalue()))
+    assert {
+        "job",
+        "beta",
+        "lr",
+        "status",
+        "reward",
+        "kl",
+        "eval/",
+        "rewards/",
+        "accuracies",
+    } < words
+
+
+def test_keys_that_end_alike_are_shown_whole():
+    jobs = [{"job": i, "overrides": {"model.name": i, "data.name": i, "seed": i}} for i in (0, 1)]
+    table, _ = sweep_table(jobs)
+    shown = [str(column.header) for column in table.columns]
+    assert shown == ["job", "model.name", "data.name", "seed", "status"]
 
 
 def test_values_of_table_and_csv():
@@ -59,7 +92,8 @@ def test_values_of_table_and_csv():
 def test_the_table_shows_few_metrics_and_the_csv_all():
     summary = dict.fromkeys([*KEY_METRICS, "a"], 1.0)
     table, text = sweep_table([{"job": 0, "summary": summary}])
-    assert [str(c.header) for c in table.columns] == ["job", "status", *KEY_METRICS[:5]]
+    heads = [name.replace("/", "/\n") for name in KEY_METRICS]
+    assert [str(c.header) for c in table.columns] == ["job", "status", *heads[:5]]
     assert set(summary) < set(read(text)[0])
     table, _ = sweep_table([{"job": 0, "summary": summary}], metrics=["a"])
     assert [str(c.header) for c in table.columns] == ["job", "status", "a"]
@@ -67,7 +101,7 @@ def test_the_table_shows_few_metrics_and_the_csv_all():
 
 def test_one_job_shows_all_its_overrides_and_none_shows_nothing():
     table, _ = sweep_table([JOBS[0]])
-    assert [str(c.header) for c in table.columns][1:4] == ["stage.beta", "optim.lr", "seed"]
+    assert [str(c.header) for c in table.columns][1:4] == ["beta", "lr", "seed"]
     table, text = sweep_table([])
     assert (table.row_count, text) == (0, "job,status,run_dir\n")
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo_cli.compose import prepare
+from dpo_cli.overrides import composed
 from small_runs import TINY, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +64,21 @@ def test_command(cli, workplace, command):
     words = stand_ins(shlex.split(command)[1:])
     done = cli(*words, cwd=workplace)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_learning_rates_of_the_training_commands(tmp_path, monkeypatch):
+    """The stage's own rates: model=tiny's scale is for random weights."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("my-model", "runs/my-sft"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "pairs.jsonl").touch()
+    rates = {}
+    for command in [c for c in COMMANDS if "stage=sft" in c or "stage=dpo" in c]:
+        words = shlex.split(command)[1:]
+        rates[command] = prepare(composed(words), words).optim.lr
+    assert len(rates) >= 3
+    for command, rate in rates.items():
+        assert rate == (1e-5 if "stage=sft" in command else 1e-6), command
 
 
 def test_make_targets_exist():

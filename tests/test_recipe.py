@@ -134,7 +134,7 @@ def test_a_changed_variable_reruns_what_depends_on_it(
     assert "dpo: run (again, sft has changed)" in out
     assert (folder / "runs/small/01-sft.old-1/summary.json").is_file()
     (folder / "value-sft").write_text("0.8")
-    assert run_cli() == 0  # back again: only the last one is set aside
+    assert run_cli() == 0  # back again: nothing is thrown away
     assert sorted(p.name for p in (folder / "runs/small").glob("01-sft*")) == [
         "01-sft", "01-sft.json", "01-sft.old-1", "01-sft.old-2",
     ]  # fmt: skip
@@ -233,6 +233,68 @@ def test_two_of_one_recipe_do_not_meet(folder: Path) -> None:
     assert starts(folder) == []
 
 
+def test_changed_files_from_outside_are_noticed(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows, weights = folder / "my rows.jsonl", folder / "model/final/model.safetensors"
+    weights.parent.mkdir(parents=True)
+    (weights.parent / "config.json").touch()
+    steps = (
+        "steps:\n"
+        "  - {name: a, overrides: {data: jsonl, data.path: my rows.jsonl}}\n"
+        "  - {name: b, overrides: {model.path: model}}\n"
+    )
+    (folder / "small.yaml").write_text(steps)
+    rows.write_text("1")
+    weights.write_text("1")
+    run_cli()
+    starts(folder)
+    rows.write_text("2")
+    run_cli()
+    assert starts(folder) == ["run a"]
+    assert "a: run (again, the content of my rows.jsonl has changed)" in capfd.readouterr().out
+    weights.write_text("2")
+    run_cli()
+    assert starts(folder) == ["run b"]
+    run_cli(f"run_dir={folder / 'runs/small'}")  # the same folder by another name
+    record = json.loads((folder / "runs/small/01-a.json").read_text())
+    assert list(record["inputs"]["files"]) == ["my rows.jsonl"]
+
+
+@pytest.mark.parametrize("dry", [(), ("dry_run=true",)])
+def test_mistakes_of_all_steps_are_told_before_the_first_runs(
+    dry: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = (
+        "vars: {path: none.jsonl}\n"
+        "steps:\n"
+        "  - {name: a, overrides: {seed: 1}}\n"
+        "  - {name: b, overrides: {data: jsonl, data.path: '${vars.path}'}}\n"
+        "  - {name: c, overrides: {model.path: '${steps.a.dir}', optim.lrr: 1}}\n"
+        "  - {name: d, sweep: true, overrides: ['stage=dpo,sft', 'stage.beta=-1,1']}\n"
+    )
+    (folder / "small.yaml").write_text(steps)
+    assert run_cli(*dry) == 2
+    assert starts(folder) == []
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "  step b: data.path=none.jsonl: no such file or folder",
+        "  step c: optim.lrr: unknown key; did you mean optim.lr?",
+        "  step d: stage.beta=-1.0: must be above 0",
+    ]
+
+
+def test_a_failed_start_leaves_no_old_folder(folder: Path) -> None:
+    (folder / "fail-sft").touch()
+    run_cli()
+    step = folder / "runs/small/01-sft"
+    (step / "words.json").unlink()  # as if it had stopped at once
+    step.rmdir()
+    (step / ".hydra").mkdir(parents=True)
+    (step / ".hydra/overrides.yaml").touch()
+    run_cli()
+    assert not list(folder.glob("runs/small/*.old*"))
+
+
 # ---------------------------------------------------------------- refused
 
 
@@ -241,6 +303,7 @@ def test_two_of_one_recipe_do_not_meet(folder: Path) -> None:
     [
         ("train.max_steps=2", "train.max_steps=2: would reach no step; a recipe takes run_dir=, "),
         ("-m", "-m: would reach no step"),
+        ("recipe=preferences seed=1", "seed=1: would reach no step; a recipe takes run_dir=, dry_"),
         ("vars.row=2", "vars.row: not a variable of this recipe; did you mean rows? (it has lr, "),
         ("run_dir=used", "run_dir=used: is not empty; choose another run_dir"),
         ("run_dir=other", "run_dir=other: belongs to recipe other"),

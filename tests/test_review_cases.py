@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.recipe import outside_files
+from dpo_cli.recipe_state import outside_files
 from dpo_cli.run_folder import check_free
 from small_runs import TINY, configure, train
 
@@ -41,8 +41,9 @@ def failed(tmp_path):
 
 
 def test_a_failed_start_gives_its_folder_back(failed):
+    before = sorted(failed.rglob("*"))
     check_free(failed, resume=False)
-    assert not failed.exists()
+    assert sorted(failed.rglob("*")) == before  # nothing goes before the folder is locked
 
 
 @pytest.mark.parametrize("name", ["summary.json", "final", "checkpoints", "notes.txt"])

@@ -68,6 +68,32 @@ def test_a_used_folder_is_refused_with_the_way_on(
     assert len(starts) == 2
 
 
+@pytest.mark.parametrize("words", [["run_dir=a", "seed=2"], ["resume=a", "seed=2"]])
+def test_the_folder_of_a_start_that_failed_is_used_again(
+    words: list[str], empty: Path, starts: Starts
+) -> None:
+    cli.main(["run_dir=a", "seed=1"])
+    (empty / "a/metrics.jsonl").write_text("")  # it came no further
+    (empty / "a/command.txt").write_text("dpo-run seed=1\n")
+    cli.main(words)
+    config, _ = starts[1]
+    assert (config.run_dir, config.seed, config.resume) == ("a", 2, False)
+    assert "seed=2" in (empty / "a/.hydra/overrides.yaml").read_text()
+    assert not (empty / "a/command.txt").exists()  # the new run writes its own
+
+
+def test_a_dry_run_in_the_folder_of_a_failed_start_changes_nothing(
+    empty: Path, starts: Starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cli.main(["run_dir=a"])
+    (empty / "a/metrics.jsonl").write_text("")
+    before = {p: p.read_bytes() for p in (empty / "a").rglob("*") if p.is_file()}
+    plan = SimpleNamespace(print_plan=lambda config: None)
+    monkeypatch.setitem(sys.modules, "dpo_cli.plan", plan)  # type: ignore[arg-type]
+    cli.main(["run_dir=a", "dry_run=true"])
+    assert {p: p.read_bytes() for p in (empty / "a").rglob("*") if p.is_file()} == before
+
+
 def test_a_folder_at_work_is_refused(
     empty: Path, starts: Starts, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +158,8 @@ def test_resume_composes_what_was_started(empty: Path, starts: Starts, tmp_path:
 
 def test_resume_of_a_run_that_never_got_going_starts_it(empty: Path, starts: Starts) -> None:
     cli.main(["run_dir=a", "seed=5"])
-    (empty / "a/config.yaml").unlink()
+    for name in ("config.yaml", "metrics.jsonl"):
+        (empty / "a" / name).unlink()
     cli.main(["resume=a"])
     cli.main(["run_dir=new", "resume=true"])  # the same command starts and continues
     assert [(config.resume, config.run_dir) for config, _ in starts[1:]] == [

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from dpo_cli import cli, launch, sweep
+from dpo_cli import cli, launch, overrides, sweep
 from dpo_cli.errors import ConfigError
 
 # Stands in for `dpo-run`: notes its words; seed=2 fails, seed=3 dies, seed=9 interrupts us.
@@ -122,6 +122,23 @@ def test_a_dry_run_shows_each_plan_and_leaves_nothing(
 def test_a_mistake_in_a_swept_key_starts_no_job(stub: Path) -> None:
     assert run_cli("-m", "seed=1,4", "stage=sft,dop", "hydra.sweep.dir=s") == 2
     assert not (stub / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        (["stage=dpo,evaluate", "stage.reference=x"], ["stage=dpo", "stage.reference=x"]),
+        (["seed=range(3,5)", "+stage.x='a,b','c'"], ["seed=3", "+stage.x='a,b'"]),
+        (["seed=choice(7,8)", "stage=glob(*)", "optim.lr=interval(0,1)"], ["seed=7"]),
+    ],
+)
+def test_the_first_job_of_a_sweep(words: list[str], first: list[str]) -> None:
+    assert overrides.first_job(words) == first
+
+
+def test_values_of_a_word() -> None:
+    words = overrides.parsed(["a='x y'", "a='x, y',z", "a=range(2)", "a=interval(0,1)"])
+    assert list(map(overrides.values, words)) == [["x y"], ["x, y", "z"], [0, 1], []]
 
 
 def test_own_yaml_reaches_the_jobs(stub: Path, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ class OptimConfig:
     """Optimiser and schedule."""
 
     name: str = "adamw"  # adamw | rmsprop | adamw8bit
-    lr: float | None = None  # null: stage.default_lr * model.lr_scale
+    lr: float | None = None  # null: stage.default_lr, times model.lr_scale from scratch
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     alpha: float = 0.99  # rmsprop smoothing

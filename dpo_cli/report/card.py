@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.durable import write_bytes
 from dpo_cli.report.console import brief
-from dpo_cli.report.runfolder import command_line, encode, redact, to_yaml, write_bytes_atomic
+from dpo_cli.report.files import command_line, encode, redact, to_yaml
 
 _METHODS = {"sft": "supervised fine-tuning", "dpo": "Direct Preference Optimization"}
 
@@ -62,7 +63,7 @@ def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
     taken out, and the home folder is written `~`.
     """
     clean = _without_home(redact({**facts, "command": command_line(facts.get("command", ()))}))
-    write_bytes_atomic(folder / "README.md", encode(_front_matter(clean) + _body(clean)))
+    write_bytes(folder / "README.md", encode(_front_matter(clean) + _body(clean)))
 
 
 def _without_home(value: Any) -> Any:

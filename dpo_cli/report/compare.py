@@ -8,11 +8,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.report.console import cell, printable
-from dpo_cli.report.runfolder import redact
+from dpo_cli.report.files import redact
 
 # Shown first, where the jobs have them; held-out numbers before those of the last train step.
 KEY_METRICS = (
@@ -24,7 +25,7 @@ KEY_METRICS = (
     "rewards/accuracies",
     "loss",
 )
-_COLUMNS_SHOWN = 5
+_COLUMNS_SHOWN = 5  # of swept keys and metrics, at least two of these: fits 80 characters
 
 # A cell that starts with one of these is a formula to Excel, LibreOffice or Google Sheets.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")  # noqa: RUF001
@@ -47,8 +48,8 @@ def sweep_table(
 
     jobs: mappings with `job`, `overrides` {key: value}, `status` or `exit_code`,
         `summary` {metric: number} and `run_dir`; all but `job` may be missing.
-    metrics: columns of the table; by default the first five of KEY_METRICS (then of the
-        other metrics by name) that any job has. The CSV has every metric.
+    metrics: columns of the table; by default the first of KEY_METRICS (then of the other
+        metrics by name) that any job has, as many as fit. The CSV has every metric.
 
     Overrides that are the same in every job are left out. Cells of the CSV that a
     spreadsheet would run as a formula are quoted with an apostrophe.
@@ -56,17 +57,27 @@ def sweep_table(
     jobs = redact(jobs)
     keys = _differing_overrides(jobs)
     every = _ordered_metrics(jobs)
-    shown = list(metrics) if metrics is not None else every[:_COLUMNS_SHOWN]
+    room = max(2, _COLUMNS_SHOWN - len(keys))
+    shown = list(metrics) if metrics is not None else every[:room]
     table = Table(title="Sweep", title_justify="left")
-    for name in ("job", *keys, "status"):
-        table.add_column(Text(printable(name)), overflow="fold")
+    for name in ("job", *_last_parts(keys), "status"):
+        head = printable(name)
+        table.add_column(Text(head), overflow="fold", min_width=cell_len(head))
     for name in shown:
-        table.add_column(Text(printable(name)), justify="right", overflow="fold")
+        head = printable(name).replace("/", "/\n")  # `eval/`, `rewards/`, `accuracies`
+        width = max(map(cell_len, head.split("\n")))
+        table.add_column(Text(head), justify="right", min_width=width)
     for job in jobs:
         table.add_row(*(cell(value) for value in _row(job, keys, shown)))
     header = ["job", *keys, "status", *every, "run_dir"]
     rows = [[*_row(job, keys, every), job.get("run_dir")] for job in jobs]
     return table, _csv([header, *rows])
+
+
+def _last_parts(keys: Sequence[str]) -> list[str]:
+    """`stage.beta` -> `beta`, unless another key ends so, too."""
+    lasts = [key.rpartition(".")[2] for key in keys]
+    return [last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)]
 
 
 def _row(job: Mapping[str, Any], keys: Sequence[str], metrics: Sequence[str]) -> list[Any]:

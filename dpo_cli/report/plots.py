@@ -13,9 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dpo_cli.durable import disk_errors
+from dpo_cli.durable import disk_errors, write_bytes
 from dpo_cli.report.curves import Curves, read_curves, running_mean
-from dpo_cli.report.runfolder import write_bytes_atomic
 
 # Okabe and Ito's palette: told apart with any colour vision.
 BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#6B6B6B"
@@ -252,5 +251,5 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
 def _save(figure: Figure, path: Path) -> Path:
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    write_bytes_atomic(path, image.getvalue())
+    write_bytes(path, image.getvalue())
     return path

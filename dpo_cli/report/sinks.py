@@ -10,15 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_cli.config import LoggerConfig
-from dpo_cli.durable import disk_errors
+from dpo_cli.durable import disk_errors, write_bytes
 from dpo_cli.errors import ConfigError
-from dpo_cli.report.runfolder import (
-    drop_rows_after,
-    encode,
-    redact,
-    to_json,
-    write_bytes_atomic,
-)
+from dpo_cli.report.files import drop_rows_after, encode, redact, to_json
 
 
 class Sink(Protocol):
@@ -161,7 +155,7 @@ def _wandb_run_id(path: Path) -> str:
         if path.exists():
             return path.read_text().strip()
     run_id = secrets.token_hex(4)
-    write_bytes_atomic(path, encode(run_id + "\n"))
+    write_bytes(path, encode(run_id + "\n"))
     return run_id
 
 

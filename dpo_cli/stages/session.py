@@ -20,7 +20,7 @@ from dpo_cli.model.source import model_folder
 from dpo_cli.packing import pack_all
 from dpo_cli.records import Batch, EncodedExample
 from dpo_cli.report.console import Progress
-from dpo_cli.report.runfolder import append_samples
+from dpo_cli.report.files import append_samples
 from dpo_cli.report.sinks import Sink
 from dpo_cli.train.checkpoint import Snapshot
 from dpo_cli.train.loop import load_provenance

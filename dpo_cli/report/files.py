@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from dpo_cli.durable import disk_errors
+from dpo_cli.durable import disk_errors, write_bytes
 
 REDACTED = "[redacted]"
 
@@ -98,26 +98,9 @@ def encode(text: str) -> bytes:
     return text.encode("utf-8", errors="backslashreplace")
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` in one step: readers and crashes see the old or the new file, whole.
-
-    Raises DiskError.
-    """
-    temporary = path.with_name(f".tmp-{path.name}")  # one writer holds the run folder
-    with disk_errors(path):
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
+def write_redacted_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` as redacted JSON (see `to_json`). Raises DiskError."""
-    write_bytes_atomic(path, encode(to_json(value, indent=2) + "\n"))
+    write_bytes(path, encode(to_json(value, indent=2) + "\n"))
 
 
 def drop_rows_after(path: Path, step: int) -> int:
@@ -133,7 +116,7 @@ def drop_rows_after(path: Path, step: int) -> int:
     kept = [row for row in rows if _row_step(row) <= step]
     removed = len(rows) - len(kept) + bool(torn)
     if removed:
-        write_bytes_atomic(path, b"".join(row + b"\n" for row in kept))
+        write_bytes(path, b"".join(row + b"\n" for row in kept))
     return removed
 
 
@@ -190,12 +173,12 @@ def write_run_files(run_dir: Path, config: dict[str, Any], argv: Sequence[str]) 
     """
     with disk_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(run_dir / "config.yaml", encode(to_yaml(config)))
-    write_json_atomic(run_dir / "versions.json", versions())
+    write_bytes(run_dir / "config.yaml", encode(to_yaml(config)))
+    write_redacted_json(run_dir / "versions.json", versions())
     commands = run_dir / "command.txt"
     with disk_errors(commands):
         earlier = commands.read_bytes() if commands.exists() else b""
-    write_bytes_atomic(commands, earlier + encode(command_line(argv) + "\n"))
+    write_bytes(commands, earlier + encode(command_line(argv) + "\n"))
 
 
 def versions() -> dict[str, str]:

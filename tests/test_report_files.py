@@ -14,13 +14,13 @@ import yaml
 from omegaconf import OmegaConf
 
 from dpo_cli.errors import DiskError
-from dpo_cli.report import runfolder
-from dpo_cli.report.runfolder import (
+from dpo_cli.report import files
+from dpo_cli.report.files import (
     append_samples,
     drop_rows_after,
     redact,
     versions,
-    write_json_atomic,
+    write_redacted_json,
     write_run_files,
 )
 
@@ -118,7 +118,7 @@ def test_json_is_strict_and_plain(tmp_path):
     import numpy as np
 
     value = {"a": float("nan"), "b": [float("-inf"), np.float32(0.5)], 3: Path("x")}
-    write_json_atomic(tmp_path / "x.json", value)
+    write_redacted_json(tmp_path / "x.json", value)
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -129,14 +129,14 @@ def test_json_is_strict_and_plain(tmp_path):
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    write_json_atomic(path, {"old": 1})
+    write_redacted_json(path, {"old": 1})
 
     def full(_handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(DiskError, match=r"x\.json.*No space left"):
-        write_json_atomic(path, {"new": 2})
+        write_redacted_json(path, {"new": 2})
     assert json.loads(path.read_text()) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -174,7 +174,7 @@ def test_samples_come_back_as_they_were(environment, tmp_path):
 
 def test_versions_are_the_installed_ones_and_import_nothing():
     code = (
-        "import json, sys; from dpo_cli.report.runfolder import versions; v = versions();"
+        "import json, sys; from dpo_cli.report.files import versions; v = versions();"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules);"
         "print(json.dumps([v, sorted(heavy)]))"
     )
@@ -194,14 +194,14 @@ def test_commit_of_a_checkout_only(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     git("init", "-q")
-    assert runfolder._git_commit(tmp_path) is None  # no commit yet
+    assert files._git_commit(tmp_path) is None  # no commit yet
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "-q", "-m", "one")
     git("tag", "v1")
     commit = git("rev-parse", "HEAD")
-    assert runfolder._git_commit(tmp_path) == commit
+    assert files._git_commit(tmp_path) == commit
     (tmp_path / "file").write_text("2")
-    assert runfolder._git_commit(tmp_path) == f"{commit}-dirty"
-    assert runfolder._git_commit(tmp_path / "site-packages") is None
+    assert files._git_commit(tmp_path) == f"{commit}-dirty"
+    assert files._git_commit(tmp_path / "site-packages") is None

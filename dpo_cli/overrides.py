@@ -1,0 +1,79 @@
+"""The key=value words of a command: parsed and composed by Hydra, and those of a sweep."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString, ValueType
+from omegaconf import DictConfig, OmegaConf
+
+from dpo_cli.compose import refuse_targets
+from dpo_cli.hydra_errors import explained
+from dpo_cli.paths import conf_dir
+
+HYDRA_VERSION = "1.3"
+LISTED = (ValueType.SIMPLE_CHOICE_SWEEP, ValueType.CHOICE_SWEEP, ValueType.RANGE_SWEEP)
+
+
+def quiet_hydra() -> None:
+    """Have Hydra raise its errors instead of printing and exiting, and keep its advice."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    warnings.filterwarnings("ignore", module=r"hydra|omegaconf")
+
+
+def composed(words: Sequence[str], config_name: str | None = None) -> DictConfig:
+    """The configuration with Hydra's node, as a single run gets it. Creates no folder."""
+    with (
+        explained(words, ValueError, KeyError),
+        initialize_config_dir(str(conf_dir()), job_name="dpo-run", version_base=HYDRA_VERSION),
+    ):
+        cfg = compose(config_name or "config", list(words), return_hydra_config=True)
+    # Callbacks are objects that Hydra makes from names in the config: any code at all.
+    refuse_targets(OmegaConf.to_container(cfg.hydra.callbacks, resolve=False), "hydra.callbacks")
+    HydraConfig.instance().set_config(cfg)  # for ${hydra:...} in values
+    return cfg
+
+
+def parsed(words: Sequence[str]) -> list[Override]:
+    with explained(words):
+        return OverridesParser.create().parse_overrides(list(words))
+
+
+def values(word: Override) -> list[Any]:
+    """The word's value, or those of a sweep; none where only Hydra's sweeper knows them."""
+    if not word.is_sweep_override():
+        return [word.value()]
+    if word.value_type not in LISTED:
+        return []
+    return [v.text if isinstance(v, QuotedString) else v for v in word.sweep_iterator()]
+
+
+def first_job(words: Sequence[str]) -> list[str]:
+    """The words of the sweep's first job: each swept key with the first of its values."""
+    first = []
+    for word in parsed(words):
+        if not word.is_sweep_override():
+            first.append(str(word.input_line))
+        elif word.value_type in LISTED:  # a glob's choices are on disk, an interval's drawn
+            first.append(f"{word.get_key_element()}={next(iter(word.sweep_string_iterator()))}")
+    return first
+
+
+def for_every_option(words: Sequence[str]) -> list[str]:
+    """`++key=value` for the keys of a swept group.
+
+    Hydra first composes a sweep with the default option of a swept group, which may not have
+    the key; the strict schema still refuses what a job's own option does not know.
+    """
+    read = parsed(words)
+    swept = {word.key_or_group for word in read if word.is_sweep_override()}
+    return [
+        f"++{line}" if line.partition(".")[0] in swept and not line.startswith(("+", "~")) else line
+        for line in (str(word.input_line) for word in read)
+    ]

@@ -1,0 +1,112 @@
+"""What a recipe remembers of a step: its inputs, its outputs, and so whether to run it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.compose import PATH_KEYS
+from dpo_cli.durable import file_digest
+from dpo_cli.errors import ConfigError
+from dpo_cli.overrides import parsed, values
+from dpo_cli.run_folder import is_used
+
+HASHED_BYTES = 16 * 2**20  # larger files count by name and size; their summary tells the rest
+PENDING = "not there yet"  # identity of a step that has yet to run
+OUTPUT_NAMES = ("summary.json", "sweep.csv")  # beside *.jsonl and what is in final/
+PATH_WORDS = {f"{group}.{key}" for group, keys in PATH_KEYS.items() for key in keys}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with a step: run, resume or skip, and why."""
+
+    action: str
+    reason: str
+
+
+def decide(folder: Path, record: dict[str, Any], inputs: dict[str, Any]) -> Decision:
+    """record: what the step's last start and end left behind, empty if it never started."""
+    if not record:
+        if is_used(folder):
+            raise ConfigError(f"{folder}: is not this recipe's; move it away or change run_dir")
+        return Decision("run", "")
+    changes = _changes(record["inputs"], inputs)
+    if changes:
+        return Decision("run", f"again, {changes}")
+    if record["status"] == "done":
+        if record["outputs"] == identity(folder):
+            return Decision("skip", "finished earlier with the same inputs")
+        return Decision("run", "again, its outputs were changed or removed")
+    if any(folder.glob("checkpoints/step-*")):
+        return Decision("resume", "it was interrupted")
+    return Decision("run", "again, it did not finish")
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What differs between two inputs, in words."""
+    old, new = before["overrides"], after["overrides"]
+    parts = [f"now {word}" for word in new if word not in old]
+    parts += [f"no longer {word}" for word in old if word not in new]
+    if not parts and old != new:
+        parts = ["its overrides are in another order"]
+    for name, now in after["uses"].items():
+        if before["uses"].get(name, now) != now:
+            parts.append(f"{name} has changed" if now != PENDING else f"{name} runs again")
+    parts += [
+        f"the content of {path} has changed"
+        for path, now in after["files"].items()
+        if before.get("files", {}).get(path, now) != now
+    ]
+    if before["version"] != after["version"]:
+        parts.append(f"dpo-run {before['version']} -> {after['version']}")
+    return ", ".join(parts)
+
+
+def outside_files(overrides: Sequence[str], run_dir: Path) -> dict[str, str]:
+    """Digests of the files and folders that a step reads and no earlier step wrote."""
+    found: dict[str, str] = {}
+    for word in parsed(overrides):
+        for value in values(word) if word.key_or_group in PATH_WORDS else ():
+            path = Path(str(value)).expanduser()
+            if path.exists() and not path.resolve().is_relative_to(run_dir.resolve()):
+                found[str(path)] = _digest(path)
+    return found
+
+
+def _digest(path: Path) -> str:
+    """Of a file, or of all files that count in a folder; of a run folder, its final model."""
+    if (path / "final" / "config.json").is_file():
+        path = path / "final"
+    below = sorted(path.rglob("*")) if path.is_dir() else [path]
+    lines = [
+        f"{name} {p.stat().st_size} {_content(p)}"
+        for p, name in ((p, p.relative_to(path)) for p in below)
+        if p.is_file() and not any(part.startswith(".") for part in name.parts)
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _content(path: Path) -> str:
+    """A digest of a file; of a large one, when it was last written."""
+    status = path.stat()
+    return file_digest(path) if status.st_size <= HASHED_BYTES else str(status.st_mtime_ns)
+
+
+def identity(folder: Path) -> str:
+    """A digest of a step's outputs: names, sizes and, of smaller files, contents."""
+    if not folder.is_dir():
+        return PENDING
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        named = name.suffix == ".jsonl" or name.name in OUTPUT_NAMES
+        if not path.is_file() or not (named or "final" in name.parts[:-1]):
+            continue
+        size = path.stat().st_size
+        content = file_digest(path) if size <= HASHED_BYTES else ""
+        digest.update(f"{name.as_posix()} {size} {content}\n".encode())
+    return digest.hexdigest()
