@@ -3,8 +3,8 @@
     <run_dir>/recipe.json     which recipe works here      01-sft/       folder of a step
               01-sft.json     its inputs, and its outputs' identity once it is done
 
-A step is finished if it ended well with the same inputs: its overrides, what the steps it
-uses have written, and the version of dpo-run.
+A step is finished if it ended well with the same inputs: its overrides, the files it reads,
+what the steps it uses have written, and the version of dpo-run.
 """
 
 from __future__ import annotations
