@@ -42,6 +42,7 @@ def make_plan(args: argparse.Namespace, shape: Shape, folder: Path) -> Plan:
         pairs=(args.warmup + args.steps) * args.batch, length=length, seed=args.seed,
         data=args.data, adapter=args.adapter, tokenizer=args.tokenizer,
         prompt_length=args.prompt_length, response_length=response,
+        reward_model=args.task == "reward",
     )  # fmt: skip
 
 

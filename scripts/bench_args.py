@@ -78,8 +78,6 @@ def lengths(text: str) -> tuple[int, ...]:
 
 def check(args: argparse.Namespace) -> None:
     """Exit with what is wrong with the arguments."""
-    if args.task == "reward":
-        raise SystemExit("--task reward: stage=reward does not exist yet")
     if args.grow and args.task != "dpo":
         raise SystemExit(f"--grow: measures --task dpo, not {args.task}")
     if args.grow and args.data:

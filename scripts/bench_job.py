@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-COMPARED = ("loss", "logps/chosen", "logps/rejected")  # both sides log these, by these names
+# What both sides log, by our names.
+COMPARED = ("loss", "logps/chosen", "logps/rejected")
+COMPARED_REWARDS = ("loss", "rewards/margins")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Window:
 
     def end_of_step(self, number: int, values: Mapping[str, float]) -> bool:
         """Call after each 1-based step; True when the last one is done."""
-        for name in COMPARED:
+        for name in COMPARED_REWARDS if self.job.task == "reward" else COMPARED:
             if name in values:
                 self.figures.setdefault(name, []).append(float(values[name]))
         if number == self.job.warmup:

@@ -80,7 +80,7 @@ def training_overrides(job: Job) -> list[str]:
     ]  # fmt: skip
 
 
-def measure(job: Job) -> dict[str, Any]:
+def measure(job: Job, sink: Callable[[Window], ClockSink] = ClockSink) -> dict[str, Any]:
     """`run.run` without its lock, files and summary: the same stage, session and loop."""
     config = compose(training_overrides(job))
     stage = load_stage(config.stage.name)
@@ -89,7 +89,7 @@ def measure(job: Job) -> dict[str, Any]:
     run_dir.mkdir(parents=True)
     window, progress = Window(job), PhaseClock(job.device)
     try:
-        stage(Session(config, run_dir, runtime, progress, [ClockSink(window)]))
+        stage(Session(config, run_dir, runtime, progress, [sink(window)]))
     except Measured:
         return window.result(reference_seconds=progress.reference_seconds)
     raise AssertionError("the run ended before its last step was logged")

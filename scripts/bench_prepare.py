@@ -36,6 +36,7 @@ class Plan:
     data: a file of real pairs, read by `adapter`; None: synthetic pairs, whose lengths are
     `prompt_length` and `response_length` (EOS included) or, where None, drawn as in HH.
     context: positions of the model. length: tokens of prompt and response that are kept.
+    reward_model: a sequence classifier of one label instead of a language model.
     """
 
     folder: str
@@ -49,6 +50,7 @@ class Plan:
     tokenizer: str | None = None
     prompt_length: int | None = None
     response_length: int | None = None
+    reward_model: bool = False
 
     @property
     def model(self) -> Path:
@@ -211,7 +213,7 @@ def encode(plan: Plan, path: str, tokenizer: Any) -> list[Any]:
 
 def save_model(plan: Plan, tokenizer: Any) -> None:
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     torch.manual_seed(plan.seed)
     config = hf_config(
@@ -220,7 +222,13 @@ def save_model(plan: Plan, tokenizer: Any) -> None:
     )  # fmt: skip
     if len(tokenizer) > config.vocab_size:
         raise SystemExit(f"the tokenizer has {len(tokenizer)} tokens: give --vocab at least that")
-    AutoModelForCausalLM.from_config(config).save_pretrained(plan.model)
+    if plan.reward_model:  # with its head, so that both sides start from the same rewards
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config)
+        torch.nn.init.normal_(model.score.weight, std=(plan.shape.width + 1) ** -0.5)
+    else:
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(plan.model)
     tokenizer.save_pretrained(plan.model)
 
 

@@ -60,7 +60,7 @@ def markdown(name: str, records: Sequence[Record]) -> str:
 
 
 def section(record: Record) -> list[str]:
-    machine, settings, agree = record["machine"], record["settings"], record["losses_agree"]
+    machine, settings = record["machine"], record["settings"]
     versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
     where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     facts = [
@@ -68,8 +68,7 @@ def section(record: Record) -> list[str]:
         f"{record['date']}, commit {record['commit']}, {where}, {machine['system']}; {versions}.",
         f"{settings['rounds']} rounds of {settings['steps']} steps after {settings['warmup']} to "
         f"warm up, every side in a process of its own. Both sides logged the same in every step: "
-        f"losses within {agree['largest_loss_difference']:.1e}, log-probabilities within "
-        f"{agree['largest_relative_logps_difference']:.1e} of their value.",
+        f"{agreed(record)}.",
         "Settings: " + "; ".join(f"{name}: `{facts['settings'] or 'defaults'}`"
                                  for name, facts in record["sides"].items()) + ".",
     ]  # fmt: skip
@@ -82,6 +81,24 @@ def section(record: Record) -> list[str]:
     if record["searched"]:
         tables += ["Settings tried, one process each:", "", *table(search_rows(record)), ""]
     return [*tables, *paragraphs, *folded, "</details>"]
+
+
+def agreed(record: Record) -> str:
+    """How closely the figures that both sides logged agree."""
+    found = record["losses_agree"]
+    names = next(iter(record["sides"].values()))["figures_by_step"]
+    parts = {
+        "losses": ("loss", f"{found['largest_loss_difference']:.1e}"),
+        "margins of the rewards": ("rewards/", f"{found['largest_loss_difference']:.1e}"),
+        "log-probabilities": (
+            "logps/", f"{found['largest_relative_logps_difference']:.1e} of their value"
+        ),
+    }  # fmt: skip
+    return ", ".join(
+        f"{what} within {limit}"
+        for what, (start, limit) in parts.items()
+        if any(name.startswith(start) for name in names)
+    )
 
 
 def side_rows(record: Record) -> list[list[str]]:
@@ -167,12 +184,15 @@ def draw(path: Path, records: Sequence[Record]) -> None:
     figure.savefig(path)
 
 
-def bars(axes: Any, record: Record, key: str, label: str) -> None:
+def bars(
+    axes: Any, record: Record, key: str, label: str, colours: Sequence[str] | None = None
+) -> None:
+    """One bar a side. colours: of the sides; by default ours are blue."""
     sides = record["sides"]
     values = [side[key] for side in sides.values()]
     middle = [v["median"] for v in values]
     whiskers = [[v["median"] - v["min"] for v in values], [v["max"] - v["median"] for v in values]]
-    colours = [BLUE if name.startswith("ours") else GREY for name in sides]
+    colours = colours or [BLUE if name.startswith("ours") else GREY for name in sides]
     axes.barh(list(sides), middle, color=colours, xerr=whiskers, ecolor=INK, capsize=2)
     for place, value in enumerate(values):
         label_at, text = value["max"], f"  {short(value['median'])}"

@@ -29,7 +29,8 @@ OFFLINE = {
     "WANDB_MODE": "disabled",
 }
 BUSY_SHARE = 0.15  # of the cores that others may keep busy
-TOLERANCE = {  # precision -> (difference of losses, relative difference of log-probabilities)
+# precision -> (difference of losses and rewards, relative difference of log-probabilities)
+TOLERANCE = {
     "fp32": (1e-3, 1e-4),
     "bf16": (3e-2, 3e-3),
 }
@@ -148,7 +149,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], precision: str) -> dict[
     finite = all(math.isfinite(x) for r in (a, b) for xs in r["figures"].values() for x in xs)
     for name in a["figures"].keys() & b["figures"].keys():
         for x, y in zip(a["figures"][name], b["figures"][name], strict=True):
-            if name == "loss":
+            if not name.startswith("logps/"):
                 loss = max(loss, abs(x - y))
             else:
                 logps = max(logps, abs(x - y) / max(1.0, abs(x)))

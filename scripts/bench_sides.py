@@ -11,8 +11,9 @@ from importlib.util import find_spec
 from typing import Any
 
 Settings = dict[str, Any]
-UNITS = {"dpo": "pairs", "sft": "examples", "decode": "tokens"}
-PEER = {"dpo": "trl", "sft": "trl", "decode": "hf"}  # hf: transformers' generate, as TRL uses it
+UNITS = {"dpo": "pairs", "sft": "examples", "reward": "pairs", "decode": "tokens"}
+# hf: transformers' generate, as TRL uses it
+PEER = {"dpo": "trl", "sft": "trl", "reward": "trl", "decode": "hf"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ CANDIDATES: dict[str, dict[str, Settings]] = {
         "padding-free": PADDING_FREE,
         "padding-free, eager attention": PADDING_FREE | EAGER,
     },
+    "reward": {  # TRL's reward trainer always pads
+        "padded": NO_CHECKPOINTING,
+        "padded, eager attention": NO_CHECKPOINTING | EAGER,
+        "padded, to a multiple of 64": NO_CHECKPOINTING | {"pad_to_multiple_of": 64},
+        "padded, 2 loaders": NO_CHECKPOINTING | LOADERS,
+    },
     "decode": {
         "dynamic cache": {},
         "dynamic cache, eager attention": EAGER,
@@ -56,11 +63,13 @@ CANDIDATES: dict[str, dict[str, Settings]] = {
 COMPILED: dict[str, dict[str, Settings]] = {  # on CUDA
     "dpo": {"cached reference, compiled": CACHED | {"torch_compile": True}},
     "sft": {"padded, compiled": NO_CHECKPOINTING | {"torch_compile": True}},
+    "reward": {"padded, compiled": NO_CHECKPOINTING | {"torch_compile": True}},
     "decode": {},
 }
 BEST = {  # the fastest in small searches on CPUs; `bench.py --search` looks again
     "dpo": "cached reference",
     "sft": "padding-free",
+    "reward": "padded",
     "decode": "dynamic cache",
 }
 
@@ -88,7 +97,7 @@ def sides_of(task: str, best: Settings) -> list[Side]:
         ]
     ours = Side("ours", "bench_ours.py", {})
     default, fast = Side("trl-default", "bench_trl.py", {}), Side("trl-best", "bench_trl.py", best)
-    if task == "sft":
+    if task != "dpo":
         return [ours, default, fast]
     live = {key: value for key, value in best.items() if not key.startswith("precompute")}
     return [

@@ -34,7 +34,7 @@ def row_facts(job: Job) -> dict[str, float]:
         lengths = [len(r["prompt"]) + len(r[name]) for r in batch for name in names]
         real += sum(lengths)
         padded += max(lengths) * len(lengths)
-        scored += sum(len(r[name]) for r in batch for name in names)
+        scored += sum(1 if job.task == "reward" else len(r[name]) for r in batch for name in names)
         unique += sum(len(r["prompt"]) + sum(len(r[name]) for name in names) for r in batch)
     means = {f"mean_{n}_tokens": mean(len(r[n]) for r in rows) for n in ("prompt", *names)}
     return {"rows": len(rows), **means, "real_tokens_per_row": real / len(rows),

@@ -17,6 +17,8 @@ import transformers
 import trl
 from bench_job import Job, Window, synchronise, work
 
+NAMES = {"margin": "rewards/margins"}  # TRL's name of a figure -> ours
+
 
 class Recorder(transformers.TrainerCallback):
     """Hands each step's log to the window."""
@@ -33,7 +35,8 @@ class Recorder(transformers.TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "loss" in logs:
-            self.window.end_of_step(state.global_step, logs)
+            figures = {NAMES.get(name, name): value for name, value in logs.items()}
+            self.window.end_of_step(state.global_step, figures)
 
 
 class FixedOrder:
@@ -65,6 +68,12 @@ class SftOnIds(FixedOrder, trl.SFTTrainer):
     reference_seconds = None
 
 
+class RewardOnIds(FixedOrder, trl.RewardTrainer):
+    """Takes token ids as TRL's own tokenisation leaves them."""
+
+    reference_seconds = None
+
+
 def dpo_trainer(job: Job, **common: Any) -> Any:
     columns = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
     rows = [{new: row[old] for new, old in columns.items()} for row in job.rows()]
@@ -84,7 +93,22 @@ def sft_trainer(job: Job, **common: Any) -> Any:
     return SftOnIds(args=args, train_dataset=datasets.Dataset.from_list(rows), **common)
 
 
-TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo_trainer, "sft": sft_trainer}
+def reward_trainer(job: Job, **common: Any) -> Any:
+    rows = [
+        {f"{name}_ids": row["prompt"] + row[name] for name in ("chosen", "rejected")}
+        for row in job.rows()
+    ]
+    args = trl.RewardConfig(**arguments(job))
+    trainer = RewardOnIds(args=args, train_dataset=datasets.Dataset.from_list(rows), **common)
+    assert len(trainer.train_dataset) == len(rows), "TRL leaves out rows above max_length"
+    return trainer
+
+
+TRAINERS: dict[str, Callable[..., Any]] = {
+    "dpo": dpo_trainer,
+    "sft": sft_trainer,
+    "reward": reward_trainer,
+}
 
 
 def arguments(job: Job) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -56,12 +57,14 @@ def bench(module: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: P
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
 def test_dpo_does_the_same_work_as_trl(bench: Any, module: Any, tmp_path: Path) -> None:
-    record = bench("--sides=ours,trl-best", "--lr=1e-2")
-    ours, theirs = (record["sides"][name] for name in ("ours", "trl-best"))
+    record = bench("--sides=ours,ours-live,trl-best", "--lr=1e-2")
+    ours, live, theirs = (record["sides"][name] for name in ("ours", "ours-live", "trl-best"))
     assert ours["figures_by_step"]["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(ours["figures_by_step"]["loss"][1] - math.log(2)) > 1e-3  # a step was taken
     for name, values in ours["figures_by_step"].items():
         assert values == pytest.approx(theirs["figures_by_step"][name], rel=1e-4), name
+        assert values == pytest.approx(live["figures_by_step"][name], rel=1e-4), name
+    assert "reference_seconds" not in live  # nothing was computed beforehand
     rates = [side["per_second"]["median"] for side in (ours, theirs)]
     assert record["ratio_vs_trl_best"] == pytest.approx(rates[0] / rates[1])
     peaks = [side["peak_memory_mb"]["median"] for side in (ours, theirs)]
@@ -80,6 +83,24 @@ def test_sft_does_the_same_work_as_trl(bench: Any) -> None:
     assert losses[0][0] == pytest.approx(math.log(64), abs=0.1)  # untrained: uniform
     for other in losses[1:]:
         assert losses[0] == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
+def test_reward_models_do_the_same_work_as_trls(bench: Any, tmp_path: Path) -> None:
+    record = bench("--task=reward", "--lr=1e-2")
+    ours, *others = (side["figures_by_step"] for side in record["sides"].values())
+    assert len(others) == 2
+    assert abs(ours["rewards/margins"][0]) > 1e-3  # an untrained head, the same on both sides
+    assert abs(ours["rewards/margins"][1] - ours["rewards/margins"][0]) > 1e-3
+    for other in others:
+        assert ours.keys() == other.keys() == {"loss", "rewards/margins"}
+        for name, values in ours.items():
+            assert values == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+    assert record["unit"] == "pairs"
+    assert 0 < record["data"]["scored_to_padded"] < 0.2  # one token of each sequence
+    text = (tmp_path / "reward-gpt2-1x32-h2-v64-cpu.md").read_text()
+    assert re.search(r"in every step: losses within \S+, margins of the rewards within \S+\.$",
+                     text, re.MULTILINE)  # fmt: skip
 
 
 def check_files(report: ModuleType, record: dict[str, Any], folder: Path) -> None:
@@ -127,7 +148,6 @@ def test_a_worker_is_a_process(module: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["--task=reward"], "stage=reward does not exist yet"),
         (["--data=missing.jsonl"], "missing.jsonl: no such file"),
         (["--grow=prompts", "--task=sft"], "--grow: measures --task dpo"),
         (["--width=33"], "--width 33: must be a multiple of --heads 4"),

@@ -1,0 +1,175 @@
+"""The profile of a step: its FLOPs by hand and as PyTorch counts them, its parts, its page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from bench_workers import SCRIPTS, SMALL, Record, runner
+from dpo_cli.logprobs import fused_loss
+from dpo_cli.model import attention
+from dpo_cli.model.forward import head_of
+from dpo_cli.packing import pack
+from dpo_cli.records import EncodedExample, Segment
+
+PARTS = {"packing", "forward", "head and loss", "backward", "optimiser", "the rest"}
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return import_module
+
+
+@pytest.fixture
+def profiled(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> Callable[..., Record]:
+    flops = module("bench_flops")
+    monkeypatch.setattr(flops, "SIZES", {"cpu": (32, 64)})
+    monkeypatch.setattr(flops, "PEAK_SECONDS", 0.005)
+    return runner("bench_profile", monkeypatch, capsys, tmp_path)
+
+
+def test_a_branch_sees_its_prompt_and_itself(module: Any) -> None:
+    """Every pair of tokens, one by one."""
+    segment = Segment(start=5, prompt=3, branches=(2, 4, 0))
+    tokens = [("prompt", i) for i in range(3)]
+    tokens += [(branch, i) for branch, size in enumerate(segment.branches) for i in range(size)]
+    seen = [
+        (query, key)
+        for place, query in enumerate(tokens)
+        for key in tokens[: place + 1]
+        if key[0] in ("prompt", query[0])
+    ]
+    assert module("bench_flops").visible_pairs(segment) == len(seen)
+
+
+def test_flops_are_those_that_pytorch_counts(module: Any) -> None:
+    """With eager attention, whose scores are products like any other: of all tokens, also of
+    those that the causal mask hides."""
+    flops, tokens, scored, vocab = module("bench_flops"), 12, 5, 96
+    config = GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=2, bos_token_id=None,
+                        eos_token_id=None, attn_implementation="eager")  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    ids = torch.arange(tokens)[None]
+    with FlopCounterMode(display=False) as forward:
+        hidden = model.base_model(ids).last_hidden_state[0]
+    with FlopCounterMode(display=False) as head:
+        loss, _ = fused_loss(
+            hidden[-scored:], head_of(model), ids[0, :scored], [scored],
+            lambda logprobs, _: -logprobs.sum(),
+        )  # fmt: skip
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    work = flops.Work(tokens, scored, visible=tokens**2)
+    counted = flops.step_flops(flops.Sizes.of(model), work)
+    assert counted["forward"] == forward.get_total_flops()
+    assert counted["head and loss"] == head.get_total_flops()
+    assert counted["backward"] == backward.get_total_flops()
+    assert counted["step"] == sum(counted[k] for k in ("forward", "head and loss", "backward"))
+
+
+def test_the_work_of_a_packed_row(module: Any) -> None:
+    ids = np.arange(20, dtype=np.int32)
+    batch = pack([EncodedExample(ids[:8], (ids[:4], ids[:3]), 0),
+                  EncodedExample(ids[:2], (ids[:1], ids[:2]), 1)], [0, 1])  # fmt: skip
+    # without the last tokens: 8 + 3 + 2 and 2 + 0 + 1
+    assert module("bench_flops").Work.of(batch) == module("bench_flops").Work(
+        tokens=16, scored=10, visible=(36 + (24 + 6) + (16 + 3)) + (3 + 0 + (2 + 1))
+    )
+
+
+def test_the_parts_make_up_the_step(profiled: Any, tmp_path: Path) -> None:
+    registered = ALL_ATTENTION_FUNCTIONS[attention.NAME]
+    record = profiled(*SMALL, "--steps=3", "--prompt-length=8", "--response-length=4")
+    assert ALL_ATTENTION_FUNCTIONS[attention.NAME] is registered
+    seconds = {name: part["seconds"]["median"] for name, part in record["parts"].items()}
+    assert all(value > 0 for value in seconds.values())
+    assert sum(seconds[name] for name in PARTS) == pytest.approx(seconds["step"])
+    assert seconds["attention forward"] < seconds["forward"]
+    assert seconds["attention backward"] < seconds["backward"]
+    # two pairs of 8 + 3 + 3 tokens and 8 targets; the warm-up step is not among them
+    visible = 2 * (36 + 2 * (24 + 6))
+    assert record["work"] == {"tokens": 28, "scored": 16, "visible": visible}
+    forward = 2 * 28 * 12 * 32**2 + 4 * visible * 32
+    head = 6 * 16 * 32 * 64
+    parts = record["parts"]
+    assert parts["forward"]["flops"] == forward
+    assert parts["head and loss"]["flops"] == head
+    assert parts["ours"]["flops"] == parts["step"]["flops"] == 3 * forward + head
+    speed = (3 * forward + head) / seconds["ours"]
+    assert parts["ours"]["flops_per_second"]["median"] == pytest.approx(speed)
+    peak = record["peaks"]["fp32"]["flops_per_second"]["median"]
+    assert parts["ours"]["share_of_peak"]["median"] == pytest.approx(speed / peak)
+    check_page(record, tmp_path / "profile-gpt2-1x32-h2-v64-cpu.md")
+
+
+def check_page(record: Record, path: Path) -> None:
+    text = path.read_text()
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    for label in ("packing", "backbone forward", "optimiser (clip, step)", "step"):
+        assert text.count(f"\n| {label} ") == 1
+    assert text.count("\n|   of it attention ") == 2
+    assert len(record["operators"]) == 15
+    longest = [one["ms"] for one in record["operators"]]
+    assert longest == sorted(longest, reverse=True)
+    for one in record["operators"]:
+        assert f"| `{one['operator']}` " in text
+
+
+def test_bf16_is_measured_against_its_own_peak(profiled: Any) -> None:
+    record = profiled(*SMALL, "--precision=bf16")
+    peaks = {name: peak["flops_per_second"]["median"] for name, peak in record["peaks"].items()}
+    assert peaks.keys() == {"fp32", "bf16"}
+    step = record["parts"]["step"]
+    assert step["share_of_peak"]["median"] == pytest.approx(
+        step["flops_per_second"]["median"] / peaks["bf16"]
+    )
+
+
+def test_a_peak_is_the_fastest_of_what_was_tried(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flops = module("bench_flops")
+    speeds = {(32, torch.float32): 2.0, (64, torch.float32): 3.0, (32, torch.bfloat16): 5.0}
+    monkeypatch.setattr(flops, "SIZES", {"cpu": (32, 64)})
+    monkeypatch.setattr(flops, "kernels", lambda device: {"matmul": torch.matmul})
+    monkeypatch.setattr(
+        flops, "speed", lambda kernel, size, dtype, device: speeds.get((size, dtype), 1.0)
+    )
+    assert flops.matmul_peaks("cpu") == {
+        "fp32": {"flops_per_second": 3.0, "size": 64, "kernel": "matmul"},
+        "bf16": {"flops_per_second": 5.0, "size": 32, "kernel": "matmul"},
+    }
+
+
+@pytest.mark.parametrize("name", ["matmul", "oneDNN"])
+def test_the_kernels_multiply(module: Any, name: str) -> None:
+    kernels = module("bench_flops").kernels("cpu")
+    if name not in kernels:
+        pytest.skip(f"this build of PyTorch has no {name}")
+    a, b = torch.randn(8, 8), torch.randn(8, 8)
+    expected = a @ (b if name == "matmul" else b.t())
+    torch.testing.assert_close(kernels[name](a, b), expected)
+
+
+def test_packing_ahead_of_time_is_no_part_of_a_step(module: Any) -> None:
+    clocks = module("bench_parts").Clocks("cpu")
+    batches = clocks.around_batches(lambda rows: lambda step: [rows, step])("rows")
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(batches, 3).result() == ["rows", 3]
+    assert not clocks.seconds
+    assert batches(4) == ["rows", 4]
+    assert clocks.seconds.keys() == {"packing"}
+    assert clocks.seconds["packing"] > 0
