@@ -1,4 +1,4 @@
-"""Sampling: each prompt's prefix is run once for its N samples; finished rows drop out."""
+"""Sampling: a prompt's samples share its keys and values; finished rows drop out."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dpo_cli.errors import ConfigError, NonFiniteError
+from dpo_cli.logprobs import promote
 from dpo_cli.model.attention import attention_as
+from dpo_cli.model.decoding import advance, shares_prompts, start
+from dpo_cli.model.draw import draw
+
+LOOK_EVERY = {"cpu": 1, "cuda": 4}  # steps; a look for finished rows makes the host wait
 
 
 @dataclass(frozen=True)
@@ -51,23 +56,16 @@ def sample(
     per_batch = max(1, options.batch_size // options.completions)
     was_training = model.training
     model.eval()
-    with attention_as(model, cached_attention(model)):
-        for first in range(0, len(order), per_batch):
-            chosen = order[first : first + per_batch]
-            generator = torch.Generator(model.device).manual_seed(options.seed * 1_000_003 + first)
-            rows = _decode(model, [prompts[i] for i in chosen], options, eos_id, pad_id, generator)
-            for place, i in enumerate(chosen):
-                n = options.completions
-                results[i] = rows[place * n : (place + 1) * n]
-            tick(len(chosen))
+    for first in range(0, len(order), per_batch):
+        chosen = order[first : first + per_batch]
+        generator = torch.Generator(model.device).manual_seed(options.seed * 1_000_003 + first)
+        rows = _decode(model, [prompts[i] for i in chosen], options, eos_id, pad_id, generator)
+        for place, i in enumerate(chosen):
+            n = options.completions
+            results[i] = rows[place * n : (place + 1) * n]
+        tick(len(chosen))
     model.train(was_training)
     return results
-
-
-def cached_attention(model: PreTrainedModel) -> str:
-    """What can decode with a cache: SDPA knows neither soft-capping nor attention sinks."""
-    softcapped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    return "eager" if softcapped or not model._supports_sdpa else "sdpa"
 
 
 def room_for(model: PreTrainedModel, prompts: Sequence[np.ndarray], wanted: int) -> int:
@@ -82,29 +80,27 @@ def room_for(model: PreTrainedModel, prompts: Sequence[np.ndarray], wanted: int)
     return min(wanted, context - longest)
 
 
-def _left_pad(
-    prompts: Sequence[np.ndarray], pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    longest = max(len(p) for p in prompts)
-    ids = np.full((len(prompts), longest), pad_id, dtype=np.int64)
-    mask = np.zeros((len(prompts), longest), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+class _Sampled:
+    """Tokens sampled so far, for all rows of a batch; what follows an EOS counts for nothing."""
 
-
-class _Rows:
-    """Tokens sampled so far, for all rows of a batch, finished or not."""
-
-    def __init__(self, rows: int, steps: int, pad_id: int, device: torch.device) -> None:
-        self.tokens = torch.full((rows, steps), pad_id, device=device)
-        self.logprobs = torch.zeros(rows, steps, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+    def __init__(self, rows: int, steps: int, pad_id: int, like: Tensor) -> None:
+        self.tokens = torch.full((rows, steps), pad_id, device=like.device)
+        self.logprobs = torch.zeros(rows, steps, dtype=like.dtype, device=like.device)
 
     def add(self, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
         self.tokens[rows, step], self.logprobs[rows, step] = tokens, logprobs
-        self.lengths[rows] += 1
+
+    def completions(self, eos_id: int) -> list[Completion]:
+        tokens, logprobs = self.tokens.cpu().numpy(), self.logprobs.cpu().numpy()
+        rows = []
+        for ids, logp in zip(tokens, logprobs, strict=True):
+            ends = np.flatnonzero(ids == eos_id)
+            length = int(ends[0]) + 1 if len(ends) else len(ids)
+            if not np.isfinite(logp[:length]).all():
+                raise NonFiniteError("sampling: the model's logits are not finite")
+            kept = ids[:length].astype(np.int32), logp[:length].copy()
+            rows.append(Completion(*kept, finished=len(ends) > 0))
+        return rows
 
 
 def _decode(
@@ -117,59 +113,28 @@ def _decode(
 ) -> list[Completion]:
     """Decode one batch of prompts; returns prompts x completions rows, prompt-major."""
     steps = room_for(model, prompts, options.max_new_tokens)
-    ids, mask = _left_pad(prompts, pad_id, model.device)
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    cache = DynamicCache(config=model.config)
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions,
-        past_key_values=cache, use_cache=True, logits_to_keep=1,
-    ).logits[:, -1]  # fmt: skip
-    if not torch.isfinite(logits).all():
-        raise NonFiniteError("sampling: the model's logits are not finite")
-    n = options.completions
-    cache.batch_repeat_interleave(n)
-    mask, position, logits = (x.repeat_interleave(n, 0) for x in (mask, positions[:, -1], logits))
-    rows = _Rows(len(mask), steps, pad_id, model.device)
-    alive = torch.arange(len(mask), device=model.device)  # original row of each live row
-    for step in range(steps):
-        chosen, logp = draw(logits.float(), options.temperature, options.top_p, generator)
-        rows.add(step, alive, chosen, logp)
-        going = (chosen != eos_id).nonzero().squeeze(1)
-        if len(going) == 0 or step + 1 == steps:
-            break
-        if len(going) < len(alive):  # finished rows leave the batch and the cache
-            alive, mask, position, chosen = (x[going] for x in (alive, mask, position, chosen))
-            cache.batch_select_indices(going)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        position = position + 1
-        logits = model(
-            input_ids=chosen[:, None], attention_mask=mask, position_ids=position[:, None],
-            past_key_values=cache, use_cache=True,
-        ).logits[:, -1]  # fmt: skip
-    return _collect(rows.tokens.cpu(), rows.logprobs.cpu(), rows.lengths.tolist(), eos_id)
-
-
-def _collect(tokens: Tensor, logprobs: Tensor, lengths: list[int], eos_id: int) -> list[Completion]:
-    rows = []
-    for ids, logp, length in zip(tokens.numpy(), logprobs.numpy(), lengths, strict=True):
-        kept = ids[:length].astype(np.int32)
-        rows.append(Completion(kept, logp[:length].copy(), bool(kept[-1] == eos_id)))
-    return rows
-
-
-def draw(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """(B, V) logits -> (B,) tokens and (B,) their log-probabilities as sampled."""
-    if temperature == 0.0:
-        logp = logits.log_softmax(-1)
-        chosen = logits.argmax(-1)
-        return chosen, logp.gather(1, chosen[:, None]).squeeze(1)
-    logp = (logits / temperature).log_softmax(-1)
-    if top_p < 1.0:
-        ordered, index = logp.sort(-1, descending=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()  # mass ahead of each token
-        ordered = ordered.masked_fill(before >= top_p, float("-inf"))
-        logp = torch.empty_like(logp).scatter_(1, index, ordered).log_softmax(-1)
-    chosen = torch.multinomial(logp.exp(), 1, generator=generator)
-    return chosen.squeeze(1), logp.gather(1, chosen).squeeze(1)
+    rows, position, logits = start(
+        model, prompts, options.completions, pad_id, shares_prompts(model)
+    )
+    sampled = _Sampled(len(position), steps, pad_id, promote(logits))
+    alive = torch.arange(len(position), device=model.device)  # original row of each live row
+    ended = torch.zeros_like(alive, dtype=torch.bool)
+    with attention_as(model, rows.attention):
+        for step in range(steps):
+            chosen, logp = draw(logits, options.temperature, options.top_p, generator)
+            sampled.add(step, alive, chosen, logp)
+            ended |= chosen == eos_id
+            if step + 1 == steps:
+                break
+            if (step + 1) % LOOK_EVERY[model.device.type] == 0:
+                going = ~ended.cpu().numpy()
+                if not going.any():
+                    break
+                if not going.all():
+                    order = torch.from_numpy(rows.keep(going)).to(model.device)
+                    alive, ended, position, chosen = (
+                        x[order] for x in (alive, ended, position, chosen)
+                    )
+            position = position + 1
+            logits = advance(model, rows, chosen, position)
+    return sampled.completions(eos_id)
