@@ -1,19 +1,21 @@
 """Log-probabilities of target tokens, without ever holding logits of shape (N, V).
 
-Only the N hidden states that predict a target meet the output embedding, in chunks.
-Log-sum-exp is in float32.
+Only the N hidden states that predict a target meet the output embedding, a block of rows
+at a time: its float32 logits stay in the processor's cache through softmax. A loss needs
+whole examples, so their slopes (n, V) are kept, in the compute dtype, for a chunk of blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}  # of float32 logits alive at once
+BLOCK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}  # of float32 logits alive at once
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}  # of slopes alive at once
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,15 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    def rows_per_block(self) -> int:
+        return self._rows(BLOCK_BYTES, 4)
+
     def rows_per_chunk(self) -> int:
-        budget = CHUNK_BYTES.get(self.weight.device.type, CHUNK_BYTES["cpu"])
-        return max(16, budget // (4 * self.weight.shape[0]))
+        return self._rows(CHUNK_BYTES, self.weight.element_size())
+
+    def _rows(self, budget: dict[str, int], size: int) -> int:
+        limit = budget.get(self.weight.device.type, budget["cpu"])
+        return max(16, limit // (size * self.weight.shape[0]))
 
     def cast(self, dtype: torch.dtype) -> Head:
         """The same head in another dtype: once, not once a chunk."""
@@ -63,16 +71,43 @@ def logits_of(hidden: Tensor, head: Head) -> Tensor:
     return logits
 
 
+def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) log-probabilities of the targets and (n, V) probabilities.
+
+    Log-sum-exp is max - log(max probability): exact, and two passes cheaper than its own.
+    """
+    probabilities = logits.softmax(dim=1)
+    logsumexp = logits.amax(dim=1) - probabilities.amax(dim=1).log()
+    return logits.gather(1, targets[:, None]).squeeze(1) - logsumexp, probabilities
+
+
 @torch.no_grad()
 def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """(N, D) hidden states, (N,) token ids -> (N,) log-probabilities, float32. No gradient."""
     head = head.cast(_compute_dtype(hidden))
-    rows = head.rows_per_chunk()
+    rows = head.rows_per_block()
+    blocks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat([_softmax(logits_of(h, head), t)[0] for h, t in blocks])
+
+
+@torch.no_grad()
+def _logprobs_and_slopes(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, D) -> (n,) log-probabilities and their slopes d logp / d logits, (n, V), in the
+    head's dtype: onehot - softmax, through the soft-capping where there is one."""
+    slopes = hidden.new_empty(len(hidden), len(head.weight), dtype=head.weight.dtype)
+    rows = head.rows_per_block()
     parts = []
-    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+    for h, t, out in zip(hidden.split(rows), targets.split(rows), slopes.split(rows), strict=True):
         logits = logits_of(h, head)
-        parts.append(logits.gather(1, t[:, None]).squeeze(1) - logits.logsumexp(dim=1))
-    return torch.cat(parts)
+        logprobs, slope = _softmax(logits, t)
+        # Not 1 - probability in a low precision: that is 0 long before the truth is.
+        at_target = 1.0 - slope.gather(1, t[:, None])
+        slope.neg_().scatter_(1, t[:, None], at_target)
+        if head.softcap is not None:
+            slope *= 1.0 - (logits / head.softcap) ** 2
+        out.copy_(slope)
+        parts.append(logprobs)
+    return torch.cat(parts), slopes
 
 
 # loss_of(logprobs, examples): the summed loss of the examples in the slice, whose targets'
@@ -83,20 +118,20 @@ LossOf = Callable[[Tensor, slice], Tensor]
 def fused_loss(
     hidden: Tensor, head: Head, targets: Tensor, counts: Sequence[int], loss_of: LossOf
 ) -> tuple[Tensor, Tensor]:
-    """Loss on target log-probabilities, its gradients formed while each chunk's logits live.
+    """Loss on target log-probabilities, its gradients formed while each chunk's slopes live.
 
     Three matmuls a chunk instead of four: a loss needs only the log-probabilities of whole
-    examples, so chunks hold whole examples and no logits are computed twice.
+    examples, so chunks hold whole examples and no logits are computed twice. What the loss
+    multiplies a row of slopes by is applied to the hidden states, which are V / D narrower.
 
     hidden: (N, D); targets: (N,); counts: targets of each example, in order, summing to N.
     Returns the loss summed over examples, with gradient, and the (N,) log-probabilities,
     without. The head's gradient is an autograd gradient like any other.
     """
-    chunks = _whole_examples(counts, head.rows_per_chunk())
     # Inside a Function gradients look wanted even under no_grad.
     leaves = (hidden, head.weight, head.bias)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
-    loss, logprobs = _FusedLoss.apply(*leaves, targets, head, chunks, loss_of, wanted)
+    loss, logprobs = _FusedLoss.apply(*leaves, targets, head, counts, loss_of, wanted)
     return loss, logprobs
 
 
@@ -122,21 +157,19 @@ class _FusedLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         head: Head,
-        chunks: Sequence[tuple[slice, slice]],
+        counts: Sequence[int],
         loss_of: LossOf,
         wanted: Sequence[bool],
     ) -> tuple[Tensor, Tensor]:
         head = head.cast(_compute_dtype(hidden))
-        grads = [
-            torch.zeros_like(x) if x is not None and want else None
-            for x, want in zip((hidden, weight, bias), wanted, strict=True)
-        ]
+        grads = _Gradients((hidden, weight, bias), wanted)
         loss = torch.zeros((), dtype=promote(hidden[:0]).dtype, device=hidden.device)
         parts = []
-        for examples, rows in chunks:
-            logits = logits_of(hidden[rows], head)
-            logsumexp = logits.logsumexp(dim=1)
-            logprobs = logits.gather(1, targets[rows][:, None]).squeeze(1) - logsumexp
+        for examples, rows in _whole_examples(counts, head.rows_per_chunk()):
+            if any(wanted):
+                logprobs, slopes = _logprobs_and_slopes(hidden[rows], head, targets[rows])
+            else:
+                logprobs = target_logprobs(hidden[rows], head, targets[rows])
             with torch.enable_grad():
                 leaf = logprobs.detach().requires_grad_()
                 part = loss_of(leaf, examples)
@@ -144,9 +177,8 @@ class _FusedLoss(torch.autograd.Function):
             loss += part.detach()
             parts.append(logprobs)
             if any(wanted):
-                _add_gradients(grads, hidden[rows], rows, head, logits, logsumexp,
-                               targets[rows], weights)  # fmt: skip
-        ctx.save_for_backward(*grads)
+                grads.add(rows, head, slopes, weights[:, None] * head.scale)
+        ctx.save_for_backward(*grads.sums)
         logprobs = torch.cat(parts)
         ctx.mark_non_differentiable(logprobs)
         return loss, logprobs
@@ -157,36 +189,31 @@ class _FusedLoss(torch.autograd.Function):
         return (*grads, None, None, None, None, None)
 
 
-def _add_gradients(
-    grads: Sequence[Tensor | None],
-    hidden: Tensor,
-    rows: slice,
-    head: Head,
-    logits: Tensor,
-    logsumexp: Tensor,
-    targets: Tensor,
-    weights: Tensor,
-) -> None:
-    """Add a chunk's part to the gradients of hidden states, weight and bias.
+class _Gradients:
+    """Gradients of hidden states, weight and bias, those that are wanted, chunk by chunk."""
 
-    weights: (n,) d loss / d log-probability; d logp / d logits = onehot - softmax. Overwrites
-    `logits`, which at a large vocabulary is the largest thing in memory.
-    """
-    slope = None if head.softcap is None else 1.0 - (logits / head.softcap) ** 2
-    grad = logits.sub_(logsumexp[:, None]).exp_().mul_(-weights[:, None])
-    grad.scatter_add_(1, targets[:, None], weights[:, None])
-    if slope is not None:
-        grad.mul_(slope)
-    if head.scale != 1.0:
-        grad.mul_(head.scale)
-    low = grad.to(head.weight.dtype)
-    grad_hidden, grad_weight, grad_bias = grads
-    if grad_hidden is not None:
-        grad_hidden[rows] = low @ head.weight
-    if grad_weight is not None:
-        grad_weight += low.t() @ hidden.to(low.dtype)
-    if grad_bias is not None:
-        grad_bias += grad.sum(0)
+    def __init__(self, leaves: Sequence[Tensor | None], wanted: Sequence[bool]) -> None:
+        self.leaves = leaves
+        self.wanted = wanted
+        self.hidden = torch.empty_like(cast(Tensor, leaves[0]))
+        self.sums: list[Tensor | None] = [self.hidden if wanted[0] else None, None, None]
+
+    def add(self, rows: slice, head: Head, slopes: Tensor, weights: Tensor) -> None:
+        """slopes: (n, V); weights: (n, 1) d loss / d log-probability, times the head's scale."""
+        hidden = cast(Tensor, self.leaves[0])
+        if self.wanted[0]:
+            self.hidden[rows] = (slopes @ head.weight) * weights
+        if self.wanted[1]:
+            self._accumulate(1, slopes.t() @ (hidden[rows] * weights).to(slopes.dtype))
+        if self.wanted[2]:
+            self._accumulate(2, (slopes.t() @ weights.to(slopes.dtype)).squeeze(1))
+
+    def _accumulate(self, index: int, part: Tensor) -> None:
+        total = self.sums[index]
+        if total is None:
+            self.sums[index] = part.to(cast(Tensor, self.leaves[index]).dtype)
+        else:
+            total += part
 
 
 def sum_by_sequence(values: Tensor, sequence_index: Tensor, sequences: int) -> Tensor:
@@ -197,7 +224,7 @@ def sum_by_sequence(values: Tensor, sequence_index: Tensor, sequences: int) -> T
 @torch.no_grad()
 def token_kl(policy: Tensor, head: Head, reference: Tensor, reference_head: Head) -> Tensor:
     """KL(pi || pi_ref) over the vocabulary at each position. (N, D) hidden states -> (N,)."""
-    rows = head.rows_per_chunk()
+    rows = head.rows_per_block()
     head = head.cast(_compute_dtype(policy))
     reference_head = reference_head.cast(_compute_dtype(reference))
     parts = []

@@ -34,6 +34,7 @@ COUNTS = (5, 1, 9, 8)  # targets of four examples
 def test_values_and_gradients(monkeypatch, bias, scale, softcap, chunk_rows):
     """A loss that is not linear in an example's log-probabilities, as DPO's is not."""
     monkeypatch.setattr(Head, "rows_per_chunk", lambda self: chunk_rows)
+    monkeypatch.setattr(Head, "rows_per_block", lambda self: 4)
     hidden, weight, offset, targets = make(bias)
     leaves = [x for x in (hidden, weight, offset) if x is not None]
     coefficients = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
@@ -68,7 +69,7 @@ def test_frozen_head_gets_no_gradient():
 
 
 def test_no_gradients_are_formed_for_evaluation(monkeypatch):
-    monkeypatch.setattr(logprobs, "_add_gradients", lambda *a: pytest.fail("formed"))
+    monkeypatch.setattr(logprobs, "_logprobs_and_slopes", lambda *a: pytest.fail("formed"))
     hidden, weight, _, targets = make(False)
     with torch.no_grad():
         loss, _ = fused_loss(hidden, Head(weight), targets, COUNTS, lambda v, _: v.sum())
@@ -92,7 +93,7 @@ def test_sum_by_sequence():
 
 
 def test_token_kl_by_definition(monkeypatch):
-    monkeypatch.setitem(logprobs.CHUNK_BYTES, "cpu", 4 * V * 16)
+    monkeypatch.setitem(logprobs.BLOCK_BYTES, "cpu", 4 * V * 16)
     (p, w, _, _), (q, u, _, _) = make(False, 1), make(False, 2)
     logp, logq = (p @ w.T).log_softmax(1), (q @ u.T).log_softmax(1)
     expected = torch.nn.functional.kl_div(logq, logp, log_target=True, reduction="none").sum(1)
