@@ -49,6 +49,7 @@ BOUNDS: dict[str, Bound] = {
     "stage.label_smoothing": within("[0, 0.5)"),
     "stage.nll_weight": at_least(0),
     "stage.alpha": at_least(0),
+    "stage.center_coefficient": at_least(0),
     "stage.prompts": at_least(0),
     "stage.eval_prompts": at_least(0),
     "stage.completions": at_least(1),

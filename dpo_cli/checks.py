@@ -21,6 +21,7 @@ from dpo_cli.config import (
     JsonlDataConfig,
     LabelConfig,
     OptimConfig,
+    RewardConfig,
     RunConfig,
     SentimentDataConfig,
     TrainConfig,
@@ -28,7 +29,7 @@ from dpo_cli.config import (
 from dpo_cli.errors import ConfigError
 from dpo_cli.hints import did_you_mean
 
-TRAINING = ("sft", "dpo")
+TRAINING = ("sft", "dpo", "reward")
 GENERATED_IGNORES = ("hub_id", "hub_config", "revision", "path", "eval_path", "eval_split")
 SETTINGS = {"optim": OptimConfig(), "train": TrainConfig()}  # of training
 READ_ANYWAY = {("evaluate", "train.micro_batch_tokens")}  # by stages that do not train
@@ -135,8 +136,9 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 def _stage(config: RunConfig) -> Iterator[str]:
     stage = config.stage
-    if isinstance(stage, DpoConfig):
+    if isinstance(stage, (DpoConfig, RewardConfig)):
         yield from _pairs(config)
+    if isinstance(stage, DpoConfig):
         yield from _loss(stage)
     if isinstance(stage, LabelConfig):
         if stage.samples is None:
@@ -156,17 +158,17 @@ def _stage(config: RunConfig) -> Iterator[str]:
 
 
 def _pairs(config: RunConfig) -> Iterator[str]:
-    data = config.data
+    data, stage = config.data, f"stage={config.stage.name}"
     if data.name == "imdb":
         yield (
-            "data=imdb: has no preference pairs for stage=dpo; sample and label some first "
+            f"data=imdb: has no preference pairs for {stage}; sample and label some first "
             "(stage=sample, stage=label) or use another dataset"
         )
     if isinstance(data, SentimentDataConfig) and data.responses == 1:
-        yield "data.responses=1: stage=dpo needs at least 2"
+        yield f"data.responses=1: {stage} needs at least 2"
     if isinstance(data, JsonlDataConfig) and not (data.rejected_field or data.responses_field):
         yield (
-            "data.rejected_field=null: stage=dpo needs pairs; name the rejected response's field "
+            f"data.rejected_field=null: {stage} needs pairs; name the rejected response's field "
             "or data.responses_field"
         )
 

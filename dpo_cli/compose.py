@@ -21,6 +21,7 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.hints import TABLES, did_you_mean, optional, unknown_key
 
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+PAIRED = ("dpo", "reward")  # stages that compare responses
 PATH_KEYS = {
     "model": ("path", "tokenizer"),
     "data": ("path", "eval_path"),
@@ -67,7 +68,7 @@ def finalise(config: RunConfig) -> RunConfig:
         lr = config.stage.default_lr * (config.model.lr_scale if scratch else 1.0)
     data = config.data
     if isinstance(data, SentimentDataConfig) and data.responses is None:
-        data = dataclasses.replace(data, responses=2 if config.stage.name == "dpo" else 1)
+        data = dataclasses.replace(data, responses=2 if config.stage.name in PAIRED else 1)
     config = dataclasses.replace(
         config,
         data=data,

@@ -50,7 +50,11 @@ def sigmoid_loss(
     rho by its response's length first.
     """
     rho = logprobs.logratios / logprobs.lengths if length_normalised else logprobs.logratios
-    logits = beta * _pair_difference(rho)
+    return _smoothed_nll(beta * _pair_difference(rho), label_smoothing)
+
+
+def _smoothed_nll(logits: Tensor, label_smoothing: float) -> Tensor:
+    """-(1-e) log sigmoid(z) - e log sigmoid(-z): each label is wrong with probability e."""
     kept = -F.logsigmoid(logits) * (1.0 - label_smoothing)
     return kept - F.logsigmoid(-logits) * label_smoothing
 
@@ -79,9 +83,35 @@ def plackett_luce_loss(logprobs: RankedLogprobs, beta: float = 0.1) -> Tensor:
 
     -sum_k [beta rho_k - logsumexp_{j >= k} beta rho_j]
     """
-    scores = beta * logprobs.logratios
+    return ranking_nll(beta * logprobs.logratios)
+
+
+def ranking_nll(scores: Tensor) -> Tensor:
+    """-log P of the order under Plackett-Luce; scores (E, K), best first. (E,)"""
     tails = torch.logcumsumexp(scores.flip(1), dim=1).flip(1)  # (E, K) over j >= k
     return (tails - scores).sum(dim=1)
+
+
+def reward_loss(
+    rewards: Tensor,
+    margins: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    center_coefficient: float = 0.0,
+) -> Tensor:
+    """-log P that a reward model orders the responses so, (E,).
+
+    rewards: (E, K), best first. Pairs: -log sigmoid(r_w - r_l - m), the Bradley-Terry model
+    (arXiv 2203.02155 eq. 1) with the margins m of Llama 2 (2307.09288 eq. 2), (E,), and
+    smoothed labels as in cDPO. Longer lists: Plackett-Luce, without either. The centring
+    term c (sum_k r_k)^2 keeps rewards around zero (2312.09244 eq. 2).
+    """
+    if rewards.shape[1] == 2:
+        logits = rewards[:, 0] - rewards[:, 1]
+        losses = _smoothed_nll(logits if margins is None else logits - margins, label_smoothing)
+    else:
+        assert margins is None and label_smoothing == 0.0, "of pairs only"
+        losses = ranking_nll(rewards)
+    return losses + center_coefficient * rewards.sum(dim=1) ** 2
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {

@@ -54,6 +54,7 @@ def pack(
     sources: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     lengths: list[int] = []
+    last: list[int] = []
     layout: list[Segment] = []
     start = 0
     for example in examples:
@@ -68,9 +69,10 @@ def pack(
         for response, kept in zip(example.response_ids, segment.branches, strict=True):
             # The prompt's last token predicts the first token of every branch.
             inner = np.arange(offset, offset + len(response) - 1)
-            sources.append(np.concatenate([[last_of_prompt], inner]))
+            sources.append(np.concatenate([[last_of_prompt], inner])[: len(response)])
             targets.append(response)
             lengths.append(len(response))
+            last.append(offset + kept - 1 if kept else last_of_prompt)
             offset += kept
         start = offset
     sequences = np.repeat(np.arange(len(lengths)), lengths)
@@ -85,6 +87,7 @@ def pack(
         layout=tuple(layout),
         branches=branches,
         counts=tuple(sum(map(len, e.response_ids)) for e in examples),
+        last_index=_long(np.asarray(last)) if keep_last else None,
     )
 
 
@@ -93,17 +96,22 @@ def _long(values: np.ndarray) -> torch.Tensor:
 
 
 def pack_all(
-    examples: Sequence[EncodedExample], indices: Sequence[int], token_budget: int
+    examples: Sequence[EncodedExample],
+    indices: Sequence[int],
+    token_budget: int,
+    keep_last: bool = False,
 ) -> list[Batch]:
     """The given examples as packed rows of at most `token_budget` tokens each."""
     sizes = [examples[i].packed_tokens for i in indices]
     return [
-        pack([examples[indices[j]] for j in group], [indices[j] for j in group])
+        pack([examples[indices[j]] for j in group], [indices[j] for j in group], keep_last)
         for group in fill_bins(sizes, token_budget)
     ]
 
 
-def pack_sorted(examples: Sequence[EncodedExample], token_budget: int) -> Iterable[Batch]:
+def pack_sorted(
+    examples: Sequence[EncodedExample], token_budget: int, keep_last: bool = False
+) -> Iterable[Batch]:
     """Every example once, longest first, in rows of about equal lengths: for passes that
     only measure (reference log-probs, evaluation)."""
     order = sorted(range(len(examples)), key=lambda i: -examples[i].packed_tokens)
@@ -112,9 +120,9 @@ def pack_sorted(examples: Sequence[EncodedExample], token_budget: int) -> Iterab
     for index in order:
         size = examples[index].packed_tokens
         if group and used + size > token_budget:
-            yield pack([examples[i] for i in group], group)
+            yield pack([examples[i] for i in group], group, keep_last)
             group, used = [], 0
         group.append(index)
         used += size
     if group:
-        yield pack([examples[i] for i in group], group)
+        yield pack([examples[i] for i in group], group, keep_last)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dpo_cli.config import DpoConfig, EvaluateConfig, RunConfig, SftConfig
+from dpo_cli.config import DpoConfig, EvaluateConfig, RewardConfig, RunConfig, SftConfig
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import plan_steps
 from dpo_cli.logprobs import CHUNK_BYTES
@@ -53,15 +54,18 @@ def plan_rows(config: RunConfig) -> list[tuple[str, object]]:
     if config.stage.name == "label":
         return [*rows, ("writes", config.run_dir)]
     tokenizer = load_tokenizer(config.model)
-    parameters = count_parameters(config.model, tokenizer)
-    rows.append(("policy", f"{source_of(config)}, {parameters / 1e6:,.1f}M weights"))
     stage = config.stage
+    reward = isinstance(stage, RewardConfig)
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    parameters = count_parameters(config.model, tokenizer, auto)
+    made_of = f"{source_of(config)}, {parameters / 1e6:,.1f}M weights"
+    rows.append(("reward model" if reward else "policy", made_of))
     if isinstance(stage, (DpoConfig, EvaluateConfig)):
         rows.append(("reference", stage.reference or "the policy as loaded"))
     context = configured_context(config.model, tokenizer)
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
     rows += data_rows(config, splits)
-    if isinstance(stage, (SftConfig, DpoConfig)):
+    if isinstance(stage, (SftConfig, DpoConfig, RewardConfig)):
         rows += training_rows(config, targets(config, splits.train), runtime, parameters, tokenizer)
     return [*rows, ("device", f"{runtime.device}, {runtime.precision}"), ("writes", config.run_dir)]
 
@@ -131,5 +135,5 @@ def estimate(
         gradients=4 * parameters,
         optimizer=OPTIMIZER_BYTES[config.optim.name] * parameters,
         activations=4 * ACTIVATIONS_A_LAYER * width * layers * tokens,
-        logits=3 * CHUNK_BYTES[runtime.device.type],
+        logits=0 if config.stage.name == "reward" else 3 * CHUNK_BYTES[runtime.device.type],
     )

@@ -10,7 +10,8 @@ Shape letters used throughout:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # keeps torch and numpy off the path of `dpo-run --help`
@@ -75,6 +76,9 @@ class Batch:
     sequence_lengths: (S,) targets a branch has. Branches of one example are adjacent.
     example_ids: (E,) positions of the examples in their dataset.
     branches: K, the same for every example of the row. counts: targets of each example.
+    last_index: (S,) row of each branch's last token (its prompt's if the branch is empty);
+    None where last tokens are left out.
+    layouts: kernel -> how its attention finds its way in the row, made when first needed.
     """
 
     input_ids: Tensor
@@ -87,16 +91,27 @@ class Batch:
     layout: tuple[Segment, ...]
     branches: int
     counts: tuple[int, ...]
+    last_index: Tensor | None = None
+    layouts: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: Any) -> Batch:
+        return self._each(lambda part: part.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in memory from which a copy to CUDA does not wait."""
+        return self._each(lambda part: part.pin_memory())
+
+    def _each(self, move: Callable[[Any], Any]) -> Batch:
         moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
+            name: move(getattr(self, name))
             for name in (
                 "input_ids", "position_ids", "source_index", "targets",
                 "sequence_index", "sequence_lengths", "example_ids",
             )
         }  # fmt: skip
-        return Batch(**moved, layout=self.layout, branches=self.branches, counts=self.counts)
+        last = None if self.last_index is None else move(self.last_index)
+        layouts = {kernel: move(layout) for kernel, layout in self.layouts.items()}
+        return replace(self, **moved, last_index=last, layouts=layouts)
 
 
 @dataclass(slots=True)

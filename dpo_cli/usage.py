@@ -12,12 +12,14 @@ from dpo_cli.paths import conf_dir, recipes_dir
 WIDTH = 92
 
 INTRO = """\
-dpo-run trains language models on preferences: supervised fine-tuning, DPO and its kin, and
-the sampling, labelling and evaluation around them. Every run is one command of key=value words.
+dpo-run trains language models on preferences: supervised fine-tuning, DPO and its kin, reward
+models, and the sampling, labelling and evaluation around them. Every run is one command of
+key=value words.
 
   dpo-run recipe=quickstart                             the whole road on a CPU, in minutes
   dpo-run stage=sft model=gpt2 data=hh                  fine-tune on the preferred answers
   dpo-run stage=dpo model=gpt2 model.path=runs/my-sft data=hh stage.beta=0.1
+  dpo-run stage=reward model=gpt2 model.path=runs/my-sft data=hh        a reward model
   dpo-run stage=dpo data=jsonl data.path=pairs.jsonl model.path=my-model dry_run=true
   dpo-run -m stage=dpo stage.beta=0.05,0.1,0.5 optim.lr=1e-6,5e-6      a sweep of 6 runs
 """

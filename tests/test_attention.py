@@ -1,147 +1,197 @@
 """Packed rows against each model family's own forward, one sequence at a time."""
 
-import itertools
-
-import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import attention, forward
+from dpo_cli.model import forward, grouped
+from dpo_cli.model.attention import Placement, kernel_of, use
+from dpo_cli.model.grouped import Group, GroupedLayout
+from dpo_cli.model.layouts import PaddedLayout
 from dpo_cli.model.load import set_dropout
 from dpo_cli.model.probe import choose_attention
-from dpo_cli.packing import pack
-from dpo_cli.records import EncodedExample
+from dpo_cli.records import EncodedExample, Segment
+from small_models import (
+    FAMILIES,
+    GPT2_LIKE,
+    SMALL,
+    assert_loss_and_gradients_are_the_plain_ones,
+    build,
+    compute_in_float64,
+    examples,
+    oracle,
+    packed,
+    sequences,
+)
 
-SMALL = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
-GPT2_LIKE = {
-    "vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+GPT_NEO = {
+    "vocab_size": 96, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 5,
+    "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64,
     "bos_token_id": 0, "eos_token_id": 0,
+    "resid_dropout": 0.0, "embed_dropout": 0.0, "attention_dropout": 0.0,
 }  # fmt: skip
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-FAMILIES = {
-    "gpt2": {**GPT2_LIKE, **NO_DROPOUT},
-    "gptj": {**GPT2_LIKE, **NO_DROPOUT, "rotary_dim": 4},
-    "gpt_neox": {**SMALL, "hidden_dropout": 0.0, "attention_dropout": 0.0},
-    "llama": SMALL,
-    "qwen2": SMALL,
-    "qwen3": {**SMALL, "head_dim": 8},
-    "mistral": {**SMALL, "sliding_window": 6},
-    "mixtral": {**SMALL, "num_local_experts": 3, "num_experts_per_tok": 2},
-    "gemma2": {**SMALL, "head_dim": 8, "sliding_window": 6},
-    "gemma3_text": {**SMALL, "head_dim": 8, "sliding_window": 6},
-    "phi3": SMALL,
-    "olmo2": SMALL,
-    "granite": {**SMALL, "logits_scaling": 4.0},
-    "cohere": {**SMALL, "logit_scale": 0.5},
-}
-RESPONSES = [(5, 7, 1, 2), (1, 3, 4, 9), (12, 2, 3, 3)]
-PROMPTS = [1, 9, 4]
+# Families that ignore a registered attention, need what it lacks, or count positions their own
+# way: name, family, configuration, the kernel that is right, what the note says of the others.
+UNUSUAL = [
+    ("falcon", "falcon", {**SMALL, "multi_query": True}, "dense", "grouped: it ignores"),
+    ("falcon-alibi", "falcon", {**SMALL, "alibi": True}, "plain", "grouped: it ignores"),
+    ("gpt_neo", "gpt_neo", GPT_NEO, "plain", "dense: its windows count rows"),
+    ("gptj", "gptj", FAMILIES["gptj"], "dense", "grouped: it ignores"),
+    ("opt", "opt", {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+     "grouped", None),
+    ("bloom", "bloom", {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4,
+     "bos_token_id": 0, "eos_token_id": 0}, "plain", "grouped: it ignores"),
+    ("gpt_oss", "gpt_oss", {**SMALL, "head_dim": 8, "sliding_window": 6, "num_local_experts": 3,
+     "num_experts_per_tok": 2}, "plain", "grouped: it has attention sinks"),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _float64_inside_the_models(monkeypatch):
-    """Norms and rotary embeddings ask for float32 by name; give them float64 here."""
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-def build(family: str) -> torch.nn.Module:
-    torch.manual_seed(1)
-    config = AutoConfig.for_model(family, **FAMILIES[family])
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
-    with torch.no_grad():  # larger weights than at initialisation: attention must matter
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.mul_(4.0)
-    return model.double().eval()
-
-
-def examples(branches: int) -> list[EncodedExample]:
-    rng = np.random.default_rng(3)
-    ids = lambda n: rng.integers(0, 96, n).astype(np.int32)  # noqa: E731
-    return [
-        EncodedExample(ids(p), tuple(ids(r) for r in lengths[:branches]), i)
-        for i, (p, lengths) in enumerate(zip(PROMPTS, RESPONSES, strict=True))
-    ]
-
-
-def weighted(values: torch.Tensor, first: int, total: int) -> torch.Tensor:
-    """A loss that gives every token another weight."""
-    coefficients = torch.linspace(-1.0, 2.0, total, dtype=values.dtype)
-    return (values * coefficients[first : first + len(values)]).sum()
-
-
-def gradients(model, loss) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def oracle(model, rows):
-    model.set_attn_implementation("eager")
-    return torch.cat([
-        forward.padded_token_logprobs(model, torch.tensor(e.prompt_ids).long(),
-                                      torch.tensor(r).long())
-        for e in rows for r in e.response_ids
-    ])  # fmt: skip
+    compute_in_float64(monkeypatch)
 
 
 @pytest.mark.parametrize("branches", [1, 2, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_every_gradient_equal_the_plain_forward(family, branches):
-    model, rows = build(family), examples(branches)
-    expected = oracle(model, rows)
-    expected_loss = weighted(expected, 0, len(expected))
-    expected_grads = gradients(model, expected_loss)
-    choose_attention(model, "auto")
-    batch = pack(rows, [0, 1, 2])
-    starts = [0, *itertools.accumulate(batch.counts)]
-    loss, got = forward.loss_and_logprobs(
-        model, batch, lambda v, examples: weighted(v, starts[examples.start], len(expected))
-    )
+    model = build(family)
+    choose_attention(model, "auto", on=Placement(note=lambda line: None))
+    assert_loss_and_gradients_are_the_plain_ones(model, examples(branches))
+
+
+@pytest.mark.parametrize("branches", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("kernel", "family"),
+    [(k, f) for k in ("sdpa", "dense", "plain") for f in ("gpt2", "llama", "gptj")
+     if (k, f) != ("sdpa", "gptj")],
+)  # fmt: skip
+def test_the_slow_ways_are_exact_as_well(family, kernel, branches):
+    model = build(family)
+    choose_attention(model, kernel)
+    assert kernel_of(model) == kernel
+    assert_loss_and_gradients_are_the_plain_ones(model, examples(branches))
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 2048])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma2", "mistral"])
+def test_blocks_of_queries_change_nothing(family, kept_bytes, monkeypatch):
+    """Neither their size nor whether probabilities are kept or worked out again."""
+    monkeypatch.setattr(grouped, "BLOCK", 3)
+    monkeypatch.setattr(grouped, "KEPT_BYTES", kept_bytes)
+    model = build(family)
+    choose_attention(model, "grouped")
+    assert_loss_and_gradients_are_the_plain_ones(model, examples(3))
+
+
+def test_examples_of_similar_length_are_grouped():
+    """Sizes 8, 7, 5, 1: 7 is close to 8, 5 and 1 are not to their longest."""
+    segments = [
+        Segment(0, 4, (1,)),
+        Segment(5, 3, (2, 3)),
+        Segment(13, 1, ()),
+        Segment(14, 2, (5,)),
+    ]
+    groups = GroupedLayout.build(segments).groups
+    assert [g.rows.tolist() for g in groups] == [
+        [*range(5, 13), *range(14, 21)], [0, 1, 2, 3, 4], [13]
+    ]  # fmt: skip
+    assert groups[0].places.tolist() == [*range(15)]  # the last of 16 places is padding
+    assert groups[1].places is None
+
+
+@pytest.mark.parametrize("kernel", ["grouped", "sdpa", "dense", "plain"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_hidden_states_of_rows_that_keep_their_last_tokens(family, kernel):
+    model, rows = build(family), examples(4)
+    use(model, kernel)
+    batch = packed(rows, keep_last=True)
+    with torch.no_grad():
+        got = forward.hidden_states(model, batch).index_select(0, batch.last_index)
+        model.set_attn_implementation("eager")
+        expected = torch.cat([
+            model.base_model(torch.cat([p, r])[None]).last_hidden_state[0, -1:]
+            for p, r in sequences(rows)
+        ])  # fmt: skip
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(loss, expected_loss, rtol=0, atol=1e-10)
-    got_grads = gradients(model, loss)
-    assert got_grads.keys() == expected_grads.keys()
-    for name, grad in got_grads.items():
-        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
-def test_dense_mask_equals_packed(family):
-    model, rows = build(family), examples(2)
-    model.set_attn_implementation(attention.NAME)
-    packed = forward.token_logprobs(model, pack(rows, [0, 1, 2]))
-    choose_attention(model, "dense")
-    assert model.config._attn_implementation == "eager"
-    dense = forward.token_logprobs(model, pack(rows, [0, 1, 2]))
-    torch.testing.assert_close(dense, packed, rtol=0, atol=1e-10)
+@pytest.mark.parametrize(
+    ("family", "options", "kernel", "said"),
+    [case[1:] for case in UNUSUAL],
+    ids=[case[0] for case in UNUSUAL],
+)
+def test_unusual_families_are_right_and_say_what_it_costs(family, options, kernel, said):
+    model, rows, notes = build(family, options), examples(2), []
+    expected = oracle(model, rows)
+    choose_attention(model, "auto", on=Placement(note=notes.append), key="stage.reference")
+    assert kernel_of(model) == kernel
+    got = forward.token_logprobs(model, packed(rows))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert_loss_and_gradients_are_the_plain_ones(model, rows)
+    if said is None:
+        assert notes == []
+        return
+    (note,) = notes
+    assert note.startswith(f"stage.reference: {type(model).__name__} runs with attention={kernel}")
+    assert "slower than packed, at most " in note
+    assert said in note
 
 
-def test_families_without_the_interface_fall_back():
-    model = build("gptj")
-    choose_attention(model, "auto")
-    assert model.config._attn_implementation == "eager"
+def test_a_family_that_nothing_suits_is_refused():
+    """None of the usual ones: here the oracle itself is off."""
+    model = build("llama")
+    real = forward.padded_token_logprobs
+    with pytest.raises(ConfigError, match=r"^model\.attention=auto: Llama.*plain: its values.*$"):
+        choose_attention(model, "auto", lambda *a: real(*a) + 0.01)
 
 
-def test_sliding_window_has_no_dense_fallback():
-    with pytest.raises(ConfigError, match="sliding-window"):
-        choose_attention(build("mistral"), "dense")
+@pytest.mark.parametrize(("family", "choice"), [("gptj", "sdpa"), ("mistral", "dense")])
+def test_a_choice_that_would_be_wrong_is_refused(family, choice):
+    line = rf"^model\.attention={choice}: .*ForCausalLM cannot be used \({choice}: .*\)$"
+    with pytest.raises(ConfigError, match=line):
+        choose_attention(build(family), choice)
+
+
+def test_gradients_are_compared_as_well(monkeypatch):
+    """A backward that forgets the keys: log-probabilities alone would not show it."""
+    real = PaddedLayout.attend
+    monkeypatch.setattr(
+        PaddedLayout, "attend", lambda self, q, k, v, call: real(self, q, k.detach(), v, call)
+    )
+    with pytest.raises(ConfigError, match=r"its gradients are .*% away"):
+        choose_attention(build("llama"), "sdpa")
+
+
+def test_windows_longer_than_the_probe_are_tried_all_the_same(monkeypatch):
+    model = build("mistral", {**FAMILIES["mistral"], "sliding_window": 40})
+    real = Group.visible
+    monkeypatch.setattr(Group, "visible", lambda self, window: real(self, None))
+    choose_attention(model, "auto", on=Placement(note=lambda line: None))
+    assert kernel_of(model) == "plain"
+    assert model.config.sliding_window == 40
+
+
+@pytest.mark.parametrize(
+    ("choice", "on", "why"),
+    [
+        ("varlen", Placement(), r"needs a CUDA device"),
+        ("flex", Placement(), r"needs a CUDA device"),
+        ("varlen", Placement(torch.device("cuda")), r"set hardware\.precision=bf16"),
+    ],
+)
+def test_what_the_machine_lacks_is_refused_before_the_weights_are_read(choice, on, why):
+    with pytest.raises(ConfigError, match=rf"^model\.attention={choice}: .*{why}.*$"):
+        choose_attention(None, choice, on=on)
 
 
 def test_a_branch_does_not_see_its_sibling():
     model, rows = build("llama"), examples(2)
-    choose_attention(model, "packed")
-    before = forward.sequence_logprobs(model, pack(rows, [0, 1, 2]))
+    choose_attention(model, "auto")
+    before = forward.sequence_logprobs(model, packed(rows))
     other = rows[1].response_ids[0][::-1].copy()
     changed = [rows[0], EncodedExample(rows[1].prompt_ids, (other, rows[1].response_ids[1]), 1)]
-    after = forward.sequence_logprobs(model, pack([*changed, rows[2]], [0, 1, 2]))
+    after = forward.sequence_logprobs(model, packed([*changed, rows[2]]))
     keep = [0, 1, 3, 4, 5]
     torch.testing.assert_close(after[keep], before[keep], rtol=0, atol=1e-12)
 

@@ -61,6 +61,18 @@ def test_the_usage_snippet_is_python(tmp_path, chat):
     assert ("apply_chat_template" in snippet) == chat
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_reward_model_is_a_classifier(tmp_path, chat):
+    text = card(tmp_path, stage="reward", chat=chat)
+    assert ModelCard.load(tmp_path / "README.md").data.pipeline_tag == "text-classification"
+    (snippet,) = blocks(text, "python")
+    ast.parse(snippet)
+    assert "AutoModelForSequenceClassification" in snippet
+    assert "generate(" not in snippet
+    assert f"add_special_tokens={not chat}" in snippet
+    assert ("apply_chat_template" in snippet) == chat
+
+
 def test_local_files_are_no_hub_ids(tmp_path):
     local = {"path": "/data/mine/train.jsonl", "hub_id": "Anthropic/hh-rlhf", "name": "jsonl"}
     text = card(tmp_path, data=local, model={"path": "/runs/sft-1/final"})

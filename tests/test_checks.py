@@ -42,6 +42,13 @@ from dpo_cli.hints import group_keys, groups
         ),
         ("stage=dpo data=imdb", "data=imdb: has no preference pairs for stage=dpo"),
         ("stage=dpo data.responses=1", "data.responses=1: stage=dpo needs at least 2"),
+        ("stage=reward data.responses=1", "data.responses=1: stage=reward needs at least 2"),
+        ("stage=reward data=imdb", "data=imdb: has no preference pairs for stage=reward"),
+        ("stage=reward stage.center_coefficient=-1", "stage.center_coefficient=-1.0: must be at"),
+        (
+            "stage=reward train.best_metric=rewards/accuracy",
+            "train.best_metric=rewards/accuracy: must be one of loss, rewards/accuracies, ece; did",
+        ),
         ("data=jsonl", "data=jsonl: no rows; set data.path=<file or folder>"),
         ("data=jsonl data.path=/no/such", "data.path=/no/such: no such file or folder"),
         ("+data.hub_id=x", "data.hub_id=x: has no effect with data=sentiment; remove it"),

@@ -32,6 +32,27 @@ def test_keep_last_for_stages_that_read_it():
     batch = pack([example([1, 2], [3, 9], [4, 9])], [0], keep_last=True)
     assert batch.input_ids.tolist() == [1, 2, 3, 9, 4, 9]
     assert batch.source_index.tolist() == [1, 2, 1, 4]
+    assert batch.last_index.tolist() == [3, 5]
+    assert batch.to("cpu").last_index.tolist() == [3, 5]
+    assert pack([example([1, 2], [3, 9], [4, 9])], [0]).last_index is None
+
+
+def test_an_empty_branch_is_read_at_its_prompts_end():
+    batch = pack([example([1, 2], [], [4, 9]), example([5], [6], [])], [0, 1], keep_last=True)
+    # [p p||r r][p|c|]
+    assert batch.input_ids.tolist() == [1, 2, 4, 9, 5, 6]
+    assert batch.last_index.tolist() == [1, 3, 5, 4]
+    assert batch.source_index.tolist() == [1, 2, 4]
+    assert batch.targets.tolist() == [4, 9, 6]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(4, 40))
+def test_the_budget_counts_kept_tokens(lengths, budget):
+    examples = [example([1], [2] * n, [3], row=i) for i, n in enumerate(lengths)]
+    rows = pack_all(examples, range(len(examples)), budget, keep_last=True)
+    for b in (*rows, *pack_sorted(examples, budget, keep_last=True)):
+        assert len(b.example_ids) == 1 or len(b.input_ids) <= budget
+        assert b.input_ids[b.last_index].tolist() == [2, 3] * len(b.example_ids)
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 60))

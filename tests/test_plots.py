@@ -111,7 +111,7 @@ def figures(monkeypatch):
         drawn[path.stem] = figure
         return path
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_png", keep)
     return drawn
 
 

@@ -106,13 +106,13 @@ def test_a_sweep_shares_one_reference_pass(sft, tmp_path, monkeypatch):
     assert len(passes) == 4  # other token ids
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
 def test_micro_batches_do_not_change_the_step(sft, tmp_path, stage):
     """One row of everything against a row an example: figures to 1e-6."""
     for tokens in (100_000, 1):
         train(tmp_path / str(tokens), f"stage={stage}", f"model.path={sft}", "optim.lr=1e-3",
               "train.max_steps=3", f"train.micro_batch_tokens={tokens}")  # fmt: skip
-    names = ["loss", "grad_norm"] + (["rewards/margins"] if stage == "dpo" else [])
+    names = ["loss", "grad_norm"] + (["rewards/margins"] if stage != "sft" else [])
     for name in names:
         assert column(tmp_path / "1", name) == pytest.approx(
             column(tmp_path / "100000", name), abs=1e-5, rel=1e-5
@@ -129,7 +129,7 @@ def test_micro_batches_do_not_change_the_step(sft, tmp_path, stage):
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "rmsprop", "adamw8bit"])
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])
 def test_resumed_equals_uninterrupted(sft, tmp_path, monkeypatch, stage, optimiser):
     """Interrupted after step 3 of 7 (across an epoch's end), dropout on: bit for bit."""
     common = (f"stage={stage}", f"model.path={sft}", f"optim={optimiser}", "optim.lr=1e-3",

@@ -27,6 +27,7 @@ from dpo_cli.config.stages import (
     EvaluateConfig,
     InspectConfig,
     LabelConfig,
+    RewardConfig,
     SampleConfig,
     SftConfig,
     StageConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "OptimConfig",
+    "RewardConfig",
     "RunConfig",
     "SampleConfig",
     "SeDataConfig",
@@ -87,7 +89,7 @@ class ModelConfig:
     tokenizer: str | None = None  # local folder or hub id; default: beside the weights
     architecture: ArchitectureConfig | None = None  # set: random weights of this shape
     trust_remote_code: bool = False
-    attention: str = "auto"  # auto | packed | dense
+    attention: str = "auto"  # auto | a kernel of model/layouts.LAYOUTS
     dropout: float = 0.0
     lr_scale: float = 1.0  # times the stage's default learning rate, for weights from scratch
 
@@ -143,6 +145,7 @@ class HardwareConfig:
     precision: str = "auto"  # auto | fp32 | bf16 (autocast over fp32 master weights)
     devices: int = 1
     threads: int | None = None
+    compile: bool = False  # torch.compile of the training forward: for CUDA
 
 
 @dataclass
@@ -179,10 +182,11 @@ class RunConfig:
 BEST_METRICS = {  # stage -> what train.best_metric may be, and which value of it is best
     "sft": {"loss": "lowest", "perplexity": "lowest", "nll_per_token": "lowest"},
     "dpo": {"loss": "lowest", "rewards/accuracies": "highest", "rewards/margins": "highest"},
+    "reward": {"loss": "lowest", "rewards/accuracies": "highest", "ece": "lowest"},
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {  # key -> the values it may have
-    "model.attention": ("auto", "packed", "dense"),
+    "model.attention": ("auto", "grouped", "varlen", "flex", "sdpa", "dense", "plain"),
     "data.keep_prompt": ("start", "end"),
     "data.chat_template": ("auto", "always", "never"),
     "lora.name": ("none",),

@@ -34,7 +34,7 @@ class SentimentDataConfig(DataConfig):
     eval_rows: int | None = 400
     min_prompt_words: int = 2
     max_prompt_words: int = 8
-    responses: int | None = None  # a prompt; null: 2 for stage=dpo, else 1 (a demonstration)
+    responses: int | None = None  # a prompt; null: 2 for stage=dpo and reward, else 1
 
 
 @dataclass

@@ -48,6 +48,16 @@ LOSS_OPTIONS: dict[str, frozenset[str]] = {  # loss -> the keys of DpoConfig it 
 
 
 @dataclass
+class RewardConfig(StageConfig):
+    """A Bradley-Terry reward model on ranked responses."""
+
+    name: str = "reward"
+    label_smoothing: float = 0.0  # probability that a label is flipped, as in cDPO
+    margins: bool = False  # subtract the difference of the data's scores from the rewards'
+    center_coefficient: float = 0.0  # adds this much (r_w + r_l)^2: rewards of mean zero
+
+
+@dataclass
 class SampleConfig(StageConfig):
     """Completions of the dataset's prompts, written to train.jsonl and eval.jsonl."""
 
@@ -100,6 +110,7 @@ class InspectConfig(StageConfig):
 STAGE_SCHEMAS: dict[str, type[StageConfig]] = {
     "sft": SftConfig,
     "dpo": DpoConfig,
+    "reward": RewardConfig,
     "sample": SampleConfig,
     "label": LabelConfig,
     "evaluate": EvaluateConfig,

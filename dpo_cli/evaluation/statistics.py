@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -24,3 +25,46 @@ def distinct_ngrams(texts: Sequence[str], n: int) -> float:
         for i in range(len(words) - n + 1)
     ]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Predictions of about one confidence: their means of it and of being right, their number."""
+
+    confidence: float
+    accuracy: float
+    count: int
+
+
+def reliability(margins: Sequence[float], bins: int = 10) -> list[Bin]:
+    """Predicted preferences in equal bins of their confidence in [1/2, 1]; empty ones left out.
+
+    margins: r_w - r_l, the log-odds that the chosen response is the better one. The model
+    prefers the response with the higher reward, with confidence sigmoid(|margin|), and is
+    right where that is the chosen one; a tie is half right.
+    """
+    groups: list[list[float]] = [[] for _ in range(bins)]
+    for margin in margins:
+        place = int((_sigmoid(abs(margin)) - 0.5) * 2 * bins)
+        groups[min(place, bins - 1)].append(margin)
+    return [
+        Bin(
+            math.fsum(_sigmoid(abs(m)) for m in group) / len(group),
+            math.fsum((m > 0) + 0.5 * (m == 0) for m in group) / len(group),
+            len(group),
+        )
+        for group in groups
+        if group
+    ]
+
+
+def _sigmoid(value: float) -> float:
+    """Of a value that is not negative, so that nothing overflows."""
+    return 1.0 / (1.0 + math.exp(-value))
+
+
+def calibration_error(bins: Sequence[Bin]) -> float:
+    """Expected calibration error: mean |accuracy - confidence| of the bins, weighted by count
+    (arXiv 1706.04599 eq. 3)."""
+    total = sum(b.count for b in bins)
+    return math.fsum(b.count * abs(b.accuracy - b.confidence) for b in bins) / total

@@ -1,78 +1,60 @@
-"""Attention over packed rows: one function registered with transformers.
+"""The attention function registered with transformers, and which way a model's rows go.
 
-A branch sees its prompt and itself, never the other branches or examples. Each example
-of the row becomes one entry of a small padded batch for the attention product alone;
-every other layer works on the packed row. Models whose attention does not go through
-transformers' interface get a dense mask over the whole row instead (`dense_mask`).
+`packed_attention` hands each layer's queries, keys and values to the row's layout. A kernel
+is one of `layouts.LAYOUTS`: four of them need the function, two do without.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv
 
-from dpo_cli.records import Batch, Segment
+from dpo_cli.model.kernels import Call
+from dpo_cli.model.layout import Layout
+from dpo_cli.model.layouts import LAYOUTS
+from dpo_cli.records import Batch
 
 NAME = "dpo_packed"
+PACKED = ("grouped", "varlen", "flex", "sdpa")  # kernels that need the registered function
+KERNEL = "dpo_kernel"  # the attribute of a model that names its kernel
+# Most tokens of a micro-batch where memory grows faster than they do: eager attention keeps
+# (heads, T, T) scores a layer; a plain forward repeats prompts.
+MOST_TOKENS = {"dense": 2048, "plain": 8192}
 
 
-@dataclass
-class PackedLayout:
-    """Index maps between a packed row and its (E, L) padded examples, built once a row.
-
-    gather: (E, L) row of the packed sequence (padding points at the example's first token);
-    scatter: (T,) place of each packed token in the flattened (E, L).
-    allowed: (E, 1, L, L) who may look at whom; positions: (E, L).
-    """
-
-    gather: Tensor
-    scatter: Tensor
-    allowed: Tensor
-    positions: Tensor
-    windowed: dict[int, Tensor] = field(default_factory=dict)
-    calls: int = 0
-
-    def mask(self, window: int | None) -> Tensor:
-        if window is None:
-            return self.allowed
-        if window not in self.windowed:
-            distance = self.positions[:, None, :, None] - self.positions[:, None, None, :]
-            self.windowed[window] = self.allowed & (distance < window)
-        return self.windowed[window]
+CPU = torch.device("cpu")
 
 
-def _branch_of_tokens(segment: Segment, length: int) -> Tensor:
-    """(L,) 0 for the prompt, 1.. for its branches, -1 for padding."""
-    sizes = torch.tensor([segment.prompt, *segment.branches])
-    labels = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    return torch.nn.functional.pad(labels, (0, length - len(labels)), value=-1)
+@dataclass(frozen=True)
+class Placement:
+    """Where a loaded model will compute, the dtype its attention will get there, and who is
+    told what that costs."""
+
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    note: Callable[[str], None] = warnings.warn
 
 
-def build_layout(batch: Batch) -> PackedLayout:
-    """Index maps and mask of a packed row, on the row's device."""
-    device = batch.input_ids.device
-    sizes = [s.prompt + sum(s.branches) for s in batch.layout]
-    length = max(sizes)
-    columns = torch.arange(length)
-    starts = torch.tensor([s.start for s in batch.layout])[:, None]
-    real = columns[None, :] < torch.tensor(sizes)[:, None]
-    gather = torch.where(real, starts + columns, starts)
-    scatter = real.flatten().nonzero().squeeze(1)
-    branch = torch.stack([_branch_of_tokens(s, length) for s in batch.layout])
-    same = branch[:, :, None] == branch[:, None, :]
-    earlier = columns[None, :, None] >= columns[None, None, :]
-    allowed = earlier & (same | (branch[:, None, :] == 0))
-    positions = batch.position_ids.cpu()[gather]
-    return PackedLayout(
-        gather.to(device), scatter.to(device), allowed[:, None].to(device), positions.to(device)
-    )
+@dataclass(frozen=True)
+class Seen:
+    """What one layer asked of `packed_attention`."""
+
+    call: Call
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+class _Recorder:
+    seen: list[Seen] | None = None
 
 
 def packed_attention(
@@ -85,63 +67,55 @@ def packed_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
-    packed_layout: PackedLayout | None = None,
+    packed_layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q (1, H, T, d), k and v (1, H_kv, T, d)."""
-    assert packed_layout is not None, "the model dropped `packed_layout`; use attention=dense"
-    assert kwargs.get("s_aux") is None, "attention sinks are not supported; use attention=dense"
-    packed_layout.calls += 1
+    assert packed_layout is not None, "the model drops what its attention is told"
+    assert kwargs.get("s_aux") is None, "it has attention sinks"
+    call = Call(scaling, softcap, sliding_window, dropout)
+    if _Recorder.seen is not None:
+        shape = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
+        _Recorder.seen.append(Seen(call, *shape))
     # Under autocast rotary embeddings leave q and k in float32.
-    q, k, v = (_unpack(x.to(value.dtype), packed_layout) for x in (query, key, value))
-    mask = packed_layout.mask(sliding_window)
-    if q.shape[1] != k.shape[1] and (q.is_cuda or q.dtype == torch.bfloat16 or softcap is not None):
-        k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))
-    if softcap is not None or (q.dtype == torch.bfloat16 and not q.is_cuda):
-        out = _matmul_attention(q, k, v, mask, scaling, softcap)
-    else:
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # fmt: skip
-    flat = out.transpose(1, 2).flatten(0, 1)  # (E*L, H, d)
-    return flat.index_select(0, packed_layout.scatter)[None], None
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return packed_layout.attend(query, key, value, call), None
 
 
-def _unpack(x: Tensor, layout: PackedLayout) -> Tensor:
-    """(1, H, T, d) -> (E, H, L, d)"""
-    rows = x[0].transpose(0, 1).index_select(0, layout.gather.flatten())
-    return rows.view(*layout.gather.shape, *rows.shape[1:]).transpose(1, 2)
+@contextmanager
+def recording() -> Iterator[list[Seen]]:
+    """What layers ask in the body: nothing, if the model ignores the registered function."""
+    seen: list[Seen] = []
+    _Recorder.seen = seen
+    try:
+        yield seen
+    finally:
+        _Recorder.seen = None
 
 
-def _matmul_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float | None
-) -> Tensor:
-    """With soft-capping, which SDPA lacks, and in bf16 on a CPU, where its kernel is slower
-    than two matmuls (half the speed at 300 tokens, a fifth at 60). Softmax is in float32."""
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (q * scale) @ k.transpose(-1, -2)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=promoted(q.dtype))
-    return weights.to(v.dtype) @ v
+def use(model: PreTrainedModel, kernel: str) -> None:
+    """From now on the model's packed rows go through this kernel."""
+    plain = cached_attention(model) if kernel == "plain" else "eager"
+    model.set_attn_implementation(NAME if kernel in PACKED else plain)
+    setattr(model, KERNEL, kernel)
 
 
-def promoted(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def kernel_of(model: PreTrainedModel) -> str:
+    return str(getattr(model, KERNEL, "sdpa"))
 
 
-def dense_mask(batch: Batch, dtype: torch.dtype) -> Tensor:
-    """(1, 1, T, T) additive mask of the same visibility, for models without the interface."""
-    layout = build_layout(batch)
-    rows = batch.input_ids.shape[0]
-    allowed = torch.zeros(rows, rows, dtype=torch.bool, device=batch.input_ids.device)
-    for segment, visible in zip(batch.layout, layout.allowed[:, 0], strict=True):
-        size = segment.prompt + sum(segment.branches)
-        span = slice(segment.start, segment.start + size)
-        allowed[span, span] = visible[:size, :size]
-    mask = torch.zeros(rows, rows, dtype=dtype, device=allowed.device)
-    return mask.masked_fill_(~allowed, torch.finfo(dtype).min)[None, None]
+def prepare(batch: Batch, kernel: str) -> Batch:
+    """The batch with its layout for a kernel, where its tensors are."""
+    if kernel not in batch.layouts:
+        layout = LAYOUTS[kernel].build(batch.layout)
+        batch.layouts[kernel] = layout.to(batch.input_ids.device)
+    return batch
+
+
+def layout_for(model: PreTrainedModel, batch: Batch) -> Layout:
+    kernel = kernel_of(model)
+    layout: Layout = prepare(batch, kernel).layouts[kernel]
+    return layout
 
 
 @contextmanager
@@ -153,6 +127,12 @@ def attention_as(model: PreTrainedModel, name: str) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def cached_attention(model: PreTrainedModel) -> str:
+    """What can decode with a cache: SDPA knows neither soft-capping nor attention sinks."""
+    softcapped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if softcapped or not model._supports_sdpa else "sdpa"
 
 
 AttentionInterface.register(NAME, packed_attention)

@@ -6,8 +6,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from transformers import PreTrainedModel
 
+from dpo_cli.errors import ConfigError
 from dpo_cli.logprobs import (
     Head,
     LossOf,
@@ -18,6 +20,8 @@ from dpo_cli.logprobs import (
 )
 from dpo_cli.model import attention
 from dpo_cli.records import Batch
+
+COMPILED = "dpo_compiled"  # the attribute of a model that holds its compiled forward
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -32,18 +36,33 @@ def head_of(model: PreTrainedModel) -> Head:
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(T, D) final hidden states of a packed row; the output layer does not run."""
-    row: dict[str, Any] = {
-        "input_ids": batch.input_ids[None],
-        "position_ids": batch.position_ids[None],
-        "use_cache": False,
-    }
-    if model.config._attn_implementation == attention.NAME:
-        layout = attention.build_layout(batch)
-        out = model.base_model(**row, packed_layout=layout)
-        assert layout.calls, "the model's attention ignores the registered function"
-    else:
-        out = model.base_model(**row, attention_mask=attention.dense_mask(batch, model.dtype))
-    return cast(Tensor, out.last_hidden_state[0])
+    base = getattr(model, COMPILED, model.base_model)
+    return attention.layout_for(model, batch).states(base, batch, model.dtype)
+
+
+def compile_rows(model: PreTrainedModel) -> None:
+    """Compile the model's forward of packed rows, of any length, when the first one comes.
+
+    Sampling stays as it is: a cache that grows by a token would compile anew for ever.
+    """
+    # The function, not the module: that would become a part of the model with weights to save.
+    function = torch.compile(model.base_model.forward, dynamic=True)
+
+    def run(**row: Any) -> Any:
+        try:
+            return function(**row)
+        except BackendCompilerFailed as error:
+            first = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"hardware.compile=true: {first}; use hardware.compile=false"
+            ) from error
+
+    setattr(model, COMPILED, run)
+
+
+def computed_by(model: PreTrainedModel) -> str:
+    """What beside the weights decides how a packed row is rounded."""
+    return attention.kernel_of(model) + " compiled" * hasattr(model, COMPILED)
 
 
 def target_states(model: PreTrainedModel, batch: Batch) -> Tensor:

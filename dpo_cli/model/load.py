@@ -22,8 +22,9 @@ from transformers import (
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.grammar.tokenizer import build_tokenizer
+from dpo_cli.model.attention import Placement
 from dpo_cli.model.fuse import fuse_gelu
-from dpo_cli.model.probe import choose_attention
+from dpo_cli.model.probe import choose_attention, refuse_unavailable
 from dpo_cli.model.source import check_safetensors, hub_source, loading, source_of
 
 # Entries of a model's configuration that do not change what it computes.
@@ -58,18 +59,31 @@ def load_model(
     tokenizer: PreTrainedTokenizerFast,
     seed: int = 0,
     key: str = "model.path",
+    on: Placement | None = None,
 ) -> PreTrainedModel:
-    """Float32 master weights on the CPU, packed attention where the family supports it.
+    """Float32 master weights on the CPU, and the attention its packed rows will use.
 
     `seed` decides the weights of a model from scratch, whatever was drawn before. `key` is
-    where the user named the model. Raises ConfigError for what cannot be loaded whole.
+    where the user named the model; `on` where it will compute (the CPU, in float32). Raises
+    ConfigError for what cannot be loaded whole.
     """
+    refuse_unavailable(config.attention, on)
     if config.path is None and config.architecture is not None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = _from_scratch(config, tokenizer)
     else:
-        model = _pretrained(config, key)
+        model, _ = read_pretrained(AutoModelForCausalLM, config, key)
+        _refuse_classifier(model, config, key)
+    make_ready(model, config, tokenizer)
+    choose_attention(model, config.attention, on=on, key=key)
+    return model
+
+
+def make_ready(
+    model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Dropout as configured, fused activations; ConfigError for a tokenizer of other weights."""
     set_dropout(model, config.dropout)
     fuse_gelu(model)
     vocab = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
@@ -78,15 +92,14 @@ def load_model(
             f"the tokenizer has {len(tokenizer)} tokens but the model's embedding {vocab}: "
             "set model.tokenizer to the one that belongs to these weights"
         )
-    choose_attention(model, config.attention)
-    return model
 
 
 def _from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    return GPT2LMHeadModel(_gpt2_config(config, tokenizer))
+    return GPT2LMHeadModel(gpt2_config(config, tokenizer))
 
 
-def _gpt2_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
+def gpt2_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
+    """The shape of a model from scratch."""
     shape = config.architecture
     assert shape is not None
     return GPT2Config(
@@ -98,23 +111,41 @@ def _gpt2_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> GPT
     )  # fmt: skip
 
 
-def _pretrained(config: ModelConfig, key: str) -> PreTrainedModel:
+def read_pretrained(
+    auto: Any, config: ModelConfig, key: str, head: str | None = None, **changes: Any
+) -> tuple[PreTrainedModel, bool]:
+    """The model of a folder or hub id as an `auto` class reads it; whether it lacked its head.
+
+    head: start of the names of weights that may be missing, to be made by the caller; any
+    other missing weight is a ConfigError. changes: entries of the model's configuration.
+    """
     source, options = source_of(config, key)
     check_safetensors(source, key)
     with loading(source, key):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-            trust_remote_code=config.trust_remote_code, **options,
+            trust_remote_code=config.trust_remote_code, **options, **changes,
         )  # fmt: skip
     model, report = loaded
     # transformers fills what is missing with random numbers
     lacking = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
-    if lacking:
+    others = [name for name in lacking if head is None or not name.startswith(head)]
+    if others:
         raise ConfigError(
-            f"{key}={source}: lacks {len(lacking)} weights of a {type(model).__name__}, such as "
-            f"{lacking[0]}: it is damaged or no causal language model"
+            f"{key}={source}: lacks {len(others)} weights of a {type(model).__name__}, such as "
+            f"{others[0]}: it is damaged or no causal language model"
         )
-    return cast(PreTrainedModel, model)
+    return cast(PreTrainedModel, model), bool(lacking)
+
+
+def _refuse_classifier(model: PreTrainedModel, config: ModelConfig, key: str) -> None:
+    """With tied embeddings nothing is missing: a reward model would pass for a policy."""
+    for name in model.config.architectures or ():
+        if name.endswith("ForSequenceClassification"):
+            raise ConfigError(
+                f"{key}={config.path or config.hub_id}: is a {name}, such as stage=reward trains, "
+                "not a policy: give the model it was made from"
+            )
 
 
 def set_dropout(model: PreTrainedModel, rate: float) -> None:
@@ -139,13 +170,15 @@ def _positions(config: PretrainedConfig) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", 2**20))
 
 
-def hf_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
+def hf_config(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, key: str = "model.path"
+) -> PretrainedConfig:
     """The model's Hugging Face configuration, without its weights."""
     if config.path is None and config.architecture is not None:
-        return _gpt2_config(config, tokenizer)
-    source, options = source_of(config)
-    check_safetensors(source, "model.path")
-    with loading(source, "model.path"):
+        return gpt2_config(config, tokenizer)
+    source, options = source_of(config, key)
+    check_safetensors(source, key)
+    with loading(source, key):
         return cast(PretrainedConfig, AutoConfig.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, **options
         ))  # fmt: skip
@@ -156,10 +189,12 @@ def configured_context(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) 
     return _positions(hf_config(config, tokenizer))
 
 
-def count_parameters(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> int:
+def count_parameters(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, auto: Any = AutoModelForCausalLM
+) -> int:
     """Number of weights, tied ones once, without loading any."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config(config, tokenizer))
+        model = auto.from_config(hf_config(config, tokenizer))
     return sum(p.numel() for p in model.parameters())
 
 

@@ -13,7 +13,11 @@ from dpo_cli.durable import write_bytes
 from dpo_cli.report.console import brief
 from dpo_cli.report.files import command_line, encode, redact, to_yaml
 
-_METHODS = {"sft": "supervised fine-tuning", "dpo": "Direct Preference Optimization"}
+_METHODS = {
+    "sft": "supervised fine-tuning",
+    "dpo": "Direct Preference Optimization",
+    "reward": "training as a reward model",
+}
 
 _USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,6 +40,38 @@ output = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 """
 
+_REWARD_USAGE = """\
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder)
+answers = [" One answer.", " Another."]
+"""
+_REWARD_TEXTS = """\
+texts = ["Your prompt" + answer + tokenizer.eos_token for answer in answers]
+"""
+_REWARD_CHATS = """\
+question = {"role": "user", "content": "Your question"}
+chats = [
+    tokenizer.apply_chat_template(
+        [question, {"role": "assistant", "content": answer.strip()}], tokenize=False
+    )
+    for answer in answers
+]
+# the score belongs to the token that ends the answer, whatever the template writes after it
+ends = tokenizer.eos_token
+texts = [(chat.rpartition(ends)[0] or chat.rstrip()) + ends for chat in chats]
+"""
+_SCORE = """\
+inputs = tokenizer(
+    texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens={special}
+)
+with torch.no_grad():
+    print(model(**inputs).logits.squeeze(1))  # the higher, the better
+"""
+
 _DPO_PAPER = """\
 @inproceedings{rafailov2023direct,
   title     = {Direct Preference Optimization: Your Language Model is Secretly a Reward Model},
@@ -52,7 +88,7 @@ def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
     """Write README.md beside the weights in `folder`. Raises DiskError.
 
     facts (all but `stage` may be left out):
-        stage: "sft" or "dpo"; name: title of the model; chat: whether prompts are chats
+        stage: "sft", "dpo" or "reward"; name: title of the model; chat: whether prompts are chats
         model, data: where they came from; of each `hub_id`, `revision`, `path` and `name`,
             and of the data whatever else describes it (`fingerprint`, `train_rows`, ...)
         command: the arguments of the command line, in a list
@@ -81,7 +117,9 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
         "base_model": base,
         "datasets": [data] if data else None,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": (
+            "text-classification" if facts["stage"] == "reward" else "text-generation"
+        ),
         "tags": [facts["stage"], "dpo-run"],
         "generated_from": "dpo-run",
     }
@@ -95,11 +133,10 @@ def _hub_id(source: Mapping[str, Any] | None) -> str | None:
 def _body(facts: Mapping[str, Any]) -> str:
     method = _METHODS.get(facts["stage"], facts["stage"])
     base = _origin(facts.get("model"))
-    prompt = _CHAT_PROMPT if facts.get("chat") else _TEXT_PROMPT
     sections = [
         f"# {_inline(facts.get('name') or 'A model of dpo-run')}\n",
         f"{base} after {method} on {_origin(facts.get('data'))}, trained with `dpo-run`.\n",
-        "## Usage\n\n" + _fenced(_USAGE + prompt + _GENERATE, "python"),
+        "## Usage\n\n" + _fenced(_usage(facts["stage"], bool(facts.get("chat"))), "python"),
         "## Results\n\n" + _table("metric", "value", facts.get("results")),
         "## Data\n\n" + _table("", "", facts.get("data")),
         "## Base model\n\n" + _table("", "", facts.get("model")),
@@ -110,6 +147,13 @@ def _body(facts: Mapping[str, Any]) -> str:
         sections.append("## Citation\n\n" + _fenced(_DPO_PAPER, "bibtex"))
     # a heading alone: nothing is known for that section
     return "\n".join(section for section in sections if not section.endswith("\n\n"))
+
+
+def _usage(stage: str, chat: bool) -> str:
+    if stage == "reward":
+        texts = _REWARD_CHATS if chat else _REWARD_TEXTS
+        return _REWARD_USAGE + texts + _SCORE.format(special=not chat)
+    return _USAGE + (_CHAT_PROMPT if chat else _TEXT_PROMPT) + _GENERATE
 
 
 def _origin(source: Mapping[str, Any] | None) -> str:

@@ -50,7 +50,8 @@ PANELS = (
         "accuracy", "Preference accuracy", _train("rewards/accuracies"), reference=0.5, percent=True
     ),
     Panel("margins", "Reward margin", _train("rewards/margins"), reference=0),
-    Panel("rewards", "Implicit rewards", _pair("rewards"), reference=0),
+    Panel("rewards", "Rewards", _pair("rewards"), reference=0),
+    Panel("calibration", "Expected calibration error", _train("ece"), from_zero=True),
     Panel("logratios", "Log-ratio to the reference (nats)", _pair("logratios"), reference=0),
     Panel("logps", "Log-probability of responses (nats)", _pair("logps")),
     Panel("grad_norm", "Gradient norm", _train("grad_norm"), from_zero=True),
@@ -73,9 +74,9 @@ def draw_curves(run_dir: Path) -> list[Path]:
     folder = run_dir / "plots"
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
-    written = [_save(_overview(panels, curves, run_dir.name), folder / "overview.png")]
+    written = [save_png(_overview(panels, curves, run_dir.name), folder / "overview.png")]
     for panel in panels:
-        written.append(_save(_single(panel, curves, run_dir.name), folder / f"{panel.name}.png"))
+        written.append(save_png(_single(panel, curves, run_dir.name), folder / f"{panel.name}.png"))
     return written
 
 
@@ -94,8 +95,8 @@ def _overview(panels: list[Panel], curves: Curves, title: str) -> Figure:
     rows = math.ceil(len(panels) / columns)
     cell_width, cell_height, top = 4.6, 2.75, 0.75  # inches
     width, height = max(columns * cell_width, 7.0), rows * cell_height + top
-    figure = _figure(width, height)
-    _headings(figure, _shorten(title, int(6 * width)), _caption(panels, curves), size=14)
+    figure = new_figure(width, height)
+    headings(figure, shorten(title, int(6 * width)), _caption(panels, curves), size=14)
     for index, panel in enumerate(panels):
         row, column = divmod(index, columns)
         left, bottom = column * cell_width + 0.65, (rows - 1 - row) * cell_height + 0.5
@@ -109,10 +110,10 @@ def _overview(panels: list[Panel], curves: Curves, title: str) -> Figure:
 
 def _single(panel: Panel, curves: Curves, run_name: str) -> Figure:
     width, height = 7.0, 4.2
-    figure = _figure(width, height)
-    _headings(figure, panel.title, _caption([panel], curves), size=13)
+    figure = new_figure(width, height)
+    headings(figure, panel.title, _caption([panel], curves), size=13)
     figure.text(
-        0.2 / width, 0.12 / height, _shorten(run_name, 70), fontsize=8, color=GREY, parse_math=False
+        0.2 / width, 0.12 / height, shorten(run_name, 70), fontsize=8, color=GREY, parse_math=False
     )
     axes = figure.add_axes(
         (0.75 / width, 0.6 / height, (width - 1.65) / width, (height - 1.4) / height)
@@ -121,13 +122,15 @@ def _single(panel: Panel, curves: Curves, run_name: str) -> Figure:
     return figure
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty picture, in inches."""
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _headings(figure: Figure, title: str, caption: str, size: int) -> None:
+def headings(figure: Figure, title: str, caption: str, size: int) -> None:
+    """Title and caption, top left."""
     width, height = figure.get_size_inches()
     left = 0.2 / width
     # parse_math=False: a "$" in a run's name is no formula
@@ -140,7 +143,8 @@ def _headings(figure: Figure, title: str, caption: str, size: int) -> None:
     )
 
 
-def _shorten(name: str, characters: int) -> str:
+def shorten(name: str, characters: int) -> str:
+    """A name that fits, its end left out."""
     return name if len(name) <= characters else f"{name[: characters - 1]}…"
 
 
@@ -248,7 +252,8 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
         )  # fmt: skip
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_png(figure: Figure, path: Path) -> Path:
+    """Replace `path` by the picture. Raises DiskError."""
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_bytes(path, image.getvalue())

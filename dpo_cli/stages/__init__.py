@@ -6,7 +6,7 @@ from importlib import import_module
 
 from dpo_cli.stages.session import Stage
 
-STAGES = ("sft", "dpo", "sample", "label", "evaluate", "inspect")
+STAGES = ("sft", "dpo", "reward", "sample", "label", "evaluate", "inspect")
 
 
 def load_stage(name: str) -> Stage:

@@ -15,7 +15,6 @@ from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.logprobs import sum_by_sequence
 from dpo_cli.losses import LOSSES, RankedLogprobs
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
-from dpo_cli.model.load import load_model
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages import reference
@@ -24,6 +23,7 @@ from dpo_cli.stages.session import (
     Session,
     batches_of,
     check_lengths,
+    load,
     load_named,
     load_policy_and_data,
     sample_writer,
@@ -115,7 +115,7 @@ def load_reference(session: Session, loaded: Loaded, named: str | None) -> PreTr
     """The named reference, or the weights the run started from (not the checkpoint's)."""
     if named is not None:
         return load_named(session, named, loaded.tokenizer)
-    return load_model(session.config.model, loaded.tokenizer, session.config.seed)
+    return load(session, session.config.model, loaded.tokenizer)
 
 
 @dataclass(frozen=True)

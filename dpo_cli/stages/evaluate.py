@@ -18,7 +18,7 @@ from dpo_cli.evaluation.statistics import distinct_ngrams, mean_and_error
 from dpo_cli.logprobs import sum_by_sequence, target_logprobs, token_kl
 from dpo_cli.model.forward import head_of, hidden_states, sequence_logprobs
 from dpo_cli.model.generate import Completion, SamplingOptions, sample
-from dpo_cli.model.load import context_length, load_model, load_tokenizer
+from dpo_cli.model.load import context_length, load_tokenizer
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample
 from dpo_cli.stages.sample import as_text, distinct_prompts, source_prompts, write_rows
@@ -26,6 +26,7 @@ from dpo_cli.stages.session import (
     Session,
     base_provenance,
     check_lengths,
+    load,
     load_data,
     load_named,
     text_of,
@@ -78,7 +79,7 @@ def load_models(session: Session, stage: EvaluateConfig) -> Models:
     """
     source = session.config.model
     tokenizer = load_tokenizer(source)
-    policy = load_model(source, tokenizer, session.config.seed)
+    policy = load(session, source, tokenizer)
     policy.to(session.runtime.device).eval()  # type: ignore[arg-type]
     named = stage.reference or base_provenance(source).get("reference")
     if named is None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from dpo_cli.data.dataset import fingerprint
 from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import DiskError
-from dpo_cli.model.forward import sequence_logprobs
+from dpo_cli.model.forward import computed_by, sequence_logprobs
 from dpo_cli.model.load import model_digest
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import EncodedExample
@@ -33,7 +33,7 @@ def reference_key(
 ) -> str:
     """Digest of all that the log-probabilities depend on."""
     runtime = session.runtime
-    computed = f"{runtime.device.type} {runtime.precision} {model.config._attn_implementation}"
+    computed = f"{runtime.device.type} {runtime.precision} {computed_by(model)}"
     text = f"{model_digest(model)} {fingerprint(examples)} {computed} v2"
     return hashlib.sha256(text.encode()).hexdigest()
 

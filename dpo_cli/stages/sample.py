@@ -10,16 +10,16 @@ from dpo_cli.config import SampleConfig
 from dpo_cli.data.dataset import load_splits
 from dpo_cli.durable import write_text
 from dpo_cli.model.generate import SamplingOptions
-from dpo_cli.model.load import context_length, load_model, load_tokenizer
+from dpo_cli.model.load import context_length, load_tokenizer
 from dpo_cli.records import EncodedExample, Prompt
-from dpo_cli.stages.session import Session, complete, load_data
+from dpo_cli.stages.session import Session, complete, load, load_data
 
 
 def run(session: Session) -> dict[str, Any]:
     """One row a prompt: {prompt, completions: [...]}; the figures count what was written."""
     stage = cast(SampleConfig, session.config.stage)
     tokenizer = load_tokenizer(session.config.model)
-    model = load_model(session.config.model, tokenizer, session.config.seed)
+    model = load(session, session.config.model, tokenizer)
     model.to(session.runtime.device)  # type: ignore[arg-type]
     splits = load_data(session, context_length(model), tokenizer)
     limits = {"train": (splits.train, stage.prompts), "eval": (splits.eval, stage.eval_prompts)}

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import ModelConfig, RunConfig
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of, prepare
+from dpo_cli.model.forward import compile_rows
 from dpo_cli.model.generate import SamplingOptions, sample
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
 from dpo_cli.model.source import model_folder
@@ -44,10 +47,18 @@ class Session:
     sinks: list[Sink]
     snapshot: Snapshot | None = None
     data_facts: dict[str, Any] = field(default_factory=dict)  # for the model card
+    kernel: str = "sdpa"  # of the trained model's attention
+    most_tokens: int | None = None  # of a packed row, where a loaded model's attention is slow
 
     @property
     def token_budget(self) -> int:
-        return self.runtime.micro_batch_tokens(self.config.train.micro_batch_tokens)
+        budget = self.runtime.micro_batch_tokens(self.config.train.micro_batch_tokens)
+        return min(budget, self.most_tokens or budget)
+
+    @property
+    def placement(self) -> Placement:
+        half = self.runtime.precision == "bf16"
+        return Placement(self.runtime.device, torch.bfloat16 if half else torch.float32, self.note)
 
     def begin(self, steps: int) -> None:
         self.progress.begin(steps, self.snapshot.step if self.snapshot else 0)
@@ -63,6 +74,10 @@ class Session:
         self.progress.note(line)
 
 
+# (which, tokenizer, seed, the key that names it, where it will compute) -> a model on the CPU
+LoadModel = Callable[[ModelConfig, PreTrainedTokenizerFast, int, str, Placement], PreTrainedModel]
+
+
 @dataclass
 class Loaded:
     """Policy, tokenizer and encoded rows of a training stage."""
@@ -73,14 +88,31 @@ class Loaded:
     base: dict[str, Any]  # provenance of the weights the run started from
 
 
-def load_policy_and_data(session: Session) -> Loaded:
-    """The policy (from the checkpoint when resuming) and the encoded splits."""
+def load(
+    session: Session,
+    source: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    key: str = "model.path",
+    how: LoadModel = load_model,
+) -> PreTrainedModel:
+    """A model for this run's device; the session's rows stay as short as its attention needs."""
+    model = how(source, tokenizer, session.config.seed, key, session.placement)
+    if session.config.hardware.compile:
+        compile_rows(model)
+    most = MOST_TOKENS.get(kernel_of(model), session.token_budget)
+    session.most_tokens = min(most, session.token_budget)
+    return model
+
+
+def load_policy_and_data(session: Session, how: LoadModel = load_model) -> Loaded:
+    """The model to train (from the checkpoint when resuming) and the encoded splits."""
     config = session.config
     tokenizer = load_tokenizer(config.model)
     source = config.model
     if session.snapshot is not None:
         source = replace(source, path=str(session.snapshot.folder))
-    model = load_model(source, tokenizer, config.seed)
+    model = load(session, source, tokenizer, how=how)
+    session.kernel = kernel_of(model)
     splits = load_data(session, context_length(model), tokenizer)
     if not splits.train:
         raise DataError(f"data={config.data.name}: no training rows are left")
@@ -101,7 +133,7 @@ def load_named(
             f"{key}={named}: has another tokenizer than model={session.config.model.name}; its "
             "log-probabilities would be of other texts"
         )
-    return load_model(source, tokenizer, session.config.seed, key)
+    return load(session, source, tokenizer, key)
 
 
 def base_provenance(config: ModelConfig) -> dict[str, Any]:
@@ -142,10 +174,15 @@ def step_plan(session: Session, rows: int) -> StepPlan:
 
 
 def batches_of(
-    session: Session, examples: Sequence[EncodedExample], plan: StepPlan
+    session: Session, examples: Sequence[EncodedExample], plan: StepPlan, keep_last: bool = False
 ) -> Callable[[int], list[Batch]]:
-    """step -> its micro-batches, each at most the token budget."""
-    return lambda step: pack_all(examples, plan.indices(step), session.token_budget)
+    """step -> its micro-batches, each at most the token budget, ready for the trained model."""
+
+    def batches(step: int) -> list[Batch]:
+        rows = pack_all(examples, plan.indices(step), session.token_budget, keep_last)
+        return [prepare(row, session.kernel) for row in rows]
+
+    return batches
 
 
 def keep_responses(examples: Sequence[EncodedExample], count: int) -> list[EncodedExample]:

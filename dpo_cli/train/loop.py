@@ -26,6 +26,7 @@ from dpo_cli.records import Batch, LossOutput
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import StopRequest
 from dpo_cli.train.optim import build_optimizer, learning_rate, take_step
+from dpo_cli.train.prefetch import fed
 from dpo_cli.train.runtime import Runtime
 
 
@@ -88,6 +89,7 @@ class Fit:
     run_dir: Path
     reporter: Reporter
     optimizer: Optimizer
+    batches: Callable[[int], Sequence[Batch]]  # the task's, made ahead of time on CUDA
     step: int = 0
     best: dict[str, float] | None = None
 
@@ -112,14 +114,15 @@ def fit(
     assert config.optim.lr is not None
     task.model.to(runtime.device)  # type: ignore[arg-type]
     optimizer = build_optimizer(task.model, config.optim, config.optim.lr)
-    run = Fit(task, config, runtime, run_dir, reporter, optimizer)
+    run = Fit(task, config, runtime, run_dir, reporter, optimizer, task.batches)
     recover(run_dir / "final")
     task.identity["precision"] = runtime.precision
     if snapshot is not None:
         _check_identity(snapshot, task)
         checkpoint.restore(snapshot, optimizer)
         run.step, run.best = snapshot.step, snapshot.state["best"]
-    with StopRequest().watching() as stop:
+    made = fed(task.batches, task.steps, runtime.device)
+    with StopRequest().watching() as stop, made as run.batches:
         if run.step == 0:
             _evaluate(run)
         while run.step < task.steps:
@@ -147,24 +150,23 @@ def _train_step(run: Fit) -> dict[str, float]:
     lr = learning_rate(config.optim, config.optim.lr or 0.0, run.step, task.steps)
     task.model.train()
     totals, tokens, examples = Totals(), 0, 0
-    for batch in task.batches(run.step):
+    for batch in run.batches(run.step):
         tokens += batch.input_ids.numel()
         examples += len(batch.example_ids)
         with run.runtime.autocast():
             out = task.compute_loss(batch.to(run.runtime.device))
         out.loss_sum.backward()
         totals.add(out)
-    weight = totals.weights["loss"]
+    weight, values = totals.weights["loss"], totals.means()
     try:
         norm = take_step(task.model, run.optimizer, weight, config.optim.max_grad_norm, lr)
     except NonFiniteError as error:
         raise NonFiniteError(
-            f"step {run.step + 1}: {error} (loss {totals.means()['loss']}); no step was taken; "
+            f"step {run.step + 1}: {error} (loss {values['loss']}); no step was taken; "
             f"{_remedy(run)}"
         ) from None
     run.step += 1
     seconds = time.perf_counter() - started
-    values = totals.means()
     values |= {
         "lr": lr,
         "grad_norm": norm,

@@ -1,0 +1,163 @@
+"""A reward model: a causal language model's body, and one score read at the last token.
+
+It is transformers' own sequence-classification model, so its folder loads anywhere. Where the
+score is read is transformers' rule, too: the rightmost token that is no padding. A response's
+EOS is therefore read unless EOS is also the padding, as it is for GPT-2, which has no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+from dpo_cli.config import ModelConfig
+from dpo_cli.errors import ConfigError
+from dpo_cli.logprobs import promote
+from dpo_cli.model.attention import Placement
+from dpo_cli.model.forward import hidden_states
+from dpo_cli.model.load import gpt2_config, hf_config, make_ready, read_pretrained
+from dpo_cli.model.probe import choose_attention, refuse_unavailable
+from dpo_cli.packing import pack
+from dpo_cli.records import Batch, EncodedExample
+
+HEAD = "score"  # what decoders call it; encoders' `classifier` reads the first token
+
+
+def load_reward_model(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int = 0,
+    key: str = "model.path",
+    on: Placement | None = None,
+) -> PreTrainedModel:
+    """A reward model on the weights of a policy; or one that is a reward model already.
+
+    A new head is drawn by `seed` from N(0, 1/(d + 1)) (arXiv 2009.01325). Sets the padding
+    of configuration and `tokenizer`, by which the last token is found. Otherwise as
+    `load_model`.
+    """
+    refuse_unavailable(config.attention, on)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.path is None and config.architecture is not None:
+            shape = gpt2_config(config, tokenizer)
+            shape.num_labels = 1
+            model, new = AutoModelForSequenceClassification.from_config(shape), True
+        else:
+            _check_kind(hf_config(config, tokenizer, key), config, key)
+            model, new = read_pretrained(
+                AutoModelForSequenceClassification, config, key, f"{HEAD}.", num_labels=1
+            )
+        if new:
+            head = score_head(model)
+            torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    _set_padding(model, tokenizer, new)
+    make_ready(model, config, tokenizer)
+    choose_attention(model, config.attention, _plain_reward, _packed_rewards, on, key)
+    return model
+
+
+def _check_kind(found: PretrainedConfig, config: ModelConfig, key: str) -> None:
+    where = f"{key}={config.path or config.hub_id}"
+    known = type(found) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if not (known or config.trust_remote_code):
+        raise ConfigError(
+            f"{where}: transformers has no sequence-classification model of the family "
+            f"{found.model_type}, which a reward model is: take weights of another family"
+        )
+    classifier = any(n.endswith("ForSequenceClassification") for n in found.architectures or ())
+    if classifier and found.num_labels != 1:
+        raise ConfigError(
+            f"{where}: is a classifier of {found.num_labels} labels, a reward model has one "
+            "score: give a policy or a reward model"
+        )
+
+
+def score_head(model: PreTrainedModel) -> torch.nn.Linear:
+    """The layer that turns a hidden state into the reward."""
+    head = getattr(model, HEAD, None)
+    if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
+        raise ConfigError(
+            f"stage=reward: {type(model).__name__} has no layer `{HEAD}` with one output: it is "
+            "no decoder that scores its last token; take weights of another family"
+        )
+    return head
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, new: bool) -> None:
+    """One padding token in the configuration, which finds the last token, and the tokenizer.
+
+    A reward model keeps the one it was trained with.
+    """
+    config: Any = model.config.get_text_config()
+    kept = None if new else config.pad_token_id
+    if kept is None or kept >= len(tokenizer):
+        kept = padding_id(tokenizer)
+    config.pad_token_id = kept
+    tokenizer.pad_token = cast(str, tokenizer.convert_ids_to_tokens(kept))
+    # Some families freeze the row of the configuration's padding, when they are built: a resumed
+    # run would then train other weights than the one that added the entry.
+    cast(Any, model.get_input_embeddings()).padding_idx = None
+
+
+def padding_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """A token that no complete response ends with, if the tokenizer has one; else EOS."""
+    named = [
+        number
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and "pad" in token.content.lower()
+    ]
+    others = (tokenizer.pad_token_id, *named, tokenizer.bos_token_id, tokenizer.unk_token_id)
+    eos = cast(int, tokenizer.eos_token_id)
+    return next((i for i in others if i is not None and i != eos), eos)
+
+
+def without_padding(
+    examples: Sequence[EncodedExample], model: PreTrainedModel
+) -> list[EncodedExample]:
+    """Responses without padding tokens at their end, which transformers would not read.
+
+    The last token that is left is the one whose hidden state is scored.
+    """
+    pad = model.config.get_text_config().pad_token_id
+    return [replace(e, response_ids=tuple(_cut(r, pad) for r in e.response_ids)) for e in examples]
+
+
+def _cut(ids: np.ndarray, pad: int) -> np.ndarray:
+    real = np.flatnonzero(ids != pad)
+    return ids[: real[-1] + 1 if len(real) else 0]
+
+
+def rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """(S,) the reward of each branch of a row packed with `keep_last`, in float32.
+
+    For examples that went through `without_padding`.
+    """
+    assert batch.last_index is not None, "pack(..., keep_last=True)"
+    last = hidden_states(model, batch).index_select(0, batch.last_index)
+    with torch.autocast(last.device.type, enabled=False):  # bf16 would round rewards to 3 digits
+        return cast(Tensor, score_head(model)(promote(last))).squeeze(1)
+
+
+def _plain_reward(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:
+    """The oracle: one sequence, the model's own forward. (1,)"""
+    logits = model(input_ids=torch.cat([prompt, response])[None], use_cache=False).logits
+    return cast(Tensor, logits[0])
+
+
+def _packed_rewards(model: PreTrainedModel, examples: Sequence[EncodedExample]) -> Tensor:
+    examples = without_padding(examples, model)
+    row = pack(examples, range(len(examples)), keep_last=True)
+    return rewards(model, row.to(model.device))

@@ -1,0 +1,174 @@
+"""stage=reward: a Bradley-Terry reward model on ranked responses (arXiv 2203.02155 section 3.5)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.config import RewardConfig
+from dpo_cli.errors import DataError
+from dpo_cli.evaluation.statistics import calibration_error, reliability
+from dpo_cli.losses import reward_loss
+from dpo_cli.model.reward import load_reward_model, rewards, without_padding
+from dpo_cli.packing import pack_sorted
+from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.stages.session import (
+    Session,
+    batches_of,
+    check_lengths,
+    load_policy_and_data,
+    step_plan,
+)
+from dpo_cli.train.loop import Totals, TrainTask, fit
+
+
+@dataclass
+class Rows:
+    """The examples of a split, (rows,) margins where they are asked for, and (rows, K) rewards
+    of the model at its latest evaluation."""
+
+    examples: list[EncodedExample]
+    margins: Tensor | None
+    rewards: Tensor | None = None
+
+
+def run(session: Session) -> dict[str, Any]:
+    """Train on pairs or ranked lists; rewards are those of the model, margins not taken off."""
+    stage, device = cast(RewardConfig, session.config.stage), session.runtime.device
+    loaded = load_policy_and_data(session, load_reward_model)
+    branches = check_responses([*loaded.splits.train, *loaded.splits.eval], stage)
+    train, held_out = (
+        Rows(
+            without_padding(rows, loaded.model), margins_of(rows, device) if stage.margins else None
+        )
+        for rows in (loaded.splits.train, loaded.splits.eval)
+    )
+    plan = step_plan(session, len(train.examples))
+    session.begin(plan.steps)
+    task = TrainTask(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        steps=plan.steps,
+        batches=batches_of(session, train.examples, plan, keep_last=True),
+        compute_loss=lambda batch: loss_output(
+            rewards(loaded.model, batch), batch, train.margins, stage
+        ),
+        evaluate=lambda: evaluate(session, loaded.model, held_out, stage),
+        unit="pairs" if branches == 2 else "lists",
+        provenance={
+            "stage": "reward",
+            "base": session.config.model.path or session.config.model.hub_id,
+            "data": loaded.splits.origin,
+        },
+        identity={"rows": loaded.splits.fingerprint, "margins": digest(train.margins)},
+    )
+    fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
+    draw(session, loaded.model, held_out, stage)
+    return {}
+
+
+def check_responses(examples: Sequence[EncodedExample], stage: RewardConfig) -> int:
+    """K >= 2, the same for all examples; pairs where the options are of pairs."""
+    check_lengths(examples, 2, "reward")
+    counts = {len(e.response_ids) for e in examples}
+    if len(counts) > 1:
+        raise DataError(f"ranked lists must have one length, found {sorted(counts)}")
+    branches = counts.pop()
+    for key in ("label_smoothing", "margins"):
+        if branches > 2 and getattr(stage, key):
+            raise DataError(
+                f"stage.{key}={getattr(stage, key)}: takes pairs, the rows have {branches} "
+                f"responses: leave it out"
+            )
+    return branches
+
+
+def margins_of(examples: Sequence[EncodedExample], device: torch.device) -> Tensor:
+    """(rows,) float32 score of the chosen response minus that of the rejected one."""
+    for example in examples:
+        if example.scores is None:
+            raise DataError(
+                f"stage.margins=true: row {example.row} has no scores: take data that has them "
+                "(of your own, name their field with data.scores_field) or stage.margins=false"
+            )
+    scores = np.array([e.scores for e in examples], dtype=np.float64).reshape(-1, 2)
+    return torch.tensor(scores[:, 0] - scores[:, 1], dtype=torch.float32, device=device)
+
+
+def digest(margins: Tensor | None) -> str:
+    """sha256 of the margins: the digest of the rows covers token ids alone."""
+    return (
+        "none" if margins is None else hashlib.sha256(margins.cpu().numpy().tobytes()).hexdigest()
+    )
+
+
+def loss_output(
+    values: Tensor, batch: Batch, margins: Tensor | None, stage: RewardConfig
+) -> LossOutput:
+    """(S,) rewards of a row's branches -> the summed loss of its examples, and their figures.
+
+    Chosen is the first response, rejected the last. A tie counts as half right.
+    """
+    ranked = values.view(-1, batch.branches)
+    losses = reward_loss(
+        ranked,
+        None if margins is None else margins[batch.example_ids],
+        stage.label_smoothing,
+        stage.center_coefficient,
+    )
+    chosen, rejected = ranked.detach()[:, 0], ranked.detach()[:, -1]
+    figures = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": ((chosen - rejected).sign() + 1.0) / 2.0,
+    }
+    weight = float(len(losses))
+    return LossOutput(losses.sum(), weight, {k: (v.sum(), weight) for k, v in figures.items()})
+
+
+def evaluate(
+    session: Session, model: PreTrainedModel, rows: Rows, stage: RewardConfig
+) -> dict[str, float]:
+    """The training figures and the calibration on the held-out rows; empty without any."""
+    if not rows.examples:
+        return {}
+    totals, found = Totals(), []
+    for packed in pack_sorted(rows.examples, session.token_budget, keep_last=True):
+        batch = packed.to(session.runtime.device)
+        values = rewards(model, batch)
+        totals.add(loss_output(values, batch, rows.margins, stage))
+        found.append((packed.example_ids, values.view(-1, batch.branches)))
+    order = torch.cat([ids for ids, _ in found]).argsort()
+    rows.rewards = torch.cat([values for _, values in found]).cpu()[order]
+    return {**totals.means(), "ece": calibration_error(reliability(pair_margins(rows.rewards)))}
+
+
+def pair_margins(values: Tensor) -> list[float]:
+    """(rows, K) rewards -> r_w - r_l of each row."""
+    found: list[float] = (values[:, 0] - values[:, -1]).tolist()
+    return found
+
+
+def draw(session: Session, model: PreTrainedModel, rows: Rows, stage: RewardConfig) -> None:
+    """The held-out rewards of the finished model as a picture in `plots/`."""
+    if not (rows.examples and session.config.logger.plots):
+        return
+    if rows.rewards is None:  # resumed after the last step
+        model.eval()
+        with torch.no_grad(), session.runtime.autocast():
+            evaluate(session, model, rows, stage)
+    from dpo_cli.report.rewards import draw_rewards  # matplotlib is slow to import
+
+    values = cast(Tensor, rows.rewards)
+    bins = reliability(pair_margins(values))
+    facts = [(b.confidence, b.accuracy, b.count) for b in bins]
+    chosen, rejected = values[:, 0].tolist(), values[:, -1].tolist()
+    draw_rewards(session.run_dir, chosen, rejected, facts, calibration_error(bins))

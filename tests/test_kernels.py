@@ -1,0 +1,343 @@
+"""The CUDA ways to attend packed rows: their layouts emulated on a CPU, kernels on a GPU."""
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_cli import logprobs
+from dpo_cli.config import DpoConfig
+from dpo_cli.model import forward, kernels
+from dpo_cli.model.attention import Placement, Seen, kernel_of, prepare, use
+from dpo_cli.model.kernels import Call
+from dpo_cli.model.layouts import LAYOUTS, VarlenLayout
+from dpo_cli.model.probe import choose_attention, kernel_error
+from dpo_cli.records import Segment
+from dpo_cli.stages.dpo import dpo_loss
+from small_models import (
+    SMALL,
+    assert_loss_and_gradients_are_the_plain_ones,
+    build,
+    compute_in_float64,
+    examples,
+    gradients,
+    oracle,
+    packed,
+    packed_loss,
+    sequences,
+    weighted,
+)
+
+CPU, CUDA = Placement(), Placement(torch.device("cuda"), torch.bfloat16)
+WITH_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+VARLEN_FAMILIES = ("gpt2", "gpt_neox", "llama", "qwen3", "mistral", "gemma2", "gemma3_text")
+SEGMENTS = (Segment(0, 3, (2, 0, 4, 1)), Segment(10, 1, (0, 0, 0, 2)), Segment(13, 2, (1, 3, 0, 1)))
+
+
+def emulated(q, k, v, cuts, call, top_left=False):
+    """What a varlen kernel is documented to do, a segment and a query at a time."""
+    scale = q.shape[-1] ** -0.5 if call.scaling is None else call.scaling
+    group = q.shape[1] // k.shape[1]
+    cu_q, cu_k = cuts.cu_q.tolist(), cuts.cu_k.tolist()
+    assert (cuts.cu_q.dtype, cuts.cu_k.dtype) == (torch.int32, torch.int32)
+    assert cuts.max_q == max(np.diff(cu_q))
+    assert cuts.max_k == max(np.diff(cu_k))
+    rows = []
+    for first_q, end_q, first_k, end_k in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        assert end_q > first_q, "an empty segment has no maximum"
+        for i in range(first_q, end_q):
+            last = first_k + i - first_q if top_left else end_k - (end_q - i)
+            first = first_k if call.window is None else max(first_k, last + 1 - call.window)
+            keys, values = (
+                x[first : last + 1].repeat_interleave(group, dim=1) for x in (k, v)
+            )  # fmt: skip
+            scores = torch.einsum("hd,khd->hk", q[i], keys) * scale
+            if call.softcap is not None:
+                scores = call.softcap * torch.tanh(scores / call.softcap)
+            rows.append(torch.einsum("hk,khd->hd", scores.softmax(-1), values))
+    return torch.stack(rows)
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    compute_in_float64(monkeypatch)
+
+
+@pytest.fixture
+def emulator(monkeypatch, in_float64):
+    monkeypatch.setattr(kernels, "varlen", emulated)
+
+
+@pytest.mark.parametrize("branches", [1, 2, 4])
+@pytest.mark.parametrize("family", VARLEN_FAMILIES)
+def test_varlen_gives_the_plain_loss_and_gradients(emulator, family, branches):
+    model = build(family)
+    use(model, "varlen")
+    assert_loss_and_gradients_are_the_plain_ones(model, examples(branches))
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "flex"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_hidden_states_of_rows_that_keep_their_last_tokens(emulator, family, kernel):
+    model, rows = build(family), examples(4)
+    use(model, kernel)
+    with torch.no_grad():
+        got = forward.hidden_states(model, packed(rows, keep_last=True))
+        model.set_attn_implementation("eager")
+        whole = [
+            model.base_model(torch.cat([p, r])[None]).last_hidden_state[0]
+            for p, r in sequences(rows)
+        ]
+    expected = []
+    for number, states in enumerate(whole):
+        prompt = len(rows[number // 4].prompt_ids)
+        expected.append(states[0 if number % 4 == 0 else prompt :])
+    torch.testing.assert_close(got, torch.cat(expected), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("branches", [1, 2, 4])
+@pytest.mark.parametrize("family", VARLEN_FAMILIES)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_gives_the_plain_logprobs(in_float64, family, branches):
+    """On a CPU FlexAttention has no backward."""
+    model, rows = build(family), examples(branches)
+    expected = oracle(model, rows)
+    use(model, "flex")
+    with torch.no_grad():
+        got = forward.token_logprobs(model, packed(rows))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
+
+
+def test_the_varlen_layout_by_hand():
+    """[p p p a a|c c c c|d] [q|z z] [s s t|u u u|w]: branches without tokens are left out."""
+    layout = VarlenLayout.build(SEGMENTS)
+    assert layout.cu_q.tolist() == [0, 5, 9, 10, 11, 13, 16, 19, 20]
+    assert layout.cu_k.tolist() == [0, 5, 12, 16, 17, 20, 23, 28, 31]
+    assert (layout.max_q, layout.max_k) == (5, 7)
+    assert layout.keys.tolist() == [
+        0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 0, 1, 2, 9, 10, 10, 11, 12,
+        13, 14, 15, 13, 14, 16, 17, 18, 13, 14, 19,
+    ]  # fmt: skip
+
+
+def test_prompt_gradients_are_summed_over_their_branches():
+    """Against the gradient of a plain gather, which adds in no fixed order on CUDA."""
+    layout = VarlenLayout.build(SEGMENTS)
+    assert len(layout.again) == 2
+    seen = {}
+
+    def attend(q, k, v, cuts, call):
+        seen["keys"] = k
+        return q
+
+    rows = torch.randn(1, 2, 20, 3, dtype=torch.float64, requires_grad=True)
+    plain = rows.detach().clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "varlen", attend)
+        layout.attend(rows, rows, rows, Call())
+    expected = plain[0].transpose(0, 1)[layout.keys]
+    assert torch.equal(seen["keys"], expected)
+    upstream = torch.randn_like(expected)
+    seen["keys"].backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(rows.grad, plain.grad, rtol=0, atol=1e-14)
+
+
+def test_one_branch_an_example_needs_no_gather():
+    layout = VarlenLayout.build((Segment(0, 2, (3,)), Segment(5, 1, (0,))))
+    assert layout.again == ()
+    assert layout.keys.tolist() == list(range(6))
+
+
+# PyTorch's varlen_attn as documented: without and with windows, scales and grouped heads.
+
+
+def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+    assert is_causal
+    assert query.shape[1] == key.shape[1]
+    return emulated(query, key, value, kernels.Cuts(cu_seq_q, cu_seq_k, max_q, max_k), Call())
+
+
+def varlen_2_13(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
+    *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False,
+):  # fmt: skip
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert window_size[1] == 0
+    window = None if window_size[0] == -1 else window_size[0] + 1
+    cuts = kernels.Cuts(cu_seq_q, cu_seq_k, max_q, max_k)
+    return emulated(query, key, value, cuts, Call(scale, None, window))
+
+
+def flash_attn_2(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+    softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, deterministic=False,
+):  # fmt: skip
+    assert causal
+    assert dropout_p == 0.0
+    window = None if window_size == (-1, -1) else window_size[0] + 1
+    cuts = kernels.Cuts(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return emulated(q, k, v, cuts, Call(softmax_scale, softcap or None, window))
+
+
+def rows_of(layout, heads=4, kv_heads=2, width=8):
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda t, h: torch.randn(t, h, width, generator=generator)  # noqa: E731
+    keys = len(layout.keys)
+    return draw(20, heads), draw(keys, kv_heads), draw(keys, kv_heads)
+
+
+@pytest.mark.parametrize(
+    ("adapted", "call"),
+    [
+        (kernels.adapt_torch(varlen_2_10), Call()),
+        (kernels.adapt_torch(varlen_2_10), Call(scaling=0.3)),
+        (kernels.adapt_torch(varlen_2_13), Call()),
+        (kernels.adapt_torch(varlen_2_13), Call(scaling=0.3, window=3)),
+        (kernels.adapt_flash(flash_attn_2), Call()),
+        (kernels.adapt_flash(flash_attn_2), Call(scaling=0.3, softcap=1.5, window=3)),
+    ],
+)
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_kernels_get_what_the_layer_asked_for(adapted, call, kv_heads):
+    layout = VarlenLayout.build(SEGMENTS)
+    cuts = kernels.Cuts(layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
+    tensors = rows_of(layout, kv_heads=kv_heads)
+    torch.testing.assert_close(
+        adapted(*tensors, cuts, call), emulated(*tensors, cuts, call), rtol=0, atol=1e-6
+    )
+
+
+def test_what_a_kernel_lacks_is_an_error_not_a_wrong_number(monkeypatch):
+    layout = VarlenLayout.build(SEGMENTS)
+    cuts = kernels.Cuts(layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
+    tensors = rows_of(layout)
+    with pytest.raises(RuntimeError, match="no sliding window"):
+        kernels.adapt_torch(varlen_2_10)(*tensors, cuts, Call(window=3))
+    with pytest.raises(RuntimeError, match="no dropout"):
+        kernels.varlen(*tensors, cuts, Call(dropout=0.1))
+    monkeypatch.setattr(kernels, "flash_kernel", lambda: None)
+    with pytest.raises(RuntimeError, match="soft-capping needs the package flash-attn"):
+        kernels.varlen(*tensors, cuts, Call(softcap=50.0))
+
+
+ASKED = [
+    Seen(Call(), 4, 4, 16, 16),
+    Seen(Call(scaling=0.3), 4, 2, 16, 16),
+    Seen(Call(window=3), 4, 1, 16, 16),
+]
+
+
+def test_a_kernel_is_held_against_matmuls_before_it_is_used(monkeypatch):
+    """Right, aligned top left, a window off by one, not finite, not there."""
+    monkeypatch.setattr(kernels, "varlen", emulated)
+    assert kernel_error("varlen", ASKED, CPU) is None
+    assert "no dropout" in kernel_error("varlen", ASKED, CPU, dropout=0.1)
+
+    def off_by_one(q, k, v, cuts, call):
+        window = None if call.window is None else call.window + 1
+        return emulated(q, k, v, cuts, Call(call.scaling, None, window))
+
+    monkeypatch.setattr(kernels, "varlen", off_by_one)
+    assert kernel_error("varlen", ASKED[:2], CPU) is None
+    assert "window=3" in kernel_error("varlen", ASKED, CPU)
+    monkeypatch.setattr(kernels, "varlen", lambda *a: emulated(*a, top_left=True))
+    assert "off for" in kernel_error("varlen", ASKED, CPU)
+    monkeypatch.setattr(kernels, "varlen", lambda *a: emulated(*a) * float("nan"))
+    assert "nan% off" in kernel_error("varlen", ASKED, CPU)
+    monkeypatch.undo()
+    assert kernel_error("varlen", ASKED, CPU)  # PyTorch's own, which no CPU has
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("kernel", ["varlen", "sdpa", "dense"])
+def test_a_micro_batch_never_waits_for_the_device(monkeypatch, kernel, family):
+    """Meta tensors have no values: whatever asks for one raises."""
+    monkeypatch.setattr(logprobs, "_compute_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(
+        kernels, "varlen", lambda q, k, v, cuts, call: q + 0 * (k.sum() + v.sum())
+    )  # fmt: skip
+    model = build(family).float().to("meta")
+    use(model, kernel)
+    batch = prepare(packed(examples(2)), kernel).to("meta")
+    assert all(x.is_meta for x in (batch.input_ids, *tensors_in(batch.layouts[kernel])))
+    reference = torch.zeros(3, 2, device="meta")
+    out = dpo_loss(model, batch, lambda row: reference[row.example_ids], DpoConfig())
+    out.loss_sum.backward()
+    assert model.get_input_embeddings().weight.grad.is_meta
+
+
+def tensors_in(layout):
+    return [value for value in vars(layout).values() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize("kernel", [k for k in LAYOUTS if k != "grouped"])  # stays on the CPU
+def test_layouts_are_made_once_a_row_and_move_with_it(kernel):
+    batch = packed(examples(2))
+    assert batch.layouts == {}
+    layout = prepare(batch, kernel).layouts[kernel]
+    assert prepare(batch, kernel).layouts[kernel] is layout
+    moved = batch.to("meta")
+    assert tensors_in(moved.layouts[kernel])
+    assert all(x.is_meta for x in tensors_in(moved.layouts[kernel]))
+    assert not any(x.is_meta for x in tensors_in(layout))
+
+
+@WITH_GPU
+@pytest.mark.parametrize("kernel", ["varlen", "flex", "sdpa"])
+@pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 128), (4, 1, 256)], ids=str)
+@pytest.mark.parametrize("call", [Call(), Call(scaling=0.2, window=3)], ids=str)
+def test_real_kernels_forward_and_gradients(kernel, heads, call):
+    h, kv, width = heads
+    assert kernel_error(kernel, [Seen(call, h, kv, width, width)], CUDA) is None
+
+
+@WITH_GPU
+@pytest.mark.parametrize("kernel", ["flex", "sdpa"])
+def test_real_kernels_with_soft_capping(kernel):
+    assert kernel_error(kernel, [Seen(Call(softcap=2.0), 8, 4, 64, 64)], CUDA) is None
+
+
+@WITH_GPU
+@pytest.mark.parametrize("call", [Call(), Call(0.2, 2.0, 3)], ids=str)
+def test_the_flash_attn_package(monkeypatch, call):
+    pytest.importorskip("flash_attn")
+    monkeypatch.setattr(kernels, "torch_kernel", lambda: None)
+    assert kernel_error("varlen", [Seen(call, 8, 2, 64, 64)], CUDA) is None
+
+
+@WITH_GPU
+@pytest.mark.parametrize("kernel", ["varlen", "flex", "sdpa", "dense", "plain"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_models_in_bf16_stay_near_the_plain_forward(family, kernel):
+    """Near: rounding moves log-probabilities by 0.01, another mask by 0.5."""
+    model, rows = build(family).float(), examples(4)
+    values = oracle(model, rows)
+    expected = gradients(model, weighted(values, 0, len(values)))
+    use(model.to(CUDA.device), kernel)
+    batch = prepare(packed(rows), kernel).pin_memory().to(CUDA.device)
+    with torch.autocast(CUDA.device.type, torch.bfloat16):
+        loss, got = packed_loss(model, batch)
+    found = gradients(model, loss)
+    assert (got.cpu() - values).abs().max() < 0.05
+    names = sorted(expected)
+    exact, near = (torch.cat([g[n].cpu().flatten() for n in names]) for g in (expected, found))
+    assert (near - exact).norm() < 0.05 * exact.norm()
+
+
+@WITH_GPU
+def test_the_fastest_kernel_is_chosen_and_a_micro_batch_never_waits():
+    model, notes = build("llama", {**SMALL, "head_dim": 64}).float(), []
+    choose_attention(model, "auto", on=Placement(CUDA.device, CUDA.dtype, notes.append))
+    assert notes == []
+    assert kernel_of(model) == "varlen"
+    model.to(CUDA.device)
+    batch = prepare(packed(examples(4)), "varlen").pin_memory()
+    for mode in ("default", "error"):  # the first pass may set libraries up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast(CUDA.device.type, torch.bfloat16):
+                loss, _ = packed_loss(model, batch.to(CUDA.device))
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
