@@ -237,6 +237,10 @@ def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
         untrained = group in SETTINGS and stage not in TRAINING and (stage, key) not in READ_ANYWAY
         if untrained and value != getattr(SETTINGS[group], name):
             yield _no_effect(key, value, f"stage={stage}, which trains nothing")
+        elif stage == "reward" and key.startswith("train.sample_") and value:
+            yield _no_effect(key, value, "stage=reward, which generates nothing")
+        elif key == "hardware.compile" and value and stage not in TRAINING:
+            yield _no_effect(key, value, f"stage={stage}, which trains nothing")
         elif key.startswith(("model.revision", "model.architecture.")) and path:
             yield _no_effect(key, value, f"model.path={path}")
         elif key == "model.lr_scale" and (path or not config.model.architecture):

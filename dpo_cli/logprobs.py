@@ -74,11 +74,12 @@ def logits_of(hidden: Tensor, head: Head) -> Tensor:
 def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(n,) log-probabilities of the targets and (n, V) probabilities.
 
-    Log-sum-exp is max - log(max probability): exact, and two passes cheaper than its own.
+    Log-sum-exp is max - log(max probability), two passes cheaper than its own. The maximum is
+    taken off first: a confident token's log-probability would drown in the logits' rounding.
     """
     probabilities = logits.softmax(dim=1)
-    logsumexp = logits.amax(dim=1) - probabilities.amax(dim=1).log()
-    return logits.gather(1, targets[:, None]).squeeze(1) - logsumexp, probabilities
+    below_best = logits.gather(1, targets[:, None]).squeeze(1) - logits.amax(dim=1)
+    return below_best + probabilities.amax(dim=1).log(), probabilities
 
 
 @torch.no_grad()

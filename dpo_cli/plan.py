@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -13,7 +14,10 @@ from dpo_cli.config import DpoConfig, EvaluateConfig, RewardConfig, RunConfig, S
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import plan_steps
 from dpo_cli.logprobs import CHUNK_BYTES
+from dpo_cli.model.attention import Placement
 from dpo_cli.model.load import configured_context, count_parameters, hf_config, load_tokenizer
+from dpo_cli.model.probe import refuse_unavailable
+from dpo_cli.model.reward import check_kind
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import summary_table
 from dpo_cli.train.runtime import MICRO_BATCH_TOKENS, Runtime, start_runtime
@@ -57,6 +61,11 @@ def plan_rows(config: RunConfig) -> list[tuple[str, object]]:
     stage = config.stage
     reward = isinstance(stage, RewardConfig)
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    half = runtime.precision == "bf16"
+    on = Placement(runtime.device, torch.bfloat16 if half else torch.float32)
+    refuse_unavailable(config.model.attention, on)
+    if reward and (config.model.path or config.model.architecture is None):
+        check_kind(hf_config(config.model, tokenizer), config.model)
     parameters = count_parameters(config.model, tokenizer, auto)
     made_of = f"{source_of(config)}, {parameters / 1e6:,.1f}M weights"
     rows.append(("reward model" if reward else "policy", made_of))

@@ -28,7 +28,8 @@ from dpo_cli.train.runtime import start_runtime
 
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = (
-    "run_dir", "resume", "dry_run", "cache_dir", "logger.", "hardware.", "optim.lr",
+    "run_dir", "resume", "dry_run", "cache_dir", "logger.",
+    "hardware.device", "hardware.precision", "hardware.threads", "optim.lr",
     "train.eval_every_steps", "train.save_every_steps", "train.keep_checkpoints",
     "train.log_every_steps", "train.micro_batch_tokens", "train.sample_",
 )  # fmt: skip

@@ -22,7 +22,7 @@ from bench_prepare import Plan
 from bench_report import keep, ratio_rows, side_rows, step_tables, table
 from bench_run import prepare, refuse_if_busy, run_rounds, say, search
 from bench_shapes import CHANGEABLE, Shape, resized
-from bench_sides import BEST, Side, best_side, candidates, sides_of
+from bench_sides import BEST, BEST_OF, Side, best_side, candidates, sides_of
 from bench_summary import circumstances, json_line, summary
 
 GROW_RESPONSE = 64  # tokens
@@ -59,7 +59,7 @@ def make_job(args: argparse.Namespace, plan: Plan) -> Job:
 def chosen_sides(args: argparse.Namespace, job: Job, folder: Path) -> tuple[list[Side], list]:
     """The sides to measure, and the table of the search if there was one."""
     known = candidates(args.task, args.device, args.precision)
-    best, searched = BEST[args.task], []
+    best, searched = BEST_OF.get((args.task, args.preset), BEST[args.task]), []
     if args.search:
         tried = [replace(best_side(args.task, s), name=name) for name, s in known.items()]
         best, searched = search(job, tried, folder / "search", args.trl_python)

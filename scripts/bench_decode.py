@@ -18,6 +18,7 @@ from bench_job import Job, Window, work
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.config import HardwareConfig, ModelConfig
+from dpo_cli.model.attention import Placement
 from dpo_cli.model.generate import Completion, SamplingOptions, sample
 from dpo_cli.model.load import load_model, load_tokenizer
 from dpo_cli.train.runtime import start_runtime
@@ -51,7 +52,8 @@ def ours(job: Job, settings: dict[str, Any]) -> tuple[Sampler, Scorer]:
     runtime = start_runtime(hardware, seed=0)
     source = ModelConfig(path=job.model)
     tokenizer = load_tokenizer(source)
-    model = load_model(source, tokenizer)
+    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    model = load_model(source, tokenizer, on=Placement(runtime.device, dtype))
     model.to(runtime.device)
     many = SamplingOptions(
         completions=job.samples, max_new_tokens=job.new_tokens,

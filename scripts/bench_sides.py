@@ -66,11 +66,15 @@ COMPILED: dict[str, dict[str, Settings]] = {  # on CUDA
     "reward": {"padded, compiled": NO_CHECKPOINTING | {"torch_compile": True}},
     "decode": {},
 }
-BEST = {  # the fastest in small searches on CPUs; `bench.py --search` looks again
+BEST = {  # the fastest in searches on a CPU in bf16; `bench.py --search` looks again
     "dpo": "cached reference",
     "sft": "padding-free",
     "reward": "padded",
     "decode": "dynamic cache",
+}
+BEST_OF = {  # (task, preset), where another was
+    ("dpo", "tiny4x256"): "cached reference, checkpointing",
+    ("reward", "tiny4x256"): "padded, eager attention",
 }
 
 

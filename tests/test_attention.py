@@ -5,9 +5,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import forward, grouped
+from dpo_cli.model import attention, forward, grouped, probe
 from dpo_cli.model.attention import Placement, kernel_of, use
 from dpo_cli.model.grouped import Group, GroupedLayout
+from dpo_cli.model.kernels import Call
 from dpo_cli.model.layouts import PaddedLayout
 from dpo_cli.model.load import set_dropout
 from dpo_cli.model.probe import choose_attention
@@ -161,6 +162,33 @@ def test_gradients_are_compared_as_well(monkeypatch):
     )
     with pytest.raises(ConfigError, match=r"its gradients are .*% away"):
         choose_attention(build("llama"), "sdpa")
+
+
+def test_gradients_that_are_not_numbers_are_found(monkeypatch):
+    """Of one vector of weights among many, behind values that are right."""
+    real = probe._Trial._figures
+
+    def spoiled(self, values):
+        figures = real(self, values)
+        if attention.kernel_of(self.model) == "sdpa":
+            figures.gradients[-1].fill_(float("nan"))
+        return figures
+
+    monkeypatch.setattr(probe._Trial, "_figures", spoiled)
+    with pytest.raises(ConfigError, match=r"its gradients are nan% away"):
+        choose_attention(build("llama"), "sdpa")
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_values_in_float32_stay_so_under_autocast(softcap):
+    layout = GroupedLayout.build([Segment(0, 3, (2,)), Segment(5, 2, (1,))])
+    q, k, v = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(3))
+    expected = layout.attend(q, k, v, Call(softcap=softcap))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layout.attend(q, k, v, Call(softcap=softcap))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    got.sum().backward()
+    assert q.grad.dtype == q.dtype
 
 
 def test_windows_longer_than_the_probe_are_tried_all_the_same(monkeypatch):

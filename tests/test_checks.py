@@ -86,6 +86,14 @@ def test_what_cannot_work_is_refused(overrides: str, expected: str) -> None:
     ("overrides", "expected"),
     [
         (
+            "stage=reward train.sample_prompts=4",
+            "train.sample_prompts=4: has no effect with stage=reward, which generates nothing",
+        ),
+        (
+            "stage=sample hardware.compile=true",
+            "hardware.compile=True: has no effect with stage=sample, which trains nothing",
+        ),
+        (
             "stage=sample train.max_steps=3",
             "train.max_steps=3: has no effect with stage=sample, wh",
         ),

@@ -228,6 +228,18 @@ ASKED = [
 ]
 
 
+class NanGradient(torch.autograd.Function):
+    """Right values, no gradient worth the name."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("nan")
+
+
 def test_a_kernel_is_held_against_matmuls_before_it_is_used(monkeypatch):
     """Right, aligned top left, a window off by one, not finite, not there."""
     monkeypatch.setattr(kernels, "varlen", emulated)
@@ -244,6 +256,8 @@ def test_a_kernel_is_held_against_matmuls_before_it_is_used(monkeypatch):
     monkeypatch.setattr(kernels, "varlen", lambda *a: emulated(*a, top_left=True))
     assert "off for" in kernel_error("varlen", ASKED, CPU)
     monkeypatch.setattr(kernels, "varlen", lambda *a: emulated(*a) * float("nan"))
+    assert "nan% off" in kernel_error("varlen", ASKED, CPU)
+    monkeypatch.setattr(kernels, "varlen", lambda q, *rest: NanGradient.apply(emulated(q, *rest)))
     assert "nan% off" in kernel_error("varlen", ASKED, CPU)
     monkeypatch.undo()
     assert kernel_error("varlen", ASKED, CPU)  # PyTorch's own, which no CPU has

@@ -1,5 +1,7 @@
 """The chunked head against plain autograd, in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -74,6 +76,13 @@ def test_no_gradients_are_formed_for_evaluation(monkeypatch):
     with torch.no_grad():
         loss, _ = fused_loss(hidden, Head(weight), targets, COUNTS, lambda v, _: v.sum())
     assert not loss.requires_grad
+
+
+def test_a_confident_token_keeps_its_digits_among_large_logits():
+    """log(1 + e^-8) beside logits of 1,000, whose own rounding is 3e-5."""
+    weight = torch.tensor([[1000.0], [992.0]])
+    got = target_logprobs(torch.ones(1, 1), Head(weight), torch.tensor([0]))
+    assert got.item() == pytest.approx(-math.log1p(math.exp(-8.0)), rel=1e-4)
 
 
 def test_autocast_keeps_float32_log_softmax():

@@ -220,6 +220,9 @@ def test_margins_come_from_data_with_scores(sft, tmp_path):
     rows = [{**row, "scores": [3.0, 1.0]} for row in rows]  # the same token ids
     with pytest.raises(ConfigError, match=r"comes from another run \(margins: "):
         go("b", "data.scores_field=scores", "resume=true")
+    rows[7]["scores"] = [1.0, 2.0]
+    with pytest.raises(DataError, match=r"^stage\.margins=true: row 7 scores its rejected resp"):
+        go("c", "data.scores_field=scores", "data.eval_rows=0")
 
 
 @pytest.mark.parametrize("option", ["stage.label_smoothing=0.1", "stage.margins=true"])
@@ -279,6 +282,24 @@ def test_the_usage_in_the_model_card_scores_what_was_trained(tmp_path, chat):
 def run_jsonl(run_dir, *words):
     quiet = [w for w in TINY if not w.startswith("data.")]
     run(configure(*quiet, *QUICK, "data=jsonl", f"run_dir={run_dir}", *words), ["dpo-run"])
+
+
+def test_the_plan_refuses_what_the_run_would(sft):
+    words = (*TINY, "stage=reward", f"model.path={sft}", "run_dir=x", "model.attention=varlen")
+    with pytest.raises(
+        ConfigError, match=r"^model\.attention=varlen: needs a CUDA device; or use "
+    ):
+        plan_rows(configure(*words))
+
+
+def test_the_plan_refuses_families_without_a_score(sft, tmp_path):
+    shutil.copytree(sft / "final", tmp_path / "m")
+    shape = json.loads((tmp_path / "m" / "config.json").read_text())
+    shape |= {"model_type": "cohere", "architectures": ["CohereForCausalLM"]}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(shape))
+    words = (*TINY, "stage=reward", f"model.path={tmp_path / 'm'}", "run_dir=x")
+    with pytest.raises(ConfigError, match=r"no sequence-classification model of the family cohere"):
+        plan_rows(configure(*words))
 
 
 def test_the_plan_counts_the_reward_model(sft, trained):

@@ -1,8 +1,7 @@
 """Attention of packed rows on a CPU: examples of similar length at once, in blocks of queries.
 
 Against one padded batch of all examples this leaves out the padding and most of what the
-causal mask hides, and keeps for the backward only what is cheap to keep. Measured in
-docs/performance.md.
+causal mask hides, and keeps for the backward only what is cheap to keep (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -87,14 +86,18 @@ class GroupedLayout(Layout):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        with torch.autocast("cpu", enabled=False):  # in the dtype of q, k and v
+            return self._attend(q, k, v, call)[None]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
         if call.softcap is None and not call.dropout:
             out: Tensor = _Attention.apply(q, k, v, self.groups, call)
-            return out[None]
+            return out
         out = q.new_empty(*q.shape[:2], v.shape[2])
         for group in self.groups:
             taken = group.take(q), group.take(k), group.take(v)
             group.put(out, kernels.matmul(*taken, group.visible(call.window), call))
-        return out[None]
+        return out
 
 
 def _similar(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
@@ -156,10 +159,7 @@ class _Attention(torch.autograd.Function):
             work = _Work(group, q, k, v, ctx.call)
             grad = group.without_padding(group.take(grads[0]))
             dq = []
-            # Summed over blocks: in float32.
-            dk, dv = (
-                torch.zeros_like(x, dtype=kernels.promoted(x.dtype)) for x in (work.k, work.v)
-            )
+            dk, dv = work.sums_over_blocks()
             for queries in work.blocks():
                 keys = slice(0, queries.stop)
                 p = next(kept) if work.keeps else work.probabilities(queries)

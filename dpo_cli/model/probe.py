@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +46,7 @@ def refuse_unavailable(choice: str, on: Placement | None) -> None:
     on = on or Placement()
     why = kernels.lacking(choice, on.device, on.dtype)
     if why is not None:
-        raise ConfigError(f"model.attention={choice}: {why}, or use model.attention=auto")
+        raise ConfigError(f"model.attention={choice}: {why}; or use model.attention=auto")
 
 
 def choose_attention(
@@ -194,13 +194,13 @@ class _Trial:
 
 def _difference(found: _Figures, truth: _Figures) -> str | None:
     """What sets a packed row apart from the plain forward, beyond rounding."""
-    away = float((found.values - truth.values).abs().max())
+    away = float((found.values - truth.values).abs().max())  # NaN if any is
     if not away < VALUE_TOLERANCE:
         return f"its values are {away:.2g} away from the plain forward's"
     pairs = list(zip(found.gradients, truth.gradients, strict=True))
     # Some gradients are zero but for rounding, such as a key bias's.
-    floor = 1e-3 * max((float(g.norm()) for g in truth.gradients), default=0.0)
-    worst = max((float((a - b).norm()) / (float(b.norm()) + floor) for a, b in pairs), default=0.0)
+    floor = 1e-3 * _largest(g.norm() for g in truth.gradients)
+    worst = _largest((a - b).norm() / (b.norm() + floor) for a, b in pairs)
     if not worst < GRADIENT_TOLERANCE:
         return f"its gradients are {worst:.1%} away from the plain forward's"
     return None
@@ -256,4 +256,9 @@ def _kernel_difference(packed: Any, exact: PaddedLayout, asked: Seen, on: Placem
         grads = torch.autograd.grad((out.float() * weights).sum(), inputs)
         outcomes.append([out.detach().float(), *(g.float() for g in grads)])
     pairs = zip(*outcomes, strict=True)
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    return _largest((a - b).norm() / b.norm() for a, b in pairs)
+
+
+def _largest(values: Iterable[Tensor]) -> float:
+    """The largest, 0 of none, NaN if one is: Python's `max` would pass over it."""
+    return float(torch.stack([torch.zeros(()), *(v.float().cpu() for v in values)]).max())

@@ -56,7 +56,7 @@ def load_reward_model(
             shape.num_labels = 1
             model, new = AutoModelForSequenceClassification.from_config(shape), True
         else:
-            _check_kind(hf_config(config, tokenizer, key), config, key)
+            check_kind(hf_config(config, tokenizer, key), config, key)
             model, new = read_pretrained(
                 AutoModelForSequenceClassification, config, key, f"{HEAD}.", num_labels=1
             )
@@ -69,7 +69,8 @@ def load_reward_model(
     return model
 
 
-def _check_kind(found: PretrainedConfig, config: ModelConfig, key: str) -> None:
+def check_kind(found: PretrainedConfig, config: ModelConfig, key: str = "model.path") -> None:
+    """ConfigError for a family or a classifier that cannot be a reward model."""
     where = f"{key}={config.path or config.hub_id}"
     known = type(found) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if not (known or config.trust_remote_code):

@@ -99,7 +99,13 @@ def margins_of(examples: Sequence[EncodedExample], device: torch.device) -> Tens
                 "(of your own, name their field with data.scores_field) or stage.margins=false"
             )
     scores = np.array([e.scores for e in examples], dtype=np.float64).reshape(-1, 2)
-    return torch.tensor(scores[:, 0] - scores[:, 1], dtype=torch.float32, device=device)
+    margins = scores[:, 0] - scores[:, 1]
+    for i in np.flatnonzero(margins < 0):
+        raise DataError(
+            f"stage.margins=true: row {examples[int(i)].row} scores its rejected response higher "
+            "than its chosen one: mend the row or use stage.margins=false"
+        )
+    return torch.tensor(margins, dtype=torch.float32, device=device)
 
 
 def digest(margins: Tensor | None) -> str:
