@@ -5,38 +5,37 @@ A line is `key=value: what is wrong; the remedy`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dpo_cli.bounds import BOUNDS
 from dpo_cli.config import (
     BEST_METRICS,
     CHOICES,
-    LOSS_OPTIONS,
-    DpoConfig,
-    EvaluateConfig,
-    JsonlDataConfig,
-    LabelConfig,
     OptimConfig,
-    RewardConfig,
     RunConfig,
     SentimentDataConfig,
     TrainConfig,
 )
 from dpo_cli.errors import ConfigError
 from dpo_cli.hints import did_you_mean
+from dpo_cli.stage_checks import READERS, no_effect, stage_problems, value_at
 
-TRAINING = ("sft", "dpo", "reward")
+TRAINING = ("sft", "dpo", "reward", "ppo-baseline")
+WITHOUT_DATA = ("label", "frontier")  # stages that read the files of others
 GENERATED_IGNORES = ("hub_id", "hub_config", "revision", "path", "eval_path", "eval_split")
 SETTINGS = {"optim": OptimConfig(), "train": TrainConfig()}  # of training
-READ_ANYWAY = {("evaluate", "train.micro_batch_tokens")}  # by stages that do not train
+READ_ANYWAY = {  # by stages that do not train
+    (stage, "train.micro_batch_tokens") for stage in ("evaluate", "label")
+}  # fmt: skip
 OPTIM_OPTIONS = {"adamw": {"betas"}, "rmsprop": {"alpha"}, "adamw8bit": {"betas"}}
 
 
-FILES = ("model.path", "data.path", "data.eval_path", "stage.samples", "stage.pairs")
+FILES = (
+    "model.path", "data.path", "data.eval_path", "stage.samples", "stage.pairs", "stage.optimum",
+    "stage.policies", "stage.evaluations", "reward_fn.path",
+)  # fmt: skip
 
 
 def check(config: RunConfig, typed: Sequence[str] = (), coming: Sequence[Path] = ()) -> None:
@@ -44,25 +43,21 @@ def check(config: RunConfig, typed: Sequence[str] = (), coming: Sequence[Path] =
 
     typed: the command line's words; coming: folders whose files need not be there yet.
     """
-    parts = (_choices, _bounds, partial(_files, coming=coming), _model, _data, _stage, _train)
-    problems = [line for part in (*parts, _optim, _hardware) for line in part(config)]
+    parts = (_choices, _bounds, partial(_files, coming=coming), _model, _data)
+    problems = [
+        line
+        for part in (*parts, stage_problems, _train, _optim, _hardware)
+        for line in part(config)
+    ]
     keys = sorted({word.lstrip("+").partition("=")[0] for word in typed})
     problems += [*_without_effect(config, keys), *_trust(config, keys)]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _value(config: RunConfig, key: str) -> Any:
-    """The value at a dotted key; None where the chosen options have no such key."""
-    node: Any = config
-    for name in key.split("."):
-        node = getattr(node, name, None)
-    return node
-
-
 def _choices(config: RunConfig) -> Iterator[str]:
     for key, allowed in CHOICES.items():
-        value = _value(config, key)
+        value = value_at(config, key)
         if value is None or value in allowed:
             continue
         if key == "hardware.precision" and value in ("fp16", "float16", "half"):
@@ -76,7 +71,7 @@ def _choices(config: RunConfig) -> Iterator[str]:
 
 def _bounds(config: RunConfig) -> Iterator[str]:
     for key, (rule, holds) in BOUNDS.items():
-        value = _value(config, key)
+        value = value_at(config, key)
         if value is not None and not holds(value):
             yield f"{key}={value}: {rule}"
 
@@ -86,11 +81,16 @@ def _files(config: RunConfig, coming: Sequence[Path]) -> Iterator[str]:
         return not Path(path).exists() and not any(map(Path(path).is_relative_to, coming))
 
     for key in FILES:
-        value = _value(config, key)
-        if value is not None and absent(value):
-            yield f"{key}={value}: no such file or folder"
-    for key in ("stage.reference", "model.tokenizer"):  # a hub id looks like owner/name
-        value = _value(config, key)
+        value = value_at(config, key)
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None and absent(path):
+                yield f"{key}={path}: no such file or folder"
+    for key in (
+        "stage.reference",
+        "stage.opponent",
+        "model.tokenizer",
+    ):  # a hub id looks like owner/name
+        value = value_at(config, key)
         local = value is not None and (value.startswith((".", "/")) or value.count("/") > 1)
         if local and absent(value):
             yield f"{key}={value}: no such folder"
@@ -98,7 +98,8 @@ def _files(config: RunConfig, coming: Sequence[Path]) -> Iterator[str]:
 
 def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
-    if not (model.path or model.hub_id or model.architecture) and config.stage.name != "label":
+    named = model.path or model.hub_id or model.architecture or value_at(config, "stage.policies")
+    if not named and config.stage.name not in WITHOUT_DATA:
         yield (
             f"model={model.name}: no weights; set model.path=<folder> or model.hub_id=<owner/name>"
         )
@@ -117,77 +118,24 @@ def _model(config: RunConfig) -> Iterator[str]:
 
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
-    local = isinstance(data, SentimentDataConfig) or config.stage.name == "label"
+    local = isinstance(data, SentimentDataConfig) or config.stage.name in WITHOUT_DATA
     if not (local or data.path or data.hub_id):
         yield f"data={data.name}: no rows; set data.path=<file or folder>"
     for name in GENERATED_IGNORES if isinstance(data, SentimentDataConfig) else ():
         if getattr(data, name) is not None:
-            yield _no_effect(f"data.{name}", getattr(data, name), "data=sentiment")
+            yield no_effect(f"data.{name}", getattr(data, name), "data=sentiment")
     longest, prompt = data.max_length, data.max_prompt_length
     if longest is not None and prompt is not None and prompt >= longest:
         yield (
             f"data.max_prompt_length={prompt}: must be below data.max_length={longest}, "
             "the response needs room"
         )
-    fewest, most = _value(config, "data.min_prompt_words"), _value(config, "data.max_prompt_words")
+    fewest, most = (
+        value_at(config, "data.min_prompt_words"),
+        value_at(config, "data.max_prompt_words"),
+    )
     if fewest is not None and most < fewest:
         yield f"data.max_prompt_words={most}: must be at least data.min_prompt_words={fewest}"
-
-
-def _stage(config: RunConfig) -> Iterator[str]:
-    stage = config.stage
-    if isinstance(stage, (DpoConfig, RewardConfig)):
-        yield from _pairs(config)
-    if isinstance(stage, DpoConfig):
-        yield from _loss(stage)
-    if isinstance(stage, LabelConfig):
-        if stage.samples is None:
-            yield "stage.samples=null: nothing to label; give the folder of a stage=sample run"
-        if stage.temperature == 0:
-            yield "stage.temperature=0.0: must be above 0; use stage.labels=deterministic"
-        if stage.labels == "deterministic" and stage.temperature != 1.0:
-            yield _no_effect("stage.temperature", stage.temperature, "stage.labels=deterministic")
-    generated = isinstance(config.data, SentimentDataConfig)
-    if isinstance(stage, EvaluateConfig) and stage.scorer == "sentiment" and not generated:
-        yield (
-            "stage.scorer=sentiment: rates the reviews of data=sentiment, not "
-            f"data={config.data.name}; use another, stage.scorer=length"
-        )
-    if isinstance(stage, EvaluateConfig) and stage.prompts == 0:
-        yield "stage.prompts=0: nothing to evaluate; use at least 1"
-
-
-def _pairs(config: RunConfig) -> Iterator[str]:
-    data, stage = config.data, f"stage={config.stage.name}"
-    if data.name == "imdb":
-        yield (
-            f"data=imdb: has no preference pairs for {stage}; sample and label some first "
-            "(stage=sample, stage=label) or use another dataset"
-        )
-    if isinstance(data, SentimentDataConfig) and data.responses == 1:
-        yield f"data.responses=1: {stage} needs at least 2"
-    if isinstance(data, JsonlDataConfig) and not (data.rejected_field or data.responses_field):
-        yield (
-            f"data.rejected_field=null: {stage} needs pairs; name the rejected response's field "
-            "or data.responses_field"
-        )
-
-
-def _loss(stage: DpoConfig) -> Iterator[str]:
-    """Options that the chosen loss would silently ignore."""
-    read = LOSS_OPTIONS.get(stage.loss)
-    if read is None:
-        return  # reported as an unknown choice
-    defaults = {f.name: f.default for f in dataclasses.fields(DpoConfig)}
-    for name in sorted(set().union(*LOSS_OPTIONS.values()) - read):
-        value = getattr(stage, name)
-        if value != defaults[name]:
-            yield _no_effect(f"stage.{name}", value, f"stage.loss={stage.loss}")
-    if stage.loss == "unlikelihood":
-        for name in ("reference", "reference_logprobs"):
-            value = getattr(stage, name)
-            if value != defaults[name]:
-                yield _no_effect(f"stage.{name}", value, "stage.loss=unlikelihood")
 
 
 def _train(config: RunConfig) -> Iterator[str]:
@@ -207,20 +155,16 @@ def _optim(config: RunConfig) -> Iterator[str]:
     ignored = set().union(*OPTIM_OPTIONS.values()) - OPTIM_OPTIONS.get(optim.name, set())
     for name in sorted(ignored) if optim.name in OPTIM_OPTIONS else ():
         if getattr(optim, name) != getattr(defaults, name):
-            yield _no_effect(f"optim.{name}", getattr(optim, name), f"optim={optim.name}")
+            yield no_effect(f"optim.{name}", getattr(optim, name), f"optim={optim.name}")
     if optim.warmup_steps is not None and optim.warmup_ratio != defaults.warmup_ratio:
         steps = f"optim.warmup_steps={optim.warmup_steps}"
-        yield _no_effect("optim.warmup_ratio", optim.warmup_ratio, steps)
+        yield no_effect("optim.warmup_ratio", optim.warmup_ratio, steps)
 
 
 def _hardware(config: RunConfig) -> Iterator[str]:
     devices = config.hardware.devices
     if devices > 1:
         yield f"hardware.devices={devices}: several devices are not supported yet; use 1"
-
-
-def _no_effect(key: str, value: Any, chosen: str) -> str:
-    return f"{key}={value}: has no effect with {chosen}; remove it"
 
 
 def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
@@ -231,20 +175,22 @@ def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
     stage, path = config.stage.name, config.model.path
     for key in keys:
         group, _, name = key.partition(".")
-        value = _value(config, key)
+        value = value_at(config, key)
         if value is None or not name:  # not a key's word but an option's, such as optim=adamw
             continue
         untrained = group in SETTINGS and stage not in TRAINING and (stage, key) not in READ_ANYWAY
         if untrained and value != getattr(SETTINGS[group], name):
-            yield _no_effect(key, value, f"stage={stage}, which trains nothing")
+            yield no_effect(key, value, f"stage={stage}, which trains nothing")
         elif stage == "reward" and key.startswith("train.sample_") and value:
-            yield _no_effect(key, value, "stage=reward, which generates nothing")
+            yield no_effect(key, value, "stage=reward, which generates nothing")
+        elif group in READERS and stage not in READERS[group]:
+            yield no_effect(key, value, f"stage={stage}")
         elif key == "hardware.compile" and value and stage not in TRAINING:
-            yield _no_effect(key, value, f"stage={stage}, which trains nothing")
+            yield no_effect(key, value, f"stage={stage}, which trains nothing")
         elif key.startswith(("model.revision", "model.architecture.")) and path:
-            yield _no_effect(key, value, f"model.path={path}")
+            yield no_effect(key, value, f"model.path={path}")
         elif key == "model.lr_scale" and (path or not config.model.architecture):
-            yield _no_effect(key, value, "weights that are not random")
+            yield no_effect(key, value, "weights that are not random")
 
 
 def _trust(config: RunConfig, keys: Sequence[str]) -> list[str]:

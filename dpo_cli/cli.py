@@ -193,30 +193,30 @@ def _sweep(args: Namespace) -> int:
     """Hand the jobs to Hydra, then sum up."""
     from dpo_cli import overrides, sweep
 
-    for key, remedy in {
-        "run_dir": "each job of a sweep has its own folder; use hydra.sweep.dir=<folder>",
-        "resume": "a sweep cannot be resumed; resume one of its jobs with resume=<run folder>",
-    }.items():
-        if any(word.startswith(f"{key}=") for word in args.overrides):
-            raise ConfigError(f"{key}: {remedy}")
+    if any(word.startswith("run_dir=") for word in args.overrides):
+        remedy = "each job of a sweep has its own folder; use hydra.sweep.dir=<folder>"
+        raise ConfigError(f"run_dir: {remedy}")
+    resume = any(word.lower() == "resume=true" for word in args.overrides)
+    args.overrides = [word for word in args.overrides if not word.startswith("resume=")]
     cfg = overrides.composed(overrides.first_job(args.overrides), args.config_name)
-    args.overrides = overrides.for_every_option(args.overrides)
+    words, args.overrides = args.overrides, overrides.for_every_option(args.overrides)
     if cfg.dry_run:
         with tempfile.TemporaryDirectory(prefix="dpo-run-") as name:
-            _hydra_main(args, [f"hydra.sweep.dir={sweep.claim(name)}"])
+            with sweep.claimed(name, words):
+                _hydra_main(args, [f"hydra.sweep.dir={name}"])
             return sweep.exit_code(sweep.recorded_jobs(Path(name)))
-    folder = sweep.claim(cfg.hydra.sweep.dir)
-    return _finished_sweep(args, folder)
+    with sweep.claimed(cfg.hydra.sweep.dir, words, resume) as folder:
+        return _finished_sweep(args, folder, resume)
 
 
-def _finished_sweep(args: Namespace, folder: Path) -> int:
+def _finished_sweep(args: Namespace, folder: Path, resumed: bool) -> int:
     from dpo_cli import sweep
     from dpo_cli.launch import as_override
 
     try:
         _hydra_main(args, [as_override("hydra.sweep.dir", str(folder))])
     except ConfigError:
-        if not sweep.recorded_jobs(folder):
+        if not resumed and not sweep.recorded_jobs(folder):
             shutil.rmtree(folder)  # all in it is ours: it was empty when claimed
         raise
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,8 +26,11 @@ PAIRED = ("dpo", "reward")  # stages that compare responses
 PATH_KEYS = {
     "model": ("path", "tokenizer"),
     "data": ("path", "eval_path"),
-    "stage": ("reference", "samples", "pairs"),
-}
+    "stage": (
+        "reference", "samples", "pairs", "optimum", "opponent", "policies", "evaluations"
+    ),
+    "reward_fn": ("path",),
+}  # fmt: skip
 
 
 class Mismatch(Exception):
@@ -88,10 +92,14 @@ def _user_cache() -> str:
 
 def _expand(group: Any, keys: Sequence[str]) -> Any:
     """`~` at the start of paths: shells leave it alone after `key=`."""
-    paths = {key: getattr(group, key, None) for key in keys}
-    return dataclasses.replace(
-        group, **{key: os.path.expanduser(path) for key, path in paths.items() if path}
-    )
+    changed: dict[str, Any] = {}
+    for key in keys:
+        value = getattr(group, key, None)
+        if isinstance(value, list):
+            changed[key] = [os.path.expanduser(path) for path in value]
+        elif value:
+            changed[key] = os.path.expanduser(value)
+    return dataclasses.replace(group, **changed)
 
 
 def refuse_targets(node: Any, path: str = "") -> None:
@@ -185,6 +193,10 @@ def _convert(value: Any, kind: Any) -> Any:
         if not isinstance(value, list):
             raise Mismatch(f"a list such as [{NAMES[item]}, ...]")
         return [_convert(entry, item) for entry in value]
+    if get_origin(kind) is UnionType:
+        if type(value) in get_args(kind):
+            return value
+        raise Mismatch(" or ".join(NAMES[part] for part in get_args(kind)))
     if kind is str and not isinstance(value, str):
         raise Mismatch("text; put it in quotes")  # YAML reads a bare off as false, 7e1 as 70.0
     if type(value) is kind:

@@ -85,12 +85,28 @@ def _write_manifest(folder: Path) -> None:
     entries = {}
     for path in files:
         _sync(path)
-        name = path.relative_to(folder).as_posix()
-        entries[name] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
+        entries[path.relative_to(folder).as_posix()] = _entry(path)
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": entries}, indent=1))
     _sync(manifest)
     _sync(folder)
+
+
+def _entry(path: Path) -> dict[str, str | int]:
+    return {"sha256": file_digest(path), "bytes": path.stat().st_size}
+
+
+def replace_json(folder: Path, name: str, value: object) -> None:
+    """Replace a JSON file of a published folder, and its entry in the manifest.
+
+    After a crash between the two the file is unlisted, not refuted. Raises DiskError.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"].pop(name, None)
+    write_json(folder / MANIFEST, manifest)
+    write_json(folder / name, value)
+    manifest["files"][name] = _entry(folder / name)
+    write_json(folder / MANIFEST, manifest)
 
 
 def _sync(path: Path) -> None:

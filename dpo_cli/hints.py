@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import operator
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
-from dpo_cli.config import DATA_SCHEMAS, STAGE_SCHEMAS, RunConfig
+from dpo_cli.config import (
+    DATA_SCHEMAS,
+    JUDGE_SCHEMAS,
+    REWARD_FN_SCHEMAS,
+    STAGE_SCHEMAS,
+    RunConfig,
+)
 
-TABLES: dict[str, Mapping[str, type]] = {"data": DATA_SCHEMAS, "stage": STAGE_SCHEMAS}
+TABLES: dict[str, Mapping[str, type]] = {
+    "data": DATA_SCHEMAS,
+    "stage": STAGE_SCHEMAS,
+    "reward_fn": REWARD_FN_SCHEMAS,
+    "judge": JUDGE_SCHEMAS,
+}
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
@@ -20,12 +33,11 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def optional(hint: Any) -> tuple[Any, bool]:
-    """(X, True) for `X | None`, (X, False) for X."""
+    """(X, True) for `X | None`, (X, False) for X; X may be a union itself."""
     if get_origin(hint) is not types.UnionType:
         return hint, False
     kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    assert len(kinds) == 1, f"the schema has unions with None only, not {hint}"
-    return kinds[0], True
+    return functools.reduce(operator.or_, kinds), len(kinds) < len(get_args(hint))
 
 
 def leaf_keys(schema: Any, prefix: str) -> list[str]:

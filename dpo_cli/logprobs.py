@@ -55,9 +55,13 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def promote(logits: Tensor) -> Tensor:
-    """Float32, in which log-softmax is taken; float64 stays (for the exactness tests)."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def promoted(dtype: torch.dtype) -> torch.dtype:
+    """Float32, in which softmax is taken; float64 stays (for the exactness tests)."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def promote(x: Tensor) -> Tensor:
+    return x.to(promoted(x.dtype))
 
 
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
@@ -164,7 +168,7 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         head = head.cast(_compute_dtype(hidden))
         grads = _Gradients((hidden, weight, bias), wanted)
-        loss = torch.zeros((), dtype=promote(hidden[:0]).dtype, device=hidden.device)
+        loss = torch.zeros((), dtype=promoted(hidden.dtype), device=hidden.device)
         parts = []
         for examples, rows in _whole_examples(counts, head.rows_per_chunk()):
             if any(wanted):
@@ -179,6 +183,7 @@ class _FusedLoss(torch.autograd.Function):
             parts.append(logprobs)
             if any(wanted):
                 grads.add(rows, head, slopes, weights[:, None] * head.scale)
+                del slopes  # or they would live beside the next chunk's
         ctx.save_for_backward(*grads.sums)
         logprobs = torch.cat(parts)
         ctx.mark_non_differentiable(logprobs)

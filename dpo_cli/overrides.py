@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -52,6 +53,12 @@ def values(word: Override) -> list[Any]:
     if word.value_type not in LISTED:
         return []
     return [v.text if isinstance(v, QuotedString) else v for v in word.sweep_iterator()]
+
+
+def job_count(words: Sequence[str]) -> int | None:
+    """How many jobs a sweep over the words has; None where only Hydra's sweeper knows."""
+    counts = [len(values(word)) for word in parsed(words) if word.is_sweep_override()]
+    return math.prod(counts) if all(counts) else None
 
 
 def first_job(words: Sequence[str]) -> list[str]:

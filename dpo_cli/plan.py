@@ -10,16 +10,18 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from dpo_cli.checks import WITHOUT_DATA
 from dpo_cli.config import DpoConfig, EvaluateConfig, RewardConfig, RunConfig, SftConfig
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import plan_steps
-from dpo_cli.logprobs import CHUNK_BYTES
+from dpo_cli.logprobs import BLOCK_BYTES, CHUNK_BYTES
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.load import configured_context, count_parameters, hf_config, load_tokenizer
 from dpo_cli.model.probe import refuse_unavailable
 from dpo_cli.model.reward import check_kind
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import summary_table
+from dpo_cli.stages.policies import find_policies
 from dpo_cli.train.runtime import MICRO_BATCH_TOKENS, Runtime, start_runtime
 
 OPTIMIZER_BYTES = {"adamw": 8, "rmsprop": 4, "adamw8bit": 2}  # of state, a weight
@@ -55,8 +57,12 @@ def plan_rows(config: RunConfig) -> list[tuple[str, object]]:
     """(name, value) lines of the plan."""
     runtime = start_runtime(config.hardware, config.seed)
     rows: list[tuple[str, object]] = [("stage", stage_line(config))]
-    if config.stage.name == "label":
+    if config.stage.name in WITHOUT_DATA:
         return [*rows, ("writes", config.run_dir)]
+    if isinstance(config.stage, EvaluateConfig) and config.stage.policies:
+        points = find_policies(config, lambda line: rows.append(("", line)))
+        rows.append(("policies", f"{len(points):,}, the first of them:"))
+        config = replace(config, model=points[0].source)
     tokenizer = load_tokenizer(config.model)
     stage = config.stage
     reward = isinstance(stage, RewardConfig)
@@ -144,5 +150,11 @@ def estimate(
         gradients=4 * parameters,
         optimizer=OPTIMIZER_BYTES[config.optim.name] * parameters,
         activations=4 * ACTIVATIONS_A_LAYER * width * layers * tokens,
-        logits=0 if config.stage.name == "reward" else 3 * CHUNK_BYTES[runtime.device.type],
+        logits=0 if config.stage.name == "reward" else head_bytes(runtime.device.type),
     )
+
+
+def head_bytes(device: str) -> int:
+    """What `fused_loss` holds: a chunk's slopes, and a block's logits and their softmax while
+    the next one's logits are made."""
+    return CHUNK_BYTES[device] + 3 * BLOCK_BYTES[device]

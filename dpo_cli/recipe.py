@@ -10,23 +10,24 @@ what the steps it uses have written, and the version of dpo-run.
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli import __version__, recipe_report
 from dpo_cli.compose import prepare
-from dpo_cli.durable import disk_errors, write_json
+from dpo_cli.durable import write_json
 from dpo_cli.errors import ConfigError
 from dpo_cli.launch import as_override, run_child, shell_status
 from dpo_cli.overrides import composed, first_job
-from dpo_cli.recipe_file import Recipe, Step, find_recipe, load_recipe, resolve
-from dpo_cli.recipe_state import Decision, decide, identity, outside_files
-from dpo_cli.run_folder import is_bare, is_used, make, read_json, refuse_locked
+from dpo_cli.recipe_expand import Folders, Task, expand, resolve
+from dpo_cli.recipe_file import Recipe, find_recipe, load_recipe
+from dpo_cli.recipe_plan import because, print_plan
+from dpo_cli.recipe_report import Outcome, print_outcomes, print_report
+from dpo_cli.recipe_state import Decision, examine, identity, record_of
+from dpo_cli.run_folder import is_bare, is_used, make, read_json, refuse_locked, set_aside
 from dpo_cli.train.guard import run_lock
 
 
@@ -40,15 +41,6 @@ class Command:
     dry_run: bool
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What was done with a step."""
-
-    step: Step
-    action: str
-    seconds: float
-
-
 def run_recipe(words: Sequence[str]) -> int:
     """Run the command `dpo-run <words>`; the exit code of the first step that fails."""
     command = parse(words)
@@ -57,7 +49,7 @@ def run_recipe(words: Sequence[str]) -> int:
     _refuse_foreign(run_dir, recipe)
     _check_steps(recipe, run_dir)
     if command.dry_run:
-        _print_plan(recipe, run_dir)
+        print_plan(recipe, run_dir)
         return 0
     make(run_dir)
     with run_lock(run_dir):
@@ -103,109 +95,115 @@ def _check_steps(recipe: Recipe, run_dir: Path) -> None:
 
     What an earlier step has yet to write may be missing.
     """
-    folders: dict[str, Path] = {}
-    problems: list[str] = []
-    for step in recipe.steps:
-        words, _ = resolve(recipe, step, folders)
-        folders[step.name] = run_dir / step.label
+    folders: Folders = {}
+    tasks = expand(recipe)
+    found: dict[tuple[str, str], list[Task]] = {}  # (step, problem) -> who has it
+    for task in tasks:
+        words, _ = resolve(recipe, task, folders)
+        task.at(run_dir, folders)
         try:
-            prepare(composed(first_job(words) if step.sweep else words), words, coming=[run_dir])
+            first = first_job(words) if task.step.sweep else words
+            prepare(composed(first), words, coming=[run_dir])
         except ConfigError as error:
-            problems += [f"step {step.name}: {line}" for line in str(error).splitlines()]
+            for line in str(error).splitlines():
+                found.setdefault((task.step.name, line), []).append(task)
+    problems: list[str] = []
+    for (name, line), having in found.items():
+        all_have_it = len(having) == sum(task.step.name == name for task in tasks)
+        titles = [name] if all_have_it else [task.title for task in having]
+        problems += [f"step {title}: {line}" for title in titles]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def _run_steps(recipe: Recipe, run_dir: Path) -> int:
     outcomes: list[Outcome] = []
-    folders: dict[str, Path] = {}
-    for step in recipe.steps:
-        inputs, decision = _examine(recipe, step, run_dir, folders)
-        count = f"[{step.number}/{len(recipe.steps)}] {step.name}"
-        print(f"{count}: {decision.action}{_because(decision)}", flush=True)
-        started = time.monotonic()
+    folders: Folders = {}
+    tasks = expand(recipe)
+    for number, task in enumerate(tasks, 1):
+        inputs, decision = examine(recipe, task, run_dir, folders)
+        head = f"[{number}/{len(tasks)}] {task.title}"
+        print(f"{head}: {decision.action}{because(decision)}", flush=True)
+        folder, started = task.at(run_dir, folders), time.monotonic()
         code = 0
         if decision.action != "skip":
-            code = _run_step(step, run_dir / step.label, inputs, decision)
-        outcomes.append(Outcome(step, decision.action, time.monotonic() - started))
+            code = _run_task(task, folder, inputs, decision)
+        seconds = time.monotonic() - started
         if code:
-            print(
-                f"step {step.name} ended with exit code {code}; to go on, run the same command "
-                f"again: finished steps are skipped, {run_dir / step.label} is resumed if it has "
-                "checkpoints (remove it to start that step anew)",
-                file=sys.stderr,
-            )
+            print(_how_to_go_on(task, folder, code), file=sys.stderr)
             return shell_status(code)
-        folders[step.name] = run_dir / step.label
-    recipe_report.print_outcomes([(o.step.label, o.action, o.seconds) for o in outcomes])
-    recipe_report.print_report([(row["label"], folders[row["step"]]) for row in recipe.report])
+        spent = record_of(task, run_dir).get("seconds")
+        names = (task.step.name, task.step.label, task.label, task.title)
+        outcomes.append(Outcome(*names, str(folder), decision.action, seconds, spent))
+    print_outcomes(outcomes)
+    told = facts(recipe, run_dir, outcomes)
+    print_report(told["report"], recipe.repeat.key if recipe.repeat else "")
+    from dpo_cli.report.page_recipe import write_recipe_report  # jinja2 is slow to import
+
+    print(f"report: {write_recipe_report(run_dir, told)}")
     return 0
 
 
-def _because(decision: Decision) -> str:
-    return f" ({decision.reason})" if decision.reason else ""
+def facts(recipe: Recipe, run_dir: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """What was run, where and for how long, as plain values: for a report.
 
-
-def _examine(
-    recipe: Recipe, step: Step, run_dir: Path, folders: dict[str, Path]
-) -> tuple[dict[str, Any], Decision]:
-    """The step's inputs as they are now, and what follows for it."""
-    overrides, uses = resolve(recipe, step, folders)
-    inputs = {
-        "overrides": overrides,
-        "files": outside_files(overrides, run_dir),
-        "uses": {name: identity(folders[name]) for name in uses},
-        "version": __version__,
+    steps: the fields of `Outcome`, in the order of running; report: label, and the folder of
+    each value of what is repeated.
+    """
+    repeat = recipe.repeat
+    return {
+        "recipe": recipe.name,
+        "description": recipe.description,
+        "vars": recipe.variables,
+        "repeat": {repeat.key: list(repeat.values.values())} if repeat else {},
+        "run_dir": str(run_dir),
+        "steps": [asdict(outcome) for outcome in outcomes],
+        "report": [
+            {
+                "label": row["label"],
+                "folders": [o.folder for o in outcomes if o.name == row["step"]],
+            }
+            for row in recipe.report
+        ],
     }
-    record = read_json(run_dir / f"{step.label}.json")
-    return inputs, decide(run_dir / step.label, record, inputs)
 
 
-def _run_step(step: Step, folder: Path, inputs: dict[str, Any], decision: Decision) -> int:
-    record = folder.with_name(f"{step.label}.json")
+def _how_to_go_on(task: Task, folder: Path, code: int) -> str:
+    goes_on = "goes on with its jobs" if task.step.sweep else "is resumed if it has checkpoints"
+    return (
+        f"step {task.title} ended with exit code {code}; to go on, run the same command again: "
+        f"finished steps are skipped, {folder} {goes_on} (remove it to start that step anew)"
+    )
+
+
+def _run_task(task: Task, folder: Path, inputs: dict[str, Any], decision: Decision) -> int:
+    path = folder.with_name(f"{task.label}.json")
+    before = read_json(path)
     refuse_locked(folder)
-    kept = is_used(folder) if step.sweep else not is_bare(folder)
+    kept = is_used(folder) if task.step.sweep else not is_bare(folder)
     if decision.action == "run" and kept:
-        _set_aside(folder)
-    write_json(record, {"status": "started", "inputs": inputs})
+        set_aside(folder, folder.with_name(f"{folder.name}.old"))
+    record: dict[str, Any] = {"status": "started", "inputs": inputs, "seconds": 0.0}
     if decision.action == "resume":
-        words = [f"resume={folder}"]
-    elif step.sweep:
-        words = ["-m", *inputs["overrides"], as_override("hydra.sweep.dir", str(folder))]
-    else:
-        words = [*inputs["overrides"], as_override("run_dir", str(folder))]
-    code, stopped = run_child(words)
+        record["seconds"] = before.get("seconds", 0.0)
+    if "finished_seconds" in before:
+        record["finished_seconds"] = before["finished_seconds"]
+    write_json(path, record)
+    started = time.monotonic()
+    code, stopped = run_child(_command(task, folder, inputs["overrides"], decision))
+    record["seconds"] += time.monotonic() - started
     if code == 0:
-        outputs = identity(folder)
-        write_json(record, {"status": "done", "inputs": inputs, "outputs": outputs})
+        record |= {"status": "done", "outputs": identity(folder)}
+        record["finished_seconds"] = record["seconds"]
+    write_json(path, record)
     if stopped and code == 0:
         raise KeyboardInterrupt
     return code
 
 
-def _set_aside(folder: Path) -> None:
-    """Keep the step's previous folder as `<folder>.old-1`, `.old-2`, ...: it may be a model."""
-    number = 1
-    while (old := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    with disk_errors(folder):
-        folder.rename(old)
-
-
-def _print_plan(recipe: Recipe, run_dir: Path) -> None:
-    """What would be done, step by step; creates nothing."""
-    rows: list[tuple[str, str, str]] = []
-    folders: dict[str, Path] = {}
-    again: set[str] = set()
-    for step in recipe.steps:
-        overrides, uses = resolve(recipe, step, folders)
-        if waiting := again.intersection(uses):
-            decision = Decision("run", f"after {', '.join(sorted(waiting))}")
-        else:
-            _, decision = _examine(recipe, step, run_dir, folders)
-        folders[step.name] = run_dir / step.label
-        if decision.action != "skip":
-            again.add(step.name)
-        command = shlex.join(["dpo-run", *(["-m"] if step.sweep else []), *overrides])
-        rows.append((step.label, f"{decision.action}{_because(decision)}", command))
-    recipe_report.print_plan(f"{recipe.name}: {recipe.description}", rows, run_dir)
+def _command(task: Task, folder: Path, words: list[str], decision: Decision) -> list[str]:
+    resumed = decision.action == "resume"
+    if task.step.sweep:
+        place = as_override("hydra.sweep.dir", str(folder))
+        return ["-m", *words, place, *(["resume=true"] if resumed else [])]
+    return [f"resume={folder}"] if resumed else [*words, as_override("run_dir", str(folder))]

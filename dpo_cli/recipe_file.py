@@ -1,16 +1,23 @@
 """recipes/*.yaml: ordered steps, each a set of overrides for one `dpo-run` command.
 
     description: one line
-    vars: {rows: 1000, path: "???"}  vars.rows=... on the command line changes it; ??? must be given
+    vars: {rows: 1000, path: "???", seeds: [0, 1]}  vars.rows=... on the command line changes it;
+                                                    ??? must be given
+    repeat: {seed: "${vars.seeds}"}  the steps run once for each value; vars.seeds=0,1,2 changes it
     steps:
       - name: sft
-        overrides: {stage: sft, data.rows: "${vars.rows}"}
+        overrides: {stage: sft, data.rows: "${vars.rows}", seed: "${repeat.seed}"}
+        minutes: 3                  a guess on two CPU cores, for the plan
       - name: dpo
         overrides: [stage=dpo, "model.path=${steps.sft.dir}"]   words as on the command line
         sweep: false                true: run with -m, values separated by commas
+      - name: together
+        once: true                  not for each value: before, between or after those that are
+        overrides: {stage: frontier, stage.evaluations: "${steps.dpo.dirs}"}
     report: [{label: SFT, step: evaluate-sft}, ...]   summaries to compare at the end
 
-`${vars.x}` and `${steps.x.dir}` are all the interpolation there is.
+`${vars.x}`, `${repeat.x}`, `${steps.x.dir}` (of the same value) and, in a step that runs once,
+`${steps.x.dirs}` (of all values) are all the interpolation there is.
 """
 
 from __future__ import annotations
@@ -27,7 +34,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_cli.errors import ConfigError
 from dpo_cli.hints import did_you_mean
-from dpo_cli.launch import as_override
 from dpo_cli.paths import recipes_dir
 from dpo_cli.run_folder import key_of
 
@@ -39,8 +45,9 @@ RESERVED = {
     "dry_run": "write it after recipe=",
     "model.trust_remote_code": "a file may not allow foreign code to run",
 }
+REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
-_REFERENCE = re.compile(r"\$\{([^{}]*)\}")
+_KEY = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True)
@@ -50,11 +57,21 @@ class Step:
     number: int
     name: str
     overrides: Sequence[str] | Mapping[str, Any]
-    sweep: bool
+    sweep: bool = False
+    once: bool = False
+    minutes: float | None = None
 
     @property
     def label(self) -> str:
         return f"{self.number:02d}-{self.name}"
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """What the steps run for. values: by the name that a value has in folders."""
+
+    key: str
+    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,7 @@ class Recipe:
     variables: dict[str, Any]
     steps: list[Step]
     report: list[dict[str, str]]  # {label, step}
+    repeat: Repeat | None = None
 
 
 def find_recipe(name: str) -> Path:
@@ -83,7 +101,8 @@ def find_recipe(name: str) -> Path:
 def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True) -> Recipe:
     """Read a recipe. settings: `x=1` for every `vars.x=1` of the command line.
 
-    complete: variables that must be given (`???`) have to be.
+    complete: variables that must be given (`???`) have to be; else the recipe is for looking
+    at, and has no `repeat`.
 
     Raises ConfigError that names the file and the place.
     """
@@ -93,7 +112,7 @@ def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True)
         changed: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(settings)))
     except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    _expect_keys(body, {"description", "vars", "steps", "report"}, f"{path}")
+    _expect_keys(body, {"description", "vars", "repeat", "steps", "report"}, f"{path}")
     variables = body.get("vars") or {}
     for name in changed:
         if name not in variables:
@@ -101,80 +120,90 @@ def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True)
             raise ConfigError(
                 f"vars.{name}: not a variable of this recipe{hint} (it has {_listed(variables)})"
             )
-    steps = [_step(path, number, step) for number, step in enumerate(body.get("steps") or [], 1)]
+    variables = {**variables, **changed}
+    missing = [f"vars.{name}=..." for name, value in variables.items() if value == "???"]
+    given = body.get("repeat") if complete and not missing else None
+    if given is not None:
+        variables = _with_repeated_list(path, given, variables)
     recipe = Recipe(
         name=path.stem,
         description=str(body.get("description") or ""),
-        variables={**variables, **changed},
-        steps=steps,
+        variables=variables,
+        steps=[_step(path, number, step) for number, step in enumerate(body.get("steps") or [], 1)],
         report=body.get("report") or [],
+        repeat=_repeat(path, given, variables) if given is not None else None,
     )
-    _check(path, recipe)
-    missing = [f"vars.{name}=..." for name, value in recipe.variables.items() if value == "???"]
+    _check(path, recipe, repeats=body.get("repeat") is not None)
     if missing and complete:
         raise ConfigError(f"recipe={path.stem}: needs {' '.join(missing)}")
     return recipe
 
 
-def resolve(recipe: Recipe, step: Step, folders: Mapping[str, Path]) -> tuple[list[str], list[str]]:
-    """The step's words for the command line, and the names of the earlier steps it uses.
-
-    folders: name -> folder of each earlier step.
-    """
-    used: list[str] = []
-
-    def value_of(reference: str) -> Any:
-        kind, _, rest = reference.partition(".")
-        if kind == "vars" and rest in recipe.variables:
-            return recipe.variables[rest]
-        name = rest.removesuffix(".dir")
-        if kind == "steps" and rest.endswith(".dir") and name in folders:
-            used.append(name)
-            return str(folders[name])
-        names = [f"vars.{v}" for v in recipe.variables] + [f"steps.{s}.dir" for s in folders]
-        raise ConfigError(
-            f"recipe {recipe.name}, step {step.name}: ${{{reference}}} is neither a variable nor "
-            f"the folder of an earlier step{did_you_mean(reference, names)}"
-        )
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, list):
-            return [fill(item) for item in value]
-        if not isinstance(value, str):
-            return value
-        if whole := _REFERENCE.fullmatch(value):
-            return value_of(whole[1])  # keeps its type
-        return _REFERENCE.sub(lambda match: str(value_of(match[1])), value)
-
-    if isinstance(step.overrides, Mapping):
-        words = [as_override(key, fill(value)) for key, value in step.overrides.items()]
-    else:
-        words = [_filled_word(word, fill) for word in step.overrides]
-    return words, sorted(set(used))
+def _with_repeated_list(path: Path, body: Any, variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables, with the one that `repeat` names as a list: 0,1,2 may be given, or 0."""
+    place = f"{path}: repeat"
+    if not isinstance(body, dict) or len(body) != 1:
+        raise ConfigError(f'{place}: expected one key, such as {{seed: "${{vars.seeds}}"}}')
+    ((key, given),) = body.items()
+    if not _KEY.fullmatch(str(key)):
+        raise ConfigError(f"{place}: {key}: must be of a-z, 0-9 and _")
+    whole = REFERENCE.fullmatch(given) if isinstance(given, str) else None
+    if whole is None:
+        return variables
+    kind, _, name = whole[1].partition(".")
+    if kind != "vars" or name not in variables:
+        hint = did_you_mean(whole[1], [f"vars.{known}" for known in variables])
+        raise ConfigError(f"{place}: {key}: {given} is not a variable{hint}")
+    value = variables[name]
+    if isinstance(value, str) and "," in value:
+        value = [yaml.safe_load(part) for part in value.split(",")]
+    return {**variables, name: value if isinstance(value, list) else [value]}
 
 
-def _filled_word(word: str, fill: Any) -> str:
-    """`key=value`: a value that is one reference is quoted as needed, other text is not."""
-    key, _, value = word.partition("=")
-    return as_override(key, fill(value)) if _REFERENCE.fullmatch(value) else str(fill(word))
+def _repeat(path: Path, body: dict[str, Any], variables: Mapping[str, Any]) -> Repeat:
+    ((key, given),) = body.items()
+    place, values = f"{path}: repeat: {key}", given
+    if isinstance(given, str) and (whole := REFERENCE.fullmatch(given)):
+        name = whole[1].removeprefix("vars.")
+        place, values = f"vars.{name}", variables[name]
+    if not isinstance(values, list) or not values:
+        raise ConfigError(f"{place}={values}: expected a list of values, such as [0, 1, 2]")
+    named: dict[str, Any] = {}
+    for value in values:
+        if not isinstance(value, (bool, int, float, str)) or REFERENCE.search(str(value)):
+            raise ConfigError(f"{place}: {value}: a value must be a number or plain text")
+        slug = re.sub(r"[^a-z0-9.]+", "-", str(value).lower()).strip("-.")
+        if not slug:
+            raise ConfigError(f"{place}: '{value}': names no folder, it has none of a-z and 0-9")
+        if slug in named:
+            raise ConfigError(
+                f"{place}: {named[slug]} and {value} would share folders ending in -{slug}"
+            )
+        named[slug] = value
+    return Repeat(str(key), named)
 
 
 def _step(path: Path, number: int, body: Any) -> Step:
     place = f"{path}: step {number}"
-    _expect_keys(body, {"name", "overrides", "sweep"}, place)
+    _expect_keys(body, {"name", "overrides", "sweep", "once", "minutes"}, place)
     name, overrides = body.get("name"), body.get("overrides") or {}
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"{place}: name={name}: must be of a-z, 0-9 and -")
-    sweep = body.get("sweep", False)
+    sweep, once = (body.get(key, False) for key in ("sweep", "once"))
+    for key, value in (("sweep", sweep), ("once", once)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{place}: {key}={value}: expected true or false")
+    minutes = body.get("minutes")
+    if minutes is not None and (type(minutes) not in (int, float) or minutes <= 0):
+        raise ConfigError(f"{place}: minutes={minutes}: expected a number above 0")
     if isinstance(overrides, dict):
-        flat = _flatten(overrides)
         if sweep:
             raise ConfigError(f"{place}: a sweep's overrides are a list of words, key=a,b")
-        return Step(number, name, flat, False)
+        return Step(number, name, _flatten(overrides), sweep, once, minutes)
     words = [str(word) for word in overrides]
     if wrong := [word for word in words if "=" not in word]:
         raise ConfigError(f"{place}: {wrong[0]}: overrides are written key=value")
-    return Step(number, name, words, bool(sweep))
+    return Step(number, name, words, sweep, once, minutes)
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -188,7 +217,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _check(path: Path, recipe: Recipe) -> None:
+def _check(path: Path, recipe: Recipe, repeats: bool) -> None:
     names = [step.name for step in recipe.steps]
     if not names:
         raise ConfigError(f"{path}: has no steps")
@@ -198,6 +227,10 @@ def _check(path: Path, recipe: Recipe) -> None:
         for word in step.overrides:
             if reason := RESERVED.get(key_of(word)):
                 raise ConfigError(f"{path}: step {step.name}: {key_of(word)}: {reason}")
+        if step.once and not repeats:
+            raise ConfigError(f"{path}: step {step.name}: once: nothing repeats (no repeat:)")
+    if repeats and not any("${repeat." in str(s.overrides) for s in recipe.steps if not s.once):
+        raise ConfigError(f"{path}: repeat: no repeated step has its value, ${{repeat.<key>}}")
     for number, row in enumerate(recipe.report, 1):
         _expect_keys(row, {"label", "step"}, f"{path}: report {number}")
         if row.get("step") not in names:

@@ -1,4 +1,11 @@
-"""What a recipe remembers of a step: its inputs, its outputs, and so whether to run it."""
+"""What a recipe remembers of a task: its inputs, its outputs, and so whether to run it.
+
+<run_dir>/02-dpo-0.json   status   started | done
+                          inputs   overrides, files, what the used tasks wrote, version
+                          outputs  their identity, once done
+                          seconds  spent on it, over all its starts with these inputs
+                          finished_seconds   what the last finished one took
+"""
 
 from __future__ import annotations
 
@@ -8,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_cli import __version__
 from dpo_cli.compose import PATH_KEYS
 from dpo_cli.durable import file_digest
 from dpo_cli.errors import ConfigError
 from dpo_cli.overrides import parsed, values
-from dpo_cli.run_folder import is_used
+from dpo_cli.recipe_expand import Folders, Task, resolve
+from dpo_cli.recipe_file import Recipe
+from dpo_cli.run_folder import JOBS, SWEEP, is_used, read_json
 
 HASHED_BYTES = 16 * 2**20  # larger files count by name and size; their summary tells the rest
 PENDING = "not there yet"  # identity of a step that has yet to run
@@ -22,14 +32,35 @@ PATH_WORDS = {f"{group}.{key}" for group, keys in PATH_KEYS.items() for key in k
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with a step: run, resume or skip, and why."""
+    """What to do with a task: run, resume or skip, and why."""
 
     action: str
     reason: str
 
 
+def record_of(task: Task, run_dir: Path) -> dict[str, Any]:
+    """What the task's last start and end left behind; empty if it never started."""
+    return read_json(run_dir / f"{task.label}.json")
+
+
+def examine(
+    recipe: Recipe, task: Task, run_dir: Path, folders: Folders
+) -> tuple[dict[str, Any], Decision]:
+    """The task's inputs as they are now, and what follows for it.
+
+    folders: those of the earlier tasks.
+    """
+    overrides, uses = resolve(recipe, task, folders)
+    inputs = {
+        "overrides": overrides,
+        "files": outside_files(overrides, run_dir),
+        "uses": {title: identity(folder) for title, folder in uses.items()},
+        "version": __version__,
+    }
+    return inputs, decide(run_dir / task.label, record_of(task, run_dir), inputs)
+
+
 def decide(folder: Path, record: dict[str, Any], inputs: dict[str, Any]) -> Decision:
-    """record: what the step's last start and end left behind, empty if it never started."""
     if not record:
         if is_used(folder):
             raise ConfigError(f"{folder}: is not this recipe's; move it away or change run_dir")
@@ -43,14 +74,21 @@ def decide(folder: Path, record: dict[str, Any], inputs: dict[str, Any]) -> Deci
         return Decision("run", "again, its outputs were changed or removed")
     if any(folder.glob("checkpoints/step-*")):
         return Decision("resume", "it was interrupted")
+    if (folder / SWEEP).is_file():
+        return Decision("resume", f"its sweep did not finish, jobs done: {jobs_done(folder)}")
     return Decision("run", "again, it did not finish")
+
+
+def jobs_done(folder: Path) -> int:
+    """How many jobs of a sweep have ended well."""
+    return sum(read_json(path).get("exit_code") == 0 for path in (folder / JOBS).glob("*.json"))
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> str:
     """What differs between two inputs, in words."""
     old, new = before["overrides"], after["overrides"]
-    parts = [f"now {word}" for word in new if word not in old]
-    parts += [f"no longer {word}" for word in old if word not in new]
+    parts = [f"now {_clipped(word)}" for word in new if word not in old]
+    parts += [f"no longer {_clipped(word)}" for word in old if word not in new]
     if not parts and old != new:
         parts = ["its overrides are in another order"]
     for name, now in after["uses"].items():
@@ -63,7 +101,17 @@ def _changes(before: dict[str, Any], after: dict[str, Any]) -> str:
     ]
     if before["version"] != after["version"]:
         parts.append(f"dpo-run {before['version']} -> {after['version']}")
-    return ", ".join(parts)
+    return first_few(parts)
+
+
+def first_few(parts: Sequence[str]) -> str:
+    """A list in words: `a, b, c and 17 more`."""
+    rest = f" and {len(parts) - 3} more" if len(parts) > 4 else ""
+    return ", ".join(parts[:3] if rest else parts) + rest
+
+
+def _clipped(word: str) -> str:
+    return word if len(word) <= 100 else f"{word[:97]}..."
 
 
 def outside_files(overrides: Sequence[str], run_dir: Path) -> dict[str, str]:

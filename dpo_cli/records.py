@@ -27,20 +27,23 @@ class PreferenceExample:
     """One prompt and its responses, best first.
 
     One response: a demonstration (SFT). Two: chosen and rejected. More: a ranked list.
-    `row` is the 0-based row of the source file, for messages about this example.
+    `row` is the 0-based row of the source file, for messages about this example. finished:
+    False for a response that a limit of tokens cut, which gets no EOS; None: none was cut.
     """
 
     prompt: Prompt
     responses: tuple[str, ...]
     row: int
     scores: tuple[float, ...] | None = None
+    finished: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
     """Token ids of a prompt (with BOS where the model has one) and of each response.
 
-    A response ends with EOS unless it was truncated. All arrays are int32 and 1-D.
+    A response ends with EOS unless it was cut, to a limit or when it was sampled. All arrays
+    are int32 and 1-D.
     """
 
     prompt_ids: np.ndarray

@@ -26,12 +26,14 @@ from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import run_lock
 from dpo_cli.train.runtime import start_runtime
 
+REPORTED = (*TRAINING, "evaluate", "frontier")  # stages whose figures people read
+
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = (
     "run_dir", "resume", "dry_run", "cache_dir", "logger.",
     "hardware.device", "hardware.precision", "hardware.threads", "optim.lr",
     "train.eval_every_steps", "train.save_every_steps", "train.keep_checkpoints",
-    "train.log_every_steps", "train.micro_batch_tokens", "train.sample_",
+    "train.log_every_steps", "train.micro_batch_tokens", "train.sample_", "hardware.name",
 )  # fmt: skip
 
 
@@ -58,7 +60,7 @@ def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
 def finish(
     config: RunConfig, run_dir: Path, figures: dict[str, Any], argv: list[str], session: Session
 ) -> dict[str, Any]:
-    """Curves, model card, summary.json, and a table on the console."""
+    """Curves, model card, summary.json, a table on the console, and the report of it all."""
     figures |= training_figures(run_dir / "metrics.jsonl")
     summary = {"stage": config.stage.name, "run_dir": str(run_dir), **figures}
     if config.logger.plots:
@@ -70,6 +72,11 @@ def finish(
     write_redacted_json(run_dir / "summary.json", summary)
     session.progress.show(summary_table(config.stage.name, figures.items()))
     session.progress.note(f"results in {run_dir}")
+    if config.logger.report and config.stage.name in REPORTED:
+        from dpo_cli.report.page import write_run_report  # so is jinja2
+
+        path = write_run_report(run_dir, session.data_facts)
+        session.progress.note(f"report: {path}")
     return summary
 
 

@@ -23,6 +23,8 @@ from dpo_cli.train.guard import run_lock
 
 COMPOSED = ".hydra"  # Hydra's own name for the folder of what was composed
 LOCK = ".lock"
+SWEEP = "sweep.json"  # what a sweep was started with, in its folder
+JOBS = "jobs"  # beside it: how each job ended
 STALE = {COMPOSED, "config.yaml", "command.txt", "versions.json", "metrics.jsonl", "tensorboard"}
 PAPERS = STALE | {LOCK, "wandb", "wandb_run_id.txt"}  # all that a start writes before it works
 
@@ -80,6 +82,16 @@ def refuse_locked(folder: Path) -> None:
     if (folder / LOCK).exists():  # asking creates the file, so ask only in run folders
         with run_lock(folder):
             pass
+
+
+def set_aside(folder: Path, stem: Path) -> None:
+    """Keep a folder as `<stem>-1`, `-2`, ..., whichever is free: it may hold a model."""
+    number = 1
+    while (old := stem.with_name(f"{stem.name}-{number}")).exists():
+        number += 1
+    make(stem.parent)
+    with disk_errors(folder):
+        folder.rename(old)
 
 
 def make(folder: Path) -> None:

@@ -5,70 +5,151 @@ for each, here or on another machine; what is known of a job comes back as a fil
 
     <sweep folder>/0/ 1/ ...     the run folders        jobs/0.json ...  how each job ended
                    multirun.yaml what Hydra composed    sweep.csv        all numbers
+                   sweep.json    its words              old/0-1 ...      jobs run anew
+
+With `resume=true` a sweep goes on in its folder: jobs that ended well are left alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dpo_cli.durable import write_json, write_text
-from dpo_cli.errors import ConfigError, RunLockedError
+from dpo_cli.durable import disk_errors, write_json, write_text
+from dpo_cli.errors import ConfigError
 from dpo_cli.launch import as_override, run_child, shell_status
+from dpo_cli.recipe_state import identity
+from dpo_cli.report.files import redact
 from dpo_cli.run_folder import (
+    JOBS,
+    LOCK,
+    SWEEP,
     composed_with,
+    is_bare,
     is_used,
     key_of,
     make,
     read_json,
+    refuse_locked,
+    set_aside,
+    stored_overrides,
     task_overrides,
     unique_name,
 )
+from dpo_cli.train.guard import run_lock
 
-JOBS = "jobs"
+SAID = {"nothing": ": done earlier", "resume": ": goes on", "start": ""}
 
 
-def claim(chosen: str) -> Path:
-    """The sweep's folder, `chosen` or a new one; no two sweeps get the same."""
+@contextmanager
+def claimed(chosen: str, words: Sequence[str], resume: bool = False) -> Iterator[Path]:
+    """Hold the sweep's folder, `chosen` or a new one; no two sweeps get the same.
+
+    words: what the sweep was started with; one that is resumed must be the same sweep.
+    """
+    if resume and not chosen:
+        raise ConfigError("resume=true: which sweep? give hydra.sweep.dir=<its folder>")
     folder = Path(chosen or f"runs/sweep-{unique_name()}")
-    if is_used(folder):
-        raise ConfigError(f"hydra.sweep.dir={folder}: is not empty; choose another folder")
+    if not resume:
+        _refuse_used(folder)
+    else:
+        _refuse_other(folder, words)
     make(folder)
-    try:
-        (folder / JOBS).mkdir()  # of two that found the folder empty, one gets here
-    except FileExistsError:
-        raise RunLockedError(f"{folder}: another sweep has just started there") from None
-    return folder
+    with run_lock(folder):
+        if not resume:
+            _refuse_used(folder)  # of two that found it empty, one gets here first
+            write_json(folder / SWEEP, {"overrides": redact(list(words))})
+        for path in folder.iterdir():  # a killed sweep leaves its job at work
+            if path.is_dir():
+                refuse_locked(path)
+        make(folder / JOBS)
+        yield folder
+
+
+def _refuse_used(folder: Path) -> None:
+    if is_used(folder) and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {LOCK}):
+        raise ConfigError(f"hydra.sweep.dir={folder}: is not empty; choose another folder")
+
+
+def _refuse_other(folder: Path, words: Sequence[str]) -> None:
+    """Raise ConfigError unless the folder's sweep was started with the same words."""
+    if not (folder / SWEEP).is_file():
+        raise ConfigError(f"resume=true: hydra.sweep.dir={folder} is not the folder of a sweep")
+    before, now = (
+        [word for word in listed if key_of(word) != "hydra.sweep.dir"]
+        for listed in (read_json(folder / SWEEP)["overrides"], redact(list(words)))
+    )
+    if before != now:
+        raise ConfigError(
+            f"resume=true: the sweep in {folder} was started with {' '.join(before)}; give the "
+            "same words in the same order, or choose another folder"
+        )
 
 
 def run_job(cfg: DictConfig) -> float:
     """Hydra's task function: run one job and return its `objective` for the sweeper.
 
-    A failing job is recorded and the sweep goes on; NaN tells a sweeper that it failed.
+    A failing job is recorded and the sweep goes on; NaN tells a sweeper that it failed. In a
+    sweep that is resumed, what is left of the job says whether it is done, goes on or starts.
     """
     hydra = HydraConfig.get()
-    run_dir = Path(hydra.runtime.output_dir)
+    run_dir, folder = Path(hydra.runtime.output_dir), Path(hydra.sweep.dir)
     whole = cast(DictConfig, HydraConfig.instance().cfg)
     words = task_overrides(whole)
-    print(f"[job {hydra.job.num}] {' '.join(words)} -> {run_dir}", flush=True)
-    code, stopped = run_child([*words, as_override("run_dir", str(run_dir)), *composed_with(whole)])
+    path = folder / JOBS / f"{hydra.job.num}.json"
+    left = left_to_do(read_json(path), words, run_dir)
+    print(f"[job {hydra.job.num}] {' '.join(words)} -> {run_dir}{SAID[left]}", flush=True)
+    if left == "nothing":
+        return objective(run_dir, read_json(run_dir / "summary.json"))
+    with disk_errors(path):
+        path.unlink(missing_ok=True)  # it told of what is about to change
+    if left == "start" and not is_bare(run_dir):
+        set_aside(run_dir, folder / "old" / run_dir.name)
+        make(run_dir)
+    start = [*words, as_override("run_dir", str(run_dir)), *composed_with(whole)]
+    code, stopped = run_child([f"resume={run_dir}"] if left == "resume" else start)
     summary = read_json(run_dir / "summary.json")
     record = {
         "job": int(hydra.job.num),
-        "overrides": {key_of(word): word.partition("=")[2] for word in words},
+        "overrides": _by_key(words),
         "exit_code": code,
         "summary": {k: v for k, v in summary.items() if isinstance(v, (int, float))},
         "run_dir": str(run_dir),
+        "outputs": identity(run_dir),
     }
-    write_json(Path(hydra.sweep.dir) / JOBS / f"{hydra.job.num}.json", record)
+    write_json(path, record)
     if stopped:
         raise KeyboardInterrupt  # not an Exception: Hydra would go on to the next job
     return objective(run_dir, summary) if code == 0 else math.nan
+
+
+def left_to_do(record: Mapping[str, Any], words: Sequence[str], run_dir: Path) -> str:
+    """nothing, resume or start. record: how the job ended before, empty if it did not.
+
+    Only a recorded job whose outputs are still those counts as done: a killed one has none,
+    whatever its folder looks like.
+    """
+    same_job = record.get("overrides") == _by_key(words)
+    if record.get("exit_code") == 0:
+        return "nothing" if same_job and record.get("outputs") == identity(run_dir) else "start"
+    if not any(run_dir.glob("checkpoints/step-*")):
+        return "start"
+    try:
+        stored = _by_key(stored_overrides(run_dir))
+    except ConfigError:
+        return "start"  # of how it was started, nothing is left
+    stored.pop("run_dir", None)
+    return "resume" if stored == _by_key(redact(list(words))) else "start"
+
+
+def _by_key(words: Sequence[str]) -> dict[str, str]:
+    return {key_of(word): word.partition("=")[2] for word in words}
 
 
 def objective(run_dir: Path, summary: Mapping[str, Any]) -> float:

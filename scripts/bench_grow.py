@@ -57,7 +57,7 @@ def keep_curve(curve: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """`path` with .csv and .png."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(curve)
     draw_curve(curve, path.with_suffix(".png"), title)

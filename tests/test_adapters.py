@@ -22,8 +22,11 @@ from dpo_cli.config import (
     TldrDataConfig,
     UltrafeedbackDataConfig,
 )
+from dpo_cli.data.adapt import adapt
 from dpo_cli.data.adapters import ADAPTERS, hh, imdb, jsonl, se, shp, tldr, ultrafeedback
 from dpo_cli.data.drops import BadRow, DropReport
+from dpo_cli.data.sources import Rows
+from dpo_cli.errors import DataError
 from dpo_cli.records import PreferenceExample
 
 
@@ -283,6 +286,24 @@ class TestJsonl:
         assert "list of 3 scores" in reason(jsonl.parse, row | {"s": [1]}, config)
         assert "an empty list" in reason(jsonl.parse, row | {"ranked": []}, config)
 
+    def test_which_responses_are_finished(self) -> None:
+        config = JsonlDataConfig(finished_field="ended")
+        row = {"prompt": "x", "chosen": "a", "rejected": "b", "ended": [False, True]}
+        assert only(jsonl.parse(row, 4, config)) == PreferenceExample(
+            "x", ("a", "b"), 4, None, (False, True)
+        )
+        assert only(jsonl.parse(row, 4, JsonlDataConfig())).finished is None
+        for value, message in (
+            ([True], "ended is not a list of 2 bools, one a response"),
+            (True, "ended is not a list of 2 bools"),
+            ([1, 0], "ended holds int where true or false should be"),
+            ([True, None], "ended holds None where"),
+        ):
+            assert message in reason(jsonl.parse, row | {"ended": value}, config)
+        with pytest.raises(DataError, match=r"no column 'ended'.*with data\.finished_field=$"):
+            adapt(Rows([{"prompt": "x", "chosen": "a", "rejected": "b"}], "f", None), config, 0,
+                  DropReport())  # fmt: skip
+
     @pytest.mark.parametrize(
         "row",
         [
@@ -330,6 +351,7 @@ ANSWER = st.fixed_dictionaries(
 VALUE = st.one_of(
     TEXT, TEXT, st.none(), st.booleans(), st.integers(), st.floats(), st.binary(max_size=2),
     st.lists(TEXT, max_size=3), st.lists(MESSAGE, max_size=3), st.lists(ANSWER, max_size=3),
+    st.lists(st.booleans(), max_size=3),
 )  # fmt: skip
 COLUMNS = [
     "prompt",
@@ -347,16 +369,18 @@ COLUMNS = [
     "score_chosen",
     "score_rejected",
     "ranked",
+    "ended",
 ]
 ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys(COLUMNS, VALUE))
 RANKED = JsonlDataConfig(responses_field="ranked", scores_field="answers")
+ENDED = JsonlDataConfig(finished_field="ended")
 
 
 @settings(max_examples=400, deadline=None)
 @given(row=ROWS)
 def test_any_row_is_read_or_refused(row: dict[str, Any]) -> None:
     configs = [schema() for name, schema in DATA_SCHEMAS.items() if name in ADAPTERS]
-    for config in [*configs, RANKED, HhDataConfig(chat_template="always")]:
+    for config in [*configs, RANKED, ENDED, HhDataConfig(chat_template="always")]:
         try:
             examples = list(ADAPTERS[config.name](row, 5, config))
         except BadRow:
@@ -366,6 +390,7 @@ def test_any_row_is_read_or_refused(row: dict[str, Any]) -> None:
             assert example.responses
             assert all(type(r) is str for r in example.responses)
             assert example.scores is None or len(example.scores) == len(example.responses)
+            assert example.finished is None or len(example.finished) == len(example.responses)
 
 
 def test_report_shows_five_rows_and_keeps_all() -> None:

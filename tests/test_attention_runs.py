@@ -51,6 +51,17 @@ def test_a_slow_fallback_is_told_and_keeps_rows_short(gptj, tmp_path, capsys, mo
     assert metrics(tmp_path / "r")[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("words", "kernel"), [((), "grouped"), (("model.attention=plain",), "plain")]
+)
+def test_rows_are_prepared_for_the_trained_model(tmp_path, monkeypatch, words, kernel):
+    prepared = []
+    real = session.prepare
+    monkeypatch.setattr(session, "prepare", lambda row, k: prepared.append(k) or real(row, k))
+    train(tmp_path / "r", "stage=sft", "train.max_steps=1", *words)
+    assert set(prepared) == {kernel}
+
+
 def test_models_that_attend_packed_rows_say_nothing(tmp_path, capsys):
     train(tmp_path / "r", "stage=sft", "train.max_steps=1", "logger.progress=plain")
     said = capsys.readouterr().err

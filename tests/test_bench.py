@@ -131,8 +131,9 @@ def test_growing_prompts_leave_a_curve(bench: Any, tmp_path: Path) -> None:
     record = bench("--grow=prompts", lengths, "--response-length=4", "--vocab=63")
     rows = [(row["prompt_tokens"], row["side"]) for row in record["curve"]]
     assert rows == [(4, "ours"), (4, "plain"), (16, "ours"), (16, "plain")]
-    text = (tmp_path / "grow-prompts-gpt2-1x32-h2-v63-cpu.csv").read_text()
-    assert len(text.splitlines()) == 5
+    text = (tmp_path / "grow-prompts-gpt2-1x32-h2-v63-cpu.csv").read_bytes()
+    assert text.count(b"\n") == 5
+    assert b"\r" not in text
 
 
 def test_a_worker_is_a_process(module: Any, tmp_path: Path) -> None:

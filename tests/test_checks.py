@@ -13,9 +13,15 @@ import dpo_cli.config as schemas
 from composing import composed, problems
 from dpo_cli import bounds
 from dpo_cli.compose import prepare
-from dpo_cli.config import CHOICES, DATA_SCHEMAS, LOSS_OPTIONS, STAGE_SCHEMAS, RunConfig
+from dpo_cli.config import (
+    CHOICES,
+    LOSS_OPTIONS,
+    REWARD_FN_SCHEMAS,
+    STAGE_SCHEMAS,
+    RunConfig,
+)
 from dpo_cli.errors import ConfigError
-from dpo_cli.hints import group_keys, groups
+from dpo_cli.hints import TABLES, group_keys, groups
 
 
 @pytest.mark.parametrize(
@@ -113,6 +119,7 @@ def test_typed_keys_that_nothing_reads(overrides: str, expected: str) -> None:
     "overrides",
     [
         "stage=evaluate train.micro_batch_tokens=64",
+        "stage=label stage.samples=. reward_fn=length train.micro_batch_tokens=64",
         "stage=sample train.batch_size=32",  # as it is anyway
         "stage=dpo train.max_steps=3 optim.lr=1",
         "model.architecture.layers=2 model.lr_scale=3",
@@ -166,10 +173,9 @@ def test_foreign_code_needs_the_command_line() -> None:
 
 
 def test_bounds_and_choices_name_existing_keys() -> None:
-    options = {"data": DATA_SCHEMAS, "stage": STAGE_SCHEMAS}
     keys = {"seed"}
     for group in groups():
-        for option in options.get(group, [""]):
+        for option in TABLES.get(group, [""]):
             keys.update(group_keys(group, option))
     assert set(bounds.BOUNDS) <= keys
     assert set(CHOICES) <= keys
@@ -181,9 +187,10 @@ def test_every_number_of_the_schema_is_bounded() -> None:
         "stage.default_lr",  # only optim.lr counts, which is bounded
         "data.max_prompt_words",  # compared with min_prompt_words
         "optim.betas",  # checked as a pair
+        "stage.no_eos_score",  # any
     }
     numeric = set()
-    for table, group in ((DATA_SCHEMAS, "data"), (STAGE_SCHEMAS, "stage")):
+    for group, table in TABLES.items():
         for option in table:
             numeric |= numeric_keys(table[option], group)
     for name in ("model", "optim", "train", "hardware"):
@@ -215,4 +222,4 @@ def test_choices_are_those_of_the_code() -> None:
     from dpo_cli.stages import STAGES
 
     assert set(STAGES) == set(STAGE_SCHEMAS)
-    assert set(CHOICES["stage.scorer"]) == set(SCORERS)
+    assert set(REWARD_FN_SCHEMAS) == {*SCORERS, "classifier", "reward_model", "lexicon"}

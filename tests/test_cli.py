@@ -125,7 +125,7 @@ def test_a_closed_pipe_is_no_error(clean_env: dict[str, str]) -> None:
         ("resume=. run_dir=x", "resume=.: names the run folder"),
         ("resume=.", "resume=.: not a run folder"),
         ("-m seed=1,2 run_dir=x", "run_dir: each job of a sweep has its own folder"),
-        ("-m seed=1,2 resume=true", "resume: a sweep cannot be resumed"),
+        ("-m seed=1,2 resume=true", "resume=true: which sweep? give hydra.sweep.dir=<its folder>"),
         ("-m train.batchsize=1,2", "train.batchsize: unknown key; did you mean train.batch_size?"),
         ("-m model=tiny,tny", "model=tny: unknown option; did you mean tiny?"),
         ("--cfg job lr=3", "lr: unknown key; did you mean optim.lr?"),

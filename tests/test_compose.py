@@ -36,13 +36,17 @@ def test_defaults_give_a_small_run_that_needs_no_file() -> None:
         ("train.shuffle=1", "train.shuffle=1: expected true or false"),
         ("optim.betas=0.9", "optim.betas=0.9: expected a list such as [a number, ...]"),
         ("logger.progress=false", "logger.progress=False: expected text; put it in quotes"),
+        (
+            "reward_fn=classifier reward_fn.label=1.5",
+            "reward_fn.label=1.5: expected text or a whole number or null",
+        ),
         ("model.revision=7e1", "model.revision=70.0: expected text; put it in quotes or null"),
         ("model.architecture.layers=x", "model.architecture.layers=x: expected a whole number"),
         ("model.architecture=3", "model.architecture=3: expected a group of keys"),
     ],
 )
 def test_a_wrong_type_is_told_with_its_full_path(override: str, expected: str) -> None:
-    assert problems([override]) == [expected]
+    assert problems(override.split()) == [expected]
 
 
 @pytest.mark.parametrize(

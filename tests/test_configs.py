@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 
 from dpo_cli.compose import prepare
 from dpo_cli.config import CHOICES, DATA_SCHEMAS, STAGE_SCHEMAS, RunConfig
-from dpo_cli.hints import groups, optional
+from dpo_cli.hints import TABLES, groups, optional
+from dpo_cli.overrides import first_job
 from dpo_cli.paths import conf_dir, recipes_dir
-from dpo_cli.recipe_file import load_recipe, resolve
+from dpo_cli.recipe_expand import Folders, expand, resolve
+from dpo_cli.recipe_file import load_recipe
 
 OPTIONS = sorted(path.relative_to(conf_dir()) for path in conf_dir().rglob("*/*.yaml"))
 RECIPES = sorted(recipes_dir().rglob("*.yaml"))
@@ -24,6 +26,8 @@ NEEDS = {  # what an option cannot do without
     "model/custom": ["model.hub_id=somebody/something"],
     "data/jsonl": ["data.hub_id=somebody/something"],
     "stage/label": ["stage.samples=."],
+    "stage/frontier": ["stage.evaluations=[.]"],
+    "reward_fn/reward_model": ["reward_fn.path=."],
 }
 
 
@@ -33,8 +37,8 @@ def prepared(overrides: list[str]) -> RunConfig:
 
 
 def schema_of(group: str, name: str) -> Any:
-    if group in ("data", "stage"):
-        return {"data": DATA_SCHEMAS, "stage": STAGE_SCHEMAS}[group][name]
+    if group in TABLES:
+        return TABLES[group][name]
     import dpo_cli.config as module
 
     return getattr(module, f"{group.capitalize()}Config")
@@ -87,7 +91,7 @@ def test_defaults_in_yaml_are_those_of_the_schema() -> None:
     for stage, schema in STAGE_SCHEMAS.items():
         ours = prepared([f"stage={stage}", *NEEDS.get(f"stage/{stage}", [])]).stage
         for field, value in dataclasses.asdict(schema()).items():
-            if field not in ("default_lr", "samples"):
+            if field not in ("default_lr", "samples", "evaluations"):
                 assert getattr(ours, field) == value, f"stage={stage}: {field}"
 
 
@@ -119,23 +123,22 @@ def test_yaml_comments_list_every_choice() -> None:
 def test_every_step_of_a_recipe_composes(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path, [f"{name}={tmp_path}" for name in REQUIRED.get(path.stem, ())])
     assert recipe.description
-    folders: dict[str, Path] = {}
-    for step in recipe.steps:
-        overrides, _ = resolve(recipe, step, folders)
-        if not step.sweep:
-            prepared(overrides)
-        folders[step.name] = tmp_path / step.label
-        folders[step.name].mkdir()
+    folders: Folders = {}
+    for task in expand(recipe):
+        overrides, _ = resolve(recipe, task, folders)
+        prepared(first_job(overrides) if task.step.sweep else overrides)
+        folder = task.at(tmp_path, folders)
+        folder.mkdir()
         for name in ("train.jsonl", "eval.jsonl", "samples.jsonl"):
-            (folders[step.name] / name).touch()
+            (folder / name).touch()
 
 
 def test_the_schema_has_plain_types_only() -> None:
     """compose.py converts these; another kind would fail at run time."""
     import typing
 
-    plain = {bool, int, float, str, list[float]}
-    for schema in [*DATA_SCHEMAS.values(), *STAGE_SCHEMAS.values(), RunConfig]:
+    plain = {bool, int, float, str, str | int, list[float], list[int], list[str]}
+    for schema in [RunConfig, *(schema for table in TABLES.values() for schema in table.values())]:
         for name, hint in typing.get_type_hints(schema).items():
             kind, _ = optional(hint)
             assert kind in plain or dataclasses.is_dataclass(kind), f"{schema.__name__}.{name}"

@@ -280,6 +280,25 @@ class TestCache:
         other = load_encoded(key, small.words(), 64, 0, cache)
         assert other.train[0].prompt_ids.tolist() == [other.train[0].row % 30, 101]
 
+    def test_cut_responses_are_other_rows(self, file: Path, tmp_path: Path) -> None:
+        """One row is dropped, one ends early: no flag slips to a neighbour."""
+        cut = {(i, side) for i in range(40) for side in (0, 1) if (i + side) % 3 == 0}
+        rows = [row | {"ended": [(i, s) not in cut for s in (0, 1)]} for i, row in enumerate(ROWS)]
+        rows[4]["chosen"] = " "
+        file.write_text("\n".join(map(json.dumps, rows)))
+        cache = tmp_path / "cache"
+        base = self.load(file, cache)
+        for _ in range(2):  # the second time out of the cache
+            found = self.load(file, cache, finished_field="ended")
+            assert found.fingerprint != base.fingerprint
+            examples = [*found.train, *found.eval]
+            assert {e.row for e in examples} == {*range(40)} - {4}
+            eos = small.byte_level().eos_token_id
+            for e in examples:
+                ended = [ids[-1] == eos for ids in e.response_ids]
+                assert ended == [(e.row, side) not in cut for side in (0, 1)]
+        assert len(list(cache.iterdir())) == 2
+
     @pytest.mark.parametrize("damage", ["cut", "empty", "flip", "zeros"])
     def test_damaged_file_is_rebuilt(
         self, damage: str, file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

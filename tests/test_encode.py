@@ -297,6 +297,46 @@ def ids(first: int, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
+class TestFinished:
+    """A response that sampling cut gets none of what ends a turn."""
+
+    def of(self, tokenizer: Any, prompt: Any, finished: Any, limits: Limits = WIDE) -> list[Any]:
+        texts = ("w1 w2 w3", "w4")
+        row = PreferenceExample(prompt, texts, 0, finished=finished)
+        encoded = encode_examples([row], tokenizer, JsonlDataConfig(), limits, DropReport())
+        return [r.tolist() for r in encoded[0].response_ids]
+
+    @pytest.mark.parametrize("name", ["words", "llama", "chatml"])
+    @pytest.mark.parametrize("finished", [(True, False), (False, True), (False, False)])
+    def test_eos_is_where_sampling_ended(self, name: str, finished: tuple[bool, bool]) -> None:
+        tokenizer = TOKENIZERS[name]()
+        prompt = user("w0") if name == "chatml" else "w0 "
+        whole = self.of(tokenizer, prompt, None)
+        assert all(response[-1] == tokenizer.eos_token_id for response in whole)
+        assert self.of(tokenizer, prompt, (True, True)) == whole
+        assert self.of(tokenizer, prompt, finished) == [
+            response if ended else response[:-1]
+            for response, ended in zip(whole, finished, strict=True)
+        ]
+
+    def test_an_end_of_two_tokens_is_left_out_whole(self) -> None:
+        tokenizer = small.byte_level(small.CHATML.replace("<|im_end|>", "|"))
+        cut, whole = self.of(tokenizer, user("w0"), (False, True))
+        assert tokenizer.decode(cut) == "w1 w2 w3"
+        assert tokenizer.decode(whole) == "w4|<|endoftext|>"
+
+    @pytest.mark.parametrize(("finished", "last"), [((True, True), 100), ((False, True), 3)])
+    def test_the_room_of_a_cut_response_is_its_text(self, finished: Any, last: int) -> None:
+        drops, prompt = DropReport(), word(0, 6)
+        row = PreferenceExample(prompt, ("w1 w2 w3", "w4"), 0, finished=finished)
+        (found,) = encode_examples(
+            [row], small.words(), JsonlDataConfig(), Limits(9, 4), drops
+        )  # fmt: skip
+        assert found.response_ids[0][-1] == last
+        assert len(found.prompt_ids) == (4 if last == 100 else 6)  # 6 + 3 + EOS are too many
+        assert bool(drops.cut) == (last == 100)
+
+
 class TestLimits:
     """One token a word; EOS 100, BOS 102. Limits: 10 in all, a cut prompt keeps 4."""
 

@@ -1,6 +1,7 @@
 """The chunked head against plain autograd, in float64."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -29,6 +30,15 @@ def plain(hidden, weight, bias, targets, scale, softcap):
 COUNTS = (5, 1, 9, 8)  # targets of four examples
 
 
+def loss_of(values, examples):
+    starts = [0, 5, 6, 15, 23]
+    first = starts[examples.start]
+    sums = [values[starts[i] - first : starts[i + 1] - first].sum()
+            for i in range(examples.start, examples.stop)]  # fmt: skip
+    coefficients = values.new_tensor([1.0, -0.5, 2.0, 0.3])
+    return (torch.stack(sums).mul(0.05).exp() * coefficients[examples]).sum()
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -39,15 +49,6 @@ def test_values_and_gradients(monkeypatch, bias, scale, softcap, chunk_rows):
     monkeypatch.setattr(Head, "rows_per_block", lambda self: 4)
     hidden, weight, offset, targets = make(bias)
     leaves = [x for x in (hidden, weight, offset) if x is not None]
-    coefficients = torch.tensor([1.0, -0.5, 2.0, 0.3], dtype=torch.float64)
-    starts = [0, 5, 6, 15, 23]
-
-    def loss_of(values, examples):
-        first = starts[examples.start]
-        sums = [values[starts[i] - first : starts[i + 1] - first].sum()
-                for i in range(examples.start, examples.stop)]  # fmt: skip
-        return (torch.stack(sums).mul(0.05).exp() * coefficients[examples]).sum()
-
     expected = plain(hidden, weight, offset, targets, scale, softcap)
     expected_loss = loss_of(expected, slice(0, 4))
     expected_grads = torch.autograd.grad(3.0 * expected_loss, leaves)
@@ -78,6 +79,22 @@ def test_no_gradients_are_formed_for_evaluation(monkeypatch):
     assert not loss.requires_grad
 
 
+def test_slopes_of_one_chunk_live_at_a_time(monkeypatch):
+    real, made = logprobs._logprobs_and_slopes, []
+
+    def watched(*args):
+        assert not any(slopes() is not None for slopes in made)
+        values, slopes = real(*args)
+        made.append(weakref.ref(slopes))
+        return values, slopes
+
+    monkeypatch.setattr(logprobs, "_logprobs_and_slopes", watched)
+    monkeypatch.setattr(Head, "rows_per_chunk", lambda self: 8)
+    hidden, weight, _, targets = make(False)
+    fused_loss(hidden, Head(weight), targets, COUNTS, loss_of)
+    assert len(made) == 3
+
+
 def test_a_confident_token_keeps_its_digits_among_large_logits():
     """log(1 + e^-8) beside logits of 1,000, whose own rounding is 3e-5."""
     weight = torch.tensor([[1000.0], [992.0]])
@@ -94,6 +111,45 @@ def test_autocast_keeps_float32_log_softmax():
     logits = (hidden.bfloat16() @ weight.bfloat16().T).float()  # only the matmul is in bf16
     expected = logits.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     torch.testing.assert_close(low, expected, rtol=0, atol=1e-5)
+
+
+ROUNDING = 2.0**-9  # to bf16, at most
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_gradients_under_autocast(monkeypatch, bias, scale, softcap):
+    """Rounded to bf16 are hidden states, weights, logits and slopes; of a chunk the products
+    that make up the head's gradients. The sum over chunks, as the loss, is in float32. Found
+    are 0.9 to 2.7 roundings."""
+    monkeypatch.setattr(Head, "rows_per_chunk", lambda self: 8)
+    monkeypatch.setattr(Head, "rows_per_block", lambda self: 4)
+    wide = make(bias)
+    leaves = [x.detach().float().requires_grad_() for x in wide[:3] if x is not None]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    targets = wide[3]
+    logprobs = plain(*exact[:2], exact[2] if bias else None, targets, scale, softcap)
+    expected = torch.autograd.grad(loss_of(logprobs, slice(0, 4)), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = fused_loss(
+            leaves[0], Head(leaves[1], leaves[2] if bias else None, scale, softcap), targets,
+            COUNTS, loss_of,
+        )  # fmt: skip
+    for a, b in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 5 * ROUNDING * b.norm()
+
+
+def test_a_confident_token_keeps_its_gradient_under_autocast():
+    """p = 1 - e^-9, in bf16 1: its slope 1 - p is e^-9 all the same."""
+    hidden = torch.ones(1, 1, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):  # logits 9 and 0: exact in bf16
+        head = Head(torch.tensor([[9.0], [0.0]]))
+        loss, _ = fused_loss(hidden, head, torch.tensor([0]), [1], lambda v, _: v.sum())
+    loss.backward()
+    p = 1.0 / (1.0 + math.exp(-9.0))
+    assert hidden.grad.item() == pytest.approx(9.0 * (1.0 - p), rel=3 * ROUNDING)
 
 
 def test_sum_by_sequence():

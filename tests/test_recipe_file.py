@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.recipe_file import load_recipe, resolve
+from dpo_cli.recipe_expand import Task, expand, resolve
+from dpo_cli.recipe_file import Recipe, Repeat, load_recipe
+
+PLAIN = "steps: [{name: a}]"
+STEPS = "steps: [{name: a, overrides: {seed: '${repeat.seed}'}}]"
 
 
 def written(path: Path, text: str) -> Path:
@@ -20,7 +24,7 @@ def written(path: Path, text: str) -> Path:
     [
         ("steps: []", "has no steps"),
         ("stepps: []", "stepps: unknown key; did you mean steps?"),
-        ("[1]", "expected the keys description, report, steps, vars"),
+        ("[1]", "expected the keys description, repeat, report, steps, vars"),
         ("steps: [{name: A}]", "step 1: name=A: must be of a-z, 0-9 and -"),
         ("steps: [{name: ../x}]", "step 1: name=../x: must be of"),
         ("steps: [{name: a}, {name: a}]", "two steps are named a"),
@@ -37,6 +41,25 @@ def written(path: Path, text: str) -> Path:
             "report 1: step=b: no such step",
         ),
         ("steps: [", "small.yaml: "),
+        ("steps: [{name: a, onse: true}]", "step 1: onse: unknown key; did you mean once?"),
+        ("steps: [{name: a, once: 1}]", "step 1: once=1: expected true or false"),
+        ("steps: [{name: a, sweep: 'yes'}]", "step 1: sweep=yes: expected true or false"),
+        ("steps: [{name: a, minutes: 0}]", "step 1: minutes=0: expected a number above 0"),
+        ("steps: [{name: a, minutes: true}]", "step 1: minutes=True: expected a number above 0"),
+        ("steps: [{name: a, once: true}]", "step a: once: nothing repeats"),
+        (f"repeat: {{seed: [0]}}\n{PLAIN}", "repeat: no repeated step has its value"),
+        (f"repeat: [seed]\n{STEPS}", "repeat: expected one key, such as {seed: "),
+        (f"repeat: {{a: [0], b: [1]}}\n{STEPS}", "repeat: expected one key"),
+        (f"repeat: {{Seed: [0]}}\n{STEPS}", "repeat: Seed: must be of a-z, 0-9 and _"),
+        (f"repeat: {{seed: []}}\n{STEPS}", "repeat: seed=[]: expected a list of values"),
+        (f"repeat: {{seed: 3}}\n{STEPS}", "repeat: seed=3: expected a list of values"),
+        (f"repeat: {{seed: [[0]]}}\n{STEPS}", "repeat: seed: [0]: a value must be a number or"),
+        (f"repeat: {{seed: ['']}}\n{STEPS}", "repeat: seed: '': names no folder"),
+        (f"repeat: {{seed: [a b, A/B]}}\n{STEPS}", "repeat: seed: a b and A/B would share"),
+        (
+            f"vars: {{seeds: [0]}}\nrepeat: {{seed: '${{vars.seds}}'}}\n{STEPS}",
+            "repeat: seed: ${vars.seds} is not a variable; did you mean vars.seeds?",
+        ),
     ],
 )
 def test_a_mistake_in_the_file(text: str, expected: str, tmp_path: Path) -> None:
@@ -55,7 +78,7 @@ def test_a_reference_to_nothing_is_refused(reference: str, tmp_path: Path) -> No
     text = f"steps: [{{name: a}}, {{name: b, overrides: {{model.path: '${{{reference}}}'}}}}]"
     small = load_recipe(written(tmp_path / "small.yaml", text))
     with pytest.raises(ConfigError, match="recipe small, step b: "):
-        resolve(small, small.steps[1], {"a": Path("x")})
+        resolve(small, Task(small.steps[1]), {"a": {"": Path("x")}})
 
 
 def test_references_keep_their_type_and_are_remembered(tmp_path: Path) -> None:
@@ -65,10 +88,10 @@ def test_references_keep_their_type_and_are_remembered(tmp_path: Path) -> None:
         " t: '${vars.text}', l: '${vars.list}', p: '${steps.s.dir}/x y', q: '${steps.r.dir}'}\n"
     )
     small = load_recipe(written(tmp_path / "small.yaml", text), ["n=4"])
-    folders = {"s": Path("/d"), "r": Path("/e"), "unused": Path("/f")}
-    assert resolve(small, small.steps[0], folders) == (
-        ["n=4", "f=true", "z=null", "t='3'", "l=[1,x]", "p='/d/x y'", "q=/e"],
-        ["r", "s"],
+    folders = {name: {"": Path(f"/{name}")} for name in ("s", "r", "unused")}
+    assert resolve(small, Task(small.steps[0]), folders) == (
+        ["n=4", "f=true", "z=null", "t='3'", "l=[1,x]", "p='/s/x y'", "q=/r"],
+        {"r": Path("/r"), "s": Path("/s")},
     )
 
 
@@ -78,3 +101,93 @@ def test_a_required_variable_must_be_given(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"recipe=mine: needs vars\.c=\.\.\.$"):
         load_recipe(path, ["a=5"])
     assert load_recipe(path, ["a=5", "c=6"]).variables == {"a": 5, "b": 1, "c": 6}
+
+
+# ---------------------------------------------------------------- repeat
+
+
+def repeated(path: Path, *settings: str, steps: str = STEPS, complete: bool = True) -> Recipe:
+    text = f"vars: {{seeds: [0]}}\nrepeat: {{seed: '${{vars.seeds}}'}}\n{steps}\n"
+    return load_recipe(written(path / "small.yaml", text), settings, complete)
+
+
+@pytest.mark.parametrize(
+    ("given", "values"),
+    [
+        ("[0,1,2]", {"0": 0, "1": 1, "2": 2}),
+        ("0,1", {"0": 0, "1": 1}),
+        ("7", {"7": 7}),
+        ("gpt2,models/My_One", {"gpt2": "gpt2", "models-my-one": "models/My_One"}),
+        ("[0.1,1e-5]", {"0.1": 0.1, "1e-05": 1e-5}),
+    ],
+)
+def test_values_on_the_command_line(given: str, values: dict[str, object], tmp_path: Path) -> None:
+    small = repeated(tmp_path, f"seeds={given}")
+    assert small.repeat == Repeat("seed", values)
+    assert small.variables == {"seeds": list(values.values())}
+    assert [task.label for task in expand(small)] == [f"01-a-{slug}" for slug in values]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("[]", "vars.seeds=[]: expected a list of values, such as [0, 1, 2]"),
+        ("1,1", "vars.seeds: 1 and 1 would share folders ending in -1"),
+        ("-1,1", "vars.seeds: -1 and 1 would share folders ending in -1"),
+        ("null", "vars.seeds: None: a value must be a number or plain text"),
+    ],
+)
+def test_values_that_cannot_be(given: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        repeated(tmp_path, f"seeds={given}")
+    assert str(caught.value) == expected
+
+
+def test_values_that_must_be_given(tmp_path: Path) -> None:
+    text = f"vars: {{seeds: '???'}}\nrepeat: {{seed: '${{vars.seeds}}'}}\n{STEPS}\n"
+    path = written(tmp_path / "small.yaml", text)
+    assert load_recipe(path, complete=False).variables == {"seeds": "???"}
+    with pytest.raises(ConfigError, match=r"recipe=small: needs vars\.seeds=\.\.\.$"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("once", "reference", "expected"),
+    [
+        (True, "steps.a.dir", "is another one for each seed; ${steps.a.dirs} is the list"),
+        (True, "repeat.seed", "has no value in a step that says once: true"),
+        (True, "steps.a.dirs/x", "is neither a variable nor the folder of an earlier step"),
+        (False, "steps.a.dirs", "is for steps that say once: true"),
+        (False, "repeat.sed", "is neither a variable nor the folder of an earlier step; did you"),
+    ],
+)
+def test_a_reference_across_values_is_refused(
+    once: bool, reference: str, expected: str, tmp_path: Path
+) -> None:
+    steps = (
+        "steps: [{name: a, overrides: {seed: '${repeat.seed}'}}, "
+        f"{{name: b, once: {str(once).lower()}, overrides: {{x: '${{{reference}}}'}}}}]"
+    )
+    small = repeated(tmp_path, "seeds=0,1", steps=steps)
+    places = {"a": {"0": Path("/0"), "1": Path("/1")}}
+    title = "b" if once else r"b \(seed=1\)"
+    with pytest.raises(ConfigError, match=f"^recipe small, step {title}: ") as caught:
+        resolve(small, expand(small)[-1], places)
+    assert f"${{{reference}}} {expected}" in str(caught.value)
+
+
+def test_a_list_of_folders_is_not_part_of_a_text(tmp_path: Path) -> None:
+    small = repeated(tmp_path, steps=STEPS[:-1] + ", {name: b, once: true, "
+                     "overrides: ['x=[${steps.a.dirs},y]']}]")  # fmt: skip
+    with pytest.raises(ConfigError, match="is a list, which cannot be part of a text"):
+        resolve(small, expand(small)[-1], {"a": {"0": Path("/0")}})
+
+
+def test_folders_in_lists_are_quoted_as_hydra_needs(tmp_path: Path) -> None:
+    small = repeated(tmp_path, "seeds=0,1", steps=STEPS[:-1] + ", {name: b, once: true, "
+                     "overrides: ['x=${steps.a.dirs}', 'y=1']}]")  # fmt: skip
+    places = {"a": {"0": Path("/my runs/0"), "1": Path("/my runs/1")}}
+    assert resolve(small, expand(small)[-1], places) == (
+        ["x=['/my runs/0','/my runs/1']", "y=1"],
+        {"a (seed=0)": Path("/my runs/0"), "a (seed=1)": Path("/my runs/1")},
+    )

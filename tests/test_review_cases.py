@@ -21,7 +21,7 @@ def test_the_tiny_models_rate_is_for_weights_from_scratch(tmp_path):
     [
         (("model.hub_id=a/b",), r"model\.hub_id=a/b: has no effect with model=tiny"),
         (("stage=dpo", "stage.loss=dpo"), "is called sigmoid"),
-        (("stage=evaluate", "data=hh"), r"stage\.scorer=sentiment: rates the reviews of"),
+        (("stage=evaluate", "data=hh"), r"reward_fn=sentiment: rates the reviews of"),
     ],
 )
 def test_refused_with_a_remedy(words, message):

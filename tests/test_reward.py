@@ -1,14 +1,11 @@
-"""stage=reward against TRL's formula, plain transformers, and numbers worked by hand."""
+"""stage=reward against plain transformers, and numbers worked by hand."""
 
 import contextlib
 import io
-import itertools
 import json
 import math
 import re
 import shutil
-from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,12 +20,11 @@ from transformers import (
 import small_tokenizers
 from dpo_cli.data.dataset import load_splits
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.losses import reward_loss
 from dpo_cli.plan import plan_rows
 from dpo_cli.run import run
 from small_runs import TINY, configure, metrics, train
 
-QUICK = ("stage=reward", "optim.lr=1e-3", "train.max_steps=2")
+QUICK = ("stage=reward", "optim.lr=1e-3", "train.max_steps=2", "stage.normalise_prompts=0")
 
 
 @pytest.fixture(scope="module")
@@ -51,64 +47,6 @@ def first(run_dir, name):
 
 def last(run_dir, name):
     return [row[name] for row in metrics(run_dir) if name in row][-1]
-
-
-# ---------------------------------------------------------------- the loss
-
-
-PAIRS = torch.tensor([[1.5, 0.5], [-1.0, 2.0]])  # r_w - r_l = 1, -3
-
-
-def test_loss_by_hand():
-    expected = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(3))]
-    assert reward_loss(PAIRS).tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_margins_label_smoothing_and_centring_by_hand():
-    margins = torch.tensor([0.5, -1.0])  # what is left: 0.5, -2
-    nll = lambda z: math.log(1 + math.exp(-z))  # noqa: E731
-    with_margins = [nll(0.5), nll(-2.0)]
-    assert reward_loss(PAIRS, margins).tolist() == pytest.approx(with_margins, abs=1e-6)
-    smoothed = [0.9 * nll(0.5) + 0.1 * nll(-0.5), 0.9 * nll(-2.0) + 0.1 * nll(2.0)]
-    assert reward_loss(PAIRS, margins, 0.1).tolist() == pytest.approx(smoothed, abs=1e-6)
-    centred = [nll(1.0) + 0.25 * 2.0**2, nll(-3.0) + 0.25 * 1.0**2]
-    assert reward_loss(PAIRS, None, 0.0, 0.25).tolist() == pytest.approx(centred, abs=1e-6)
-
-
-def test_lists_are_plackett_luce():
-    rewards = torch.tensor([[0.3, -1.2, 2.0]])
-    total = sum(
-        math.exp(-reward_loss(rewards[:, list(order)]).item())
-        for order in itertools.permutations(range(3))
-    )
-    assert total == pytest.approx(1.0, abs=1e-6)
-    e = math.exp
-    first = e(0.3) / (e(0.3) + e(-1.2) + e(2.0)) * e(-1.2) / (e(-1.2) + e(2.0))
-    assert reward_loss(rewards).item() == pytest.approx(-math.log(first), abs=1e-6)
-
-
-@pytest.mark.parametrize("coefficient", [None, 0.01])
-@pytest.mark.parametrize("with_margins", [False, True])
-def test_loss_and_gradient_are_those_of_trl(coefficient, with_margins):
-    """TRL's `compute_loss` given the rewards by a stand-in model."""
-    trainer = pytest.importorskip("trl.trainer.reward_trainer").RewardTrainer
-    torch.manual_seed(1)
-    values, margins = torch.randn(6, 2, requires_grad=True), torch.rand(6)
-    stand_in = SimpleNamespace(
-        model=torch.nn.Identity(), args=SimpleNamespace(center_rewards_coefficient=coefficient),
-        accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
-        _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
-    )  # fmt: skip
-    logits = values.T.reshape(-1, 1)  # all chosen, then all rejected
-    inputs = {"attention_mask": torch.ones(12, 3)} | ({"margin": margins} if with_margins else {})
-    theirs = trainer.compute_loss(stand_in, lambda **_: SimpleNamespace(logits=logits), inputs)
-    ours = reward_loss(values, margins if with_margins else None, 0.0, coefficient or 0.0).mean()
-    torch.testing.assert_close(ours, theirs)
-    for a, b in zip(*(torch.autograd.grad(x, values) for x in (ours, theirs)), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-# ---------------------------------------------------------------- the stage
 
 
 def plain(folder, *words):
@@ -223,6 +161,23 @@ def test_margins_come_from_data_with_scores(sft, tmp_path):
     rows[7]["scores"] = [1.0, 2.0]
     with pytest.raises(DataError, match=r"^stage\.margins=true: row 7 scores its rejected resp"):
         go("c", "data.scores_field=scores", "data.eval_rows=0")
+
+
+def test_a_response_that_sampling_cut_is_scored_at_its_last_token(sft, tmp_path):
+    rows = [{"prompt": f"The film {i}", "chosen": " was good.", "rejected": f" was bad {i}.",
+             "ended": [i % 2 == 0, i % 3 == 0]} for i in range(12)]  # fmt: skip
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_jsonl(tmp_path / "r", f"model.path={sft}", f"data.path={path}", f"data.eval_path={path}",
+              "data.finished_field=ended")  # fmt: skip
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "r" / "final").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "r" / "final")
+    for place, side in enumerate(("chosen", "rejected")):
+        texts = [r["prompt"] + r[side] + tokenizer.eos_token * r["ended"][place] for r in rows]
+        with torch.no_grad():
+            values = [float(model(**tokenizer(t, return_tensors="pt")).logits) for t in texts]
+        found = last(tmp_path / "r", f"eval/rewards/{side}")
+        assert found == pytest.approx(sum(values) / len(values), abs=1e-5), side
 
 
 @pytest.mark.parametrize("option", ["stage.label_smoothing=0.1", "stage.margins=true"])

@@ -36,7 +36,8 @@ def sft(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(sft, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward") / "run"
-    train(folder, "stage=reward", "train.max_steps=1", f"model.path={sft}")
+    train(folder, "stage=reward", "train.max_steps=1", f"model.path={sft}",
+          "stage.normalise_prompts=0")  # fmt: skip
     return folder
 
 

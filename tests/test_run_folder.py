@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,12 @@ import pytest
 from cli_helpers import Starts, fails
 from dpo_cli import cli
 from dpo_cli.config import RunConfig
+from dpo_cli.errors import ConfigError
+from dpo_cli.report.files import write_run_files
+from dpo_cli.run import resume_point
 from dpo_cli.run_folder import default_run_dir
 from dpo_cli.train.guard import run_lock
+from small_runs import configure
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -177,3 +182,10 @@ def test_foreign_code_is_allowed_anew_at_each_start(
     assert "write it on the command line" in fails(capsys, "resume=a")
     cli.main(["resume=a", trust])
     assert starts[-1][0].model.trust_remote_code
+
+
+def test_another_machine_goes_on_but_not_with_another_computation(tmp_path: Path) -> None:
+    write_run_files(tmp_path, asdict(configure("hardware=cpu")), ["dpo-run"])
+    assert resume_point(configure("hardware=cuda"), tmp_path) is None  # nothing saved as yet
+    with pytest.raises(ConfigError, match=r": hardware\.compile: False -> True$"):
+        resume_point(configure("hardware=cuda", "hardware.compile=true"), tmp_path)

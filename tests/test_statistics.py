@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dpo_cli.evaluation.statistics import Bin, calibration_error, reliability
+from dpo_cli.evaluation.statistics import Bin, calibration_error, reliability, win_rate
 
 
 def test_calibration_by_hand():
@@ -26,3 +26,28 @@ def test_calibrated_predictions_have_no_error():
     assert calibration_error(reliability(margins)) == pytest.approx(0.0, abs=1e-12)
     sure = reliability([800.0, -800.0])  # no overflow
     assert sure == [Bin(1.0, 0.5, 2)]
+
+
+def test_wilson_intervals_by_hand():
+    """60 of 100, and the closed forms at the ends: z^2 / (n + z^2)."""
+    found = win_rate(60, 40, 0)
+    assert (found.value, found.low, found.high) == pytest.approx((0.6, 0.5020026, 0.6905987))
+    z2 = 1.959963984540054**2
+    none, all_ = win_rate(0, 10, 0), win_rate(10, 0, 0)
+    assert (none.value, none.low, none.high) == pytest.approx((0, 0, z2 / (10 + z2)))
+    assert (all_.value, all_.low, all_.high) == pytest.approx((1, 10 / (10 + z2), 1))
+
+
+@pytest.mark.parametrize(("wins", "losses", "ties"), [(7, 2, 0), (3, 1, 5), (0, 0, 4), (1, 0, 0)])
+def test_an_interval_ends_where_the_score_test_rejects(wins, losses, ties):
+    """|found - p| = z sqrt(p (1 - p) / n) at both ends p; ties are half wins."""
+    found, n = win_rate(wins, losses, ties), wins + losses + ties
+    assert found.value == (2 * wins + ties) / (2 * n)
+    for p in (found.low, found.high):
+        deviation = 1.959963984540054 * math.sqrt(p * (1 - p) / n)
+        assert abs(found.value - p) == pytest.approx(deviation, abs=1e-9)
+
+
+def test_without_a_match_there_is_no_rate():
+    found = win_rate(0, 0, 0)
+    assert all(math.isnan(value) for value in (found.value, found.low, found.high))

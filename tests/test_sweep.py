@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from dpo_cli import cli, launch, overrides, sweep
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, RunLockedError
+from dpo_cli.train.guard import run_lock
 
 # Stands in for `dpo-run`: notes its words; seed=2 fails, seed=3 dies, seed=9 interrupts us.
 STUB = """
@@ -104,7 +105,9 @@ def test_an_interrupt_reaches_the_job_and_ends_the_sweep(
 def test_sweeps_of_the_same_second_have_their_own_folders(stub: Path) -> None:
     assert run_cli("-m", "seed=1") == 0
     folders = [path.resolve() for path in (stub / "runs").iterdir()]
-    folders += [sweep.claim("").resolve() for _ in range(3)]
+    for _ in range(3):
+        with sweep.claimed("", ["seed=1"]) as folder:
+            folders.append(folder.resolve())
     assert len(set(folders)) == 4
     assert all(folder.name.startswith("sweep-") for folder in folders)
 
@@ -167,9 +170,32 @@ def test_what_a_sweeper_optimises(tmp_path: Path) -> None:
 
 
 def test_claims_of_one_folder(tmp_path: Path) -> None:
-    assert sweep.claim(str(tmp_path / "s")) == tmp_path / "s"
-    with pytest.raises(ConfigError, match="is not empty"):
-        sweep.claim(str(tmp_path / "s"))
+    chosen = str(tmp_path / "s")
+    with sweep.claimed(chosen, ["seed=1"]) as folder:
+        assert folder == tmp_path / "s"
+        with pytest.raises(ConfigError, match="is not empty"), sweep.claimed(chosen, ["seed=1"]):
+            pass
+        with pytest.raises(RunLockedError), sweep.claimed(chosen, ["seed=1"], resume=True):
+            pass
+    with sweep.claimed(chosen, ["seed=1"], resume=True) as folder:
+        assert folder == tmp_path / "s"
+
+
+def test_a_folder_with_nothing_but_a_lock_is_free(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()  # killed before it wrote anything
+    with sweep.claimed(str(tmp_path), ["seed=1"]):
+        assert json.loads((tmp_path / "sweep.json").read_text()) == {"overrides": ["seed=1"]}
+
+
+def test_a_job_that_outlived_its_sweep_is_waited_for(tmp_path: Path) -> None:
+    with sweep.claimed(str(tmp_path), ["seed=1"]):
+        (tmp_path / "0").mkdir()
+    with (
+        run_lock(tmp_path / "0"),
+        pytest.raises(RunLockedError, match="in use by process"),
+        sweep.claimed(str(tmp_path), ["seed=1"], resume=True),
+    ):
+        pass
 
 
 # ---------------------------------------------------------------- launching

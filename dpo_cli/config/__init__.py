@@ -20,13 +20,27 @@ from dpo_cli.config.datasets import (
     TldrDataConfig,
     UltrafeedbackDataConfig,
 )
+from dpo_cli.config.rewards import (
+    JUDGE_SCHEMAS,
+    REWARD_FN_SCHEMAS,
+    ClassifierRewardFn,
+    HttpJudgeConfig,
+    JudgeConfig,
+    LengthRewardFn,
+    LexiconRewardFn,
+    RewardFnConfig,
+    RewardModelFn,
+    SentimentRewardFn,
+)
 from dpo_cli.config.stages import (
     LOSS_OPTIONS,
     STAGE_SCHEMAS,
     DpoConfig,
     EvaluateConfig,
+    FrontierConfig,
     InspectConfig,
     LabelConfig,
+    PpoConfig,
     RewardConfig,
     SampleConfig,
     SftConfig,
@@ -37,27 +51,39 @@ __all__ = [
     "BEST_METRICS",
     "CHOICES",
     "DATA_SCHEMAS",
+    "JUDGE_SCHEMAS",
     "LOSS_OPTIONS",
+    "REWARD_FN_SCHEMAS",
     "STAGE_SCHEMAS",
     "ArchitectureConfig",
+    "ClassifierRewardFn",
     "DataConfig",
     "DpoConfig",
     "EvaluateConfig",
+    "FrontierConfig",
     "HardwareConfig",
     "HhDataConfig",
+    "HttpJudgeConfig",
     "ImdbDataConfig",
     "InspectConfig",
     "JsonlDataConfig",
+    "JudgeConfig",
     "LabelConfig",
+    "LengthRewardFn",
+    "LexiconRewardFn",
     "LoggerConfig",
     "LoraConfig",
     "ModelConfig",
     "OptimConfig",
+    "PpoConfig",
     "RewardConfig",
+    "RewardFnConfig",
+    "RewardModelFn",
     "RunConfig",
     "SampleConfig",
     "SeDataConfig",
     "SentimentDataConfig",
+    "SentimentRewardFn",
     "SftConfig",
     "ShpDataConfig",
     "StageConfig",
@@ -150,12 +176,13 @@ class HardwareConfig:
 
 @dataclass
 class LoggerConfig:
-    """Metric sinks beside metrics.jsonl."""
+    """Metric sinks beside metrics.jsonl, and what is drawn and written at the end."""
 
     name: str = "default"
     progress: str = "auto"  # auto | rich | plain | off
     tensorboard: bool = True
     plots: bool = True
+    report: bool = True
     wandb: bool = False
     wandb_project: str = "dpo-run"
 
@@ -168,6 +195,8 @@ class RunConfig:
     data: DataConfig
     lora: LoraConfig
     stage: StageConfig
+    reward_fn: RewardFnConfig
+    judge: JudgeConfig
     optim: OptimConfig
     train: TrainConfig
     hardware: HardwareConfig
@@ -183,6 +212,7 @@ BEST_METRICS = {  # stage -> what train.best_metric may be, and which value of i
     "sft": {"loss": "lowest", "perplexity": "lowest", "nll_per_token": "lowest"},
     "dpo": {"loss": "lowest", "rewards/accuracies": "highest", "rewards/margins": "highest"},
     "reward": {"loss": "lowest", "rewards/accuracies": "highest", "ece": "lowest"},
+    "ppo-baseline": {"loss": "lowest", "score": "highest"},
 }
 
 CHOICES: dict[str, tuple[str, ...]] = {  # key -> the values it may have
@@ -195,7 +225,10 @@ CHOICES: dict[str, tuple[str, ...]] = {  # key -> the values it may have
     "stage.reference_logprobs": ("cached", "live"),
     "stage.split": ("train", "eval"),
     "stage.labels": ("deterministic", "bradley_terry"),
-    "stage.scorer": ("sentiment", "length"),
+    "stage.by": ("reward_fn", "implicit"),
+    "stage.kl_control": ("adaptive", "fixed"),
+    "reward_fn.scale": ("probability", "log_odds"),
+    "judge.task": ("dialogue", "summary", "sentiment"),
     "optim.name": ("adamw", "rmsprop", "adamw8bit"),
     "optim.schedule": ("constant", "cosine", "linear"),
     "hardware.device": ("auto", "cpu", "cuda"),

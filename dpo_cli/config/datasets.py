@@ -94,6 +94,7 @@ class JsonlDataConfig(DataConfig):
     rejected_field: str | None = "rejected"
     responses_field: str | None = None  # a ranked list, best first, instead of the pair
     scores_field: str | None = None
+    finished_field: str | None = None  # one bool a response; false: it was cut, it gets no EOS
 
 
 DATA_SCHEMAS: dict[str, type[DataConfig]] = {

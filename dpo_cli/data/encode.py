@@ -19,8 +19,8 @@ from dpo_cli.data.chat import (
 )
 from dpo_cli.data.drops import BadRow, DropReport, response_name
 from dpo_cli.data.tokens import Ids, Piece, TokenizerFacts, encode_pieces, tokenizer_facts
-from dpo_cli.errors import ConfigError
-from dpo_cli.records import EncodedExample, PreferenceExample
+from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.records import EncodedExample, PreferenceExample, Prompt
 
 CHUNK = 1024  # examples a call of the tokenizer: enough for its threads, little memory
 DEFAULT_MAX_LENGTH = 512  # tokens, as in the DPO reference code
@@ -72,12 +72,14 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Written:
-    """An example as text pieces. end_ids: what follows a complete response, EOS last."""
+    """An example as text pieces. end_ids: what follows each response: EOS last if it is
+    complete, nothing if it was cut. sampled: by a policy, which may have written nothing."""
 
     example: PreferenceExample
     prompt: list[Piece]
     responses: list[Piece]
-    end_ids: tuple[int, ...]
+    end_ids: list[tuple[int, ...]]
+    sampled: bool = False
 
 
 def encode_examples(
@@ -90,9 +92,10 @@ def encode_examples(
     """Ids of every example that can be used, in order; the others go to `drops`.
 
     Prompt and responses are tokenised apart, so that all responses continue the same
-    prompt ids, as sampled tokens do. A complete response ends with EOS, a cut one does
-    not. An example longer than `max_length` has its prompt cut to `max_prompt_length`
-    (BOS stays), then its responses to the room that is left, as in the DPO reference code.
+    prompt ids, as sampled tokens do. A complete response ends with EOS; one that was cut,
+    here or before it was `finished`, does not. An example longer than `max_length` has its
+    prompt cut to `max_prompt_length` (BOS stays), then its responses to the room that is
+    left, as in the DPO reference code.
     """
     chats = any(not isinstance(example.prompt, str) for example in examples)
     encoder = _make_encoder(tokenizer, config, limits, chats)
@@ -101,6 +104,32 @@ def encode_examples(
         for first in range(0, len(examples), CHUNK)
         for encoded in _encode_chunk(examples[first : first + CHUNK], encoder, drops)
     ]
+
+
+def encode_completed(
+    rows: Sequence[tuple[Prompt, str, bool]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    limits: Limits,
+    cuts: DropReport,
+) -> list[EncodedExample]:
+    """(prompt, completion, whether it ended by itself) -> ids, as `encode_examples` makes them.
+
+    A completion that did not end has no EOS; an empty one is no error. Every row comes back,
+    in order: DataError where that cannot be. What was cut is told to `cuts`.
+    """
+    encoder = _make_encoder(tokenizer, config, limits, any(not isinstance(r[0], str) for r in rows))
+    examples = [
+        PreferenceExample(prompt, (text,), row, finished=(finished,))
+        for row, (prompt, text, finished) in enumerate(rows)
+    ]
+    try:
+        written = [_write(example, encoder, sampled=True) for example in examples]
+        pieces = (piece for w in written for piece in (*w.prompt, *w.responses))
+        table = encode_pieces(encoder.tokenizer, encoder.facts, pieces)
+        return [_fit(w, table, encoder, cuts) for w in written]
+    except BadRow as bad:
+        raise DataError(f"a completion cannot be scored: {bad}") from bad
 
 
 def _make_encoder(
@@ -132,16 +161,18 @@ def _encode_chunk(
             drops.add(str(bad), w.example.row)
 
 
-def _write(example: PreferenceExample, encoder: Encoder) -> Written:
+def _write(example: PreferenceExample, encoder: Encoder, sampled: bool = False) -> Written:
     prompt, chat = example.prompt, encoder.chat
+    end: tuple[int, ...] = (encoder.facts.eos,)
     if chat is None or (isinstance(prompt, str) and not encoder.chat_always):
+        start = [plain_prompt(prompt)]
         responses = [plain_response(prompt, text) for text in example.responses]
-        return Written(example, [plain_prompt(prompt)], responses, (encoder.facts.eos,))
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    responses = [chat_response(chat, text) for text in example.responses]
-    return Written(
-        example, chat_prompt(encoder.tokenizer, chat, messages), responses, chat.end_ids
-    )  # fmt: skip
+    else:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        start, end = chat_prompt(encoder.tokenizer, chat, messages), chat.end_ids
+        responses = [chat_response(chat, text) for text in example.responses]
+    finished = example.finished or [True] * len(responses)
+    return Written(example, start, responses, [end if f else () for f in finished], sampled)
 
 
 def _fit(
@@ -152,19 +183,19 @@ def _fit(
     prompt = _with_bos([i for piece in written.prompt for i in _ids(table, piece)], facts)
     texts = [_ids(table, piece) for piece in written.responses]
     for place, ids in enumerate(texts):
-        if not ids:
+        if not (ids or written.sampled):
             raise BadRow("has no tokens", response_name(place, len(texts)))
         if facts.eos in ids:  # word-level and unigram models know special tokens as words
             raise BadRow(
                 "has text that this tokenizer reads as EOS", response_name(place, len(texts))
             )
-    end = list(written.end_ids)
+    ended = list(zip(texts, map(list, written.end_ids), strict=True))
     long_prompt = len(prompt) > limits.max_prompt_length
-    longest = max(map(len, texts)) + len(end)
+    longest = max(len(ids) + len(end) for ids, end in ended)
     if cut_prompt := long_prompt and len(prompt) + longest > limits.max_length:
         prompt = _shorten(prompt, limits.max_prompt_length, encoder.keep_prompt, facts)
     room = limits.max_length - len(prompt)
-    responses = [ids + end if len(ids) + len(end) <= room else ids[:room] for ids in texts]
+    responses = [ids + end if len(ids) + len(end) <= room else ids[:room] for ids, end in ended]
     cut_response = len(prompt) + longest > limits.max_length
     if len(set(map(tuple, responses))) < len(responses):
         when = " once cut to data.max_length" if cut_response else ""

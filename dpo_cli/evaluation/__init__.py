@@ -1,1 +1,1 @@
-"""Ground-truth rewards, preference labels, statistics."""
+"""Rewards, judges, preference labels, statistics."""

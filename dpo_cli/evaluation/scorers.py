@@ -1,22 +1,56 @@
-"""Ground-truth rewards of a text: name -> function of a list of texts."""
+"""Rewards of a completion: name -> function of completions, for those that need no model.
+
+A new one is a function here, a line of `SCORERS`, its schema in `config/rewards.py` and
+`conf/reward_fn/x.yaml`; those with a model are in `stages/scoring.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from dpo_cli.grammar import positive_probability
+from dpo_cli.grammar import log_odds, positive_probability
+from dpo_cli.records import Prompt
 
-Scorer = Callable[[Sequence[str]], list[float]]
+
+@dataclass(frozen=True)
+class Completed:
+    """A prompt as its source has it, and what a policy wrote after it.
+
+    finished: ended by itself (EOS), not by a limit of tokens.
+    """
+
+    prompt: Prompt
+    completion: str
+    finished: bool = True
+
+    @property
+    def text(self) -> str:
+        """Both as one text; of a chat, the contents of its messages."""
+        return as_text(self.prompt) + self.completion
 
 
-def sentiment(texts: Sequence[str]) -> list[float]:
+Scorer = Callable[[Sequence[Completed]], list[float]]
+
+
+def as_text(prompt: Prompt) -> str:
+    """The text itself, or the contents of a chat."""
+    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n"
+
+
+def sentiment(rows: Sequence[Completed]) -> list[float]:
     """p(positive | review) under the embedded grammar, exact, in [0, 1]."""
-    return [positive_probability(text) for text in texts]
+    return [positive_probability(row.text) for row in rows]
 
 
-def length(texts: Sequence[str]) -> list[float]:
+def sentiment_log_odds(rows: Sequence[Completed]) -> list[float]:
+    """The log-odds of `sentiment`, below 11 either way."""
+    return [log_odds(row.text) for row in rows]
+
+
+def length(rows: Sequence[Completed]) -> list[float]:
     """Number of words: a reward nobody wants, to see length exploitation."""
-    return [float(len(text.split())) for text in texts]
+    return [float(len(row.completion.split())) for row in rows]
 
 
 SCORERS: dict[str, Scorer] = {"sentiment": sentiment, "length": length}

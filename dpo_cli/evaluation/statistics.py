@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Z_95 = 1.959963984540054  # standard normal: P(|z| < Z_95) = 0.95
+
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error, s / sqrt(n); the error of a single value is NaN."""
@@ -68,3 +70,29 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     (arXiv 1706.04599 eq. 3)."""
     total = sum(b.count for b in bins)
     return math.fsum(b.count * abs(b.accuracy - b.confidence) for b in bins) / total
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Share of matches won, and its 95% interval; NaN without a match."""
+
+    value: float
+    low: float
+    high: float
+
+
+def win_rate(wins: int, losses: int, ties: int) -> WinRate:
+    """(wins + ties / 2) / (wins + losses + ties) with Wilson's score interval (1927, 95%).
+
+    A tie enters the interval, too, as half a win in one match. That treats its spread as a
+    coin's, which is larger than a tie's own, so with many ties the interval is too wide
+    rather than too narrow.
+    """
+    n = wins + losses + ties
+    if n == 0:
+        return WinRate(math.nan, math.nan, math.nan)
+    share = (wins + ties / 2) / n
+    z2 = Z_95**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
+    return WinRate(share, max(0.0, centre - half), min(1.0, centre + half))

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_cli.logprobs import promoted
 from dpo_cli.model import kernels
 from dpo_cli.model.kernels import Call
-from dpo_cli.model.layout import Layout, token_maps
+from dpo_cli.model.layout import Layout, grid_of, visible
 from dpo_cli.records import Segment
 
 SIMILAR = 0.75  # examples of a group are at least this share of its longest
@@ -28,9 +29,8 @@ KEPT_BYTES = 2048  # of probabilities a query and head; longer rows are worked o
 class Group:
     """E examples of similar length, padded to L.
 
-    tokens: (E * L,) packed token of each place (padding points at the example's first);
-    places: the real ones among them, None if all are; rows: their packed tokens.
-    branch: (E, L) 0 for the prompt, 1.. for its branches, -1 for padding; positions: (E, L).
+    tokens: (E * L,); branch, positions: (E, L), as in `Grid`.
+    places: the real ones among the tokens, None if all are; rows: their packed tokens.
     """
 
     tokens: Tensor
@@ -42,12 +42,7 @@ class Group:
 
     def visible(self, window: int | None) -> Tensor:
         """(E, 1, L, L) who may look at whom."""
-        columns = torch.arange(self.branch.shape[1])
-        same = self.branch[:, :, None] == self.branch[:, None, :]
-        allowed = (columns[:, None] >= columns) & (same | (self.branch[:, None, :] == 0))
-        if window is not None:
-            allowed &= self.positions[:, :, None] - self.positions[:, None, :] < window
-        return allowed[:, None]
+        return visible(self.branch, self.positions, window)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
         """(E, 1, L, L) 0 or -inf, once for all layers."""
@@ -81,8 +76,7 @@ class GroupedLayout(Layout):
 
     @classmethod
     def build(cls, segments: Sequence[Segment]) -> GroupedLayout:
-        _, branch, position = token_maps(segments)
-        return cls(tuple(_group(part, branch, position) for part in _similar(segments)))
+        return cls(tuple(_group(part) for part in _similar(segments)))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -111,19 +105,14 @@ def _similar(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
     yield group
 
 
-def _group(segments: Sequence[Segment], branch: np.ndarray, position: np.ndarray) -> Group:
-    """branch, position: (T,) of the whole row."""
-    sizes = np.array([s.prompt + sum(s.branches) for s in segments])[:, None]
-    starts = np.array([s.start for s in segments])[:, None]
-    columns = np.arange(sizes.max())
-    real = columns < sizes
-    tokens = np.where(real, starts + columns, starts)
+def _group(segments: Sequence[Segment]) -> Group:
+    grid = grid_of(segments)
     return Group(
-        torch.from_numpy(tokens.ravel()),
-        None if real.all() else torch.from_numpy(np.flatnonzero(real)),
-        torch.from_numpy(tokens[real]),
-        torch.from_numpy(np.where(real, branch[tokens], -1)),
-        torch.from_numpy(position[tokens]),
+        torch.from_numpy(grid.tokens.ravel()),
+        None if grid.real.all() else torch.from_numpy(np.flatnonzero(grid.real)),
+        torch.from_numpy(grid.tokens[grid.real]),
+        torch.from_numpy(grid.branch),
+        torch.from_numpy(grid.positions),
     )
 
 
@@ -202,7 +191,7 @@ class _Work:
 
     def sums_over_blocks(self) -> tuple[Tensor, Tensor]:
         """Zeros for the gradients of k and v, in float32: a sum in bf16 would lose blocks."""
-        dtype = kernels.promoted(self.k.dtype)
+        dtype = promoted(self.k.dtype)
         return torch.zeros_like(self.k, dtype=dtype), torch.zeros_like(self.v, dtype=dtype)
 
     def by_example(self, x: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers.integrations.sdpa_attention import repeat_kv
 
+from dpo_cli.logprobs import promoted
+
 
 @dataclass(frozen=True)
 class Call:
@@ -70,10 +72,6 @@ def matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, call: Call) -> Tensor:
     if call.dropout:
         weights = torch.nn.functional.dropout(weights, call.dropout)
     return weights.to(v.dtype) @ v
-
-
-def promoted(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, cuts: Cuts, call: Call) -> Tensor:

@@ -88,6 +88,43 @@ def spans_of(segments: Sequence[Segment]) -> Iterator[Span]:
             offset, number = offset + size, number + 1
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Examples one below the other, padded on the right to the longest.
+
+    tokens: (E, L) packed token of each place (padding points at the example's first);
+    real: (E, L) False for padding; branch: (E, L) 0 for the prompt, 1.. for its branches,
+    -1 for padding; positions: (E, L).
+    """
+
+    tokens: np.ndarray
+    real: np.ndarray
+    branch: np.ndarray
+    positions: np.ndarray
+
+
+def grid_of(segments: Sequence[Segment]) -> Grid:
+    """Some or all examples of a row, in any order."""
+    sizes = np.array([s.prompt + sum(s.branches) for s in segments])[:, None]
+    starts = np.array([s.start for s in segments])[:, None]
+    columns = np.arange(sizes.max())
+    real = columns < sizes
+    _, *maps = token_maps(segments)
+    branch, positions = np.full(real.shape, -1), np.zeros(real.shape, dtype=np.int64)
+    branch[real], positions[real] = maps
+    return Grid(np.where(real, starts + columns, starts), real, branch, positions)
+
+
+def visible(branch: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """(E, 1, L, L) who may look at whom in a `Grid`, made where its tensors are."""
+    columns = torch.arange(branch.shape[1], device=branch.device)
+    same = branch[:, :, None] == branch[:, None, :]
+    allowed = (columns[:, None] >= columns) & (same | (branch[:, None, :] == 0))
+    if window is not None:
+        allowed &= positions[:, :, None] - positions[:, None, :] < window
+    return allowed[:, None]
+
+
 def token_maps(segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(T,) example, branch (0: the prompt) and position of each token of a row."""
     pieces = [(s.prompt, *s.branches) for s in segments]

@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_cli.model import kernels
 from dpo_cli.model.grouped import GroupedLayout
 from dpo_cli.model.kernels import Call
-from dpo_cli.model.layout import Layout, Span, row_of, spans_of, token_maps
+from dpo_cli.model.layout import Layout, Span, grid_of, row_of, spans_of, token_maps, visible
 from dpo_cli.records import Batch, Segment
 
 SIMILAR = 0.75  # PlainLayout: sequences of one forward are at least this share of its longest
@@ -27,9 +27,8 @@ SIMILAR = 0.75  # PlainLayout: sequences of one forward are at least this share 
 class PaddedLayout(Layout):
     """Each example becomes one entry of a small padded batch, for attention alone.
 
-    gather: (E, L) row of the packed sequence (padding points at the example's first token);
-    scatter: (T,) place of each packed token in the flattened (E, L).
-    branch: (E, L) 0 for the prompt, 1.. for its branches, -1 for padding; positions: (E, L).
+    gather, branch, positions: (E, L) as in `Grid`; scatter: (T,) place of each packed token in
+    the flattened (E, L).
     """
 
     gather: Tensor
@@ -40,28 +39,14 @@ class PaddedLayout(Layout):
 
     @classmethod
     def build(cls, segments: Sequence[Segment]) -> PaddedLayout:
-        _, branch, position = token_maps(segments)
-        sizes = np.array([s.prompt + sum(s.branches) for s in segments])[:, None]
-        starts = np.array([s.start for s in segments])[:, None]
-        columns = np.arange(sizes.max())
-        real = columns < sizes
-        gather = np.where(real, starts + columns, starts)
-        return cls(
-            torch.from_numpy(gather),
-            torch.from_numpy(np.flatnonzero(real)),
-            torch.from_numpy(np.where(real, branch[gather], -1)),
-            torch.from_numpy(position[gather]),
-        )
+        grid = grid_of(segments)
+        parts = grid.tokens, np.flatnonzero(grid.real), grid.branch, grid.positions
+        return cls(*map(torch.from_numpy, parts))
 
     def mask(self, window: int | None) -> Tensor:
-        """(E, 1, L, L) who may look at whom, made where the layout is, once a window."""
+        """(E, 1, L, L) who may look at whom, once a window."""
         if window not in self.masks:
-            columns = torch.arange(self.branch.shape[1], device=self.branch.device)
-            same = self.branch[:, :, None] == self.branch[:, None, :]
-            allowed = (columns[:, None] >= columns) & (same | (self.branch[:, None, :] == 0))
-            if window is not None:
-                allowed &= self.positions[:, :, None] - self.positions[:, None, :] < window
-            self.masks[window] = allowed[:, None]
+            self.masks[window] = visible(self.branch, self.positions, window)
         return self.masks[window]
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
@@ -166,7 +151,7 @@ def _offsets(lengths: Sequence[int]) -> Tensor:
 class FlexLayout(Layout):
     """The whole row at once, through a mask that skips blocks in which nobody may look.
 
-    example, branch, position: int32 (T,) of each token; branch as in `PaddedLayout`.
+    example, branch, position: int32 (T,) of each token; branch as in `Grid`.
     """
 
     example: Tensor
@@ -180,22 +165,22 @@ class FlexLayout(Layout):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         if call.window not in self.masks:
-            visible = visible_in(self.example, self.branch, self.position, call.window)
-            self.masks[call.window] = kernels.block_mask(visible, self.example)
+            allowed = allowed_in(self.example, self.branch, self.position, call.window)
+            self.masks[call.window] = kernels.block_mask(allowed, self.example)
         return kernels.flex(query, key, value, self.masks[call.window], call).transpose(1, 2)
 
 
-def visible_in(
+def allowed_in(
     example: Tensor, branch: Tensor, position: Tensor, window: int | None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """FlexAttention's mask_mod: may query q look at key k?"""
 
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (example[q] == example[k]) & (k <= q)
         seen = seen & ((branch[k] == 0) | (branch[k] == branch[q]))
         return seen if window is None else seen & (position[q] - position[k] < window)
 
-    return visible
+    return allowed
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from dpo_cli.logprobs import promote
+from dpo_cli.logprobs import promote, promoted
 from dpo_cli.model.kernels import Call
 
 NAME = "dpo_decode"
@@ -67,7 +67,7 @@ class _Layer(DynamicLayer):
         keys, values = prefilled.keys, prefilled.values
         assert keys is not None and values is not None
         # On a CPU small products are faster in float32 than in bf16, and exact.
-        wide = values.dtype if values.is_cuda else promote(values).dtype
+        wide = values.dtype if values.is_cuda else promoted(values.dtype)
         self.prompt = keys.to(wide), values.to(wide)
         self.columns = columns
         self.own = tuple(x.new_empty(rows, x.shape[1], ROOM, x.shape[3]) for x in self.prompt)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from dpo_cli.durable import write_bytes
 from dpo_cli.report.console import brief
-from dpo_cli.report.files import command_line, encode, redact, to_yaml
+from dpo_cli.report.files import command_line, encode, redact, to_yaml, without_home
 
 _METHODS = {
     "sft": "supervised fine-tuning",
@@ -98,17 +97,8 @@ def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
     Hub ids go into the metadata only where no local `path` was used instead. Secrets are
     taken out, and the home folder is written `~`.
     """
-    clean = _without_home(redact({**facts, "command": command_line(facts.get("command", ()))}))
+    clean = without_home(redact({**facts, "command": command_line(facts.get("command", ()))}))
     write_bytes(folder / "README.md", encode(_front_matter(clean) + _body(clean)))
-
-
-def _without_home(value: Any) -> Any:
-    if isinstance(value, str):
-        home = os.path.expanduser("~")  # Path.home() raises for a user without a home
-        return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", value)
-    if isinstance(value, Mapping):
-        return {key: _without_home(item) for key, item in value.items()}
-    return [_without_home(item) for item in value] if isinstance(value, list) else value
 
 
 def _front_matter(facts: Mapping[str, Any]) -> str:

@@ -71,7 +71,7 @@ def sweep_table(
         table.add_row(*(cell(value) for value in _row(job, keys, shown)))
     header = ["job", *keys, "status", *every, "run_dir"]
     rows = [[*_row(job, keys, every), job.get("run_dir")] for job in jobs]
-    return table, _csv([header, *rows])
+    return table, csv_text([header, *rows])
 
 
 def _last_parts(keys: Sequence[str]) -> list[str]:
@@ -118,7 +118,8 @@ def _status(job: Mapping[str, Any]) -> str:
     return f"{_EXIT_NAMES.get(code, 'failed')} (exit {code})"
 
 
-def _csv(rows: Iterable[Iterable[Any]]) -> str:
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """CSV in which no cell is a formula; nothing for None, NaN and infinities."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([_safe(value) for value in row] for row in rows)
     return text.getvalue()

@@ -78,6 +78,16 @@ def _redact(value: Any, secrets: list[str]) -> Any:
     return value
 
 
+def without_home(value: Any) -> Any:
+    """`value` with the home folder written `~`, inside mappings and lists too."""
+    if isinstance(value, str):
+        home = os.path.expanduser("~")  # Path.home() raises for a user without a home
+        return re.sub(rf"{re.escape(home)}(?![\w.-])", "~", value)
+    if isinstance(value, Mapping):
+        return {key: without_home(item) for key, item in value.items()}
+    return [without_home(item) for item in value] if isinstance(value, list) else value
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """Redacted, strictly valid JSON: NaN and infinities become null, scalars of numpy numbers."""
     return json.dumps(redact(_plain(value)), indent=indent, ensure_ascii=False, allow_nan=False)

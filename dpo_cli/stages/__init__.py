@@ -6,9 +6,12 @@ from importlib import import_module
 
 from dpo_cli.stages.session import Stage
 
-STAGES = ("sft", "dpo", "reward", "sample", "label", "evaluate", "inspect")
+STAGES = (
+    "sft", "dpo", "reward", "ppo-baseline", "sample", "label", "evaluate", "frontier", "inspect",
+)  # fmt: skip
 
 
 def load_stage(name: str) -> Stage:
     assert name in STAGES
-    return import_module(f"dpo_cli.stages.{name}").run
+    module = name.replace("-", "_")
+    return import_module(f"dpo_cli.stages.{module}").run

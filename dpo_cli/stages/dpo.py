@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.config import LOSS_OPTIONS, DpoConfig
-from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.errors import DataError
 from dpo_cli.logprobs import sum_by_sequence
 from dpo_cli.losses import LOSSES, RankedLogprobs
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
@@ -23,8 +23,6 @@ from dpo_cli.stages.session import (
     Session,
     batches_of,
     check_lengths,
-    load,
-    load_named,
     load_policy_and_data,
     sample_writer,
     step_plan,
@@ -40,7 +38,7 @@ def run(session: Session) -> dict[str, Any]:
     loaded = load_policy_and_data(session)
     train, held_out = loaded.splits.train, loaded.splits.eval
     check_branches([*train, *held_out], stage)
-    named = reference_path(session.config, loaded)
+    named = reference.reference_path(session.config, loaded)
     reference_of = references(session, loaded, named)
     plan = step_plan(session, len(train))
     session.begin(plan.steps)
@@ -82,24 +80,12 @@ def check_branches(examples: Sequence[EncodedExample], stage: DpoConfig) -> None
         raise DataError(f"ranked lists must have one length, found {sorted(counts)}")
 
 
-def reference_path(config: Any, loaded: Loaded) -> str | None:
-    """`stage.reference`; the policy itself by default, unless that is already a DPO policy."""
-    stage = cast(DpoConfig, config.stage)
-    if stage.reference is None and loaded.base.get("stage") == "dpo":
-        raise ConfigError(
-            f"model.path={config.model.path} is itself a DPO policy, trained against "
-            f"{loaded.base.get('reference')}: name the reference with stage.reference=<folder> "
-            "(that one to keep it, model.path to start afresh from this policy)"
-        )
-    return stage.reference
-
-
 def references(session: Session, loaded: Loaded, named: str | None) -> dict[str, ReferenceOf]:
     """Reference log-probabilities of both splits, as functions of a packed row."""
     stage = cast(DpoConfig, session.config.stage)
     splits = {"train": loaded.splits.train, "eval": loaded.splits.eval}
     own = named is None and session.snapshot is None and stage.reference_logprobs == "cached"
-    model = loaded.model if own else load_reference(session, loaded, named)
+    model = loaded.model if own else reference.load_reference(session, loaded, named)
     if stage.reference_logprobs == "live":
         model.to(session.runtime.device).eval().requires_grad_(False)  # type: ignore[arg-type]
         return {name: _live(model) for name, rows in splits.items() if rows}
@@ -109,13 +95,6 @@ def references(session: Session, loaded: Loaded, named: str | None) -> dict[str,
             values, key = reference.cached(session, model, rows, f"reference log-probs ({name})")
             tables[name] = _Table(values.to(session.runtime.device), key)
     return tables
-
-
-def load_reference(session: Session, loaded: Loaded, named: str | None) -> PreTrainedModel:
-    """The named reference, or the weights the run started from (not the checkpoint's)."""
-    if named is not None:
-        return load_named(session, named, loaded.tokenizer)
-    return load(session, session.config.model, loaded.tokenizer)
 
 
 @dataclass(frozen=True)

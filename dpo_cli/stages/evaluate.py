@@ -1,7 +1,8 @@
-"""stage=evaluate: ground-truth reward, sequence KL to the reference, preference accuracy."""
+"""stage=evaluate: reward, sequence KL to the reference, distance to the optimum, win rates."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,198 +12,227 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.config import EvaluateConfig, JsonlDataConfig
-from dpo_cli.data.dataset import load_encoded
-from dpo_cli.evaluation.scorers import SCORERS
-from dpo_cli.evaluation.statistics import distinct_ngrams, mean_and_error
-from dpo_cli.logprobs import sum_by_sequence, target_logprobs, token_kl
-from dpo_cli.model.forward import head_of, hidden_states, sequence_logprobs
+from dpo_cli.config import EvaluateConfig
+from dpo_cli.durable import write_bytes
+from dpo_cli.errors import ConfigError
+from dpo_cli.evaluation.scorers import Scorer, as_text
 from dpo_cli.model.generate import Completion, SamplingOptions, sample
-from dpo_cli.model.load import context_length, load_tokenizer
-from dpo_cli.packing import pack_sorted
-from dpo_cli.records import Batch, EncodedExample
-from dpo_cli.stages.sample import as_text, distinct_prompts, source_prompts, write_rows
-from dpo_cli.stages.session import (
-    Session,
-    base_provenance,
-    check_lengths,
-    load,
-    load_data,
-    load_named,
-    text_of,
+from dpo_cli.model.load import configured_context, load_tokenizer
+from dpo_cli.model.source import model_folder
+from dpo_cli.records import EncodedExample, Prompt
+from dpo_cli.report.files import encode, to_json
+from dpo_cli.stages import optimum
+from dpo_cli.stages.measure import (
+    Tick,
+    divergence_figures,
+    divergences,
+    preference_accuracy,
+    reward_figures,
+    scored,
 )
+from dpo_cli.stages.optimum import Optimum
+from dpo_cli.stages.policies import PolicyPoint, find_policies, reference_of
+from dpo_cli.stages.sample import distinct_prompts, source_prompts, write_rows
+from dpo_cli.stages.scoring import load_scorer
+from dpo_cli.stages.session import Session, load, load_data, load_named
+from dpo_cli.stages.win_rate import WinRates, win_rates
+
+A_FEW = 8  # samples kept of each policy but the last, of which all are
 
 
-@dataclass
-class Models:
-    """reference: None where nothing says what the policy should be measured against."""
+@dataclass(frozen=True)
+class Bench:
+    """What all policies are measured with.
 
-    policy: PreTrainedModel
-    reference: PreTrainedModel | None
+    reference: None where nothing says what they should be measured against; named: as it was
+    called. examples, prompts: the same prompts as token ids and as their source has them.
+    """
+
     tokenizer: PreTrainedTokenizerFast
+    reference: PreTrainedModel | None
+    named: str | None
+    examples: list[EncodedExample]
+    prompts: list[Prompt]
+    score: Scorer
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Sample from the policy on held-out prompts and measure against the reference."""
+    """Sample from each policy on the same held-out prompts; a row each in points.jsonl."""
     stage = cast(EvaluateConfig, session.config.stage)
-    models = load_models(session, stage)
-    splits = load_data(session, context_length(models.policy), models.tokenizer)
+    points = find_policies(session.config, session.note)
+    bench = set_up(session, stage, points)
+    wins = win_rates(session, stage, bench)
+    best = find_optimum(session, stage, bench)
+    label = bench.named or ""
+    rows = optimum.point_rows(
+        best, stage.best_of, label, session.config.seed, session.note
+    ) if best else []  # fmt: skip
+    extra, samples, measured = len(rows), [], []
+    passes = 1 if bench.reference is None or stage.temperature != 1.0 else 2
+    total = len(points) * len(bench.examples) * passes
+    with session.progress.phase("evaluating", total) as tick:
+        for number, point in enumerate(points, start=1):
+            figures, made = measure(session, stage, bench, point, best, wins, tick)
+            free(session)
+            measured.append(figures)
+            rows.append(point.row(figures))
+            write_points(session.run_dir / "points.jsonl", rows)
+            made = [{**row, "policy": point.label} for row in made]
+            samples += made if number == len(points) else made[:A_FEW]
+            write_rows(session.run_dir / "samples.jsonl", samples)
+            if len(points) > 1:
+                session.note(f"{number}/{len(points)}  {brief_line(point, figures)}")
+    return measured[0] if len(points) == 1 else overview(rows[extra:])
+
+
+def set_up(session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint]) -> Bench:
+    """Tokenizer, prompts, scorer and reference, loaded once for all policies."""
+    first = points[0].source
+    tokenizer = load_tokenizer(first)
+    named = reference_of(stage, points)
+    if named is None:
+        session.note("no stage.reference: the KL is not measured")
+        if stage.reference_samples or stage.optimum:
+            raise ConfigError(
+                "stage.reference=null: the optimum is that of a reference; name its folder or hub "
+                "id (these policies do not say what they were trained against)"
+            )
+    splits = load_data(session, configured_context(first, tokenizer), tokenizer)
     split = "eval" if splits.eval else "train"
     if split == "train":
         session.note("no rows are held out (data.eval_rows): these are training prompts")
     chosen = distinct_prompts(splits.eval or splits.train)[: stage.prompts]
-    samples = draw(session, models, [e.prompt_ids for e in chosen], stage)
     sources = source_prompts(session)[split]
-    texts = [as_text(sources[e.row]) for e in chosen]
-    completions = [[text_of(models.tokenizer, c.ids) for c in row] for row in samples]
-    rewards = [
-        SCORERS[stage.scorer]([text + c for c in row])
-        for text, row in zip(texts, completions, strict=True)
-    ]
-    write_rows(session.run_dir / "samples.jsonl", [
-        {"prompt": text, "completion": c, "reward": r}
-        for text, row, scores in zip(texts, completions, rewards, strict=True)
-        for c, r in zip(row, scores, strict=True)
-    ])  # fmt: skip
-    figures = reward_figures(completions, rewards, samples)
-    if models.reference is not None and stage.temperature == 1.0:
-        figures |= divergence(session, models.policy, models.reference, chosen, samples)
+    reference = None
+    if named is not None:
+        reference = load_named(session, named, tokenizer)
+        reference.to(session.runtime.device).eval()  # type: ignore[arg-type]
+    prompts = [sources[e.row] for e in chosen]
+    return Bench(tokenizer, reference, named, chosen, prompts, load_scorer(session))
+
+
+def load_policy(session: Session, bench: Bench, point: PolicyPoint) -> PreTrainedModel:
+    """The policy's model on the device; the reference's own where they are one."""
+    if bench.reference is not None and is_reference(bench, point):
+        return bench.reference
+    key = "stage.policies" if cast(EvaluateConfig, session.config.stage).policies else "model.path"
+    if load_tokenizer(point.source, key).get_vocab() != bench.tokenizer.get_vocab():
+        raise ConfigError(
+            f"{key}={point.label}: has another tokenizer than the first policy; evaluate it in a "
+            "run of its own"
+        )
+    policy = load(session, point.source, bench.tokenizer, key)
+    return policy.to(session.runtime.device).eval()  # type: ignore[arg-type]
+
+
+def free(session: Session) -> None:
+    """Give back a policy's memory: the parts of a model refer to each other, so that only the
+    collector frees them."""
+    gc.collect()
+    if session.runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_reference(bench: Bench, point: PolicyPoint) -> bool:
+    path, named = point.source.path, bench.named
+    if path is None or named is None or not Path(named).is_dir():
+        return False
+    return model_folder(named).resolve() == model_folder(path).resolve()
+
+
+def measure(
+    session: Session, stage: EvaluateConfig, bench: Bench, point: PolicyPoint,
+    best: Optimum | None, wins: WinRates | None, tick: Tick,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    """A policy's figures, and its samples as rows for people to read."""
+    policy = load_policy(session, bench, point)
+    samples = draw(session, bench, policy, stage, stage.completions, session.config.seed, tick)
+    texts, rewards = scored(bench.score, bench.tokenizer, bench.prompts, samples)
+    figures: dict[str, Any] = reward_figures(texts, rewards, samples)
+    if bench.reference is not None and stage.temperature == 1.0:
+        kls = divergences(session, policy, bench.reference, bench.examples, samples, tick)
+        figures |= divergence_figures(*kls)
+        if best is not None:
+            figures |= optimum.shortfall(best, rewards.mean(1), kls[0])
     if stage.pairs is not None:
-        figures |= preference_accuracy(session, models, stage.pairs)
-    return figures
-
-
-def load_models(session: Session, stage: EvaluateConfig) -> Models:
-    """Policy and reference; the reference is the one named, else the one it was trained against.
-
-    The same object where both are the same folder.
-    """
-    source = session.config.model
-    tokenizer = load_tokenizer(source)
-    policy = load(session, source, tokenizer)
-    policy.to(session.runtime.device).eval()  # type: ignore[arg-type]
-    named = stage.reference or base_provenance(source).get("reference")
-    if named is None:
-        session.note("no stage.reference: the KL is not measured")
-        return Models(policy, None, tokenizer)
-    if source.path is not None and Path(named).resolve() == Path(source.path).resolve():
-        return Models(policy, policy, tokenizer)
-    reference = load_named(session, named, tokenizer)
-    reference.to(session.runtime.device).eval()  # type: ignore[arg-type]
-    return Models(policy, reference, tokenizer)
+        figures |= preference_accuracy(
+            session, policy, bench.reference, bench.tokenizer, stage.pairs
+        )
+    if wins is not None:
+        figures |= wins.measure(policy, point.label)
+    rows = [
+        {"prompt": as_text(prompt), "completion": text, "reward": reward}
+        for prompt, row, scores in zip(bench.prompts, texts, rewards.tolist(), strict=True)
+        for text, reward in zip(row, scores, strict=True)
+    ]
+    return figures, rows
 
 
 def draw(
-    session: Session, models: Models, prompts: Sequence[np.ndarray], stage: EvaluateConfig
-) -> list[list[Completion]]:
+    session: Session, bench: Bench, model: PreTrainedModel, stage: EvaluateConfig,
+    completions: int, seed: int, tick: Tick,
+) -> list[list[Completion]]:  # fmt: skip
+    """`completions` samples of each prompt."""
     options = SamplingOptions(
-        completions=stage.completions,
+        completions=completions,
         temperature=stage.temperature,
         max_new_tokens=stage.max_new_tokens,
-        seed=session.config.seed,
+        seed=seed,
         batch_size=stage.batch_size,
     )
-    eos, pad = models.tokenizer.eos_token_id, models.tokenizer.pad_token_id
+    eos, pad = bench.tokenizer.eos_token_id, bench.tokenizer.pad_token_id
     assert eos is not None and pad is not None
-    with session.runtime.autocast(), session.progress.phase("sampling", len(prompts)) as tick:
-        return sample(models.policy, prompts, options, eos, pad, tick)
+    prompts = [e.prompt_ids for e in bench.examples]
+    with session.runtime.autocast():
+        return sample(model, prompts, options, eos, pad, tick)
 
 
-def reward_figures(
-    completions: list[list[str]], rewards: list[list[float]], samples: list[list[Completion]]
-) -> dict[str, float]:
-    """Reward with its error over prompts (samples of one prompt are not independent)."""
-    per_prompt = [sum(row) / len(row) for row in rewards]
-    reward, error = mean_and_error(per_prompt)
-    flat = [c for row in samples for c in row]
-    texts = [c for row in completions for c in row]
-    return {
-        "reward": reward,
-        "reward_se": error,
-        "tokens": sum(len(c.ids) for c in flat) / len(flat),
-        "finished": sum(c.finished for c in flat) / len(flat),
-        "distinct_2": distinct_ngrams(texts, 2),
-    }
+def find_optimum(session: Session, stage: EvaluateConfig, bench: Bench) -> Optimum | None:
+    """From samples of the reference, or as an earlier evaluation found it."""
+    if bench.reference is None or not (stage.reference_samples or stage.optimum):
+        return None
+    made_of = optimum.identity(stage, session.config.reward_fn, bench.reference, bench.examples)
+    if stage.optimum is not None:
+        return optimum.load(stage.optimum, made_of)
+    rewards = reference_rewards(session, stage, bench, bench.reference)
+    return optimum.measure(session, stage, rewards, made_of)
 
 
-@torch.no_grad()
-def divergence(
-    session: Session,
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    prompts: Sequence[EncodedExample],
-    samples: list[list[Completion]],
-) -> dict[str, float]:
-    """Sequence KL(policy || reference) in nats, of samples drawn at temperature 1.
-
-    `kl`: per-token KL over the vocabulary, summed along each sampled sequence (the paper's).
-    `kl_sampled`: log pi - log pi_ref of the sampled tokens, same mean, larger error.
-    """
-    examples = [
-        EncodedExample(e.prompt_ids, tuple(c.ids for c in row), e.row)
-        for e, row in zip(prompts, samples, strict=True)
-    ]
-    exact: list[float] = []
-    sampled: list[float] = []
-    with session.progress.phase("KL", len(examples)) as tick:
-        for batch in pack_sorted(examples, session.token_budget):
-            row = batch.to(session.runtime.device)
-            with session.runtime.autocast():
-                heads = head_of(policy), head_of(reference)
-                hidden = hidden_states(policy, row)[row.source_index]
-                other = hidden_states(reference, row)[row.source_index]
-                kl = token_kl(hidden, heads[0], other, heads[1])
-                ratio = target_logprobs(hidden, heads[0], row.targets) - target_logprobs(
-                    other, heads[1], row.targets
-                )
-            exact += per_prompt_means(kl, row)
-            sampled += per_prompt_means(ratio, row)
-            tick(len(batch.example_ids))
-    figures: dict[str, float] = {}
-    figures["kl"], figures["kl_se"] = mean_and_error(exact)
-    figures["kl_sampled"], figures["kl_sampled_se"] = mean_and_error(sampled)
-    return figures
+def reference_rewards(
+    session: Session, stage: EvaluateConfig, bench: Bench, reference: PreTrainedModel
+) -> np.ndarray:
+    """(prompts, stage.reference_samples) rewards, drawn in rounds of at most a decoded batch."""
+    wanted = stage.reference_samples
+    samples: list[list[Completion]] = [[] for _ in bench.examples]
+    total = len(bench.examples) * -(-wanted // stage.batch_size)
+    with session.progress.phase("sampling the reference", total) as tick:
+        for number, start in enumerate(range(0, wanted, stage.batch_size)):
+            count = min(stage.batch_size, wanted - start)
+            # Streams of their own: the policies' samples come from the bare seed's.
+            words = np.random.SeedSequence([session.config.seed, number]).generate_state(1)
+            made = draw(session, bench, reference, stage, count, int(words[0]), tick)
+            samples = [[*row, *more] for row, more in zip(samples, made, strict=True)]
+    return scored(bench.score, bench.tokenizer, bench.prompts, samples)[1]
 
 
-def per_prompt_means(values: torch.Tensor, row: Batch) -> list[float]:
-    """(N,) token values -> for each prompt, the mean over its samples of their sums."""
-    sums = sum_by_sequence(values, row.sequence_index, len(row.sequence_lengths))
-    means: list[float] = sums.view(-1, row.branches).mean(1).tolist()
-    return means
+def write_points(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """JSON lines, written whole or not at all; NaN as null."""
+    write_bytes(path, encode("".join(to_json(row) + "\n" for row in rows)))
 
 
-@torch.no_grad()
-def preference_accuracy(session: Session, models: Models, pairs: str) -> dict[str, float]:
-    """Share of held-out pairs whose chosen response ranks first (a tie counts one half).
-
-    `accuracy`: by the implicit reward log pi - log pi_ref; `likelihood_accuracy`: by log pi.
-    """
-    config = session.config
-    data = JsonlDataConfig(path=pairs, eval_rows=0)
-    rows = load_encoded(
-        data, models.tokenizer, context_length(models.policy), config.seed, Path(config.cache_dir)
-    ).train
-    check_lengths(rows, 2, "evaluate")
-    margins: dict[str, list[float]] = {"likelihood_accuracy": [], "accuracy": []}
-    with session.progress.phase("preference accuracy", len(rows)) as tick:
-        for batch in pack_sorted(rows, session.token_budget):
-            row = batch.to(session.runtime.device)
-            with session.runtime.autocast():
-                policy = sequence_logprobs(models.policy, row).view(-1, row.branches)
-                margins["likelihood_accuracy"] += margin(policy)
-                if models.reference is not None:
-                    reference = sequence_logprobs(models.reference, row).view(-1, row.branches)
-                    margins["accuracy"] += margin(policy - reference)
-            tick(len(batch.example_ids))
-    figures: dict[str, float] = {"pairs": len(rows)}
-    for name, values in margins.items():
-        if values:
-            right = [(np.sign(m) + 1.0) / 2.0 for m in values]
-            figures[name], figures[f"{name}_se"] = mean_and_error(right)
-    return figures
+def brief_line(point: PolicyPoint, figures: dict[str, Any]) -> str:
+    """What a log says of a policy."""
+    line = f"{point.label}  reward {figures['reward']:.3f} ± {figures['reward_se']:.3f}"
+    if "kl" in figures:
+        line += f"  KL {figures['kl']:.2f} ± {figures['kl_se']:.2f}"
+    if "shortfall" in figures:
+        line += f"  shortfall {'at least ' * figures['beyond_optimum']}{figures['shortfall']:.3f}"
+    return line
 
 
-def margin(values: torch.Tensor) -> list[float]:
-    """(E, K) -> first minus last of each example."""
-    found: list[float] = (values[:, 0] - values[:, -1]).tolist()
-    return found
+def overview(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of several policies: how many, and which has the highest reward."""
+    best = max(rows, key=lambda row: float(row["reward"]))
+    names = ("policy", "setting", "step", "reward", "reward_se", "kl", "kl_se", "shortfall")
+    found = {f"best_{name}": best[name] for name in names if best[name] not in (None, "")}
+    return {"policies": len(rows), **found}

@@ -1,74 +1,179 @@
-"""stage=label: pairs out of sampled completions, labelled by a ground-truth reward."""
+"""stage=label: preference pairs out of sampled completions, labelled by a reward."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from dpo_cli.config import LabelConfig
+from dpo_cli.data.adapters.columns import as_bool, messages
+from dpo_cli.data.drops import BadRow
 from dpo_cli.errors import DataError
-from dpo_cli.evaluation.labels import all_pairs, bradley_terry, flipped
-from dpo_cli.evaluation.scorers import SCORERS
-from dpo_cli.stages.sample import as_text, write_rows
+from dpo_cli.evaluation.labels import Pair, all_pairs, bradley_terry, flipped
+from dpo_cli.evaluation.scorers import Completed, Scorer
+from dpo_cli.records import Prompt
+from dpo_cli.stages.implicit import implicit_reward
+from dpo_cli.stages.sample import write_rows
+from dpo_cli.stages.scoring import load_scorer
 from dpo_cli.stages.session import Session
+
+ROWS_AT_ONCE = 512  # a call of the scorer: full batches of like lengths, and an ETA
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A row of stage=sample: a prompt and what a policy wrote after it.
+
+    finished: one each; None where the row does not say, and all are taken for whole.
+    """
+
+    prompt: Prompt
+    completions: list[str]
+    finished: list[bool] | None
+
+    @property
+    def completed(self) -> list[Completed]:
+        whole = [True] * len(self.completions)
+        pairs = zip(self.completions, self.finished or whole, strict=True)
+        return [Completed(self.prompt, text, finished) for text, finished in pairs]
 
 
 def run(session: Session) -> dict[str, Any]:
-    """All pairs of a prompt's completions, one row a pair, for each file of stage.samples."""
+    """All pairs of a row's completions, one row a pair, for each file of stage.samples."""
     stage = cast(LabelConfig, session.config.stage)
     assert stage.samples is not None  # checked with the configuration
-    figures: dict[str, Any] = {}
-    for name in ("train", "eval"):
-        source = Path(stage.samples) / f"{name}.jsonl"
-        if not source.is_file():
-            continue
-        rng = random.Random(f"{session.config.seed} {name}")
-        rows = [pair for row in read_rows(source) for pair in label_row(row, stage, rng)]
-        if not rows:
-            raise DataError(f"{source}: no two completions of a prompt differ in reward")
-        write_rows(session.run_dir / f"{name}.jsonl", rows)
-        figures[f"{name}_pairs"] = len(rows)
-        figures[f"{name}_mean_gap"] = sum(r["scores"][0] - r["scores"][1] for r in rows) / len(rows)
-    if not figures:
+    files = {name: Path(stage.samples) / f"{name}.jsonl" for name in ("train", "eval")}
+    sampled = {name: read_rows(path) for name, path in files.items() if path.is_file()}
+    if not sampled:
         raise DataError(f"stage.samples={stage.samples}: no train.jsonl or eval.jsonl there")
+    implicit = stage.by == "implicit"
+    score = implicit_reward(session, stage) if implicit else load_scorer(session)
+    figures: dict[str, Any] = {}
+    for name, found in sampled.items():
+        rows = [without_blanks(row) for row in found]
+        if blank := sum(not text.strip() for row in found for text in row.completions):
+            session.note(f"{name}: {blank} blank completions are left out")
+        scores = score_all(session, score, rows, name)
+        rng = random.Random(f"{session.config.seed} {name}")
+        labelled = [label(row, s, stage, rng) for row, s in zip(rows, scores, strict=True)]
+        if not any(labelled):
+            raise DataError(f"{files[name]}: no two completions of a prompt differ in reward")
+        write_rows(session.run_dir / f"{name}.jsonl", pair_rows(rows, scores, labelled))
+        facts = pair_figures(scores, labelled, drawn=is_drawn(stage))
+        figures |= {f"{name}_{k}": v for k, v in facts.items()}
     return figures
 
 
-def label_row(row: dict[str, Any], stage: LabelConfig, rng: random.Random) -> list[dict[str, Any]]:
-    """{prompt, completions} -> rows {prompt, chosen, rejected, scores}."""
-    prompt, completions = row["prompt"], row["completions"]
-    scores = SCORERS[stage.scorer]([as_text(prompt) + c for c in completions])
-    pairs = all_pairs(scores)
+def without_blanks(row: Sampled) -> Sampled:
+    """Nothing is learned from an empty text; data=jsonl would drop its pairs."""
+    kept = [i for i, text in enumerate(row.completions) if text.strip()]
+    finished = None if row.finished is None else [row.finished[i] for i in kept]
+    return Sampled(row.prompt, [row.completions[i] for i in kept], finished)
+
+
+def score_all(
+    session: Session, score: Scorer, rows: Sequence[Sampled], name: str
+) -> list[list[float]]:
+    """Scores of each row's completions. A row is scored in one call, where equals are equal."""
+    scores: list[list[float]] = []
+    with session.progress.phase(f"scoring ({name})", len(rows)) as tick:
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            part = rows[first : first + ROWS_AT_ONCE]
+            values = iter(score([completed for row in part for completed in row.completed]))
+            scores += [list(itertools.islice(values, len(row.completions))) for row in part]
+            tick(len(part))
+    return scores
+
+
+def is_drawn(stage: LabelConfig) -> bool:
+    """Whether a label may contradict the scores."""
+    return stage.labels == "bradley_terry" or stage.flip_rate > 0
+
+
+def label(
+    row: Sampled, scores: Sequence[float], stage: LabelConfig, rng: random.Random
+) -> list[Pair]:
+    """The labelled pairs of one row: of different texts with different scores."""
+    texts = row.completions
+    pairs = [p for p in all_pairs(scores) if texts[p.chosen] != texts[p.rejected]]
     if stage.labels == "bradley_terry":
         pairs = bradley_terry(pairs, scores, stage.temperature, rng)
+    return flipped(pairs, stage.flip_rate, rng)
+
+
+def pair_rows(
+    rows: Sequence[Sampled], scores: Sequence[Sequence[float]], labelled: Sequence[Sequence[Pair]]
+) -> list[dict[str, Any]]:
+    """{prompt, chosen, rejected, scores}, which data=jsonl reads; and finished where known."""
     return [
-        {
-            "prompt": prompt,
-            "chosen": completions[p.chosen],
-            "rejected": completions[p.rejected],
-            "scores": [scores[p.chosen], scores[p.rejected]],
-        }
-        for p in flipped(pairs, stage.flip_rate, rng)
-        if completions[p.chosen].strip() and completions[p.rejected].strip()
+        pair_row(row, values, pair)
+        for row, values, pairs in zip(rows, scores, labelled, strict=True)
+        for pair in pairs
     ]
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def pair_row(row: Sampled, scores: Sequence[float], pair: Pair) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "prompt": row.prompt,
+        "chosen": row.completions[pair.chosen],
+        "rejected": row.completions[pair.rejected],
+        "scores": [scores[pair.chosen], scores[pair.rejected]],
+    }
+    if row.finished is not None:  # data.finished_field: what was cut must not learn to end there
+        made["finished"] = [row.finished[pair.chosen], row.finished[pair.rejected]]
+    return made
+
+
+def pair_figures(
+    scores: Sequence[Sequence[float]], labelled: Sequence[Sequence[Pair]], drawn: bool
+) -> dict[str, float]:
+    """pairs; mean_gap: of chosen less rejected score; ties: share of all pairs, which are left
+    out; agreement: share of labels that follow the scores, where labels are drawn."""
+    gaps = [
+        values[p.chosen] - values[p.rejected]
+        for values, pairs in zip(scores, labelled, strict=True)
+        for p in pairs
+    ]
+    possible = sum(len(values) * (len(values) - 1) // 2 for values in scores)
+    figures = {
+        "pairs": len(gaps),
+        "mean_gap": sum(gaps) / len(gaps),
+        "ties": 1.0 - len(gaps) / possible,
+    }
+    return figures | ({"agreement": sum(g > 0 for g in gaps) / len(gaps)} if drawn else {})
+
+
+def read_rows(path: Path) -> list[Sampled]:
     """Rows of a file that stage=sample wrote. Raises DataError with file and line."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    with path.open("rb") as lines:  # text would be split at U+2028, too, which JSON may hold
+        return list(_rows(path, lines))
+
+
+def _rows(path: Path, lines: Iterable[bytes]) -> Iterable[Sampled]:
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            completions = row["completions"]
-            if not isinstance(completions, list) or not all(
-                isinstance(c, str) for c in completions
-            ):
+            prompt, texts = row["prompt"], row["completions"]
+            if not isinstance(prompt, str):
+                prompt = messages(prompt, "prompt")
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise TypeError("completions must be a list of texts")
-            rows.append({"prompt": row["prompt"], "completions": completions})
-        except (ValueError, KeyError, TypeError) as error:
+            yield Sampled(prompt, texts, _finished(row, len(texts)))
+        except (ValueError, KeyError, TypeError, BadRow) as error:
             raise DataError(
                 f"{path}:{number}: not a sampled row {{prompt, completions}}: {error}"
             ) from None
-    return rows
+
+
+def _finished(row: dict[str, Any], count: int) -> list[bool] | None:
+    if "finished" not in row:
+        return None
+    values = row["finished"]
+    if not isinstance(values, list) or len(values) != count:
+        raise TypeError("finished must be a list, one true or false for each completion")
+    return [as_bool(value, "finished") for value in values]

@@ -18,14 +18,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dpo_cli.config import RunConfig
 from dpo_cli.data.dataset import fingerprint
 from dpo_cli.durable import damage, publish_folder
-from dpo_cli.errors import DiskError
+from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.model.forward import computed_by, sequence_logprobs
 from dpo_cli.model.load import model_digest
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import EncodedExample
-from dpo_cli.stages.session import Session
+from dpo_cli.stages.session import Loaded, Session, load, load_named
+
+
+def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
+    """`stage.reference`; the policy itself by default, unless it was tuned against one already."""
+    named: str | None = cast(Any, config.stage).reference
+    kind = {"dpo": "a DPO", "ppo-baseline": "a PPO"}.get(str(loaded.base.get("stage")))
+    if named is None and kind:
+        raise ConfigError(
+            f"model.path={config.model.path} is itself {kind} policy, trained against "
+            f"{loaded.base.get('reference')}: name the reference with stage.reference=<folder> "
+            "(that one to keep it, model.path to start afresh from this policy)"
+        )
+    return named
+
+
+def load_reference(session: Session, loaded: Loaded, named: str | None) -> PreTrainedModel:
+    """The named reference, or the weights the run started from (not the checkpoint's)."""
+    if named is not None:
+        return load_named(session, named, loaded.tokenizer)
+    return load(session, session.config.model, loaded.tokenizer)
 
 
 def reference_key(

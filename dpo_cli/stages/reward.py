@@ -19,6 +19,7 @@ from dpo_cli.losses import reward_loss
 from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.stages.normalisation import normalise
 from dpo_cli.stages.session import (
     Session,
     batches_of,
@@ -71,7 +72,7 @@ def run(session: Session) -> dict[str, Any]:
     )
     fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
     draw(session, loaded.model, held_out, stage)
-    return {}
+    return normalise(session, loaded)
 
 
 def check_responses(examples: Sequence[EncodedExample], stage: RewardConfig) -> int:

@@ -16,21 +16,16 @@ from dpo_cli.stages.session import Session, complete, load, load_data
 
 
 def run(session: Session) -> dict[str, Any]:
-    """One row a prompt: {prompt, completions: [...]}; the figures count what was written."""
+    """A row a prompt and temperature: {prompt, completions, finished, temperature}.
+
+    The figures count what was written.
+    """
     stage = cast(SampleConfig, session.config.stage)
     tokenizer = load_tokenizer(session.config.model)
     model = load(session, session.config.model, tokenizer)
     model.to(session.runtime.device)  # type: ignore[arg-type]
     splits = load_data(session, context_length(model), tokenizer)
     limits = {"train": (splits.train, stage.prompts), "eval": (splits.eval, stage.eval_prompts)}
-    options = SamplingOptions(
-        completions=stage.completions,
-        temperature=stage.temperature,
-        top_p=stage.top_p,
-        max_new_tokens=stage.max_new_tokens,
-        seed=session.config.seed,
-        batch_size=stage.batch_size,
-    )
     sources = source_prompts(session)
     figures: dict[str, Any] = {}
     for name, (examples, limit) in limits.items():
@@ -38,23 +33,48 @@ def run(session: Session) -> dict[str, Any]:
         if not chosen:
             continue
         prompts = [e.prompt_ids for e in chosen]
-        with session.progress.phase(f"sampling ({name})", len(prompts)) as tick:
-            rows = complete(session, model, tokenizer, prompts, options, tick)
+        found = []
+        for options in sampling_options(stage, session.config.seed):
+            at = f" at {options.temperature:g}" * (len(stage.temperatures) > 1)
+            with session.progress.phase(f"sampling ({name}{at})", len(prompts)) as tick:
+                rows = complete(session, model, tokenizer, prompts, options, tick)
+            found.append((options.temperature, rows))
         write_rows(session.run_dir / f"{name}.jsonl", [
-            {"prompt": sources[name][e.row], "completions": [c["completion"] for c in row]}
-            for e, row in zip(chosen, rows, strict=True)
+            {
+                "prompt": sources[name][e.row],
+                "completions": [c["completion"] for c in rows[place]],
+                "finished": [c["finished"] for c in rows[place]],
+                "temperature": temperature,
+            }
+            for place, e in enumerate(chosen) for temperature, rows in found
         ])  # fmt: skip
-        figures |= {f"{name}_{k}": v for k, v in counts(rows).items()}
+        flat = [c for _, rows in found for row in rows for c in row]
+        figures |= {f"{name}_{k}": v for k, v in counts(len(chosen), flat).items()}
     return figures
 
 
-def counts(rows: list[list[dict[str, Any]]]) -> dict[str, float]:
-    """Prompts, sampled tokens, and the share of completions that ended by themselves."""
-    flat = [c for row in rows for c in row]
+def sampling_options(stage: SampleConfig, seed: int) -> list[SamplingOptions]:
+    """One a temperature, each with random numbers of its own; greedy completions are all equal."""
+    return [
+        SamplingOptions(
+            completions=stage.completions if temperature > 0 else 1,
+            temperature=temperature,
+            top_p=stage.top_p,
+            max_new_tokens=stage.max_new_tokens,
+            seed=seed + 7919 * place,
+            batch_size=stage.batch_size,
+        )
+        for place, temperature in enumerate(stage.temperatures)
+    ]
+
+
+def counts(prompts: int, completions: list[dict[str, Any]]) -> dict[str, float]:
+    """Prompts, completions, sampled tokens, and the share that ended by themselves."""
     return {
-        "prompts": len(rows),
-        "tokens": sum(c["tokens"] for c in flat),
-        "finished": sum(c["finished"] for c in flat) / len(flat),
+        "prompts": prompts,
+        "completions": len(completions),
+        "tokens": sum(c["tokens"] for c in completions),
+        "finished": sum(c["finished"] for c in completions) / len(completions),
     }
 
 
@@ -73,11 +93,6 @@ def distinct_prompts(examples: list[EncodedExample]) -> list[EncodedExample]:
     for example in examples:
         first.setdefault(example.prompt_ids.tobytes(), example)
     return list(first.values())
-
-
-def as_text(prompt: Prompt) -> str:
-    """What a scorer reads before the completion: the text, or the contents of a chat."""
-    return prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt) + "\n"
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

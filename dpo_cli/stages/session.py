@@ -47,8 +47,8 @@ class Session:
     sinks: list[Sink]
     snapshot: Snapshot | None = None
     data_facts: dict[str, Any] = field(default_factory=dict)  # for the model card
-    kernel: str = "sdpa"  # of the trained model's attention
     most_tokens: int | None = None  # of a packed row, where a loaded model's attention is slow
+    kernel: str = field(init=False, repr=False)  # of the trained model, known when it is loaded
 
     @property
     def token_budget(self) -> int:

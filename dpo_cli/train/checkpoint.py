@@ -1,6 +1,7 @@
 """Checkpoints that survive a crash at any point and are checked before they are trusted.
 
     checkpoints/step-120/  model.safetensors config.json tokenizer*   (Hugging Face layout)
+                           heads.safetensors   (what is trained beside the model, if anything)
                            optimizer.safetensors optimizer.json rng.safetensors state.json
                            MANIFEST.json                               (sha256 and size of each)
 
@@ -30,6 +31,7 @@ from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import CheckpointError
 
 PROVENANCE = "dpo_run.json"
+HEADS = "heads.safetensors"
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -71,11 +73,14 @@ def save(
     optimizer: Optimizer,
     state: dict[str, Any],
     provenance: dict[str, Any],
+    heads: torch.nn.Module | None = None,
 ) -> Path:
     """Write `folder/step-N`; `state` and `provenance` must be JSON."""
 
     def write(target: Path) -> None:
         write_model(target, model, tokenizer, provenance)
+        if heads is not None:
+            save_file(heads.state_dict(), target / HEADS)
         _write_optimizer(target, optimizer)
         _write_rng(target)
         (target / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
@@ -121,8 +126,10 @@ def prune(folder: Path, step: int, keep: int, protect: int | None) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def restore(snapshot: Snapshot, optimizer: Optimizer) -> None:
-    """Optimiser state and every random generator; the weights are loaded by the caller."""
+def restore(snapshot: Snapshot, optimizer: Optimizer, heads: torch.nn.Module | None = None) -> None:
+    """Optimiser state, heads and random generators; the model is loaded by the caller."""
+    if heads is not None:
+        heads.load_state_dict(load_file(snapshot.folder / HEADS))
     saved = json.loads((snapshot.folder / "optimizer.json").read_text())
     flat = {**saved["scalars"], **load_file(snapshot.folder / "optimizer.safetensors")}
     state: dict[int, dict[str, Any]] = {}

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,8 +43,13 @@ class Reporter(Protocol):
 class TrainTask:
     """What a stage gives the loop.
 
-    batches(step): the micro-batches of a 0-based step, a function of the step alone.
+    batches(step): the micro-batches of a 0-based step, a function of the step alone (or, with
+    before_step, of what that has made).
     evaluate(): figures of the held-out rows, without prefix. on_eval(step): samples.
+    before_step(step): what comes before the clock of a step starts, such as rollouts; its
+    figures are logged with every step until it returns others.
+    save_multiple: a run is saved, and so resumed, after multiples of so many steps only.
+    carried(): JSON that a checkpoint keeps for the stage.
     """
 
     model: PreTrainedModel
@@ -56,6 +62,16 @@ class TrainTask:
     unit: str = "examples"  # what `<unit>_per_second` counts
     provenance: dict[str, Any] = field(default_factory=dict)  # written beside saved weights
     identity: dict[str, str] = field(default_factory=dict)  # digests a resume must find again
+    heads: torch.nn.Module | None = None  # trained with the model, no part of it
+    heads_lr_scale: float = 1.0
+    before_step: Callable[[int], dict[str, float]] | None = None
+    save_multiple: int = 1
+    carried: Callable[[], dict[str, Any]] = dict
+
+    @property
+    def trained(self) -> torch.nn.Module:
+        """The model, with its heads."""
+        return self.model if self.heads is None else torch.nn.ModuleList([self.model, self.heads])
 
 
 class Totals:
@@ -92,6 +108,8 @@ class Fit:
     batches: Callable[[int], Sequence[Batch]]  # the task's, made ahead of time on CUDA
     step: int = 0
     best: dict[str, float] | None = None
+    before: dict[str, float] = field(default_factory=dict)  # figures of the last before_step
+    due: set[str] = field(default_factory=set)  # evaluate, save: at the next save_multiple
 
     @property
     def checkpoints(self) -> Path:
@@ -112,16 +130,19 @@ def fit(
     the state saved.
     """
     assert config.optim.lr is not None
-    task.model.to(runtime.device)  # type: ignore[arg-type]
-    optimizer = build_optimizer(task.model, config.optim, config.optim.lr)
+    task.trained.to(runtime.device)
+    optimizer = build_optimizer(
+        task.model, config.optim, config.optim.lr, task.heads, task.heads_lr_scale
+    )
     run = Fit(task, config, runtime, run_dir, reporter, optimizer, task.batches)
     recover(run_dir / "final")
     task.identity["precision"] = runtime.precision
     if snapshot is not None:
         _check_identity(snapshot, task)
-        checkpoint.restore(snapshot, optimizer)
+        checkpoint.restore(snapshot, optimizer, task.heads)
         run.step, run.best = snapshot.step, snapshot.state["best"]
-    made = fed(task.batches, task.steps, runtime.device)
+    on_policy = task.before_step is not None  # nothing to make ahead of time
+    made = nullcontext(task.batches) if on_policy else fed(task.batches, task.steps, runtime.device)
     with StopRequest().watching() as stop, made as run.batches:
         if run.step == 0:
             _evaluate(run)
@@ -145,8 +166,10 @@ def _check_identity(snapshot: checkpoint.Snapshot, task: TrainTask) -> None:
 
 
 def _train_step(run: Fit) -> dict[str, float]:
-    started = time.perf_counter()
     config, task = run.config, run.task
+    if task.before_step is not None:
+        run.before = task.before_step(run.step) or run.before
+    started = time.perf_counter()
     lr = learning_rate(config.optim, config.optim.lr or 0.0, run.step, task.steps)
     task.model.train()
     totals, tokens, examples = Totals(), 0, 0
@@ -159,7 +182,7 @@ def _train_step(run: Fit) -> dict[str, float]:
         totals.add(out)
     weight, values = totals.weights["loss"], totals.means()
     try:
-        norm = take_step(task.model, run.optimizer, weight, config.optim.max_grad_norm, lr)
+        norm = take_step(task.trained, run.optimizer, weight, config.optim.max_grad_norm, lr)
     except NonFiniteError as error:
         raise NonFiniteError(
             f"step {run.step + 1}: {error} (loss {values['loss']}); no step was taken; "
@@ -174,6 +197,7 @@ def _train_step(run: Fit) -> dict[str, float]:
         "tokens_per_second": tokens / seconds,
         f"{task.unit}_per_second": examples / seconds,
         "peak_memory_mb": run.runtime.peak_memory_mb(),
+        **run.before,
     }
     return values
 
@@ -184,11 +208,17 @@ def _after_step(run: Fit, values: dict[str, float], stop: StopRequest) -> None:
         run.reporter.write(run.step, values)
     run.reporter.advance(run.step, values)
     saving = train.eval_every_steps if train.save_every_steps is None else train.save_every_steps
-    evaluate = last or is_due(run.step, train.eval_every_steps, run.task.steps)
-    save = last or bool(stop.signal) or is_due(run.step, saving, run.task.steps)
-    if evaluate or save:
+    if last or is_due(run.step, train.eval_every_steps, run.task.steps):
+        run.due.add("evaluate")
+    if last or is_due(run.step, saving, run.task.steps):
+        run.due.add("save")
+    if not last and run.step % run.task.save_multiple:
+        return
+    save = bool(stop.signal) or "save" in run.due
+    if save or run.due:
         _check_weights(run)
-    improved = evaluate and _evaluate(run)
+    improved = "evaluate" in run.due and _evaluate(run)
+    run.due.clear()
     if save or improved:
         _save(run)
     if stop.signal and not last:
@@ -250,10 +280,13 @@ def _remedy(run: Fit) -> str:
 
 
 def _save(run: Fit) -> None:
-    state = {"best": run.best, "steps": run.task.steps, "identity": run.task.identity}
+    state = {
+        "best": run.best, "steps": run.task.steps, "identity": run.task.identity,
+        "carried": run.task.carried(),
+    }  # fmt: skip
     folder = checkpoint.save(
         run.checkpoints, run.step, run.task.model, run.task.tokenizer, run.optimizer,
-        state, run.task.provenance,
+        state, run.task.provenance, run.task.heads,
     )  # fmt: skip
     if run.best is not None:
         best = {**run.best, "metric": run.config.train.best_metric,

@@ -13,10 +13,24 @@ from torch.optim import Optimizer
 from dpo_cli.config import OptimConfig
 from dpo_cli.errors import ConfigError, NonFiniteError
 
+LR_SCALE = "lr_scale"  # the key of a group of weights that learn at another rate
 
-def build_optimizer(model: torch.nn.Module, config: OptimConfig, lr: float) -> Optimizer:
-    """AdamW, RMSprop (the DPO paper's) or 8-bit AdamW over the trainable weights."""
+
+def build_optimizer(
+    model: torch.nn.Module,
+    config: OptimConfig,
+    lr: float,
+    heads: torch.nn.Module | None = None,
+    heads_lr_scale: float = 1.0,
+) -> Optimizer:
+    """AdamW, RMSprop (the DPO paper's) or 8-bit AdamW over the trainable weights.
+
+    heads: trained beside the model, at `heads_lr_scale` times its rate.
+    """
     groups = _decay_groups(model, config.weight_decay)
+    if heads is not None:
+        own = _decay_groups(heads, config.weight_decay)
+        groups += [{**group, LR_SCALE: heads_lr_scale} for group in own]
     if config.name == "adamw":
         betas = (config.betas[0], config.betas[1])
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True)
@@ -80,7 +94,7 @@ def take_step(
     clip = min(1.0, max_grad_norm / (norm + 1e-12)) if max_grad_norm > 0 else 1.0
     torch._foreach_mul_([cast(Tensor, p.grad) for p in parameters], clip / weight)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get(LR_SCALE, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -41,6 +41,13 @@ def as_number(value: Any, field: str) -> float:
     return float(value)
 
 
+def as_bool(value: Any, field: str) -> bool:
+    """True or False; 0, 1 and texts are neither."""
+    if not isinstance(value, bool):
+        raise BadRow(f"holds {kind(value)} where true or false should be", field)
+    return value
+
+
 def messages(value: Any, field: str) -> list[Message]:
     """`[{role, content}, ...]`, other keys left out; at least one message."""
     if not isinstance(value, list) or not value:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_cli.config import JsonlDataConfig
 from dpo_cli.data.adapters.columns import (
+    as_bool,
     as_number,
     as_text,
     column,
@@ -36,7 +37,8 @@ def parse(row: dict[str, Any], index: int, config: JsonlDataConfig) -> Iterable[
             raise BadRow("answers another prompt", field)
         prompt = before or prompt  # a chat row stays one where its prompt column is a text
     scores = _scores(row, config.scores_field, len(split))
-    yield PreferenceExample(prompt, tuple(text for _, text in split), index, scores)
+    finished = _finished(row, config.finished_field, len(split))
+    yield PreferenceExample(prompt, tuple(text for _, text in split), index, scores, finished)
 
 
 def _answers(row: dict[str, Any], config: JsonlDataConfig) -> list[tuple[str, Any]]:
@@ -76,3 +78,12 @@ def _scores(row: dict[str, Any], field: str | None, count: int) -> tuple[float, 
     if not isinstance(values, list) or len(values) != count:
         raise BadRow(f"is not a list of {count} scores, one a response", field)
     return tuple(as_number(value, field) for value in values)
+
+
+def _finished(row: dict[str, Any], field: str | None, count: int) -> tuple[bool, ...] | None:
+    if field is None:
+        return None
+    values = column(row, field)
+    if not isinstance(values, list) or len(values) != count:
+        raise BadRow(f"is not a list of {count} bools, one a response", field)
+    return tuple(as_bool(value, field) for value in values)

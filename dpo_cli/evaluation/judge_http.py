@@ -1,0 +1,252 @@
+"""A language model as the judge: both orders, a cache on disk, bounded calls, several at once.
+
+Which matches are asked does not depend on the order in which threads end: calls are set
+aside match by match, a block at a time, and retries draw on what is left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from dpo_cli.config import HttpJudgeConfig
+from dpo_cli.config.endpoint import Endpoint
+from dpo_cli.durable import disk_errors, write_json
+from dpo_cli.errors import ConfigError
+from dpo_cli.evaluation.judge import Decision, Match, Tick, Verdict
+from dpo_cli.evaluation.judge_prompts import Letter, parse_choice, plain, question
+from dpo_cli.evaluation.judge_request import Client, Misread, Unanswered, backoff
+
+BLOCK = 8  # matches a thread, in a block
+SILENT = 5  # questions without any answer at first: the server is down, or another kind
+MISREAD = 1  # times a question is asked again whose answer could not be read
+LONGEST_REASON = 600  # characters of an answer that are kept
+
+X = TypeVar("X")
+Y = TypeVar("Y")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is sent, the name it is cached under, and the letter of the policy's completion."""
+
+    text: str
+    key: str
+    ours: Letter
+
+
+@dataclass(frozen=True)
+class Answer:
+    choice: Letter
+    text: str
+
+
+class Budget:
+    """HTTP requests that may still be sent."""
+
+    def __init__(self, calls: int) -> None:
+        self._left, self._lock = calls, threading.Lock()
+
+    def take(self, calls: int = 1) -> bool:
+        """All of them or none."""
+        with self._lock:
+            if calls > self._left:
+                return False
+            self._left -= calls
+            return True
+
+
+class HttpJudge:
+    """One a run: `judge.max_calls` counts over all that it is asked."""
+
+    def __init__(
+        self,
+        config: HttpJudgeConfig,
+        endpoint: Endpoint,
+        cache_dir: Path,
+        seed: int,
+        pause: Callable[[float], object] | None = None,
+    ) -> None:
+        """pause: how to wait some seconds, for tests; by default a stop of the run ends it."""
+        self._config, self._endpoint, self._seed = config, endpoint, seed
+        self._client = Client(endpoint, config.timeout_seconds)
+        self._folder = cache_dir / "judge"
+        self._budget = Budget(config.max_calls)
+        self._stop = threading.Event()
+        self._pause = self._stop.wait if pause is None else pause
+        self._known: dict[str, Answer] = {}
+        self._faults: dict[str, str] = {}
+        self._heard = False
+
+    @property
+    def name(self) -> str:
+        return f"http={self._config.model}"
+
+    def __call__(self, matches: Sequence[Match], tick: Tick) -> list[Decision]:
+        """Raises ConfigError where the server refuses what all requests have in common."""
+        decisions: list[Decision] = []
+        size = BLOCK * self._config.parallel
+        for first in range(0, len(matches), size):
+            block = [self._questions(match) for match in matches[first : first + size]]
+            self._ask_all(self._planned(block))
+            decisions += [self._settled(questions) for questions in block]
+            tick(len(block))
+        return decisions
+
+    def _questions(self, match: Match) -> list[Question]:
+        """In one order or both; none for texts that look the same. Which comes first is a hash."""
+        ours, theirs = match.ours.completion, match.theirs.completion
+        if ours.strip() == theirs.strip():  # as they are shown
+            return []
+        told = json.dumps([self._seed, match.ours.prompt, ours, theirs])
+        second = hashlib.sha256(told.encode()).digest()[0] % 2 == 1
+        orders = (second, not second) if self._config.both_orders else (second,)
+        return [self._question(match, swapped) for swapped in orders]
+
+    def _question(self, match: Match, swapped: bool) -> Question:
+        pair = (match.ours.completion, match.theirs.completion)
+        a, b = reversed(pair) if swapped else pair
+        config = self._config
+        text = question(config.task, match.ours.prompt, a, b)
+        asked = json.dumps([self._endpoint.base, config.model, text, config.max_tokens])
+        key = hashlib.sha256(asked.encode()).hexdigest()
+        return Question(text, key, "B" if swapped else "A")
+
+    def _planned(self, block: Sequence[Sequence[Question]]) -> list[Question]:
+        """Questions to ask: those of matches whose calls are all to be had, each once."""
+        planned: dict[str, Question] = {}
+        for questions in block:
+            new = {q.key: q for q in questions if q.key not in planned and not self._cached(q.key)}
+            if self._budget.take(len(new)):
+                planned |= new
+        return list(planned.values())
+
+    def _ask_all(self, questions: Sequence[Question]) -> None:
+        self._faults = {}
+        try:
+            for asked, said in in_parallel(self._ask, questions, self._config.parallel):
+                if isinstance(said, Answer):
+                    self._keep(asked.key, said)
+                else:
+                    self._faults[asked.key] = said
+                    self._give_up_on_silence(said)
+        except BaseException:
+            self._stop.set()  # threads at work send nothing more
+            raise
+
+    def _ask(self, asked: Question) -> Answer | str:
+        """The answer, or why there is none. Its first call was set aside already."""
+        rng, misread = random.Random(asked.key), 0
+        for tries in range(1, self._config.retries + 2):
+            if self._stop.is_set():
+                return "the run was stopped"
+            try:
+                return self._answer(asked)
+            except Unanswered as fault:
+                misread += isinstance(fault, Misread)
+                last = tries > self._config.retries or not fault.again or misread > MISREAD
+                if last or not self._budget.take():
+                    return f"{fault} ({tries} {'call' if tries == 1 else 'calls'})"
+                self._pause(max(fault.wait, backoff(tries, rng.random())))
+        raise AssertionError("the last try returns")
+
+    def _answer(self, asked: Question) -> Answer:
+        text = self._client.ask(self._config.model, asked.text, self._config.max_tokens)
+        self._heard = True
+        choice = parse_choice(text)
+        if choice is None:
+            raise Misread(f"names neither A nor B, or both: {self._shown(text)}")
+        return Answer(choice, self._shown(text))
+
+    def _give_up_on_silence(self, reason: str) -> None:
+        if not self._heard and len(self._faults) >= SILENT:
+            raise ConfigError(
+                f"judge=http: not one answer from {self._endpoint.host}: {reason}; is "
+                "OPENAI_BASE_URL right, and the server up?"
+            )
+
+    def _settled(self, questions: Sequence[Question]) -> Decision:
+        """Verdicts of both orders that disagree are a tie; one without a verdict leaves none."""
+        if not questions:
+            return Decision(Verdict.TIE, "the same text")
+        answers = [(q, self._known.get(q.key)) for q in questions]
+        reason = " / ".join(f"policy as {q.ours}: {a.text}" for q, a in answers if a)
+        if any(answer is None for _, answer in answers):
+            faults = [self._faults[q.key] for q in questions if q.key in self._faults]
+            if faults:
+                return Decision(Verdict.ERROR, faults[0])
+            used_up = f"judge.max_calls={self._config.max_calls} are used up"
+            return Decision(Verdict.UNASKED, used_up)
+        votes = {q.ours == a.choice for q, a in answers if a}
+        if len(votes) == 2:
+            return Decision(Verdict.TIE, reason)
+        return Decision(Verdict.WIN if votes.pop() else Verdict.LOSS, reason)
+
+    def _shown(self, text: str) -> str:
+        line = " ".join(self._endpoint.hide(plain(text)).split())
+        return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"
+
+    def _keep(self, key: str, answer: Answer) -> None:
+        self._known[key] = answer
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        values = {"key": key, "judge": self._config.model, "choice": answer.choice}
+        write_json(self._folder / f"{key}.json", values | {"answer": answer.text})
+
+    def _cached(self, key: str) -> bool:
+        """Whether the answer is known, now or from disk."""
+        if key not in self._known and (found := read_answer(self._folder / f"{key}.json", key)):
+            self._known[key] = found
+        return key in self._known
+
+
+def read_answer(path: Path, key: str) -> Answer | None:
+    """A cached answer; None where the file is absent, torn, or not one of ours."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(values, Mapping) or values.get("key") != key:
+        return None
+    choice, text = values.get("choice"), values.get("answer")
+    if choice not in ("A", "B") or not isinstance(text, str):
+        return None
+    return Answer("A" if choice == "A" else "B", plain(text))
+
+
+def in_parallel(work: Callable[[X], Y], items: Sequence[X], threads: int) -> Iterator[tuple[X, Y]]:
+    """(item, work(item)) as they end; raises what `work` raises.
+
+    The threads are daemons: a run that is stopped does not wait for a server.
+    """
+    todo: queue.SimpleQueue[X] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[X, Future[Y]]] = queue.SimpleQueue()
+    for item in items:
+        todo.put(item)
+
+    def serve() -> None:
+        while not todo.empty():
+            try:
+                item = todo.get_nowait()
+            except queue.Empty:  # another thread was faster
+                return
+            result: Future[Y] = Future()
+            try:
+                result.set_result(work(item))
+            except BaseException as error:  # noqa: BLE001  raised where the result is read
+                result.set_exception(error)
+            done.put((item, result))
+
+    for _ in range(min(threads, len(items))):
+        threading.Thread(target=serve, daemon=True).start()
+    for _ in items:
+        item, result = done.get()
+        yield item, result.result()

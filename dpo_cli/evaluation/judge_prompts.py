@@ -1,0 +1,148 @@
+"""What a language model is asked, in the DPO paper's words, and how its answer is read.
+
+Prompts: arXiv 2305.18290 appendix C.2, summaries as its prompt (C). Completions and answers
+are untrusted: an answer is searched for a letter, and nothing else is done with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal
+
+from dpo_cli.records import Prompt
+
+Letter = Literal["A", "B"]
+
+SUMMARY = """\
+Which of the following summaries does a better job of summarizing the most important points in \
+the given forum post, without including unimportant or irrelevant details? A good summary is both \
+precise and concise.
+
+Post:
+{prompt}
+
+Summary A:
+{a}
+
+Summary B:
+{b}
+
+FIRST provide a one-sentence comparison of the two summaries, explaining which you prefer and why. \
+SECOND, on a new line, state only "A" or "B" to indicate your choice. Your response should use the \
+format:
+Comparison: <one-sentence comparison and explanation>
+Preferred: <"A" or "B">"""
+
+DIALOGUE = """\
+For the following query to a chatbot, which response is more helpful?
+
+Query: {prompt}
+
+Response A:
+{a}
+
+Response B:
+{b}
+
+FIRST provide a one-sentence comparison of the two responses and explain which you feel is more \
+helpful. SECOND, on a new line, state only "A" or "B" to indicate which response is more helpful. \
+Your response should use the format:
+Comparison: <one-sentence comparison and explanation>
+More helpful: <"A" or "B">"""
+
+SENTIMENT = """\
+Which of the following continuations of the given film review is more positive about the film?
+
+Review: {prompt}
+
+Continuation A:
+{a}
+
+Continuation B:
+{b}
+
+FIRST provide a one-sentence comparison of the two continuations, explaining which is more \
+positive and why. SECOND, on a new line, state only "A" or "B" to indicate your choice. Your \
+response should use the format:
+Comparison: <one-sentence comparison and explanation>
+Preferred: <"A" or "B">"""
+
+TEMPLATES = {"summary": SUMMARY, "dialogue": DIALOGUE, "sentiment": SENTIMENT}
+
+
+def question(task: str, prompt: Prompt, a: str, b: str) -> str:
+    """The message to the judge; `a` and `b` are completions of `prompt`."""
+    return TEMPLATES[task].format(prompt=readable(prompt), a=a.strip(), b=b.strip())
+
+
+def readable(prompt: Prompt) -> str:
+    """A prompt without the marks that ask a model to go on; a single turn without its role."""
+    if not isinstance(prompt, str):
+        if len(prompt) == 1:
+            return prompt[0]["content"].strip()
+        return "\n\n".join(f"{m['role'].capitalize()}: {m['content'].strip()}" for m in prompt)
+    text = prompt.strip().removesuffix("Assistant:").removesuffix("TL;DR:").strip()
+    if text.startswith("Human:") and text.count("\n\nHuman:") + text.count("\n\nAssistant:") == 0:
+        return text.removeprefix("Human:").strip()
+    return text
+
+
+NAMES = ("preferred", "more_helpful", "choice", "winner")
+# Blanks and what a model wraps words in: quotes, markdown, brackets.
+_DRESS = r"[\s*_`\"'\u2018-\u201d<>()\[\]{}#-]*"
+_NOUN = rf"{_DRESS}(?:(?:summary|response|continuation)\b)?{_DRESS}"
+_LINE = re.compile(  # the line's last such label; the sentence may stand before it
+    rf"(?:.*\W)?(?:preferred|more[ _-]helpful|choice|winner){_NOUN}:(.*)", flags=re.IGNORECASE
+)
+_LETTER = re.compile(rf"{_NOUN}([AB]){_DRESS}\.?{_DRESS}", flags=re.IGNORECASE)
+_FENCED = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", flags=re.DOTALL)
+_ESCAPES = re.compile("\x1b\\[[0-9;?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
+LONGEST = 8000  # characters of an answer that are read: its end
+LONGEST_CHOICE = 60  # characters of what stands for the letter
+
+
+def plain(text: str) -> str:
+    """Text without terminal escapes, control characters, and marks that reverse its direction."""
+    return _CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n")))
+
+
+def parse_choice(answer: str) -> Letter | None:
+    """The letter an answer decides for; None where it names neither, both, or none clearly.
+
+    A JSON object with one of `NAMES` as a key, else the last line `Preferred: A` or
+    `More helpful: B` (an answer may quote such lines of a completion before its own), else a
+    last line that is the letter alone.
+    """
+    text = plain(answer[-LONGEST:]).strip()
+    fenced = _FENCED.fullmatch(text)
+    found = _json_object(fenced[1] if fenced else text)
+    if found is not None:
+        named = {k.lower().replace(" ", "_"): v for k, v in found.items()}
+        letters = {_letter(named[name]) for name in NAMES if name in named}
+        return letters.pop() if len(letters) == 1 else None
+    lines = text.splitlines()
+    for line in reversed(lines):
+        if labelled := _LINE.fullmatch(line):
+            return _letter(labelled[1])
+    return _letter(lines[-1]) if lines and lines[-1].strip(" \t*\"'.") in ("A", "B") else None
+
+
+def _letter(value: Any) -> Letter | None:
+    """Of `A`, `"b".`, `**Summary A**`; not of `A or B`."""
+    short = isinstance(value, str) and len(value) <= LONGEST_CHOICE
+    found = _LETTER.fullmatch(value) if short else None
+    if found is None:
+        return None
+    return "A" if found[1].upper() == "A" else "B"
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    if not text.startswith("{"):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # deep nesting exhausts the decoder's stack
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,142 @@
+"""What the points of a method come to: its reward within a KL, its distance to the optimum."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpo_cli.evaluation.statistics import mean_and_error
+
+Row = Mapping[str, Any]  # of points.jsonl, with numbers for kl and reward
+LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # nats
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """se: over seeds if there are several, else the point's own over prompts; NaN: unknown."""
+
+    reward: float
+    se: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method. within: KL -> the best reward of its points up to it, a mean over seeds.
+
+    shortfall: mean and largest; at_least: some point lies beyond the known optimum, so that
+    they are lower bounds. samples, gradient_steps: of its longest run.
+    """
+
+    name: str
+    points: int
+    seeds: int
+    kl: tuple[float, float]
+    within: dict[float, Estimate | None]
+    best: Row
+    shortfall: tuple[float, float] | None
+    at_least: bool
+    samples: int | None
+    gradient_steps: int | None
+
+
+def budgets(kls: Sequence[float]) -> list[float]:
+    """Three KLs to compare methods at, of the ladder 1-2-5, the last near the largest but a
+    tenth of them."""
+    most = float(np.quantile(kls, 0.9, method="lower")) if len(kls) else 1.0
+    end = next((i for i, step in enumerate(LADDER) if step >= 0.8 * most), len(LADDER) - 1)
+    return list(LADDER[max(end - 2, 0) : end + 1])
+
+
+def summarise(name: str, rows: Sequence[Row], kls: Sequence[float]) -> Summary:
+    """A method's rows, one or more, at these KLs."""
+    gaps = [float(row["shortfall"]) for row in rows if row.get("shortfall") is not None]
+    points = [float(row["kl"]) for row in rows]
+    return Summary(
+        name=name,
+        points=len(rows),
+        seeds=len({row.get("seed") for row in rows}),
+        kl=(min(points), max(points)),
+        within={kl: within(rows, kl) for kl in kls},
+        best=max(rows, key=lambda row: float(row["reward"])),
+        shortfall=(sum(gaps) / len(gaps), max(gaps)) if gaps else None,
+        at_least=any(row.get("beyond_optimum") for row in rows),
+        samples=_largest(row.get("samples") for row in rows),
+        gradient_steps=_largest(row.get("gradient_steps") for row in rows),
+    )
+
+
+def _largest(values: Iterable[Any]) -> int | None:
+    return max((int(v) for v in values if v is not None), default=None)
+
+
+def within(rows: Sequence[Row], kl: float) -> Estimate | None:
+    """The best reward at no more than this KL; None where a seed has no such point.
+
+    The best of several noisy rewards is a little too high, by more for methods of many points.
+    """
+    seeds: dict[Any, list[Row]] = defaultdict(list)
+    for row in rows:
+        seeds[row.get("seed")].append(row)
+    near = [[row for row in own if row["kl"] <= kl] for own in seeds.values()]
+    if not all(near):
+        return None
+    found = [max(own, key=lambda row: float(row["reward"])) for own in near]
+    reward, error = mean_and_error([float(row["reward"]) for row in found])
+    own_error = found[0].get("reward_se")
+    if len(found) == 1:
+        error = math.nan if own_error is None else float(own_error)
+    return Estimate(reward, error)
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Of the methods that have points within a KL: the first, and by how much before whom."""
+
+    kl: float
+    first: str
+    second: str
+    margin: float
+    se: float
+
+
+def leads(summaries: Sequence[Summary], kls: Sequence[float]) -> list[Lead]:
+    """Who has the highest reward within each KL, where at least two can be compared."""
+    found = []
+    for kl in kls:
+        ranked = sorted(
+            ((s.name, at) for s in summaries if (at := s.within[kl]) is not None),
+            key=lambda pair: -pair[1].reward,
+        )
+        if len(ranked) > 1:
+            (first, a), (second, b) = ranked[:2]
+            error = math.hypot(a.se, b.se)
+            found.append(Lead(kl, first, second, a.reward - b.reward, error))
+    return found
+
+
+def mean_curve(
+    curves: Sequence[Sequence[tuple[float, float, float]]], points: int = 200
+) -> np.ndarray:
+    """(4, points): KL, mean reward, low, high of several optima, where all of them are known.
+
+    curves: (KL, reward, its error) in order, one a seed; of a single one low and high are one
+    error away, else the extremes.
+    """
+    end = min(curve[-1][0] for curve in curves)
+    kl = np.linspace(0.0, math.sqrt(end), points) ** 2  # steep at 0: like sqrt(KL)
+    rewards, errors = (
+        np.array([
+            np.interp(np.sqrt(kl), [math.sqrt(row[0]) for row in curve], [row[i] for row in curve])
+            for curve in curves
+        ])
+        for i in (1, 2)
+    )  # fmt: skip
+    mean = rewards.mean(0)
+    if len(curves) == 1:
+        return np.stack([kl, mean, mean - errors[0], mean + errors[0]])
+    return np.stack([kl, mean, rewards.min(0), rewards.max(0)])

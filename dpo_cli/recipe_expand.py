@@ -1,0 +1,156 @@
+"""From a recipe's steps to its commands: repeated for each value, references filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.errors import ConfigError
+from dpo_cli.hints import did_you_mean
+from dpo_cli.launch import as_override
+from dpo_cli.recipe_file import REFERENCE, Recipe, Step
+
+Folders = dict[str, dict[str, Path]]  # of earlier steps: name -> slug ("" where once) -> folder
+
+
+@dataclass(frozen=True)
+class Task:
+    """A step, for one value of the recipe's `repeat`; without one, key and slug are empty."""
+
+    step: Step
+    key: str = ""
+    slug: str = ""
+    value: Any = None
+
+    @property
+    def label(self) -> str:
+        """The folder's name: 02-dpo or 02-dpo-0."""
+        return f"{self.step.label}-{self.slug}" if self.slug else self.step.label
+
+    @property
+    def title(self) -> str:
+        return _title(self.step.name, self.key, self.slug)
+
+    def at(self, run_dir: Path, folders: Folders) -> Path:
+        """The task's folder, from now on known to those that follow."""
+        folder = run_dir / self.label
+        folders.setdefault(self.step.name, {})[self.slug] = folder
+        return folder
+
+
+def _title(name: str, key: str, slug: str) -> str:
+    return f"{name} ({key}={slug})" if slug else name
+
+
+def expand(recipe: Recipe) -> list[Task]:
+    """The recipe's tasks in order: neighbouring repeated steps are a block, which runs for the
+    first value, then for the second, ...; steps that run once come between the blocks."""
+    repeat = recipe.repeat
+    if repeat is None:
+        return [Task(step) for step in recipe.steps]
+    tasks: list[Task] = []
+    for once, steps in groupby(recipe.steps, key=lambda step: step.once):
+        block = list(steps)
+        if once:
+            tasks += [Task(step) for step in block]
+            continue
+        for slug, value in repeat.values.items():
+            tasks += [Task(step, repeat.key, slug, value) for step in block]
+    return tasks
+
+
+def resolve(recipe: Recipe, task: Task, folders: Folders) -> tuple[list[str], dict[str, Path]]:
+    """The task's words for the command line, and title -> folder of the earlier ones it uses."""
+    references = _References(recipe, task, folders)
+    overrides = task.step.overrides
+    if isinstance(overrides, Mapping):
+        words = [as_override(key, references.filled(value)) for key, value in overrides.items()]
+    else:
+        words = [_filled_word(word, references) for word in overrides]
+    return words, dict(sorted(references.used.items()))
+
+
+def _filled_word(word: str, references: _References) -> str:
+    """`key=value`: a value that is one reference is quoted as needed, other text is not."""
+    key, _, value = word.partition("=")
+    whole = REFERENCE.fullmatch(value)
+    return as_override(key, references.filled(value)) if whole else str(references.filled(word))
+
+
+@dataclass
+class _References:
+    """What stands for `${...}` in one task. used: title -> folder of the tasks named so far."""
+
+    recipe: Recipe
+    task: Task
+    folders: Folders
+    used: dict[str, Path] = field(default_factory=dict)
+
+    def filled(self, value: Any) -> Any:
+        """A value of the YAML with its references replaced; a lone reference keeps its type."""
+        if isinstance(value, list):
+            return [entry for item in value for entry in self._entries(item)]
+        if not isinstance(value, str):
+            return value
+        if whole := REFERENCE.fullmatch(value):
+            return self._value(whole[1])
+        return REFERENCE.sub(lambda match: self._text(match[1]), value)
+
+    def _entries(self, item: Any) -> list[Any]:
+        """What an item of a list stands for; `${steps.x.dirs}` for all of them."""
+        filled = self.filled(item)
+        return filled if isinstance(item, str) and isinstance(filled, list) else [filled]
+
+    def _text(self, reference: str) -> str:
+        if reference.startswith("steps.") and reference.endswith(".dirs"):
+            raise _error(self, reference, "is a list, which cannot be part of a text")
+        return str(self._value(reference))
+
+    def _value(self, reference: str) -> Any:
+        kind, _, rest = reference.partition(".")
+        name, _, part = rest.rpartition(".")
+        if kind == "vars" and rest in self.recipe.variables:
+            return self.recipe.variables[rest]
+        if kind == "repeat" and self.task.slug and rest == self.task.key:
+            return self.task.value
+        if kind == "steps" and part in ("dir", "dirs") and name in self.folders:
+            found = self._places(name, part)
+            self.used |= found
+            paths = [str(path) for path in found.values()]
+            return paths if part == "dirs" else paths[0]
+        raise _unknown(self, reference)
+
+    def _places(self, name: str, part: str) -> dict[str, Path]:
+        """Title -> folder of what `${steps.<name>.<part>}` stands for."""
+        places, own = self.folders[name], self.task.slug
+        key = self.recipe.repeat.key if self.recipe.repeat else ""
+        titled = {_title(name, key, slug): folder for slug, folder in places.items()}
+        if "" in places:  # it runs once: the same folder for all
+            return titled
+        reference = f"steps.{name}.{part}"
+        if part == "dir" and not own:
+            why = f"is another one for each {key}; ${{steps.{name}.dirs}} is the list of them"
+            raise _error(self, reference, why)
+        if part == "dirs" and own:
+            raise _error(self, reference, "is for steps that say once: true")
+        return {_title(name, key, own): places[own]} if part == "dir" else titled
+
+
+def _unknown(at: _References, reference: str) -> ConfigError:
+    repeat = at.recipe.repeat
+    if repeat is not None and reference == f"repeat.{repeat.key}":
+        return _error(at, reference, "has no value in a step that says once: true")
+    parts = ["dir"] if repeat is None else ["dir", "dirs"]
+    names = [f"vars.{name}" for name in at.recipe.variables]
+    names += [f"steps.{name}.{part}" for name in at.folders for part in parts]
+    names += [f"repeat.{repeat.key}"] if repeat is not None else []
+    hint = did_you_mean(reference, names)
+    return _error(at, reference, f"is neither a variable nor the folder of an earlier step{hint}")
+
+
+def _error(at: _References, reference: str, why: str) -> ConfigError:
+    place = f"recipe {at.recipe.name}, step {at.task.title}"
+    return ConfigError(f"{place}: ${{{reference}}} {why}")

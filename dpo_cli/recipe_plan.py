@@ -1,0 +1,166 @@
+"""`dpo-run recipe=... dry_run=true`: what would be done, what it costs, and the commands."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from dpo_cli.overrides import job_count
+from dpo_cli.recipe_expand import Folders, Task, expand, resolve
+from dpo_cli.recipe_file import Recipe
+from dpo_cli.recipe_report import counted, folded
+from dpo_cli.recipe_state import Decision, examine, first_few, jobs_done, record_of
+from dpo_cli.report.console import cell
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds that a task takes in all, and of them those still to spend.
+
+    measured: an earlier run took that long; else it is the recipe's guess.
+    """
+
+    seconds: float
+    left: float
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Planned:
+    task: Task
+    decision: Decision
+    command: str
+    jobs: int | None  # None: only Hydra's sweeper knows
+    cost: Cost | None
+
+
+def print_plan(recipe: Recipe, run_dir: Path) -> None:
+    """Show the plan; creates nothing."""
+    rows = plan(recipe, run_dir)
+    console = Console()
+    _print(console, f"{recipe.name}: {recipe.description}")
+    console.print(plan_table(rows))
+    _print(console, cost_line([row.cost for row in rows]))
+    groups = folded(rows, lambda row: row.task.step.label)
+    for group in groups:
+        row = next((row for row in group if row.decision.action != "skip"), group[0])
+        same = [r.task.slug for r in group if r.decision.action == row.decision.action]
+        _print(console, f"\n{row.task.label}: {row.decision.action}{because(row.decision)}")
+        _print(console, f"  {row.command}")
+        if others := [slug for slug in same if slug != row.task.slug]:
+            _print(console, f"  and so for {row.task.key}={','.join(others)}")
+    _print(console, f"\nresults would go to {run_dir}; nothing was written")
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def because(decision: Decision) -> str:
+    return f" ({decision.reason})" if decision.reason else ""
+
+
+def plan(recipe: Recipe, run_dir: Path) -> list[Planned]:
+    """A row for each task; those that use one that has yet to run would run again."""
+    rows: list[Planned] = []
+    folders: Folders = {}
+    again: set[str] = set()
+    tasks = expand(recipe)
+    measured = _measured(tasks, run_dir)
+    for task in tasks:
+        overrides, uses = resolve(recipe, task, folders)
+        if waiting := [title for title in uses if title in again]:
+            decision = Decision("run", f"after {first_few(waiting)}")
+        else:
+            _, decision = examine(recipe, task, run_dir, folders)
+        folder = task.at(run_dir, folders)
+        if decision.action != "skip":
+            again.add(task.title)
+        jobs = job_count(overrides) if task.step.sweep else 1
+        command = shlex.join(["dpo-run", *(["-m"] if task.step.sweep else []), *overrides])
+        cost = _cost(task, decision, measured, _share_left(decision, folder, jobs))
+        rows.append(Planned(task, decision, command, jobs, cost))
+    return rows
+
+
+def _measured(tasks: Sequence[Task], run_dir: Path) -> dict[str, dict[str, float]]:
+    """Step -> slug -> seconds that it took when it was last finished in this folder."""
+    found: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        seconds = record_of(task, run_dir).get("finished_seconds")
+        if seconds is not None:
+            found.setdefault(task.step.name, {})[task.slug] = float(seconds)
+    return found
+
+
+def _share_left(decision: Decision, folder: Path, jobs: int | None) -> float:
+    if decision.action == "skip":
+        return 0.0
+    if decision.action == "resume" and jobs:
+        return max(0.0, 1.0 - jobs_done(folder) / jobs)  # a single run has no jobs done
+    return 1.0
+
+
+def _cost(
+    task: Task, decision: Decision, measured: dict[str, dict[str, float]], share_left: float
+) -> Cost | None:
+    """From this task's earlier time, else the mean of the step's other values, else the hint."""
+    times = measured.get(task.step.name, {})
+    if times:
+        seconds = times.get(task.slug, sum(times.values()) / len(times))
+    elif task.step.minutes is not None:
+        seconds = 60.0 * task.step.minutes
+    else:
+        return None
+    return Cost(seconds, seconds * share_left, bool(times))
+
+
+def plan_table(rows: Sequence[Planned]) -> Table:
+    """A row for each task, or of many tasks for each step."""
+    groups = folded(rows, lambda row: row.task.step.label)
+    table = Table(title="Plan", title_justify="left")
+    for name in ("step", "to do", "jobs", "minutes"):
+        table.add_column(name, justify="left" if name in ("step", "to do") else "right")
+    for group in groups:
+        task, jobs = group[0].task, [row.jobs for row in group]
+        table.add_row(
+            cell(f"{task.step.label} x{len(group)}" if len(group) > 1 else task.label),
+            cell(counted([row.decision.action for row in group])),
+            cell("?" if None in jobs else sum(jobs)),  # type: ignore[arg-type]
+            cell(minutes([row.cost for row in group])),
+        )
+    return table
+
+
+def minutes(costs: Sequence[Cost | None]) -> str:
+    """Their sum: 12.3 where measured, ~12 where a part is guessed, ? where one is unknown."""
+    known = [cost for cost in costs if cost is not None]
+    if len(known) < len(costs):
+        return "?"
+    return _minutes([cost.seconds for cost in known], all(cost.measured for cost in known))
+
+
+def _minutes(seconds: Sequence[float], measured: bool) -> str:
+    return f"{sum(seconds) / 60:.1f}" if measured else f"~{sum(seconds) / 60:.3g}"
+
+
+def cost_line(costs: Sequence[Cost | None]) -> str:
+    known = [cost for cost in costs if cost is not None]
+    measured = all(cost.measured for cost in known)
+    parts = []
+    if known:
+        left, whole = (
+            _minutes(seconds, measured)
+            for seconds in ([c.left for c in known], [c.seconds for c in known])
+        )
+        parts.append(f"left to do: {left} of {whole} minutes")
+    if unknown := len(costs) - len(known):
+        parts.append(f"no figure for {unknown} of {len(costs)} steps")
+    if not measured:
+        parts.append("~: the recipe's guess, on two CPU cores")
+    return "; ".join(parts)

@@ -1,0 +1,225 @@
+"""Reward against KL to the reference: the picture, and its tables for console and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from dpo_cli.durable import disk_errors
+from dpo_cli.report.console import cell, printable
+from dpo_cli.report.plots import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    headings,
+    new_figure,
+    save_png,
+    short_number,
+    shorten,
+)
+
+# Okabe and Ito's palette without its yellow; a shape each, too: (colour, marker, size).
+STYLES = {
+    "dpo": (BLUE, "o", 7.0),
+    "ppo-baseline": (ORANGE, "s", 6.5),
+    "unlikelihood": ("#009E73", "^", 7.5),
+    "sft": ("#CC79A7", "X", 8.0),
+}
+MORE_STYLES = (
+    ("#E69F00", "v", 7.5), ("#56B4E9", "P", 8.0), ("#CC79A7", "X", 8.0), ("#009E73", "^", 7.5),
+    ("#8C564B", "d", 7.5), (GREY, "p", 8.0), (BLUE, "*", 9.5), (ORANGE, "h", 8.0),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """The points of one method, all (n,). last: at the end of its run, not a checkpoint."""
+
+    name: str
+    kl: np.ndarray
+    kl_se: np.ndarray
+    reward: np.ndarray
+    reward_se: np.ndarray
+    last: np.ndarray
+    labels: tuple[str, ...] = ()  # beside the points; none: unlabelled
+
+
+@dataclass(frozen=True)
+class Band:
+    """The optimum, all (n,): its mean over seeds; low, high: the seeds' extremes, or one
+    standard error either way of a single one."""
+
+    kl: np.ndarray
+    reward: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    seeds: int
+
+
+def draw_frontier(
+    run_dir: Path, methods: Sequence[Cloud], best_of: Cloud | None, optimum: Band | None
+) -> Path:
+    """Draw `plots/frontier.png`; returns its path. Raises DiskError.
+
+    A colour and a shape a method, error bars of one standard error; best-of-n open, at the
+    bound of its KL. A few points far to the right are counted in the caption instead.
+    """
+    clouds = [*methods, *([best_of] if best_of else [])]
+    limit = kl_limit(np.concatenate([cloud.kl for cloud in clouds])) if clouds else 1.0
+    if not clouds and optimum:
+        limit = float(optimum.kl[-1])
+    width, height = 9.2, 5.4  # inches
+    figure = new_figure(width, height)
+    title = "Reward against KL to the reference"
+    headings(figure, title, _caption(clouds, optimum, limit), size=13)
+    figure.text(
+        0.2 / width, 0.12 / height, shorten(run_dir.name, 90), fontsize=8, color=GREY,
+        parse_math=False,
+    )  # fmt: skip
+    axes = figure.add_axes(
+        (0.8 / width, 0.8 / height, (width - 3.25) / width, (height - 1.75) / height)
+    )
+    _style(axes)
+    _draw_optimum(axes, optimum)
+    for cloud, style in zip(methods, styles([c.name for c in methods]), strict=True):
+        _draw_cloud(axes, cloud, *style)
+    if best_of:
+        _draw_best_of(axes, best_of, limit)
+    axes.set_xlim(-0.025 * limit, 1.05 * limit)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(1.02, 1.02), frameon=False, fontsize=9,
+        labelcolor=INK, labelspacing=0.9, handlelength=1.6,
+    )  # fmt: skip
+    folder = run_dir / "plots"
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    return save_png(figure, folder / "frontier.png")
+
+
+def kl_limit(kls: np.ndarray) -> float:
+    """The largest KL drawn: far beyond three quarters of the points nothing is."""
+    most = 3.0 * float(np.quantile(kls, 0.75))
+    return float(kls[kls <= most].max()) or float(kls.max()) or 1.0
+
+
+def styles(names: Sequence[str]) -> list[tuple[str, str, float]]:
+    """Colour, marker and its size of each method: the usual ones have their own."""
+    taken = [STYLES[name] for name in names if name in STYLES]
+    free = [style for style in MORE_STYLES if style not in taken]
+    others = [name for name in names if name not in STYLES]
+    given = {name: free[i % len(free)] for i, name in enumerate(others)}
+    return [STYLES.get(name) or given[name] for name in names]
+
+
+def _caption(clouds: Sequence[Cloud], optimum: Band | None, limit: float) -> str:
+    parts = ["bars: one standard error over prompts"]
+    if any(not cloud.last.all() for cloud in clouds):
+        parts.append("small: checkpoints")
+    if optimum:
+        seeds = optimum.seeds
+        parts.append(f"band: {seeds} seeds" if seeds > 1 else "band: one standard error")
+    beyond = [float(kl) for cloud in clouds for kl in cloud.kl if kl > 1.05 * limit]
+    if beyond:
+        count = f"{len(beyond)} point{'s' * (len(beyond) > 1)}"
+        parts.append(f"{count} to the right, up to a KL of {short_number(round(max(beyond), 1))}")
+    return "  ·  ".join(parts)
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#BBBBBB")
+    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9, labelcolor=GREY, pad=5)
+    axes.margins(x=0.02, y=0.08)
+    axes.set_xlabel("KL(policy || reference) of a completion, nats", fontsize=9, color=GREY)
+    axes.set_ylabel("reward", fontsize=9, color=GREY)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+
+
+def _draw_optimum(axes: Axes, optimum: Band | None) -> None:
+    if optimum is None:
+        return
+    axes.fill_between(optimum.kl, optimum.low, optimum.high, color=INK, alpha=0.18, linewidth=0)
+    axes.plot(optimum.kl, optimum.reward, color=INK, linewidth=1.6, label="optimum", zorder=3)
+
+
+def _draw_cloud(axes: Axes, cloud: Cloud, colour: str, marker: str, size: float) -> None:
+    axes.errorbar(
+        cloud.kl, cloud.reward, cloud.reward_se, cloud.kl_se, fmt="none", ecolor=colour,
+        elinewidth=1, alpha=0.45, zorder=4,
+    )  # fmt: skip
+    for last, scale in ((False, 0.55), (True, 1.0)):
+        at = cloud.last == last
+        axes.plot(
+            cloud.kl[at], cloud.reward[at], marker, color=colour, markersize=size * scale,
+            alpha=1.0 if last else 0.55, markeredgecolor="white",
+            markeredgewidth=0.8 if last else 0.3, zorder=6 if last else 5,
+            label=printable(cloud.name) if last else None,
+        )  # fmt: skip
+
+
+def _draw_best_of(axes: Axes, cloud: Cloud, limit: float) -> None:
+    axes.plot(
+        cloud.kl, cloud.reward, "D", markersize=6, markerfacecolor="white", markeredgecolor=INK,
+        markeredgewidth=1.2, zorder=7, label="best-of-n, its n beside\nit, at the bound of its KL",
+    )  # fmt: skip
+    for kl, reward, label in zip(cloud.kl, cloud.reward, cloud.labels, strict=True):
+        if kl <= 1.05 * limit:
+            # Up and to the left is no policy's place: that is beyond the optimum.
+            offset, side = ((-7, 5), "right") if kl > 0 else ((8, -3), "left")
+            axes.annotate(
+                label, (kl, reward), xytext=offset, textcoords="offset points", fontsize=8,
+                color=INK, ha=side, zorder=8,
+            )  # fmt: skip
+
+
+Cells = Sequence[Sequence[object]]
+
+
+def rich_table(title: str, head: Sequence[str], rows: Cells) -> Table:
+    """The first column is names, the others numbers. head: with line breaks where wanted."""
+    table = Table(title=Text(printable(title)), title_justify="left")
+    for place, name in enumerate(head):
+        parts = name.split("\n") if place else [name, *(printable(str(row[0])) for row in rows)]
+        table.add_column(
+            Text(name), justify="right" if place else "left", overflow="fold",
+            min_width=min(16, max(map(cell_len, parts))),
+        )  # fmt: skip
+    for row in rows:
+        table.add_row(*(cell(value) for value in row))
+    return table
+
+
+def markdown(head: Sequence[str], rows: Cells) -> str:
+    """The same as Markdown."""
+
+    def line(values: Sequence[object]) -> str:
+        return "| " + " | ".join(cell(v).plain.replace("|", r"\|") for v in values) + " |\n"
+
+    rule = "|" + "---|" + "---:|" * (len(head) - 1) + "\n"
+    return (
+        line([name.replace("\n", " ") for name in head]) + rule + "".join(line(row) for row in rows)
+    )
+
+
+def nats(kl: float) -> str:
+    """Three digits: 0.03, 4.51, 10.9, 180."""
+    return f"{kl:.{2 if kl < 10 else 1 if kl < 100 else 0}f}"
+
+
+def with_error(reward: float, error: float = np.nan) -> str:
+    """`0.905±0.012`, for a table's cell."""
+    digits = 3 if abs(reward) < 10 else 1
+    return f"{reward:.{digits}f}" + (f"±{error:.{digits}f}" if np.isfinite(error) else "")

@@ -1,0 +1,107 @@
+"""Pictures of a report: in the page itself, with a description of what they show."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from dataclasses import dataclass
+
+from dpo_cli.report.page_read import Folder, Row
+from dpo_cli.report.page_story import best_point, point_name, trained
+from dpo_cli.report.page_tables import path_name
+from dpo_cli.report.page_text import count, figure, is_number, label, lower, with_unit
+
+TITLES = {  # the order of a page; a panel alone is in overview.png, too
+    "frontier": "Frontier",
+    "win_rates": "Win rates",
+    "held_out_rewards": "Ranking and calibration",
+    "overview": "Training curves",
+}
+KEY = tuple(name for name in TITLES if name != "overview")
+DPI = 150  # of the files; an inch of CSS has 96 pixels
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_CURVES = ("loss", "rewards/accuracies", "rewards/margins", "score", "kl", "ece")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """width, height: in pixels of CSS."""
+
+    name: str
+    title: str
+    alt: str
+    uri: str
+    width: int
+    height: int
+
+
+def pictures_of(folder: Folder, names: tuple[str, ...] = tuple(TITLES)) -> list[Picture]:
+    """Those of the named ones that the run drew."""
+    found = []
+    for name in names:
+        png = folder.pictures.get(name, b"")
+        if not png.startswith(_SIGNATURE) or len(png) < 24:
+            continue
+        width, height = struct.unpack(">II", png[16:24])
+        width, height = (round(pixels * 96 / DPI) for pixels in (width, height))
+        uri = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+        found.append(Picture(name, TITLES[name], alt_of(name, folder), uri, width, height))
+    return found
+
+
+def alt_of(name: str, folder: Folder) -> str:
+    """What the picture shows, with the numbers a reader would take from it."""
+    told = {
+        "frontier": _frontier,
+        "win_rates": _win_rates,
+        "held_out_rewards": _held_out_rewards,
+        "overview": _overview,
+    }[name](folder)
+    return "; ".join(told) + "."
+
+
+def _overview(folder: Folder) -> list[str]:
+    told = [f"Curves over {count(folder.last_step, 'training step')}"]
+    for metric in _CURVES:
+        told += [_change(folder.summary, name) for name in (metric, f"eval/{metric}")]
+    return [part for part in told if part]
+
+
+def _change(summary: Row, name: str) -> str:
+    value, before = summary.get(name), summary.get(f"first/{name}")
+    if not is_number(value):
+        return ""
+    start = f"from {figure(name, before)} to " if is_number(before) else "ends at "
+    return f"{lower(label(name))} {start}{figure(name, value)}"
+
+
+def _held_out_rewards(folder: Folder) -> list[str]:
+    told = ["Histograms of the rewards of chosen and rejected responses, and their calibration"]
+    means = [("chosen", "eval/rewards/chosen"), ("rejected", "eval/rewards/rejected")]
+    told += [
+        f"mean reward of {kind} responses {figure(name, folder.summary[name])}"
+        for kind, name in means
+        if is_number(folder.summary.get(name))
+    ]
+    return [*told, *filter(None, [_change(folder.summary, "eval/ece")])]
+
+
+def _frontier(folder: Folder) -> list[str]:
+    policies = trained(folder.points)
+    told = [f"Reward against KL of {count(len(policies), 'policy', 'policies')}"]
+    for method in dict.fromkeys(str(row.get("method")) for row in policies):
+        best = best_point([row for row in policies if str(row.get("method")) == method])
+        if best is not None:
+            reward = figure("reward", best["reward"])
+            where = f" at {with_unit('kl', best['kl'])}" if is_number(best.get("kl")) else ""
+            told.append(f"{point_name(best)} reaches {reward}{where}")
+    return told
+
+
+def _win_rates(folder: Folder) -> list[str]:
+    return ["Win rates"] + [
+        f"{path_name(str(row.get('policy')))} against {row.get('opponent')} at temperature "
+        f"{row.get('temperature')}: {figure('win_rate', row['win_rate'])}"
+        for row in folder.win_rates[:12]
+        if is_number(row.get("win_rate"))
+    ]

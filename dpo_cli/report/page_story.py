@@ -1,0 +1,269 @@
+"""A run in words: what was done to what, how it came out, and the few figures to see first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from dpo_cli.report.page_read import Folder, Row
+from dpo_cli.report.page_text import (
+    count,
+    figure,
+    is_number,
+    label,
+    lower,
+    with_unit,
+)
+
+MOST_TILES = 6
+MOST_FINDINGS = 4  # sentences of frontier.md
+LOSSES = {
+    "sigmoid": "DPO",
+    "ipo": "IPO",
+    "hinge": "DPO with the hinge loss",
+    "unlikelihood": "Unlikelihood",
+    "plackett_luce": "Plackett-Luce DPO",
+}
+METHODS = {
+    "sft": "Supervised fine-tuning",
+    "reward": "Reward model",
+    "ppo-baseline": "PPO",
+    "evaluate": "Evaluation",
+    "frontier": "Frontier of reward and KL",
+    "sample": "Completions",
+    "label": "Preference labels",
+}
+UNITS = {"dpo": "pair", "reward": "pair", "ppo-baseline": "prompt"}  # what a row trains
+BASELINES = ("optimum", "best-of-n")  # rows of points.jsonl that are no trained policy
+
+# Of these a report shows the first it has, held-out figures before those of the last steps.
+TILES = (
+    "reward", "score", "kl", "accuracy", "win_rate", "rewards/accuracies", "loss", "perplexity",
+    "ece", "rewards/margins", "shortfall", "finished", "distinct_2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure to see first, with what it is and what it was before."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+def title_of(folder: Folder) -> str:
+    """`DPO of 01-sft on 03-label/train.jsonl`."""
+    method = method_of(folder)
+    if folder.stage == "frontier":
+        return method
+    if len(policies := trained(folder.points)) > 1:
+        model = count(len(policies), "policy", "policies")
+    else:
+        model = model_name(folder)
+    return f"{method} of {model} on {data_name(folder)}"
+
+
+def method_of(folder: Folder) -> str:
+    if folder.stage != "dpo":
+        return METHODS.get(folder.stage, folder.stage or "Run")
+    name = LOSSES.get(str(folder.setting("stage.loss")), "DPO")
+    smoothing = folder.setting("stage.label_smoothing")
+    smoothed = name == "DPO" and is_number(smoothing) and smoothing > 0
+    return "cDPO" if smoothed else name
+
+
+def model_name(folder: Folder) -> str:
+    path, hub_id = folder.setting("model.path"), folder.setting("model.hub_id")
+    return path_name(str(path)) if path else str(hub_id or folder.setting("model.name", "a model"))
+
+
+def data_name(folder: Folder) -> str:
+    path, hub_id = folder.setting("data.path"), folder.setting("data.hub_id")
+    if path and folder.setting("data.name") == "jsonl":  # else the dataset has a name
+        return "/".join(part for part in PurePath(str(path)).parts[-2:] if part != "/")
+    return str((not path and hub_id) or folder.setting("data.name", "data"))
+
+
+def path_name(path: str) -> str:
+    """Of a run's folder or of a model in it, the run's name."""
+    place = PurePath(path)
+    if place.parent.name == "checkpoints":
+        return f"{place.parent.parent.name} {place.name.replace('-', ' ')}"
+    return place.parent.name if place.name == "final" and place.parent.name else place.name or path
+
+
+def verdict_of(folder: Folder, data: Mapping[str, Any]) -> str:
+    """One line in plain words. data: the rows that were trained on (`train_rows`), if known."""
+    if folder.findings:
+        return " ".join(folder.findings[:MOST_FINDINGS])
+    if folder.sweep:
+        told = [count(len(folder.sweep), "job")]
+    elif len(trained(folder.points)) > 1 or folder.stage == "frontier":
+        told = _of_points(folder)
+    elif folder.stage == "evaluate":
+        told = [count(len(folder.samples), "completion"), *_of_evaluation(folder)]
+    elif folder.stage in ("sample", "label"):
+        told = [_of_rows(folder.summary)]
+    else:
+        told = [_effort(folder, data), *_of_training(folder.summary)]
+    told = [clause for clause in told if clause]
+    if not told:
+        return "The run left no figures."
+    line = ": ".join([told[0], "; ".join(told[1:])]) if told[1:] else told[0]
+    return line[:1].upper() + line[1:] + "."
+
+
+def _effort(folder: Folder, data: Mapping[str, Any]) -> str:
+    steps = f"after {count(folder.last_step, 'step')}" if folder.last_step else ""
+    rows = data.get("train_rows")
+    unit = UNITS.get(folder.stage, "example")
+    seen = f"on {count(rows, unit)}" if isinstance(rows, int) else ""
+    return " ".join(filter(None, (steps, seen)))
+
+
+def _of_training(summary: Row) -> list[str]:
+    """Held-out figures, or those of the last steps where no rows were held out."""
+    prefix = "eval/" if "eval/loss" in summary else ""
+    where = "held-out" if prefix else "training"
+    told = []
+    name = f"{prefix}rewards/accuracies"
+    if is_number(summary.get(name)):
+        told.append(
+            f"the chosen response ranks first in {figure(name, summary[name])} of the {where} "
+            f"pairs{_was(summary, name)}"
+        )
+    metrics = ("score", "kl") if prefix + "score" in summary else ("loss", "perplexity", "ece")
+    for name in (prefix + metric for metric in metrics):
+        if is_number(summary.get(name)):
+            words = label(name).partition(" (")[0]
+            told.append(f"{lower(words)} {with_unit(name, summary[name])}{_was(summary, name)}")
+    return told
+
+
+def _was(summary: Row, metric: str) -> str:
+    before = summary.get(f"first/{metric}")
+    return f" ({figure(metric, before)} before)" if is_number(before) else ""
+
+
+def _of_rows(summary: Row) -> str:
+    """`2,000 prompts to train on, 100 held out`, of what was sampled or labelled."""
+    told = []
+    for split, use in (("train", "to train on"), ("eval", "held out")):
+        for unit in ("prompt", "pair"):
+            rows = summary.get(f"{split}_{unit}s")
+            told += [f"{count(rows, unit)} {use}"] if isinstance(rows, int) else []
+    return ", ".join(told)
+
+
+def _of_evaluation(folder: Folder) -> list[str]:
+    summary, told = folder.summary, []
+    if is_number(summary.get("reward")):
+        told.append(f"reward {_pair(summary, 'reward')}")
+        if is_number(summary.get("kl")):
+            told[0] += f" at a KL of {_pair(summary, 'kl')} to the reference"
+    if is_number(summary.get("accuracy")):
+        told.append(f"{_pair(summary, 'accuracy')} of the held-out pairs ranked right")
+    return [*told, _optimum(summary), *_of_win_rates(folder.win_rates)]
+
+
+def _of_win_rates(rows: Sequence[Row]) -> list[str]:
+    return [
+        f"win rate {figure('win_rate', row['win_rate'])} against {path_name(str(row['opponent']))} "
+        f"at temperature {figure('temperature', row.get('temperature'))}"
+        for row in rows[:2]
+        if is_number(row.get("win_rate")) and "opponent" in row
+    ]
+
+
+def _pair(row: Row, metric: str) -> str:
+    return with_unit(metric, row[metric], row.get(f"{metric}_se"))
+
+
+def _of_points(folder: Folder) -> list[str]:
+    policies = trained(folder.points)
+    best = best_point(policies)
+    if best is None:
+        return [count(len(policies), "policy", "policies")]
+    highest = f"highest reward {_pair(best, 'reward')}"
+    if is_number(best.get("kl")):
+        highest += f" at a KL of {_pair(best, 'kl')}"
+    policy = f"{highest}, by {point_name(best)}"
+    return [count(len(policies), "policy", "policies"), policy, _optimum(best)]
+
+
+def _optimum(row: Row) -> str:
+    best = row.get("optimum_reward_at_kl")
+    least = "at least " if row.get("beyond_optimum") else ""
+    return f"the optimum at that KL has {least}{figure('reward', best)}" if is_number(best) else ""
+
+
+def trained(points: Sequence[Row]) -> list[Row]:
+    return [row for row in points if row.get("method") not in BASELINES]
+
+
+def best_point(points: Sequence[Row]) -> Row | None:
+    rewarded = [row for row in points if is_number(row.get("reward"))]
+    return max(rewarded, key=lambda row: row["reward"], default=None)
+
+
+def point_name(row: Row) -> str:
+    """`dpo beta=0.1, step 200`."""
+    step = row.get("step")
+    parts = [row.get("method") or "a policy", row.get("setting")]
+    name = " ".join(str(part) for part in parts if part)
+    return f"{name}, step {step:,}" if isinstance(step, int) else name
+
+
+def tiles_of(folder: Folder) -> list[Tile]:
+    """The first figures of TILES that the run has."""
+    summary = folder.summary
+    rates = [name for name in summary if re.fullmatch(r"win_rate_t[\d.e-]+", name)][:2]
+    found = [
+        tile
+        for name in TILES
+        for metric in (rates if name == "win_rate" else [name])
+        if (tile := _tile(summary, f"eval/{metric}", metric)) is not None
+    ]
+    if len(trained(folder.points)) > 1:
+        found = _point_tiles(folder.points) + found
+    return found[:MOST_TILES]
+
+
+def _tile(summary: Row, *names: str) -> Tile | None:
+    name = next((name for name in names if is_number(summary.get(name))), None)
+    if name is None:
+        return None
+    before = summary.get(f"first/{name}")
+    error, low, high = (summary.get(f"{name}_{bound}") for bound in ("se", "low", "high"))
+    note = f"{figure(name, before)} before" if is_number(before) else ""
+    if is_number(error):
+        _, _, margin = figure(name, summary[name], error).partition("±")
+        note = f"±{margin} standard error"
+    elif is_number(low) and is_number(high):
+        note = f"{figure(name, low)} to {figure(name, high)}"
+    return Tile(label(name), figure(name, summary[name]), note)
+
+
+def _point_tiles(points: Sequence[Row]) -> list[Tile]:
+    policies = trained(points)
+    best = best_point(policies)
+    tiles = [
+        Tile(
+            "Policies",
+            f"{len(policies):,}",
+            count(len({r.get("method") for r in policies}), "method"),
+        )
+    ]
+    if best is not None:
+        tiles.append(Tile("Highest reward", figure("reward", best["reward"]), point_name(best)))
+        if is_number(best.get("kl")):
+            tiles.append(Tile("Its KL (nats)", figure("kl", best["kl"]), "to the reference"))
+        if is_number(best.get("shortfall")):
+            tiles.append(
+                Tile("Short of the optimum by", figure("reward", best["shortfall"]), "at that KL")
+            )
+    return tiles

@@ -1,0 +1,108 @@
+"""Win rates as a picture: a bar a policy and temperature, with its 95% interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MultipleLocator, PercentFormatter
+
+from dpo_cli.durable import disk_errors
+from dpo_cli.report.plots import BLUE, GREY, INK, headings, new_figure, save_png, shorten
+
+MOST_BARS = 30  # more are in win_rates.json
+WIDTH, LEFT, RIGHT = 7.0, 1.1, 1.6  # inches; LEFT, RIGHT: of the bars, for their labels
+BAR, NAME, EDGE = 0.27, 0.30, 0.2  # inches of a bar, of a policy's name, and before that
+
+Row = Mapping[str, Any]
+
+
+def draw_win_rates(run_dir: Path, rows: Sequence[Row]) -> Path:
+    """Draw `plots/win_rates.png` of the rows of win_rates.json; returns its path.
+
+    Bars of one policy stand together under its name, a temperature each, in the rows' order;
+    the dashed line is chance. Raises DiskError.
+    """
+    shown = rows[:MOST_BARS]
+    groups: dict[str, list[Row]] = {}
+    for row in shown:
+        groups.setdefault(str(row["policy"]), []).append(row)
+    drawn = BAR * len(shown) + NAME * len(groups)
+    height = drawn + 1.25
+    figure = new_figure(WIDTH, height)
+    headings(figure, "Win rate", caption(rows), size=13)
+    footer = shorten(run_dir.name, 50)
+    if len(rows) > MOST_BARS:
+        footer += f"  ·  {MOST_BARS} of {len(rows)} bars; the others are in win_rates.json"
+    figure.text(EDGE / WIDTH, 0.1 / height, footer, fontsize=8, color=GREY, parse_math=False)
+    axes = figure.add_axes(
+        (LEFT / WIDTH, 0.55 / height, (WIDTH - LEFT - RIGHT) / WIDTH, drawn / height)
+    )
+    _style(axes, drawn)
+    place = drawn
+    for policy, group in groups.items():
+        place -= NAME
+        axes.text(
+            (EDGE - LEFT) / (WIDTH - LEFT - RIGHT), place + 0.08, _end(policy), fontsize=9,
+            fontweight="bold", color=INK, parse_math=False,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
+        )  # fmt: skip
+        for row in group:
+            place -= BAR
+            _bar(axes, row, place + BAR / 2)
+    folder = run_dir / "plots"
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    return save_png(figure, folder / "win_rates.png")
+
+
+def caption(rows: Sequence[Row]) -> str:
+    """Against whom, by whom, on how many prompts."""
+    counts = sorted({row["wins"] + row["losses"] + row["ties"] for row in rows})
+    number = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    parts = [
+        f"against {_end(str(rows[0]['opponent']), 20)}", f"judge {_end(str(rows[0]['judge']), 20)}",
+        f"{number} verdicts", "95% intervals",
+    ]  # fmt: skip
+    return "  ·  ".join(parts)
+
+
+def _end(name: str, characters: int = 70) -> str:
+    """A name that fits, its beginning left out: folders differ at their end."""
+    return name if len(name) <= characters else f"…{name[1 - characters :]}"
+
+
+def _style(axes: Axes, top: float) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#BBBBBB")
+    axes.grid(axis="x", color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9, labelcolor=GREY, pad=5)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, top)
+    axes.set_yticks([])
+    axes.xaxis.set_major_locator(MultipleLocator(0.25))
+    axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axes.axvline(0.5, color="#999999", linewidth=1, linestyle=(0, (4, 3)), zorder=3)
+
+
+def _bar(axes: Axes, row: Row, place: float) -> None:
+    small: dict[str, Any] = {"fontsize": 9, "color": GREY, "va": "center"}
+    axes.annotate(
+        f"T = {row['temperature']:g}", (0, place), xytext=(-8, 0), textcoords="offset points",
+        ha="right", **small,
+    )  # fmt: skip
+    rate = row["win_rate"]
+    if rate is None or math.isnan(rate):
+        axes.annotate("no verdicts", (0, place), xytext=(6, 0), textcoords="offset points", **small)
+        return
+    axes.barh(place, rate, height=0.62 * BAR, color=BLUE, alpha=0.6)
+    ends = [row["low"], row["high"]]
+    axes.plot(ends, [place] * 2, "|-", color=INK, linewidth=1.2, markersize=6, clip_on=False)
+    axes.annotate(
+        f"{rate:.0%}  ({row['low']:.0%} to {row['high']:.0%})", (1, place), xytext=(8, 0),
+        textcoords="offset points", **small,
+    )  # fmt: skip

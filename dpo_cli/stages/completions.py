@@ -1,0 +1,101 @@
+"""Values of sampled completions by a model: token ids as in training, packed rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_cli.data.drops import DropReport
+from dpo_cli.data.encode import encode_completed, resolve_limits
+from dpo_cli.evaluation.scorers import Completed
+from dpo_cli.model.attention import MOST_TOKENS, kernel_of
+from dpo_cli.model.load import context_length
+from dpo_cli.packing import pack_sorted
+from dpo_cli.records import Batch, EncodedExample
+from dpo_cli.stages.session import Session
+
+MOST_BRANCHES = 16  # completions behind one copy of their prompt: a packed row stays short
+
+
+@dataclass
+class Encoding:
+    """Completions to the ids that `model` was trained on, cut as the run's `data` group says.
+
+    The first call that cuts anything says so on the console.
+    """
+
+    session: Session
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    told: bool = field(default=False, init=False)
+
+    def __call__(self, rows: Sequence[Completed]) -> list[EncodedExample]:
+        config, cuts = self.session.config.data, DropReport(read=len(rows))
+        limits = resolve_limits(config, context_length(self.model))
+        plain = [(row.prompt, row.completion, row.finished) for row in rows]
+        encoded = encode_completed(plain, self.tokenizer, config, limits, cuts)
+        for line in [] if self.told else cuts.summary_lines():
+            self.session.note(f"completions: {line}")
+            self.told = True
+        return encoded
+
+
+@torch.no_grad()
+def values_of(
+    session: Session,
+    model: PreTrainedModel,
+    examples: Sequence[EncodedExample],
+    compute: Callable[[Batch], Tensor],
+    keep_last: bool = False,
+) -> list[float]:
+    """`compute(packed row) -> (S,)` for examples of one response, in their order.
+
+    A prompt is computed once for its responses, and equal responses get one value: between
+    rows of other lengths theirs would differ by rounding, and look like a preference.
+    """
+    budget = min(session.token_budget, MOST_TOKENS.get(kernel_of(model), session.token_budget))
+    values = [0.0] * len(examples)
+    for shared, places in _sharing_prompts(examples):
+        for batch in pack_sorted(shared, budget, keep_last):
+            found = compute(batch.to(session.runtime.device)).view(-1, batch.branches).tolist()
+            for example, row in zip(batch.example_ids.tolist(), found, strict=True):
+                for equal, value in zip(places[example], row, strict=True):
+                    for i in equal:
+                        values[i] = value
+    return values
+
+
+Places = list[list[int]]  # of each response of an example, the rows that have it
+
+
+def _sharing_prompts(
+    examples: Sequence[EncodedExample],
+) -> Iterator[tuple[list[EncodedExample], list[Places]]]:
+    """Examples with all distinct responses of a prompt, for each number of responses."""
+    prompts: dict[bytes, dict[bytes, list[int]]] = {}
+    for i, example in enumerate(examples):
+        (response,) = example.response_ids
+        rows = prompts.setdefault(example.prompt_ids.tobytes(), {})
+        rows.setdefault(response.tobytes(), []).append(i)
+    by_count: dict[int, list[Places]] = defaultdict(list)
+    for responses in prompts.values():
+        distinct = list(responses.values())
+        for first in range(0, len(distinct), MOST_BRANCHES):
+            part = distinct[first : first + MOST_BRANCHES]
+            by_count[len(part)].append(part)
+    for places in by_count.values():
+        yield (
+            [
+                replace(
+                    examples[part[0][0]],
+                    response_ids=tuple(examples[equal[0]].response_ids[0] for equal in part),
+                )
+                for part in places
+            ],
+            places,
+        )

@@ -1,0 +1,270 @@
+"""stage=frontier: evaluations drawn together, and what they say of each method."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import yaml
+
+from dpo_cli.config import FrontierConfig
+from dpo_cli.durable import write_text
+from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.evaluation.methods import (
+    Estimate,
+    Summary,
+    budgets,
+    leads,
+    mean_curve,
+    summarise,
+)
+from dpo_cli.report.compare import csv_text
+from dpo_cli.report.files import redact
+from dpo_cli.report.frontier import (
+    Band,
+    Cloud,
+    draw_frontier,
+    markdown,
+    nats,
+    rich_table,
+    with_error,
+)
+from dpo_cli.stages.session import Session
+
+OPTIMUM, BEST_OF = "optimum", "best-of-n"
+COLUMNS = (
+    "method", "seed", "setting", "step", "kl", "reward", "kl_se", "reward_se",
+    "optimum_reward_at_kl", "shortfall", "gradient_steps", "samples", "beyond_optimum",
+)  # fmt: skip
+WITHIN = (
+    "Highest reward among a method's points up to a KL: a mean over seeds ± its standard error "
+    "(one seed: over prompts). The best of many points is a little too high.\n"
+)
+SHORTFALL = (
+    "Shortfall: the optimum's reward at a point's own KL minus the point's, over its points; ≥ "
+    "where the optimum is not known up to that KL. Best-of-n is taken at the bound of its KL. "
+    "Samples and gradient steps: of the longest run.\n"
+)
+Row = dict[str, Any]
+Curves = list[list[tuple[float, float, float]]]  # a seed's (KL, reward, its error) in order
+
+
+def run(session: Session) -> dict[str, Any]:
+    """frontier.csv, frontier.md, plots/frontier.png, and the methods' figures."""
+    stage = cast(FrontierConfig, session.config.stage)
+    folders = list({Path(f).resolve(): Path(f) for f in stage.evaluations}.values())
+    refuse_mixed(folders)
+    rows = [row for folder in folders for row in read_points(folder)]
+    unknown = sum(row["kl"] is None for row in rows)
+    rows = [row for row in rows if row["kl"] is not None]
+    if not rows:
+        raise DataError(
+            "stage.evaluations: no KL in any of them; evaluate with stage.reference=<folder> and "
+            "stage.temperature=1.0"
+        )
+    if unknown:
+        session.note(f"{unknown} points have no KL and are left out")
+    table = [[row.get(name) for name in COLUMNS] for row in redact(rows)]
+    write_text(session.run_dir / "frontier.csv", csv_text([COLUMNS, *table]))
+    curves = optimum_curves(rows)
+    trained = by_method(rows)
+    best_of = [row for row in rows if row["method"] == BEST_OF]
+    if session.config.logger.plots:
+        draw_frontier(
+            session.run_dir,
+            [cloud(name, own) for name, own in trained.items()],
+            cloud(BEST_OF, mean_over_seeds(best_of)) if best_of else None,
+            band(curves) if curves else None,
+        )
+    kls = budgets([row["kl"] for own in trained.values() for row in own] or [1.0])
+    summaries = [summarise(name, own, kls) for name, own in trained.items()]
+    bounds = [summarise(BEST_OF, best_of, kls)] if best_of else []
+    tell(session, [*summaries, *bounds], verdicts(summaries, kls), kls, curves)
+    return figures([*summaries, *bounds])
+
+
+def refuse_mixed(folders: Sequence[Path]) -> None:
+    """Rewards of different functions, or of completions of other lengths, have no common axis."""
+    first: tuple[Path, Any] | None = None
+    for folder in folders:
+        path = folder / "config.yaml"
+        stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not isinstance(stored, dict) or "reward_fn" not in stored:
+            continue
+        reward = {k: v for k, v in stored["reward_fn"].items() if k != "batch_size"}
+        if reward.get("path"):
+            reward["path"] = str(Path(reward["path"]).resolve())
+        facts = {
+            "reward_fn": reward,
+            "stage.max_new_tokens": stored.get("stage", {}).get("max_new_tokens"),
+        }
+        if first is None:
+            first = folder, facts
+        for key, value in facts.items():
+            if value != first[1][key]:
+                raise ConfigError(
+                    f"stage.evaluations: {first[0]} and {folder} differ in {key} "
+                    f"({first[1][key]} against {value}); draw them apart"
+                )
+
+
+def read_points(folder: Path) -> list[Row]:
+    """An evaluation's points.jsonl; `evaluation` names it in each row."""
+    path = folder / "points.jsonl"
+    if not path.is_file():
+        raise ConfigError(
+            f"stage.evaluations={folder}: has no points.jsonl; give folders of finished "
+            "stage=evaluate runs"
+        )
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            known = {name: row[name] for name in ("method", "reward", "kl", "setting")}
+            rows.append({**row, **known, "evaluation": str(folder)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}: is not a point ({error!r})") from error
+    return rows
+
+
+def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Trained policies by method, in the order they come."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row["method"] not in (OPTIMUM, BEST_OF):
+            found[str(row["method"])].append(row)
+    return dict(found)
+
+
+def optimum_curves(rows: Sequence[Row]) -> Curves:
+    """One curve an evaluation that measured it, from the reference at KL 0 (best of 1)."""
+    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for row in rows:
+        start = row["method"] == BEST_OF and row["setting"] == "n=1"
+        if row["method"] == OPTIMUM or start:
+            error = row["reward_se"]
+            point = (float(row["kl"]), float(row["reward"]), math.nan if error is None else error)
+            found[row["evaluation"]].append(point)
+    return [sorted(curve) for curve in found.values() if len(curve) > 1]
+
+
+def band(curves: Curves) -> Band:
+    kl, reward, low, high = mean_curve(curves)
+    return Band(kl, reward, low, high, seeds=len(curves))
+
+
+def cloud(name: str, rows: Sequence[Row]) -> Cloud:
+    """last: the largest step of its run, which has an evaluation, a seed and a setting."""
+    ends: dict[tuple[Any, ...], float] = {}
+    runs = [(row.get("evaluation"), row.get("seed"), row.get("setting")) for row in rows]
+    steps = [math.inf if row.get("step") is None else float(row["step"]) for row in rows]
+    for run_, step in zip(runs, steps, strict=True):
+        ends[run_] = max(step, ends.get(run_, 0.0))
+
+    def column(key: str) -> np.ndarray:
+        return np.array([math.nan if row.get(key) is None else row[key] for row in rows], float)
+
+    labels = (
+        tuple(str(row["setting"]).removeprefix("n=") for row in rows) if name == BEST_OF else ()
+    )
+    last = np.array([ends[run_] == step for run_, step in zip(runs, steps, strict=True)])
+    errors = (np.nan_to_num(column(key)) for key in ("kl_se", "reward_se"))
+    kl_se, reward_se = errors
+    return Cloud(name, column("kl"), kl_se, column("reward"), reward_se, last, labels)
+
+
+def mean_over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """Best-of-n of several evaluations: one point an n, the mean reward."""
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[str(row["setting"])].append(row)
+    return [
+        {**own[0], "reward": sum(row["reward"] for row in own) / len(own), "step": None}
+        for own in found.values()
+    ]
+
+
+def verdicts(summaries: Sequence[Summary], kls: Sequence[float]) -> list[str]:
+    """A sentence a KL: which method leads, and whether that is more than chance."""
+    lines = []
+    for lead in leads(summaries, kls):
+        error = f" ± {lead.se:.3f}" if math.isfinite(lead.se) else ""
+        clear = math.isfinite(lead.se) and lead.margin > 2 * lead.se
+        verb = "leads" if clear else "is first, within the error of"
+        lines.append(
+            f"Up to a KL of {lead.kl:g}: {lead.first} {verb} {lead.second}, "
+            f"by {lead.margin:.3f}{error}."
+        )
+    return lines
+
+
+def optimum_at(curves: Curves, kl: float) -> Estimate | None:
+    """Mean over seeds, None where not all of them reach so far."""
+    if not curves or any(curve[-1][0] < kl for curve in curves):
+        return None
+    known = mean_curve(curves)
+    return Estimate(float(np.interp(kl, known[0], known[1])), math.nan)
+
+
+def tell(
+    session: Session, summaries: Sequence[Summary], said: Sequence[str], kls: Sequence[float],
+    curves: Curves,
+) -> None:  # fmt: skip
+    """Both tables on the console and in frontier.md."""
+    top = [optimum_at(curves, kl) for kl in kls]
+    heads = ["method", *(f"KL≤{kl:g}" for kl in kls), "best (at KL)"]
+    rewards = [[OPTIMUM, *map(_shown, top), "-"]] if any(top) else []
+    rewards += [[s.name, *(_shown(s.within[kl]) for kl in kls), _best(s)] for s in summaries]
+    costs = ["method", "points of\nseeds", "KL", "mean\nshortfall", "largest", "samples", "steps"]
+    rest = [
+        [s.name, f"{s.points} of {s.seeds}", f"{nats(s.kl[0])}-{nats(s.kl[1])}", *_shortfalls(s),
+         s.samples, s.gradient_steps]
+        for s in summaries
+    ]  # fmt: skip
+    session.progress.show(rich_table("Highest reward up to a KL", heads, rewards))
+    session.progress.show(rich_table("Distance to the optimum, and cost", costs, rest))
+    for line in said:
+        session.note(line)
+    verdict = "".join(f"- {line}\n" for line in said)
+    parts = (
+        "# Reward against KL to the reference\n", WITHIN, markdown(heads, rewards), verdict,
+        SHORTFALL, markdown(costs, rest),
+    )  # fmt: skip
+    write_text(session.run_dir / "frontier.md", "\n".join(part for part in parts if part))
+
+
+def _shown(at: Estimate | None) -> str:
+    return with_error(at.reward, at.se) if at else "-"
+
+
+def _best(summary: Summary) -> str:
+    return f"{with_error(summary.best['reward'])} ({nats(summary.best['kl'])})"
+
+
+def _shortfalls(summary: Summary) -> tuple[str, str]:
+    """Mean and largest."""
+    if summary.shortfall is None:
+        return "-", "-"
+    mean, most = summary.shortfall
+    return f"{'≥' * summary.at_least}{mean:.3f}", f"{'≥' * summary.at_least}{most:.3f}"
+
+
+def figures(summaries: Sequence[Summary]) -> dict[str, Any]:
+    """`<method>/<figure>`: its mean shortfall, its best point, what it cost."""
+    found: dict[str, Any] = {}
+    for s in summaries:
+        known = {
+            "best_reward": s.best["reward"], "best_kl": s.best["kl"],
+            "best_setting": s.best.get("setting") or None,
+            "mean_shortfall": s.shortfall and s.shortfall[0],
+            "samples": s.samples, "gradient_steps": s.gradient_steps,
+        }  # fmt: skip
+        found |= {f"{s.name}/{key}": value for key, value in known.items() if value is not None}
+    return found

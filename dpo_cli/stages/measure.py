@@ -1,0 +1,159 @@
+"""What an evaluation measures of one policy: reward, KL to the reference, preference accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_cli.config import JsonlDataConfig
+from dpo_cli.data.dataset import load_encoded
+from dpo_cli.data.sources import read_rows
+from dpo_cli.evaluation.scorers import Completed, Scorer
+from dpo_cli.evaluation.statistics import distinct_ngrams, mean_and_error
+from dpo_cli.logprobs import sum_by_sequence, target_logprobs, token_kl
+from dpo_cli.model.forward import head_of, hidden_states, sequence_logprobs
+from dpo_cli.model.generate import Completion
+from dpo_cli.model.load import context_length
+from dpo_cli.packing import pack_sorted
+from dpo_cli.records import Batch, EncodedExample, Prompt
+from dpo_cli.stages.session import Session, check_lengths, text_of
+
+Tick = Callable[[int], None]
+
+
+def scored(
+    score: Scorer,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    samples: Sequence[Sequence[Completion]],
+) -> tuple[list[list[str]], np.ndarray]:
+    """Texts and (prompts, completions) rewards, all scored in one call."""
+    texts = [[text_of(tokenizer, c.ids) for c in row] for row in samples]
+    rewards = score([
+        Completed(prompt, text, completion.finished)
+        for prompt, row, made in zip(prompts, texts, samples, strict=True)
+        for text, completion in zip(row, made, strict=True)
+    ])  # fmt: skip
+    return texts, np.array(rewards, dtype=float).reshape(len(prompts), -1)
+
+
+def reward_figures(
+    texts: Sequence[Sequence[str]], rewards: np.ndarray, samples: Sequence[Sequence[Completion]]
+) -> dict[str, float]:
+    """Reward with its error over prompts (samples of one prompt are not independent)."""
+    reward, error = mean_and_error(rewards.mean(1).tolist())
+    flat = [c for row in samples for c in row]
+    return {
+        "reward": reward,
+        "reward_se": error,
+        "tokens": sum(len(c.ids) for c in flat) / len(flat),
+        "finished": sum(c.finished for c in flat) / len(flat),
+        "distinct_2": distinct_ngrams([text for row in texts for text in row], 2),
+    }
+
+
+@torch.no_grad()
+def divergences(
+    session: Session,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    prompts: Sequence[EncodedExample],
+    samples: Sequence[Sequence[Completion]],
+    tick: Tick,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sequence KL(policy || reference) in nats of each prompt, (P,), two estimates of the same.
+
+    Of samples drawn at temperature 1. First: per-token KL over the vocabulary, summed along
+    each sampled sequence (the paper's). Second: log pi - log pi_ref of the sampled tokens, which
+    has the same mean and a larger error.
+    """
+    examples = [
+        EncodedExample(e.prompt_ids, tuple(c.ids for c in row), e.row)
+        for e, row in zip(prompts, samples, strict=True)
+    ]
+    exact, sampled = np.zeros(len(examples)), np.zeros(len(examples))
+    for batch in pack_sorted(examples, session.token_budget):
+        row = batch.to(session.runtime.device)
+        with session.runtime.autocast():
+            heads = head_of(policy), head_of(reference)
+            hidden = hidden_states(policy, row)[row.source_index]
+            other = hidden_states(reference, row)[row.source_index]
+            kl = token_kl(hidden, heads[0], other, heads[1])
+            ratio = target_logprobs(hidden, heads[0], row.targets) - target_logprobs(
+                other, heads[1], row.targets
+            )
+        places = batch.example_ids.numpy()
+        exact[places], sampled[places] = prompt_means(kl, row), prompt_means(ratio, row)
+        tick(len(places))
+    return exact, sampled
+
+
+def prompt_means(values: torch.Tensor, row: Batch) -> list[float]:
+    """(N,) token values -> for each prompt, the mean over its samples of their sums."""
+    sums = sum_by_sequence(values, row.sequence_index, len(row.sequence_lengths))
+    means: list[float] = sums.view(-1, row.branches).mean(1).tolist()
+    return means
+
+
+def divergence_figures(exact: np.ndarray, sampled: np.ndarray) -> dict[str, float]:
+    """`kl` and `kl_sampled` with their errors over prompts."""
+    figures: dict[str, float] = {}
+    for name, values in (("kl", exact), ("kl_sampled", sampled)):
+        figures[name], figures[f"{name}_se"] = mean_and_error(values.tolist())
+    return figures
+
+
+@torch.no_grad()
+def preference_accuracy(
+    session: Session,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: str,
+) -> dict[str, float]:
+    """Share of held-out pairs whose chosen response ranks first (a tie counts one half).
+
+    `accuracy`: by the implicit reward log pi - log pi_ref; `likelihood_accuracy`: by log pi.
+    """
+    config = session.config
+    rows = load_encoded(
+        pairs_config(pairs), tokenizer, context_length(policy), config.seed, Path(config.cache_dir)
+    ).train
+    check_lengths(rows, 2, "evaluate")
+    margins: dict[str, list[float]] = {"likelihood_accuracy": [], "accuracy": []}
+    with session.progress.phase("preference accuracy", len(rows)) as tick:
+        for batch in pack_sorted(rows, session.token_budget):
+            row = batch.to(session.runtime.device)
+            with session.runtime.autocast():
+                logprobs = sequence_logprobs(policy, row).view(-1, row.branches)
+                margins["likelihood_accuracy"] += margin(logprobs)
+                if reference is not None:
+                    other = sequence_logprobs(reference, row).view(-1, row.branches)
+                    margins["accuracy"] += margin(logprobs - other)
+            tick(len(batch.example_ids))
+    figures: dict[str, float] = {"pairs": len(rows)}
+    for name, values in margins.items():
+        if values:
+            right = [(np.sign(m) + 1.0) / 2.0 for m in values]
+            figures[name], figures[f"{name}_se"] = mean_and_error(right)
+    return figures
+
+
+def pairs_config(path: str) -> JsonlDataConfig:
+    """How stage=label's rows are read: with `finished`, where the first row has such a list."""
+    data = JsonlDataConfig(path=path, eval_rows=0)
+    first: dict[str, Any] = next(iter(read_rows(data, "train").rows), {})
+    known = isinstance(first.get("finished"), list)
+    return replace(data, finished_field="finished" if known else None)
+
+
+def margin(values: torch.Tensor) -> list[float]:
+    """(E, K) -> first minus last of each example."""
+    found: list[float] = (values[:, 0] - values[:, -1]).tolist()
+    return found

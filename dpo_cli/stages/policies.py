@@ -1,0 +1,208 @@
+"""Which policies an evaluation is of: models, runs, their checkpoints, whole sweeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from dpo_cli.config import EvaluateConfig, ModelConfig, RunConfig
+from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.model.source import model_folder
+from dpo_cli.train.checkpoint import STEP_FOLDER, steps_in
+from dpo_cli.train.loop import load_provenance
+
+JOBS = "jobs"  # of a sweep: a file {job, overrides, exit_code, run_dir} each
+
+# The keys of a row of points.jsonl, null where unknown; an evaluation may add more.
+POINT_KEYS = (
+    "method", "setting", "step", "seed", "policy", "kl", "kl_se", "kl_sampled", "kl_sampled_se",
+    "reward", "reward_se", "tokens", "finished", "distinct_2", "optimum_reward_at_kl", "shortfall",
+    "gradient_steps", "samples",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PolicyPoint:
+    """One policy: a model and what it cost, as points.jsonl says it.
+
+    label: its folder or hub id. setting: what sets it apart from others of its sweep, such as
+    `beta=0.1`. step, gradient_steps, samples: of its training so far; None where unknown.
+    """
+
+    label: str
+    source: ModelConfig
+    method: str
+    setting: str
+    step: int | None
+    seed: int
+    gradient_steps: int | None = None
+    samples: int | None = None
+
+    def row(self, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Its row of points.jsonl."""
+        own = {
+            "method": self.method, "setting": self.setting, "step": self.step, "seed": self.seed,
+            "policy": self.label, "gradient_steps": self.gradient_steps, "samples": self.samples,
+        }  # fmt: skip
+        return {**dict.fromkeys(POINT_KEYS), **own, **figures}
+
+
+def find_policies(config: RunConfig, note: Callable[[str], None]) -> list[PolicyPoint]:
+    """The policies of `stage.policies` (default: the model), checkpoints before their run's end.
+
+    Raises ConfigError for a folder that is neither a model nor a finished run nor a sweep.
+    """
+    stage = cast(EvaluateConfig, config.stage)
+    key = "stage.policies" if stage.policies else "model.path"
+    entries = stage.policies or ([config.model.path] if config.model.path else [])
+    if not entries:
+        label = config.model.hub_id or config.model.name
+        return [PolicyPoint(label, config.model, stage.method or "policy", "", None, config.seed)]
+    folders = [run for entry in entries for run in runs_of(Path(entry), key, note)]
+    distinct = {folder.resolve(): folder for folder in folders}
+    return [
+        point
+        for folder in distinct.values()
+        for point in points_of(folder, config, stage, key)
+    ]  # fmt: skip
+
+
+def runs_of(folder: Path, key: str, note: Callable[[str], None]) -> list[Path]:
+    """The folder itself, or the run folders of a sweep that ended well."""
+    jobs = sweep_jobs(folder)
+    if not jobs:
+        return [folder]
+    failed = [str(job["job"]) for job in jobs if job["exit_code"] != 0]
+    if failed:
+        note(f"{folder}: without jobs {', '.join(failed)}, which failed")
+    if len(failed) == len(jobs):
+        raise ConfigError(f"{key}={folder}: every job of this sweep failed")
+    return [job_folder(folder, job) for job in jobs if job["exit_code"] == 0]
+
+
+def sweep_jobs(folder: Path) -> list[dict[str, Any]]:
+    """What is known of a sweep's jobs, in order; nothing if it is not a sweep's folder."""
+    jobs = []
+    for path in (folder / JOBS).glob("*.json"):
+        try:
+            job = json.loads(path.read_text(encoding="utf-8"))
+            jobs.append({name: job[name] for name in ("job", "overrides", "exit_code", "run_dir")})
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: is not a job of a sweep ({error!r})") from error
+    return sorted(jobs, key=lambda job: int(job["job"]))
+
+
+def job_folder(sweep: Path, job: Mapping[str, Any]) -> Path:
+    """Its run folder, inside the sweep's even if that was moved."""
+    inside = sweep / str(job["job"])
+    return inside if inside.is_dir() else Path(job["run_dir"])
+
+
+def setting_of(run: Path) -> str:
+    """`beta=0.1`: the overrides in which the jobs of the run's sweep differ, the seed aside."""
+    jobs = sweep_jobs(run.parent)
+    own = [job for job in jobs if job_folder(run.parent, job).resolve() == run.resolve()]
+    if not own:
+        return ""
+    chosen = own[0]["overrides"]
+    differing = [
+        key
+        for key in chosen
+        if key != "seed" and any(job["overrides"].get(key) != chosen[key] for job in jobs)
+    ]
+    return " ".join(f"{key.rpartition('.')[2]}={chosen[key]}" for key in differing)
+
+
+def points_of(
+    folder: Path, config: RunConfig, stage: EvaluateConfig, key: str
+) -> list[PolicyPoint]:
+    """The model in `folder`; with `stage.checkpoints` those of its run before it."""
+    weights = model_folder(str(folder), key)
+    run, step = run_of(weights)
+    cost = training_cost(run)
+    last = cost.get("step") if step is None else step
+    method = stage.method or method_of(load_provenance(weights))
+    setting, seed = setting_of(run), seed_of(run, config.seed)
+
+    def point(where: Path, at: int | None) -> PolicyPoint:
+        source = replace(config.model, path=str(where))
+        gradient_steps, samples = _share(cost, "gradient_steps", at), _share(cost, "samples", at)
+        return PolicyPoint(
+            str(where), source, method, setting, at, seed, gradient_steps, samples
+        )  # fmt: skip
+
+    earlier = []
+    if stage.checkpoints and step is None:
+        steps = [n for n in steps_in(run / "checkpoints") if n != last]
+        earlier = [point(run / "checkpoints" / f"step-{n}", n) for n in steps]
+    return [*earlier, point(folder, last)]
+
+
+def run_of(weights: Path) -> tuple[Path, int | None]:
+    """(run folder, step) of a model folder: of a checkpoint its step, of `final/` None."""
+    match = STEP_FOLDER.fullmatch(weights.name)
+    if match and weights.parent.name == "checkpoints":
+        return weights.parent.parent, int(match[1])
+    return (weights.parent if weights.name == "final" else weights), None
+
+
+def training_cost(run: Path) -> dict[str, int]:
+    """{step, gradient_steps, samples} at a run's end, as far as its files say."""
+    cost: dict[str, int] = {}
+    metrics, summary = run / "metrics.jsonl", run / "summary.json"
+    if metrics.is_file():
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+        steps = [int(json.loads(line)["step"]) for line in lines if line.endswith("}")]
+        cost["step"] = cost["gradient_steps"] = max(steps, default=0)  # one gradient a step
+    if summary.is_file():
+        known = json.loads(summary.read_text(encoding="utf-8"))
+        names = ("gradient_steps", "samples")
+        cost |= {name: int(known[name]) for name in names if known.get(name) is not None}
+    return cost
+
+
+def _share(cost: Mapping[str, int], name: str, step: int | None) -> int | None:
+    """What was used up to a step: in proportion, a run uses the same at every one."""
+    if name not in cost or step is None or not cost.get("step"):
+        return cost.get(name)
+    return round(cost[name] * step / cost["step"])
+
+
+def method_of(provenance: Mapping[str, Any]) -> str:
+    """The stage, or the loss where stage=dpo trained with another than DPO's."""
+    stage, loss = provenance.get("stage"), provenance.get("loss", "sigmoid")
+    return str(loss if stage == "dpo" and loss != "sigmoid" else stage or "policy")
+
+
+def seed_of(run: Path, default: int) -> int:
+    config = run / "config.yaml"
+    stored = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return int(stored.get("seed", default))
+
+
+def reference_of(stage: EvaluateConfig, points: Sequence[PolicyPoint]) -> str | None:
+    """`stage.reference`, else the one that the policies were trained against, if any says so.
+
+    Raises ConfigError where they were trained against different ones.
+    """
+    if stage.reference is not None:
+        return stage.reference
+    found: dict[str, tuple[str, str]] = {}  # folder -> how a policy names it, that policy
+    for point in points:
+        named = load_provenance(model_folder(point.source.path)).get("reference") \
+            if point.source.path else None  # fmt: skip
+        if named:
+            folder = str(Path(named).resolve()) if Path(named).is_dir() else named
+            found.setdefault(folder, (named, point.label))
+    if len(found) > 1:
+        (first, one), (second, other) = list(found.values())[:2]
+        raise ConfigError(
+            f"stage.reference=null: {one} was trained against {first} but {other} against "
+            f"{second}; name the one to measure the KL to"
+        )
+    return next(iter(found.values()))[0] if found else None

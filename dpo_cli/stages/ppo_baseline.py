@@ -1,0 +1,253 @@
+"""stage=ppo-baseline: PPO on a reward, with a KL penalty to the reference (arXiv 1909.08593).
+
+The reward is a trained reward model or a ground truth (the paper's PPO-GT): `reward_fn`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_cli.config import PpoConfig
+from dpo_cli.data.loader import StepPlan, plan_steps
+from dpo_cli.errors import ConfigError
+from dpo_cli.evaluation.statistics import mean_and_error
+from dpo_cli.logprobs import fused_loss, sum_by_sequence
+from dpo_cli.model.attention import prepare
+from dpo_cli.model.forward import head_of, target_states
+from dpo_cli.packing import pack_all
+from dpo_cli.ppo_math import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
+from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.stages.reference import load_reference, reference_path
+from dpo_cli.stages.rollout import (
+    Actors,
+    Rollout,
+    at_temperature,
+    draw,
+    measure,
+    reference_normaliser,
+    roll_out,
+    scores_of,
+    values_of,
+    with_samples,
+)
+from dpo_cli.stages.sample import distinct_prompts, source_prompts
+from dpo_cli.stages.scoring import load_scorer
+from dpo_cli.stages.session import Loaded, Session, load_policy_and_data, sample_writer
+from dpo_cli.train.loop import TrainTask, fit
+
+EVAL_SEED = 7_919  # held-out prompts are sampled with the same draws at every evaluation
+
+
+@dataclass
+class Ppo:
+    """One run. plan: which prompts make which rollout; `rollout`: the one being learnt from."""
+
+    session: Session
+    stage: PpoConfig
+    actors: Actors
+    prompts: list[EncodedExample]
+    held_out: list[EncodedExample]
+    plan: StepPlan
+    rollout: Rollout = field(default_factory=lambda: Rollout([], [], {}))
+
+    @property
+    def minibatch(self) -> int:
+        """Prompts a step."""
+        return self.session.config.train.batch_size // self.stage.completions
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.batch_size // self.minibatch
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.steps_per_epoch * self.stage.ppo_epochs
+
+    def before_step(self, step: int) -> dict[str, float]:
+        """A new rollout where one is due."""
+        number, behind = divmod(step, self.steps_per_rollout)
+        if behind:
+            return {}
+        chosen = [self.prompts[i] for i in self.plan.indices(number)]
+        seed = int(np.random.SeedSequence([self.session.config.seed, number]).generate_state(1)[0])
+        self.rollout = roll_out(self.session, self.actors, chosen, self.stage, seed)
+        return self.rollout.figures
+
+    def batches(self, step: int) -> list[Batch]:
+        """Packed rows of one minibatch; every pass over a rollout has its own order."""
+        number, within = divmod(step, self.steps_per_rollout)
+        epoch, place = divmod(within, self.steps_per_epoch)
+        rng = np.random.default_rng([self.session.config.seed, number, epoch])
+        order = rng.permutation(len(self.rollout.examples))
+        chosen = order[place * self.minibatch : (place + 1) * self.minibatch].tolist()
+        rows = pack_all(self.rollout.examples, chosen, self.session.token_budget)
+        return [prepare(row, self.session.kernel) for row in rows]
+
+    def carried(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights and optimiser."""
+        normaliser = self.actors.normaliser
+        return {"kl_coef": self.actors.kl.coef, "score": [normaliser.mean, normaliser.std]}
+
+
+def run(session: Session) -> dict[str, Any]:
+    """Roll out, learn from it for some passes, and again."""
+    stage = cast(PpoConfig, session.config.stage)
+    loaded = load_policy_and_data(session)
+    named = reference_path(session.config, loaded)
+    prompts = distinct_prompts(loaded.splits.train)
+    actors = build_actors(session, loaded, named, stage)
+    ppo = Ppo(
+        session, stage, actors, prompts, distinct_prompts(loaded.splits.eval)[: stage.eval_prompts],
+        plan_rollouts(session, len(prompts), stage),
+    )  # fmt: skip
+    steps = ppo.plan.steps * ppo.steps_per_rollout
+    prepare_state(session, ppo)
+    session.begin(steps)
+    task = TrainTask(
+        model=loaded.model,
+        tokenizer=loaded.tokenizer,
+        steps=steps,
+        batches=ppo.batches,
+        compute_loss=lambda batch: ppo_loss(actors, batch, ppo.rollout, stage),
+        evaluate=lambda: evaluate(ppo),
+        on_eval=sample_writer(session, loaded),
+        unit="prompts",
+        provenance={
+            "stage": "ppo-baseline",
+            "reward_fn": vars(session.config.reward_fn),
+            "target_kl": stage.target_kl if stage.kl_control == "adaptive" else None,
+            "reference": named or session.config.model.path or session.config.model.hub_id,
+            "data": loaded.splits.origin,
+        },
+        identity={"rows": loaded.splits.fingerprint},
+        heads=actors.value_head,
+        heads_lr_scale=stage.value_lr_scale,
+        before_step=ppo.before_step,
+        save_multiple=ppo.steps_per_rollout,
+        carried=ppo.carried,
+    )
+    fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
+    samples = ppo.plan.steps * ppo.plan.batch_size * stage.completions
+    return {"samples": samples, "gradient_steps": steps}
+
+
+def plan_rollouts(session: Session, prompts: int, stage: PpoConfig) -> StepPlan:
+    """Which prompts make which rollout: `train.epochs` over the prompts, or `train.max_steps`."""
+    train = session.config.train
+    size = stage.rollout_samples // stage.completions
+    per_rollout = stage.rollout_samples // train.batch_size * stage.ppo_epochs
+    if train.max_steps is not None and train.max_steps % per_rollout:
+        raise ConfigError(
+            f"train.max_steps={train.max_steps}: must be a multiple of {per_rollout}, the steps of "
+            "a rollout (stage.rollout_samples / train.batch_size * stage.ppo_epochs)"
+        )
+    rollouts = None if train.max_steps is None else train.max_steps // per_rollout
+    if rollouts is None and prompts * train.epochs < size:
+        raise ConfigError(
+            f"stage.rollout_samples={stage.rollout_samples}: {prompts} distinct prompts are fewer "
+            "than one rollout takes; lower it, or raise train.epochs"
+        )
+    return plan_steps(prompts, size, train.epochs, rollouts, train.shuffle, session.config.seed)
+
+
+def build_actors(session: Session, loaded: Loaded, named: str | None, stage: PpoConfig) -> Actors:
+    """Policy, frozen reference, a value head that starts at zero, and the scorer."""
+    device = session.runtime.device
+    reference = load_reference(session, loaded, named)
+    reference.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    loaded.model.to(device)  # type: ignore[arg-type]
+    width = cast(Any, loaded.model.get_output_embeddings()).weight.shape[1]
+    head = torch.nn.Linear(width, 1).to(device)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    adaptive = stage.kl_control == "adaptive"
+    kl = (
+        AdaptiveKl(stage.kl_coef, stage.target_kl, stage.kl_horizon)
+        if adaptive
+        else FixedKl(stage.kl_coef)
+    )
+    prompts = source_prompts(session)
+    # Rows of the two splits may have the same number: see `evaluate`.
+    return Actors(
+        loaded.model, reference, head, loaded.tokenizer, load_scorer(session), prompts["train"], kl
+    )
+
+
+def prepare_state(session: Session, ppo: Ppo) -> None:
+    """The score's mean and std and the KL weight: measured, or as the checkpoint has them."""
+    if session.snapshot is not None:
+        kept = session.snapshot.state["carried"]
+        ppo.actors.kl.coef = kept["kl_coef"]
+        ppo.actors.normaliser = Normaliser(*kept["score"])
+    elif ppo.stage.normalise and ppo.stage.normalise_prompts:
+        chosen = ppo.prompts[: ppo.stage.normalise_prompts]
+        ppo.actors.normaliser = reference_normaliser(session, ppo.actors, chosen, ppo.stage)
+
+
+def ppo_loss(actors: Actors, batch: Batch, rollout: Rollout, stage: PpoConfig) -> LossOutput:
+    """Clipped policy and value losses, summed over tokens; the step divides by their number."""
+    own = [rollout.tokens[i] for i in batch.example_ids.tolist()]
+    old, advantages, returns, old_values = (
+        torch.cat([getattr(t, name) for t in own]).to(batch.targets.device)
+        for name in ("logprobs", "advantages", "returns", "values")
+    )
+    hidden = target_states(actors.policy, batch)
+    ends = np.cumsum([0, *batch.counts])
+    sequences = len(batch.sequence_lengths)
+    trust = torch.zeros_like(old)  # 1 where a completion's mean ratio is acceptable
+    losses = torch.zeros_like(old)
+    ratios = torch.zeros_like(old)
+
+    def loss_of(logprobs: Tensor, examples: slice) -> Tensor:
+        part = slice(int(ends[examples.start]), int(ends[examples.stop]))
+        loss, ratio = policy_loss(logprobs, old[part], advantages[part], stage.clip_range)
+        index = batch.sequence_index[part]
+        mean = sum_by_sequence(ratio.detach(), index, sequences) / batch.sequence_lengths
+        trust[part] = (mean <= stage.ratio_limit)[index].to(loss.dtype)
+        losses[part], ratios[part] = loss.detach(), ratio.detach()
+        return torch.where(trust[part] > 0, loss, 0.0).sum()
+
+    head = at_temperature(head_of(actors.policy), stage.temperature)
+    loss, logprobs = fused_loss(hidden, head, batch.targets, batch.counts, loss_of)
+    values = values_of(actors.value_head, hidden)
+    critic = value_loss(values, old_values, returns, stage.value_clip_range)
+    tokens = float(len(old))
+    clipped = ((ratios - 1.0).abs() > stage.clip_range).float()
+    change = (logprobs - old) * trust
+    figures = {
+        "policy_loss": (losses * trust).sum(),
+        "value_loss": critic.detach().sum(),
+        "clip_fraction": clipped.sum(),
+        "approx_kl": (change.exp() - 1.0 - change).sum(),
+        "skipped": (1.0 - trust).sum(),
+    }
+    total = loss + stage.vf_coef * critic.sum()
+    return LossOutput(total, tokens, {name: (value, tokens) for name, value in figures.items()})
+
+
+def evaluate(ppo: Ppo) -> dict[str, float]:
+    """Score and KL on held-out prompts; `loss` is what PPO lowers at its first KL weight."""
+    if not ppo.held_out:
+        return {}
+    session, stage = ppo.session, ppo.stage
+    actors = replace(ppo.actors, prompts=source_prompts(session)["eval"])
+    samples = draw(session, actors, actors.policy, ppo.held_out, stage, EVAL_SEED)
+    scores = scores_of(actors, ppo.held_out, samples)
+    flat = [c for row in samples for c in row]
+    tokens = measure(session, actors, with_samples(ppo.held_out, samples), stage)
+    kl, error = mean_and_error([float((t.logprobs - t.reference).sum()) for t in tokens])
+    score, score_error = mean_and_error(scores.tolist())
+    normalised = float(actors.normaliser(scores).mean())
+    return {
+        "loss": stage.kl_coef * kl / stage.completions - normalised,
+        "score": score,
+        "score_se": score_error,
+        "kl": kl / stage.completions,
+        "kl_se": error / stage.completions,
+        "tokens": sum(len(c.ids) for c in flat) / len(flat),
+    }

@@ -1,0 +1,233 @@
+"""Rollouts of PPO: completions of the policy, scored, with advantages for every token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_cli.config import PpoConfig
+from dpo_cli.evaluation.scorers import Completed, Scorer
+from dpo_cli.evaluation.statistics import mean_and_error
+from dpo_cli.logprobs import Head, promote, target_logprobs
+from dpo_cli.model.forward import head_of, target_states
+from dpo_cli.model.generate import Completion, SamplingOptions, sample
+from dpo_cli.packing import pack_sorted
+from dpo_cli.ppo_math import (
+    AdaptiveKl,
+    FixedKl,
+    Normaliser,
+    advantages_and_returns,
+    explained_variance,
+    fit_normaliser,
+    token_rewards,
+    whiten,
+)
+from dpo_cli.records import EncodedExample, Prompt
+from dpo_cli.stages.session import Session, text_of
+
+FALSE_KL = -3.0  # standard errors below zero at which a mean KL says that something is wrong
+
+
+@dataclass
+class Actors:
+    """All that a rollout takes. value_head: (D,) -> (1,), read at the state of each token."""
+
+    policy: PreTrainedModel
+    reference: PreTrainedModel
+    value_head: torch.nn.Linear
+    tokenizer: PreTrainedTokenizerFast
+    score: Scorer
+    prompts: dict[int, Prompt]  # row -> the prompt as its source has it
+    kl: AdaptiveKl | FixedKl
+    normaliser: Normaliser = field(default_factory=Normaliser)
+
+
+@dataclass
+class Tokens:
+    """One prompt's completions, token by token, (n,) each; the last two come by `estimate`."""
+
+    logprobs: Tensor
+    reference: Tensor
+    values: Tensor
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+
+@dataclass
+class Rollout:
+    """examples: prompts with the sampled completions as responses."""
+
+    examples: list[EncodedExample]
+    tokens: list[Tokens]
+    figures: dict[str, float]
+
+
+def at_temperature(head: Head, temperature: float) -> Head:
+    """The head whose logits are divided by a temperature, soft-capped ones too."""
+    softcap = None if head.softcap is None else head.softcap / temperature
+    return replace(head, scale=head.scale / temperature, softcap=softcap)
+
+
+def values_of(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
+    """(N, D) hidden states -> (N,) float32 values."""
+    with torch.autocast(hidden.device.type, enabled=False):  # bf16 would round to 3 digits
+        found: Tensor = head(promote(hidden)).squeeze(1)
+    return found
+
+
+def draw(
+    session: Session, actors: Actors, model: PreTrainedModel, examples: Sequence[EncodedExample],
+    stage: PpoConfig, seed: int, completions: int | None = None,
+) -> list[list[Completion]]:  # fmt: skip
+    """Completions of each example's prompt, at the stage's temperature."""
+    options = SamplingOptions(
+        completions=completions or stage.completions,
+        temperature=stage.temperature,
+        max_new_tokens=stage.max_new_tokens,
+        seed=seed,
+        batch_size=stage.batch_size,
+    )
+    eos, pad = actors.tokenizer.eos_token_id, actors.tokenizer.pad_token_id
+    assert eos is not None and pad is not None
+    with session.runtime.autocast():
+        return sample(model, [e.prompt_ids for e in examples], options, eos, pad)
+
+
+def scores_of(
+    actors: Actors, examples: Sequence[EncodedExample], samples: Sequence[Sequence[Completion]]
+) -> Tensor:
+    """(S,) raw scores, in the order of the samples."""
+    rows = [
+        Completed(actors.prompts[e.row], text_of(actors.tokenizer, c.ids), c.finished)
+        for e, row in zip(examples, samples, strict=True)
+        for c in row
+    ]
+    return torch.tensor(actors.score(rows), dtype=torch.float32)
+
+
+def reference_normaliser(
+    session: Session, actors: Actors, examples: Sequence[EncodedExample], stage: PpoConfig
+) -> Normaliser:
+    """Mean and standard deviation of the score on one reference sample of each prompt."""
+    samples = draw(session, actors, actors.reference, examples, stage, session.config.seed, 1)
+    found = fit_normaliser(scores_of(actors, examples, samples))
+    session.note(f"reference scores: mean {found.mean:.4g}, std {found.std:.4g}")
+    return found
+
+
+def roll_out(
+    session: Session,
+    actors: Actors,
+    examples: Sequence[EncodedExample],
+    stage: PpoConfig,
+    seed: int,
+) -> Rollout:
+    """Sample, score, and one forward of policy and reference over what was sampled.
+
+    The KL weight moves on afterwards: this rollout's rewards have the one before.
+    """
+    started = time.perf_counter()
+    samples = draw(session, actors, actors.policy, examples, stage, seed)
+    sampled = time.perf_counter()
+    raw = scores_of(actors, examples, samples)
+    flat = [c for row in samples for c in row]
+    scored = time.perf_counter()
+    full = with_samples(examples, samples)
+    tokens = measure(session, actors, full, stage)
+    lengths = torch.tensor([len(c.ids) for c in flat])
+    logratios = torch.cat([t.logprobs - t.reference for t in tokens])
+    figures = estimate(actors, tokens, final_scores(actors, raw, flat, stage), lengths, stage)
+    kl, error = mean_and_error([float(part.sum()) for part in logratios.split(lengths.tolist())])
+    if kl < FALSE_KL * error:
+        session.note(f"KL of {kl:.3f} is below zero: the samples are not the policy's")
+    seconds = time.perf_counter() - started
+    count = int(lengths.sum())
+    figures |= {
+        "score": float(raw.mean()),
+        "kl": kl,
+        "kl_coef": actors.kl.coef,
+        "entropy": -float(torch.cat([t.logprobs for t in tokens]).sum()) / len(flat),
+        "rollout/tokens": count / len(flat),
+        "rollout/finished": sum(c.finished for c in flat) / len(flat),
+        "rollout/seconds": seconds,
+        "rollout/sampling_seconds": sampled - started,
+        "rollout/scoring_seconds": scored - sampled,
+        "rollout/tokens_per_second": count / (sampled - started),
+    }
+    actors.kl.update(kl, len(flat))
+    return Rollout(full, tokens, figures)
+
+
+def with_samples(
+    examples: Sequence[EncodedExample], samples: Sequence[Sequence[Completion]]
+) -> list[EncodedExample]:
+    """The prompts, with what was sampled as their responses."""
+    return [
+        replace(e, response_ids=tuple(c.ids for c in row), scores=None)
+        for e, row in zip(examples, samples, strict=True)
+    ]
+
+
+def final_scores(
+    actors: Actors, raw: Tensor, samples: Sequence[Completion], stage: PpoConfig
+) -> Tensor:
+    """(S,) what PPO maximises: normalised, clipped, and a fixed low score without EOS."""
+    scores = actors.normaliser(raw)
+    if stage.score_clip is not None:
+        scores = scores.clamp(-stage.score_clip, stage.score_clip)
+    if stage.no_eos_score is not None:
+        unfinished = torch.tensor([not c.finished for c in samples])
+        scores = scores.masked_fill(unfinished, stage.no_eos_score)
+    return scores
+
+
+@torch.no_grad()
+def measure(
+    session: Session, actors: Actors, examples: Sequence[EncodedExample], stage: PpoConfig
+) -> list[Tokens]:
+    """Log-probabilities of policy and reference, and values, on the CPU; no advantages yet."""
+    device = session.runtime.device
+    found: dict[int, Tokens] = {}
+    for batch in pack_sorted(examples, session.token_budget):
+        row = batch.to(device)
+        with session.runtime.autocast():
+            own = target_states(actors.policy, row)
+            other = target_states(actors.reference, row)
+            heads = [
+                at_temperature(head_of(model), stage.temperature)
+                for model in (actors.policy, actors.reference)
+            ]
+            logprobs = target_logprobs(own, heads[0], row.targets)
+            reference = target_logprobs(other, heads[1], row.targets)
+            values = values_of(actors.value_head, own)
+        columns = [part.cpu().split(batch.counts) for part in (logprobs, reference, values)]
+        for index, a, b, c in zip(batch.example_ids.tolist(), *columns, strict=True):
+            found[index] = Tokens(a, b, c)
+    return [found[i] for i in range(len(examples))]
+
+
+def estimate(
+    actors: Actors, tokens: list[Tokens], scores: Tensor, lengths: Tensor, stage: PpoConfig
+) -> dict[str, float]:
+    """Fill in advantages and returns; figures of the critic."""
+    logratios = torch.cat([t.logprobs - t.reference for t in tokens])
+    values = torch.cat([t.values for t in tokens])
+    rewards = token_rewards(scores, logratios, lengths, actors.kl.coef)
+    advantages, returns = advantages_and_returns(
+        rewards, values, lengths, stage.gamma, stage.gae_lambda
+    )
+    if stage.whiten_advantages:
+        advantages = whiten(advantages)
+    counts = [len(t.logprobs) for t in tokens]
+    parts = zip(tokens, advantages.split(counts), returns.split(counts), strict=True)
+    for own, part, return_ in parts:
+        own.advantages, own.returns = part, return_
+    return {
+        "score_normalised": float(scores.mean()),
+        "explained_variance": explained_variance(returns, values),
+    }

@@ -1,0 +1,158 @@
+"""The reward of the `reward_fn` group, ready to score completions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_cli.config import (
+    ClassifierRewardFn,
+    LexiconRewardFn,
+    ModelConfig,
+    RewardFnConfig,
+    RewardModelFn,
+    SentimentRewardFn,
+)
+from dpo_cli.errors import NonFiniteError
+from dpo_cli.evaluation.lexicon import from_lists, lexicon, read_lexicon
+from dpo_cli.evaluation.scorers import SCORERS, Completed, Scorer, sentiment_log_odds
+from dpo_cli.model.classifier import (
+    Classifier,
+    classifier_config,
+    label_index,
+    label_names,
+    load_classifier,
+)
+from dpo_cli.model.load import load_tokenizer
+from dpo_cli.model.reward import load_reward_model, rewards, without_padding
+from dpo_cli.model.source import model_folder
+from dpo_cli.records import Batch
+from dpo_cli.stages.completions import Encoding, values_of
+from dpo_cli.stages.session import Session
+from dpo_cli.train.loop import load_provenance
+
+KEY = "reward_fn.path"
+NORMALISATION = "normalisation"  # the entry of a reward model's dpo_run.json
+
+
+def load_scorer(session: Session, config: RewardFnConfig | None = None) -> Scorer:
+    """The scorer that `config` (default: the run's reward_fn) names; its model stays loaded.
+
+    A completion's score is the same among whichever others it comes, up to rounding, and
+    exactly that of its equals in the same call. Raises ConfigError or DataError.
+    """
+    config = config or session.config.reward_fn
+    if isinstance(config, SentimentRewardFn) and config.scale == "log_odds":
+        return sentiment_log_odds
+    if isinstance(config, LexiconRewardFn):
+        if config.path is not None:
+            return lexicon(read_lexicon(Path(config.path)))
+        return lexicon(from_lists(config.positive, config.negative))
+    if isinstance(config, ClassifierRewardFn):
+        return _classifier(session, config)
+    if isinstance(config, RewardModelFn):
+        return _reward_model(session, config)
+    return SCORERS[config.name]
+
+
+@dataclass(frozen=True)
+class ClassifierScorer:
+    """Probability or log-odds of one class, of prompt and completion as one text."""
+
+    classifier: Classifier
+    label: int
+    scale: str
+
+    def __call__(self, rows: Sequence[Completed]) -> list[float]:
+        if not rows:
+            return []
+        odds = self.classifier.log_odds([row.text for row in rows], self.label)
+        return finite((odds if self.scale == "log_odds" else odds.sigmoid()).tolist())
+
+
+def _classifier(session: Session, config: ClassifierRewardFn) -> Scorer:
+    source = ModelConfig(path=config.path, hub_id=config.hub_id, revision=config.revision)
+    found = load_classifier(
+        source, config.max_length, config.batch_size, session.runtime.device, KEY
+    )
+    label = label_index(found.model.config, config.label)
+    name = label_names(found.model.config)[label]
+    session.note(f"reward_fn=classifier: {config.scale} of class {name!r}")
+    return ClassifierScorer(found, label, config.scale)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Makes rewards of reference samples mean 0 and std 1; the default leaves them raw."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, values: Sequence[float]) -> list[float]:
+        return [(value - self.mean) / self.std for value in values]
+
+
+@dataclass
+class RewardModelScorer:
+    """The score at the last token of prompt and completion, in float32."""
+
+    session: Session
+    model: PreTrainedModel
+    encoding: Encoding
+    normalise: Normalisation
+
+    def __call__(self, rows: Sequence[Completed]) -> list[float]:
+        examples = without_padding(self.encoding(rows), self.model)
+        found = values_of(self.session, self.model, examples, self._rewards, keep_last=True)
+        return finite(self.normalise(found))
+
+    def _rewards(self, batch: Batch) -> torch.Tensor:
+        with torch.autocast(batch.input_ids.device.type, enabled=False):
+            return rewards(self.model, batch)
+
+
+def reward_model_scorer(
+    session: Session,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    normalise: Normalisation | None = None,
+) -> RewardModelScorer:
+    """Of a reward model in memory, which is put on the session's device."""
+    model.to(session.runtime.device).eval()  # type: ignore[arg-type]
+    encoding = Encoding(session, model, tokenizer)
+    return RewardModelScorer(session, model, encoding, normalise or Normalisation())
+
+
+def _reward_model(session: Session, config: RewardModelFn) -> Scorer:
+    source = ModelConfig(path=config.path)
+    tokenizer = load_tokenizer(source, KEY)
+    classifier_config(source, tokenizer, KEY)
+    on = replace(session.placement, dtype=torch.float32)
+    model = load_reward_model(source, tokenizer, session.config.seed, KEY, on)
+    model.requires_grad_(False)
+    normalise = _normalisation(session, config) if config.normalised else None
+    return reward_model_scorer(session, model, tokenizer, normalise)
+
+
+def _normalisation(session: Session, config: RewardModelFn) -> Normalisation | None:
+    assert config.path is not None  # checked with the configuration
+    facts = load_provenance(model_folder(config.path, KEY)).get(NORMALISATION)
+    if facts is None:
+        session.note(
+            f"reward_fn.normalised=true: {config.path} has measured no mean and std "
+            "(stage.normalise_prompts of stage=reward): its rewards are raw"
+        )
+        return None
+    return Normalisation(float(facts["mean"]), float(facts["std"]))
+
+
+def finite(scores: list[float]) -> list[float]:
+    """The scores themselves; NonFiniteError if one cannot be compared with others."""
+    if not all(map(math.isfinite, scores)):
+        raise NonFiniteError("reward_fn: a score is not finite: the model overflows or is damaged")
+    return scores

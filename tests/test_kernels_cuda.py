@@ -1,0 +1,77 @@
+"""The attention kernels themselves, on a GPU."""
+
+import pytest
+import torch
+
+from dpo_cli.model import kernels
+from dpo_cli.model.attention import Placement, Seen, kernel_of, prepare, use
+from dpo_cli.model.kernels import Call
+from dpo_cli.model.probe import choose_attention, kernel_error
+from small_models import (
+    SMALL,
+    build,
+    examples,
+    gradients,
+    oracle,
+    packed,
+    packed_loss,
+    weighted,
+)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+CUDA = Placement(torch.device("cuda"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "flex", "sdpa"])
+@pytest.mark.parametrize("heads", [(4, 4, 64), (8, 2, 128), (4, 1, 256)], ids=str)
+@pytest.mark.parametrize("call", [Call(), Call(scaling=0.2, window=3)], ids=str)
+def test_real_kernels_forward_and_gradients(kernel, heads, call):
+    h, kv, width = heads
+    assert kernel_error(kernel, [Seen(call, h, kv, width, width)], CUDA) is None
+
+
+@pytest.mark.parametrize("kernel", ["flex", "sdpa"])
+def test_real_kernels_with_soft_capping(kernel):
+    assert kernel_error(kernel, [Seen(Call(softcap=2.0), 8, 4, 64, 64)], CUDA) is None
+
+
+@pytest.mark.parametrize("call", [Call(), Call(0.2, 2.0, 3)], ids=str)
+def test_the_flash_attn_package(monkeypatch, call):
+    pytest.importorskip("flash_attn")
+    monkeypatch.setattr(kernels, "torch_kernel", lambda: None)
+    assert kernel_error("varlen", [Seen(call, 8, 2, 64, 64)], CUDA) is None
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "flex", "sdpa", "dense", "plain"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_models_in_bf16_stay_near_the_plain_forward(family, kernel):
+    """Near: rounding moves log-probabilities by 0.01, another mask by 0.5."""
+    model, rows = build(family).float(), examples(4)
+    values = oracle(model, rows)
+    expected = gradients(model, weighted(values, 0, len(values)))
+    use(model.to(CUDA.device), kernel)
+    batch = prepare(packed(rows), kernel).pin_memory().to(CUDA.device)
+    with torch.autocast(CUDA.device.type, torch.bfloat16):
+        loss, got = packed_loss(model, batch)
+    found = gradients(model, loss)
+    assert (got.cpu() - values).abs().max() < 0.05
+    names = sorted(expected)
+    exact, near = (torch.cat([g[n].cpu().flatten() for n in names]) for g in (expected, found))
+    assert (near - exact).norm() < 0.05 * exact.norm()
+
+
+def test_the_fastest_kernel_is_chosen_and_a_micro_batch_never_waits():
+    model, notes = build("llama", {**SMALL, "head_dim": 64}).float(), []
+    choose_attention(model, "auto", on=Placement(CUDA.device, CUDA.dtype, notes.append))
+    assert notes == []
+    assert kernel_of(model) == "varlen"
+    model.to(CUDA.device)
+    batch = prepare(packed(examples(4)), "varlen").pin_memory()
+    for mode in ("default", "error"):  # the first pass may set libraries up
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            with torch.autocast(CUDA.device.type, torch.bfloat16):
+                loss, _ = packed_loss(model, batch.to(CUDA.device))
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,309 @@
+"""stage=ppo-baseline: whole runs, resuming at rollouts, and its parts against plain forwards."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from dpo_cli.durable import file_digest
+from dpo_cli.errors import ConfigError, Preempted
+from dpo_cli.evaluation.scorers import Completed
+from dpo_cli.model.attention import attention_as
+from dpo_cli.ppo_math import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
+from dpo_cli.records import EncodedExample
+from dpo_cli.report.console import Progress
+from dpo_cli.stages import ppo_baseline, rollout
+from dpo_cli.stages.sample import distinct_prompts
+from dpo_cli.stages.session import Session, load_policy_and_data
+from dpo_cli.train import checkpoint, loop
+from dpo_cli.train.runtime import start_runtime
+from small_runs import TINY, configure, metrics, train
+
+PPO = (
+    "stage=ppo-baseline", "stage.rollout_samples=16", "train.batch_size=8", "stage.ppo_epochs=2",
+    "stage.max_new_tokens=6", "stage.normalise_prompts=8", "stage.eval_prompts=4",
+    "optim.lr=1e-3", "stage.no_eos_score=null", "reward_fn=length", "train.max_steps=12",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "sft"
+    train(folder, "stage=sft", "train.max_steps=12", "optim.lr=3e-3")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(sft, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "ppo"
+    summary = train(folder, *PPO, f"model.path={sft}")
+    return folder, summary
+
+
+@pytest.fixture
+def actors(sft, tmp_path):
+    config = configure(*TINY, *PPO, f"model.path={sft}", f"run_dir={tmp_path}")
+    session = Session(config, tmp_path, start_runtime(config.hardware, 0), Progress("off"), [])
+    loaded = load_policy_and_data(session)
+    made = ppo_baseline.build_actors(session, loaded, None, config.stage)
+    examples = distinct_prompts(loaded.splits.train)[:6]
+    return session, made, examples, config.stage
+
+
+def test_a_run_tells_its_rollouts_and_leaves_a_plain_model(whole):
+    folder, summary = whole
+    rows = [r for r in metrics(folder) if "policy_loss" in r]
+    assert [r["step"] for r in rows] == list(range(1, 13))
+    # steps of one rollout (2 epochs of 2 minibatches) share its figures
+    assert [r["score"] for r in rows[:4]] == [rows[0]["score"]] * 4
+    assert rows[4]["score"] != rows[0]["score"]
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert rows[0]["approx_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert {"rollout/tokens_per_second", "rollout/seconds", "clip_fraction"} <= set(rows[0])
+    assert summary["samples"] == 3 * 16
+    assert summary["gradient_steps"] == 12
+    weights = AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
+    assert not [name for name in weights if "value" in name]
+    provenance = json.loads((folder / "final" / "dpo_run.json").read_text())
+    assert provenance["stage"] == "ppo-baseline"
+    assert provenance["reward_fn"]["name"] == "length"
+
+
+def test_ppo_learns_what_is_rewarded(sft, tmp_path):
+    """Longer texts, without a penalty: the number of words rises well above the reference's."""
+    words = (*PPO[:-1], "train.max_steps=120", "stage.kl_coef=0", "stage.kl_control=fixed",
+             "stage.rollout_samples=64", "train.batch_size=32", "optim.lr=3e-3",
+             "train.eval_every_steps=0", "stage.max_new_tokens=8")  # fmt: skip
+    train(tmp_path / "r", *words, f"model.path={sft}", "data.rows=200")
+    scores = [r["score"] for r in metrics(tmp_path / "r") if "score" in r]
+    assert scores[-1] > scores[0] + 1.0
+
+
+def test_a_rollout_is_measured_as_the_plain_models_would(actors):
+    session, made, examples, stage = actors
+    stage = replace(stage, temperature=0.7, completions=2)
+    torch.manual_seed(1)
+    for weight in made.policy.parameters():
+        weight.data += 0.02 * torch.randn_like(weight)
+    nn.init.normal_(made.value_head.weight)
+    found = rollout.roll_out(session, made, examples, stage, seed=5)
+    assert [len(e.response_ids) for e in found.examples] == [2] * 6
+    for example, tokens in zip(found.examples, found.tokens, strict=True):
+        plain = [plain_measures(made, example, ids, 0.7) for ids in example.response_ids]
+        columns = zip(*plain, strict=True)
+        for name, column in zip(("logprobs", "reference", "values"), columns, strict=True):
+            assert torch.allclose(getattr(tokens, name), torch.cat(column), atol=2e-5), name
+    ratios = [float((t.logprobs - t.reference).sum()) / 2 for t in found.tokens]
+    # the KL of a prompt's two samples together is the mean over all completions
+    assert found.figures["kl"] == pytest.approx(sum(ratios) / len(ratios), abs=1e-4)
+
+
+def plain_measures(made, example: EncodedExample, response, temperature: float):
+    """One sequence, transformers' own forward: log-probs of policy and reference, values."""
+    prompt = torch.as_tensor(example.prompt_ids).long()
+    ids = torch.cat([prompt, torch.as_tensor(response).long()])[None]
+    place = slice(len(prompt) - 1, ids.shape[1] - 1)
+    found = []
+    with torch.no_grad():
+        for model in (made.policy, made.reference):
+            with attention_as(model, "eager"):
+                logits = model(input_ids=ids, use_cache=False).logits[0, place] / temperature
+            logprobs = logits.log_softmax(-1)
+            found.append(logprobs.gather(1, ids[0, len(prompt) :, None]).squeeze(1))
+        with attention_as(made.policy, "eager"):
+            states = made.policy.base_model(input_ids=ids).last_hidden_state[0, place]
+        found.append(made.value_head(states).squeeze(1))
+    return found
+
+
+def test_the_loss_is_the_hand_made_one_and_skips_what_ran_away(actors):
+    """Token by token, of a rollout whose old log-probabilities were moved by hand."""
+    session, made, examples, stage = actors
+    found = rollout.roll_out(session, made, examples, stage, seed=5)
+    for number, tokens in enumerate(found.tokens):
+        tokens.logprobs = tokens.logprobs - (4.0 if number == 0 else 0.1 * number)
+        tokens.values = tokens.values + 0.3
+    ppo = ppo_baseline.Ppo(session, stage, made, [], [], None, found)  # type: ignore[arg-type]
+    row = ppo_baseline.pack_all(found.examples, range(6), session.token_budget)[0]
+    made.policy.train()
+    out = ppo_baseline.ppo_loss(made, row, found, stage)
+    out.loss_sum.backward()
+    wanted, count = 0.0, 0
+    for number, (example, tokens) in enumerate(zip(found.examples, found.tokens, strict=True)):
+        logprobs, _, values = plain_measures(made, example, example.response_ids[0], 1.0)
+        losses, _ = policy_loss(logprobs, tokens.logprobs, tokens.advantages, stage.clip_range)
+        critic = value_loss(values, tokens.values, tokens.returns, stage.value_clip_range)
+        kept = 0.0 if number == 0 else float(losses.sum())  # e^4 is above the limit of 10
+        wanted += kept + stage.vf_coef * float(critic.sum())
+        count += len(logprobs)
+    assert out.weight == count
+    assert out.loss_sum.item() == pytest.approx(wanted, abs=1e-3)
+    assert float(out.metrics["skipped"][0]) == len(found.tokens[0].logprobs)
+    assert made.value_head.weight.grad is not None
+    assert ppo.minibatch == 8
+
+
+def test_scores_without_eos_are_fixed_and_others_normalised_and_clipped(actors):
+    _, made, _, stage = actors
+    made.normaliser = Normaliser(2.0, 0.5)
+    stage = replace(stage, no_eos_score=-1.0, score_clip=3.0)
+
+    class Sample:
+        def __init__(self, finished):
+            self.finished = finished
+
+    samples = [Sample(True), Sample(False), Sample(True)]
+    scores = rollout.final_scores(made, torch.tensor([3.0, 9.0, 9.0]), samples, stage)
+    assert scores.tolist() == [2.0, -1.0, 3.0]
+
+
+def test_a_negative_kl_is_told(actors, monkeypatch):
+    """Samples of another model: the policy finds them less likely than the reference does."""
+    session, made, examples, stage = actors
+    told = []
+    monkeypatch.setattr(Progress, "note", lambda self, line: told.append(line))
+    torch.manual_seed(0)
+    for weight in made.policy.parameters():
+        weight.data += 0.3 * torch.randn_like(weight)
+    foreign = rollout.draw(session, made, made.reference, examples, stage, 3)
+    monkeypatch.setattr(rollout, "draw", lambda *rest: foreign)
+    found = rollout.roll_out(session, made, examples, stage, seed=5)
+    assert found.figures["kl"] < 0
+    assert [line for line in told if "below zero" in line]
+
+
+def test_every_completion_is_learnt_from_once_a_pass(actors):
+    session, made, _, stage = actors
+    config = replace(session.config, train=replace(session.config.train, batch_size=2))
+    session = replace(session, config=config)
+    session.kernel = "plain"
+    examples = [
+        EncodedExample(torch.tensor([1, 2]).numpy(), (torch.tensor([3, n]).numpy(),), n)
+        for n in range(8)
+    ]
+    plan = ppo_baseline.plan_steps(8, 8, 1.0, None, True, 0)
+    state = rollout.Rollout(examples, [], {})
+    ppo = ppo_baseline.Ppo(session, stage, made, examples, [], plan, state)
+    assert ppo.steps_per_rollout == 8
+    orders = []
+    for first in (0, 4):
+        seen = [
+            i
+            for step in range(first, first + 4)
+            for row in ppo.batches(step)
+            for i in row.example_ids.tolist()
+        ]
+        assert sorted(seen) == list(range(8))
+        orders.append(seen)
+    assert orders[0] != orders[1]
+    again = [row.example_ids.tolist() for row in ppo.batches(2)]
+    assert again == [row.example_ids.tolist() for row in ppo.batches(2)]
+
+
+@pytest.mark.parametrize("control", ["adaptive", "fixed"])
+def test_resumed_equals_uninterrupted_at_a_rollout(sft, tmp_path, monkeypatch, control):
+    """Killed in the middle of a rollout, the run goes on from the boundary before it."""
+    words = [*PPO, f"model.path={sft}", f"stage.kl_control={control}", "train.save_every_steps=1"]
+    if control == "adaptive":
+        words += ["stage.target_kl=0.5", "stage.kl_horizon=64"]
+    train(tmp_path / "whole", *words)
+    real = loop._train_step
+
+    def dies(run):
+        if run.step == 6:  # two steps into the second rollout
+            raise KeyboardInterrupt
+        return real(run)
+
+    monkeypatch.setattr(loop, "_train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", *words)
+    assert checkpoint.steps_in(tmp_path / "cut" / "checkpoints") == [4]
+    monkeypatch.setattr(loop, "_train_step", real)
+    train(tmp_path / "cut", *words, "resume=true")
+    for name in ("final/model.safetensors", "checkpoints/step-12/heads.safetensors"):
+        assert file_digest(tmp_path / "whole" / name) == file_digest(tmp_path / "cut" / name)
+    logged = [
+        [(r["step"], r["score"], r["kl_coef"]) for r in metrics(tmp_path / run) if "kl_coef" in r]
+        for run in ("whole", "cut")
+    ]
+    assert logged[0] == logged[1]
+
+
+def test_a_signal_waits_for_the_rollouts_end(sft, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    words = [*PPO, f"model.path={sft}", "train.save_every_steps=0", "train.eval_every_steps=0"]
+    real = loop._train_step
+
+    def signalled(run):
+        if run.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run)
+
+    monkeypatch.setattr(loop, "_train_step", signalled)
+    with pytest.raises(Preempted, match="SIGTERM after step 8 of 12"):
+        train(tmp_path / "r", *words)
+    assert checkpoint.steps_in(tmp_path / "r" / "checkpoints") == [8]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.max_steps=10"], r"train\.max_steps=10: must be a multiple of 4"),
+        (["train.batch_size=6"], r"train\.batch_size=6: must divide stage\.rollout_samples=16"),
+        (["stage.completions=3"], r"stage\.completions=3: must divide"),
+        (["stage.temperature=0"], r"stage\.temperature=0\.0: must be above 0"),
+        (["stage.kl_control=fixed", "stage.target_kl=3"], r"has no effect with stage\.kl_control"),
+    ],
+)
+def test_what_cannot_work_is_refused(sft, tmp_path, words, message):
+    with pytest.raises(ConfigError, match=message):
+        train(tmp_path / "r", *PPO, f"model.path={sft}", *words)
+
+
+def test_the_grammars_reward_is_for_its_reviews():
+    with pytest.raises(ConfigError, match="reward_fn=sentiment: rates the reviews of"):
+        configure("stage=ppo-baseline", "data=hh")
+
+
+def test_too_few_prompts_for_a_rollout(sft, tmp_path):
+    words = [word for word in PPO if not word.startswith("train.max_steps")]
+    with pytest.raises(ConfigError, match="distinct prompts are fewer"):
+        train(tmp_path / "r", *words, f"model.path={sft}", "data.rows=10")
+
+
+def test_a_tuned_policy_needs_a_named_reference(whole, tmp_path):
+    folder, _ = whole
+    with pytest.raises(ConfigError, match="is itself a PPO policy"):
+        train(tmp_path / "r", *PPO, f"model.path={folder}")
+    with pytest.raises(ConfigError, match="is itself a PPO policy"):
+        train(tmp_path / "d", "stage=dpo", f"model.path={folder}", "train.max_steps=1")
+
+
+def test_scorers_see_prompt_completion_and_whether_it_ended(actors):
+    session, made, examples, stage = actors
+    seen: list[Completed] = []
+
+    def score(rows):
+        seen.extend(rows)
+        return [0.0] * len(rows)
+
+    made.score = score
+    samples = rollout.draw(session, made, made.policy, examples, stage, 1)
+    rollout.scores_of(made, examples, samples)
+    assert [row.prompt for row in seen] == [made.prompts[e.row] for e in examples]
+    assert [row.finished for row in seen] == [row[0].finished for row in samples]
+
+
+def test_controllers_are_chosen_by_name(actors, sft, tmp_path):
+    session, made, _, _ = actors
+    assert isinstance(made.kl, AdaptiveKl)
+    loaded = load_policy_and_data(session)
+    stage = replace(session.config.stage, kl_control="fixed")
+    assert isinstance(ppo_baseline.build_actors(session, loaded, None, stage).kl, FixedKl)
+    assert Path(sft).is_dir()
