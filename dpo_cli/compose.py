@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_cli.checks import check
-from dpo_cli.config import RunConfig, SentimentDataConfig
+from dpo_cli.config import HttpJudgeConfig, RunConfig, SentimentDataConfig
+from dpo_cli.config.rewards import TASKS
 from dpo_cli.errors import ConfigError
 from dpo_cli.hints import TABLES, did_you_mean, optional, unknown_key
 
@@ -73,9 +74,13 @@ def finalise(config: RunConfig) -> RunConfig:
     data = config.data
     if isinstance(data, SentimentDataConfig) and data.responses is None:
         data = dataclasses.replace(data, responses=2 if config.stage.name in PAIRED else 1)
+    judge = config.judge
+    if isinstance(judge, HttpJudgeConfig) and judge.task is None:
+        judge = dataclasses.replace(judge, task=TASKS.get(data.name, "dialogue"))
     config = dataclasses.replace(
         config,
         data=data,
+        judge=judge,
         optim=dataclasses.replace(config.optim, lr=lr),
         cache_dir=os.path.expanduser(config.cache_dir or _user_cache()),
         run_dir=os.path.expanduser(config.run_dir),

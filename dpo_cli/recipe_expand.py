@@ -69,15 +69,22 @@ def resolve(recipe: Recipe, task: Task, folders: Folders) -> tuple[list[str], di
     if isinstance(overrides, Mapping):
         words = [as_override(key, references.filled(value)) for key, value in overrides.items()]
     else:
-        words = [_filled_word(word, references) for word in overrides]
+        words = [_filled_word(word, references, task.step.sweep) for word in overrides]
     return words, dict(sorted(references.used.items()))
 
 
-def _filled_word(word: str, references: _References) -> str:
-    """`key=value`: a value that is one reference is quoted as needed, other text is not."""
+def _filled_word(word: str, references: _References, sweep: bool) -> str:
+    """`key=value`: a value that is one reference is quoted as needed, other text is not.
+
+    In a sweep a list is what to try: `stage.beta=${vars.betas}` runs once for each.
+    """
     key, _, value = word.partition("=")
-    whole = REFERENCE.fullmatch(value)
-    return as_override(key, references.filled(value)) if whole else str(references.filled(word))
+    if not REFERENCE.fullmatch(value):
+        return str(references.filled(word))
+    found = references.filled(value)
+    if sweep and isinstance(found, list):
+        return f"{key}=" + ",".join(as_override("", item).removeprefix("=") for item in found)
+    return as_override(key, found)
 
 
 @dataclass

@@ -10,7 +10,7 @@
         minutes: 3                  a guess on two CPU cores, for the plan
       - name: dpo
         overrides: [stage=dpo, "model.path=${steps.sft.dir}"]   words as on the command line
-        sweep: false                true: run with -m, values separated by commas
+        sweep: false                true: run with -m, values separated by commas or a list of vars
       - name: together
         once: true                  not for each value: before, between or after those that are
         overrides: {stage: frontier, stage.evaluations: "${steps.dpo.dirs}"}

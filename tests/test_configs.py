@@ -120,7 +120,10 @@ def test_yaml_comments_list_every_choice() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_step_of_a_recipe_composes(path: Path, tmp_path: Path) -> None:
+def test_every_step_of_a_recipe_composes(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")  # recipes that ask a judge
     recipe = load_recipe(path, [f"{name}={tmp_path}" for name in REQUIRED.get(path.stem, ())])
     assert recipe.description
     folders: Folders = {}

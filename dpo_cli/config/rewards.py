@@ -84,7 +84,7 @@ class HttpJudgeConfig(JudgeConfig):
 
     name: str = "http"
     model: str = "gpt-4"
-    task: str = "dialogue"  # dialogue | summary | sentiment: the question that is asked
+    task: str | None = None  # dialogue | summary | sentiment: what is asked; null: by the data
     both_orders: bool = True  # A/B and B/A; they must agree, else it is a tie
     max_tokens: int = 256
     timeout_seconds: float = 60.0
@@ -92,5 +92,7 @@ class HttpJudgeConfig(JudgeConfig):
     max_calls: int = 2000  # a run; what is left unasked is counted as unasked
     parallel: int = 4  # requests at once
 
+
+TASKS = {"tldr": "summary", "imdb": "sentiment", "sentiment": "sentiment"}  # data -> judge.task
 
 JUDGE_SCHEMAS: dict[str, type[JudgeConfig]] = {"reward_fn": JudgeConfig, "http": HttpJudgeConfig}

@@ -115,7 +115,7 @@ class HttpJudge:
         pair = (match.ours.completion, match.theirs.completion)
         a, b = reversed(pair) if swapped else pair
         config = self._config
-        text = question(config.task, match.ours.prompt, a, b)
+        text = question(config.task or "dialogue", match.ours.prompt, a, b)
         asked = json.dumps([self._endpoint.base, config.model, text, config.max_tokens])
         key = hashlib.sha256(asked.encode()).hexdigest()
         return Question(text, key, "B" if swapped else "A")

@@ -54,7 +54,14 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return np.where(finite, total / np.maximum(weight, 1), np.nan)
 
 
-HEADLINES = ("loss", "rewards/accuracies", "eval/loss", "eval/rewards/accuracies")
+HEADLINES = (
+    "loss",
+    "rewards/accuracies",
+    "score",
+    "eval/loss",
+    "eval/rewards/accuracies",
+    "eval/score",
+)
 
 
 def training_figures(path: Path) -> dict[str, float]:

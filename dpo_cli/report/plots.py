@@ -46,6 +46,11 @@ def _pair(prefix: str) -> tuple[tuple[str, str, str], ...]:
 
 PANELS = (
     Panel("loss", "Loss", _train("loss")),
+    Panel("score", "Score", _train("score")),
+    Panel("kl", "KL to the reference (nats a sequence)", _train("kl"), from_zero=True),
+    Panel("kl_coef", "Weight of the KL", _train("kl_coef"), from_zero=True, smooth=False),
+    Panel("value_loss", "Value loss", _train("value_loss"), from_zero=True),
+    Panel("explained_variance", "Explained variance of the critic", _train("explained_variance")),
     Panel(
         "accuracy", "Preference accuracy", _train("rewards/accuracies"), reference=0.5, percent=True
     ),

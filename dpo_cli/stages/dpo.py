@@ -23,6 +23,7 @@ from dpo_cli.stages.session import (
     Session,
     batches_of,
     check_lengths,
+    distinct_responses,
     load_policy_and_data,
     sample_writer,
     step_plan,
@@ -64,7 +65,7 @@ def run(session: Session) -> dict[str, Any]:
         },
     )
     fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
-    return {}
+    return {"samples": distinct_responses(train), "gradient_steps": plan.steps}
 
 
 def check_branches(examples: Sequence[EncodedExample], stage: DpoConfig) -> None:

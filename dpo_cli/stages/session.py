@@ -190,6 +190,11 @@ def keep_responses(examples: Sequence[EncodedExample], count: int) -> list[Encod
     return [replace(e, response_ids=e.response_ids[:count]) for e in examples]
 
 
+def distinct_responses(examples: Sequence[EncodedExample]) -> int:
+    """How many samples the rows were made of: a response may be in several pairs."""
+    return len({(e.prompt_ids.tobytes(), r.tobytes()) for e in examples for r in e.response_ids})
+
+
 def check_lengths(examples: Sequence[EncodedExample], branches: int, stage: str) -> None:
     for example in examples:
         if len(example.response_ids) < branches:

@@ -18,6 +18,7 @@ from dpo_cli.stages.session import (
     Session,
     batches_of,
     check_lengths,
+    distinct_responses,
     keep_responses,
     load_policy_and_data,
     sample_writer,
@@ -47,7 +48,7 @@ def run(session: Session) -> dict[str, Any]:
         identity={"rows": loaded.splits.fingerprint},
     )
     fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
-    return {}
+    return {"samples": distinct_responses(train), "gradient_steps": plan.steps}
 
 
 def targets_of(examples: list[EncodedExample], train_on_prompt: bool) -> list[EncodedExample]:
