@@ -13,13 +13,15 @@ WIDTH = 92
 
 INTRO = """\
 dpo-run trains language models on preferences: supervised fine-tuning, DPO and its kin, reward
-models, and the sampling, labelling and evaluation around them. Every run is one command of
+models, PPO, and the sampling, labelling and evaluation around them. Every run is one command of
 key=value words.
 
   dpo-run recipe=quickstart                             the whole road on a CPU, in minutes
   dpo-run stage=sft model=gpt2 data=hh                  fine-tune on the preferred answers
   dpo-run stage=dpo model=gpt2 model.path=runs/my-sft data=hh stage.beta=0.1
   dpo-run stage=reward model=gpt2 model.path=runs/my-sft data=hh        a reward model
+  dpo-run stage=ppo-baseline model=gpt2 model.path=runs/my-sft data=hh \\
+      reward_fn=reward_model reward_fn.path=runs/my-reward              PPO, to compare with
   dpo-run stage=dpo data=jsonl data.path=pairs.jsonl model.path=my-model dry_run=true
   dpo-run -m stage=dpo stage.beta=0.05,0.1,0.5 optim.lr=1e-6,5e-6      a sweep of 6 runs
 """
@@ -30,6 +32,7 @@ Keys used most (all of them with their values: dpo-run --cfg job, also after sta
   data.path=FILE            local rows instead of the hub
   stage.loss= stage.beta=   the preference loss and its strength
   stage.reference=DIR       the frozen reference (default: the policy as loaded)
+  reward_fn= judge=         what scores a completion; what compares two
   optim.lr=                 default: the stage's rate, stage.default_lr
   train.epochs= train.max_steps= train.batch_size=
   hardware=cpu              and seed=0, logger=wandb, ...
@@ -38,12 +41,12 @@ Ways to run
   dry_run=true              print the plan, write nothing
   resume=DIR                continue a run from its newest checkpoint
   -m                        sweep over values separated by commas; hydra/launcher=submitit_slurm
-  recipe=NAME vars.x=...    ordered steps; finished ones are skipped
+  recipe=NAME vars.x=...    ordered steps; run again, it goes on where it stopped
   --config-dir DIR          your own YAML files: DIR/model/mine.yaml is then model=mine
   --cfg job | --info | --hydra-help | --shell-completion | --version
 
 Results go to runs/<stage>-<model>-<data>-<time>-<id>/, or run_dir=DIR: final/ (the model),
-metrics.jsonl, summary.json, checkpoints/, plots. A used folder is never overwritten.
+metrics.jsonl, summary.json, checkpoints/, plots/, report.html. A used folder is never overwritten.
 
 Exit codes: 0 done, 2 configuration, 3 data, 4 not finite, 5 no valid checkpoint,
             6 folder in use, 74 disk, 75 stopped by a signal and saved (resume to go on)

@@ -73,8 +73,14 @@ def test_a_number_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             "+model.architecture.layer=3",
             "model.architecture.layer: unknown key; did you mean model.architecture.layers?",
         ),
-        ("+stage.beta=3", "stage.beta: not a key of stage=sft; it belongs to stage=dpo"),
-        ("+stage.bta=3", "stage.bta: unknown key; did you mean stage.beta, a key of stage=dpo?"),
+        (
+            "+stage.beta=3",
+            "stage.beta: not a key of stage=sft; it belongs to stage=dpo, stage=label",
+        ),
+        (
+            "+stage.bta=3",
+            "stage.bta: unknown key; did you mean stage.beta, a key of stage=dpo, stage=label?",
+        ),
         ("stage.name=dop", "stage.name=dop: unknown; did you mean dpo?"),
     ],
 )
@@ -90,7 +96,8 @@ def test_unknown_keys_and_wrong_types_are_told_together() -> None:
 def test_keys_absent_from_yaml_keep_their_defaults() -> None:
     cfg = OmegaConf.create({group: {} for group in groups()})
     cfg.stage = {"name": "dpo"}
-    cfg.data = {"name": "sentiment"}
+    cfg.data = cfg.reward_fn = {"name": "sentiment"}
+    cfg.judge = {"name": "reward_fn"}
     config = build(cfg)
     assert config.stage == DpoConfig()
     assert config.data == SentimentDataConfig()

@@ -3,7 +3,7 @@
 import json
 
 SMALL = ("recipe=quickstart", "run_dir=q", "vars.rows=320", "vars.prompts=12",
-         "vars.eval_prompts=6", "vars.evaluate_prompts=8")  # fmt: skip
+         "vars.eval_prompts=6", "vars.evaluate_prompts=8", "vars.reference_samples=16")  # fmt: skip
 
 
 def test_quickstart_runs_and_then_skips(cli, tmp_path):
@@ -23,9 +23,12 @@ def test_quickstart_runs_and_then_skips(cli, tmp_path):
     assert all(row["scores"][0] > row["scores"][1] for row in pairs)
     trained = json.loads((tmp_path / "q/04-dpo/summary.json").read_text())
     assert abs(trained["first/loss"] - 0.693147) < 1e-4
+    frontier = (tmp_path / "q/07-frontier/frontier.csv").read_text()
+    assert {line.split(",")[0] for line in frontier.splitlines()[1:]} >= {"sft", "dpo", "optimum"}
+    assert (tmp_path / "q/report.html").is_file()
     again = cli(*SMALL)
     assert again.returncode == 0
-    assert again.stdout.count("skipped") == 6
+    assert again.stdout.count("skipped") == 7
     changed = cli(*SMALL, "vars.beta=0.2", "dry_run=true")
     assert changed.returncode == 0
     assert "evaluate-dpo" in changed.stdout

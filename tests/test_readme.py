@@ -22,12 +22,23 @@ RECIPE = ("vars.batch_size=8", "vars.eval_rows=2", "vars.max_length=64")
 HUB = ("model.path=my-model", "data.path=hh.jsonl", "data.max_length=64",
        "data.max_prompt_length=32", "data.eval_rows=2")  # fmt: skip
 
+SMALL = {
+    "reward": ["stage.normalise_prompts=2", "stage.normalise_max_new_tokens=4"],
+    "ppo-baseline": ["stage.rollout_samples=4", "stage.ppo_epochs=1", "stage.max_new_tokens=4",
+                     "stage.normalise_prompts=2"],
+    "evaluate": ["stage.prompts=2", "stage.max_new_tokens=4"],
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory) -> Path:
     """A folder with what the README's reader is supposed to have."""
     folder = tmp_path_factory.mktemp("readme")
-    train(folder / "runs" / "my-sft", "stage=sft", "train.max_steps=1")
+    sft = folder / "runs" / "my-sft"
+    train(sft, "stage=sft", "train.max_steps=1")
+    for stage, words in (("reward", ("stage.normalise_prompts=0",)), ("dpo", ())):
+        own = (f"stage={stage}", f"model.path={sft}", "train.max_steps=1", *words)
+        train(folder / "runs" / f"my-{stage}", *own)
     (folder / "my-model").symlink_to(folder / "runs" / "my-sft" / "final")
     said = [(f"Question {i}?", " A good answer.", f" Bad answer {i}.") for i in range(220)]
     rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in said]
@@ -44,14 +55,16 @@ def workplace(tmp_path_factory) -> Path:
 def stand_ins(words: list[str]) -> list[str]:
     """The README's words, then what makes them small and local."""
     if any(w.startswith("recipe=") for w in words):
-        return [*words, *RECIPE, "run_dir=recipe"]
+        return [*words, *(RECIPE if "recipe=preferences" in words else ()), "run_dir=recipe"]
     extra = [w for w in HUB if not any(v.startswith(w.split("=")[0] + "=") for v in words)]
     local = extra if "data=hh" in words else []
     if "stage=inspect" in words or "--cfg" in words or "--help" in words:
         return [*words, *local]
     if "-m" in words:
         local = [w for w in TINY if not w.startswith("logger")]
-    return [*words, *local, *QUICK]
+    for stage, small in SMALL.items():
+        local += small if f"stage={stage}" in words else []
+    return [*words, *local, *(() if "stage=evaluate" in words else QUICK)]
 
 
 def test_the_readme_has_commands():
