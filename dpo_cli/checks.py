@@ -176,6 +176,8 @@ def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
     for key in keys:
         group, _, name = key.partition(".")
         value = value_at(config, key)
+        if group in READERS and not name and stage not in READERS[group]:
+            yield no_effect(group, value.name, f"stage={stage}")
         if value is None or not name:  # not a key's word but an option's, such as optim=adamw
             continue
         untrained = group in SETTINGS and stage not in TRAINING and (stage, key) not in READ_ANYWAY

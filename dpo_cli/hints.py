@@ -26,9 +26,19 @@ TABLES: dict[str, Mapping[str, type]] = {
 }
 
 
+ENVIRONMENT = {  # keys that would be written to files -> where they are read
+    "judge.api_key": "OPENAI_API_KEY",
+    "judge.base_url": "OPENAI_BASE_URL",
+    "judge.url": "OPENAI_BASE_URL",
+}
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`; did you mean x?`, or nothing where no choice is close."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    """`; did you mean x?`, or nothing where no choice is close: the only one that begins so,
+    else the nearest."""
+    known = list(choices)
+    begun = [choice for choice in known if len(word) > 2 and choice.startswith(word)]
+    close = begun if len(begun) == 1 else difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -79,13 +89,17 @@ def valid_keys(options: Mapping[str, str]) -> list[str]:
 def unknown_key(path: str, options: Mapping[str, str]) -> str:
     """One line about a key that the chosen options do not have."""
     holders = _holders(options)
+    if path in ENVIRONMENT:
+        return f"{path}: unknown key; set the environment variable {ENVIRONMENT[path]}"
     if path in holders:
         group = path.partition(".")[0]
         return f"{path}: not a key of {group}={options.get(group)}; it belongs to {holders[path]}"
     valid = valid_keys(options)
     by_leaf = {key.rpartition(".")[2]: key for key in reversed(valid)}
     leaf = path.rpartition(".")[2]
-    close = difflib.get_close_matches(path, [*valid, *holders], n=1, cutoff=0.6)
+    # A common `stage.` alone makes no two keys alike.
+    near = [key for key in (*valid, *holders) if _alike(leaf, key.rpartition(".")[2])]
+    close = difflib.get_close_matches(path, near, n=1, cutoff=0.6)
     near_leaf = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
     if leaf in by_leaf:
         hint = f"did you mean {by_leaf[leaf]}?"
@@ -94,6 +108,10 @@ def unknown_key(path: str, options: Mapping[str, str]) -> str:
     else:
         hint = f"did you mean {by_leaf[near_leaf[0]]}?" if near_leaf else "see dpo-run --cfg job"
     return f"{path}: unknown key; {hint}"
+
+
+def _alike(word: str, other: str) -> bool:
+    return difflib.SequenceMatcher(None, word, other).ratio() >= 0.6
 
 
 def _of(holder: str | None) -> str:

@@ -14,7 +14,12 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.hints import did_you_mean, groups, root_keys, unknown_key, valid_keys
 from dpo_cli.paths import recipes_dir
 
-DEFAULT_OPTIONS = {"data": "sentiment", "stage": "sft"}  # as in conf/config.yaml
+DEFAULT_OPTIONS = {  # as in conf/config.yaml
+    "data": "sentiment",
+    "stage": "sft",
+    "reward_fn": "sentiment",
+    "judge": "reward_fn",
+}
 
 
 @contextmanager

@@ -5,25 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dpo_cli.checks import WITHOUT_DATA
-from dpo_cli.config import DpoConfig, EvaluateConfig, RewardConfig, RunConfig, SftConfig
+from dpo_cli.config import (
+    ClassifierRewardFn,
+    DpoConfig,
+    EvaluateConfig,
+    HttpJudgeConfig,
+    ModelConfig,
+    PpoConfig,
+    RewardConfig,
+    RewardModelFn,
+    RunConfig,
+    SftConfig,
+)
+from dpo_cli.config.endpoint import endpoint_from_environment
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import plan_steps
 from dpo_cli.logprobs import BLOCK_BYTES, CHUNK_BYTES
 from dpo_cli.model.attention import Placement
+from dpo_cli.model.classifier import classifier_config
 from dpo_cli.model.load import configured_context, count_parameters, hf_config, load_tokenizer
 from dpo_cli.model.probe import refuse_unavailable
 from dpo_cli.model.reward import check_kind
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import summary_table
+from dpo_cli.stage_checks import READERS, value_at
 from dpo_cli.stages.policies import find_policies
+from dpo_cli.stages.ppo_baseline import plan_rollouts, steps_of_rollout
+from dpo_cli.stages.sample import distinct_prompts
 from dpo_cli.train.runtime import MICRO_BATCH_TOKENS, Runtime, start_runtime
 
+SCORER_KEY = "reward_fn.path"
 OPTIMIZER_BYTES = {"adamw": 8, "rmsprop": 4, "adamw8bit": 2}  # of state, a weight
 ACTIVATIONS_A_LAYER = 18  # hidden-width values kept for the backward, a token and layer
 
@@ -57,6 +75,7 @@ def plan_rows(config: RunConfig) -> list[tuple[str, object]]:
     """(name, value) lines of the plan."""
     runtime = start_runtime(config.hardware, config.seed)
     rows: list[tuple[str, object]] = [("stage", stage_line(config))]
+    rows += scoring_rows(config)
     if config.stage.name in WITHOUT_DATA:
         return [*rows, ("writes", config.run_dir)]
     if isinstance(config.stage, EvaluateConfig) and config.stage.policies:
@@ -75,14 +94,61 @@ def plan_rows(config: RunConfig) -> list[tuple[str, object]]:
     parameters = count_parameters(config.model, tokenizer, auto)
     made_of = f"{source_of(config)}, {parameters / 1e6:,.1f}M weights"
     rows.append(("reward model" if reward else "policy", made_of))
-    if isinstance(stage, (DpoConfig, EvaluateConfig)):
+    if isinstance(stage, (DpoConfig, PpoConfig, EvaluateConfig)):
         rows.append(("reference", stage.reference or "the policy as loaded"))
     context = configured_context(config.model, tokenizer)
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
     rows += data_rows(config, splits)
     if isinstance(stage, (SftConfig, DpoConfig, RewardConfig)):
         rows += training_rows(config, targets(config, splits.train), runtime, parameters, tokenizer)
+    if isinstance(stage, PpoConfig):
+        rows += rollout_rows(config, len(distinct_prompts(splits.train)))
     return [*rows, ("device", f"{runtime.device}, {runtime.precision}"), ("writes", config.run_dir)]
+
+
+def rollout_rows(config: RunConfig, prompts: int) -> list[tuple[str, object]]:
+    stage = cast(PpoConfig, config.stage)
+    plan, steps = plan_rollouts(config, prompts), steps_of_rollout(config)
+    samples = f"{plan.steps:,} of {stage.rollout_samples:,} completions"
+    kl = f"towards {stage.target_kl:g} nats" if stage.kl_control == "adaptive" else "fixed"
+    return [
+        ("rollouts", f"{samples}, of {prompts:,} distinct prompts"),
+        ("steps", f"{plan.steps * steps:,}, {steps} after each rollout"),
+        ("KL weight", f"{stage.kl_coef:g}, {kl}"),
+    ]
+
+
+def scoring_rows(config: RunConfig) -> list[tuple[str, object]]:
+    """What rates completions, and what compares them. ConfigError for a model that cannot."""
+    stage, reward = config.stage, config.reward_fn
+    if stage.name not in READERS["reward_fn"] or getattr(stage, "by", "reward_fn") != "reward_fn":
+        return []
+    named = reward.name
+    if isinstance(reward, (RewardModelFn, ClassifierRewardFn)):
+        named += f", {reward.path or value_at(config, 'reward_fn.hub_id')}"
+        if reward.path is not None:
+            source = ModelConfig(path=reward.path)
+            classifier_config(source, load_tokenizer(source, SCORER_KEY), SCORER_KEY)
+    rows: list[tuple[str, object]] = [("reward", named)]
+    return rows + (evaluation_rows(config, stage) if isinstance(stage, EvaluateConfig) else [])
+
+
+def evaluation_rows(config: RunConfig, stage: EvaluateConfig) -> list[tuple[str, object]]:
+    """What each policy writes, and what a judge is asked."""
+    rows: list[tuple[str, object]] = [
+        ("samples", f"up to {stage.prompts:,} prompts x {stage.completions:,} of a policy")
+    ]
+    if stage.reference_samples:
+        rows.append(("", f"{stage.reference_samples:,} a prompt of the reference"))
+    if stage.opponent is None:
+        return rows
+    rows.append(("win rates", f"against {stage.opponent}, by judge={config.judge.name}"))
+    if isinstance(config.judge, HttpJudgeConfig):
+        asked = stage.prompts * len(stage.win_temperatures) * (1 + config.judge.both_orders)
+        server = f"{config.judge.model} at {endpoint_from_environment().host}"
+        most = f"at most {config.judge.max_calls:,} in all"
+        rows.append(("", f"{server}: up to {asked:,} requests a policy, {most}"))
+    return rows
 
 
 def stage_line(config: RunConfig) -> str:

@@ -10,6 +10,7 @@ what the steps it uses have written, and the version of dpo-run.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -19,14 +20,14 @@ from typing import Any
 
 from dpo_cli.compose import prepare
 from dpo_cli.durable import write_json
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.launch import as_override, run_child, shell_status
 from dpo_cli.overrides import composed, first_job
 from dpo_cli.recipe_expand import Folders, Task, expand, resolve
 from dpo_cli.recipe_file import Recipe, find_recipe, load_recipe
 from dpo_cli.recipe_plan import because, print_plan
 from dpo_cli.recipe_report import Outcome, print_outcomes, print_report
-from dpo_cli.recipe_state import Decision, examine, identity, record_of
+from dpo_cli.recipe_state import Decision, examine, first_few, identity, record_of
 from dpo_cli.run_folder import is_bare, is_used, make, read_json, refuse_locked, set_aside
 from dpo_cli.train.guard import run_lock
 
@@ -97,7 +98,7 @@ def _check_steps(recipe: Recipe, run_dir: Path) -> None:
     """
     folders: Folders = {}
     tasks = expand(recipe)
-    found: dict[tuple[str, str], list[Task]] = {}  # (step, problem) -> who has it
+    found: dict[str, list[Task]] = {}  # problem -> who has it
     for task in tasks:
         words, _ = resolve(recipe, task, folders)
         task.at(run_dir, folders)
@@ -106,14 +107,18 @@ def _check_steps(recipe: Recipe, run_dir: Path) -> None:
             prepare(composed(first), words, coming=[run_dir])
         except ConfigError as error:
             for line in str(error).splitlines():
-                found.setdefault((task.step.name, line), []).append(task)
-    problems: list[str] = []
-    for (name, line), having in found.items():
-        all_have_it = len(having) == sum(task.step.name == name for task in tasks)
-        titles = [name] if all_have_it else [task.title for task in having]
-        problems += [f"step {title}: {line}" for title in titles]
-    if problems:
-        raise ConfigError("\n".join(problems))
+                found.setdefault(line, []).append(task)
+    if found:
+        raise ConfigError("\n".join(f"{_whose(having, tasks)}: {x}" for x, having in found.items()))
+
+
+def _whose(having: Sequence[Task], tasks: Sequence[Task]) -> str:
+    """`step dpo`, `steps dpo, ppo (seed=1)`: a step that has a problem for all values is one."""
+    titles: list[str] = []
+    for name in dict.fromkeys(task.step.name for task in having):
+        own = [task.title for task in having if task.step.name == name]
+        titles += [name] if len(own) == sum(task.step.name == name for task in tasks) else own
+    return f"step{'s' * (len(titles) > 1)} {first_few(titles)}"
 
 
 def _run_steps(recipe: Recipe, run_dir: Path) -> int:
@@ -170,9 +175,14 @@ def facts(recipe: Recipe, run_dir: Path, outcomes: Sequence[Outcome]) -> dict[st
 
 def _how_to_go_on(task: Task, folder: Path, code: int) -> str:
     goes_on = "goes on with its jobs" if task.step.sweep else "is resumed if it has checkpoints"
+    ended = (
+        f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+    )
+    wrong = code in (ConfigError.exit_code, DataError.exit_code)
+    first = "mend what the error says and " if wrong else ""
     return (
-        f"step {task.title} ended with exit code {code}; to go on, run the same command again: "
-        f"finished steps are skipped, {folder} {goes_on} (remove it to start that step anew)"
+        f"step {task.title} {ended}; to go on, {first}run the same command "
+        f"again: finished steps are skipped, {folder} {goes_on} (remove it to start that step anew)"
     )
 
 

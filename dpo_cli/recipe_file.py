@@ -109,18 +109,18 @@ def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True)
     try:
         loaded = OmegaConf.load(path)
         body: Any = OmegaConf.to_container(loaded, resolve=False)
-        changed: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(settings)))
     except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
     _expect_keys(body, {"description", "vars", "repeat", "steps", "report"}, f"{path}")
     variables = body.get("vars") or {}
+    changed = _changed(settings)
     for name in changed:
         if name not in variables:
             hint = did_you_mean(str(name), variables)
             raise ConfigError(
                 f"vars.{name}: not a variable of this recipe{hint} (it has {_listed(variables)})"
             )
-    variables = {**variables, **changed}
+    variables |= {name: _like(variables[name], name, value) for name, value in changed.items()}
     missing = [f"vars.{name}=..." for name, value in variables.items() if value == "???"]
     given = body.get("repeat") if complete and not missing else None
     if given is not None:
@@ -139,6 +139,37 @@ def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True)
     return recipe
 
 
+def _changed(settings: Sequence[str]) -> dict[str, Any]:
+    """Name -> value of the command line's variables."""
+    changed: dict[str, Any] = {}
+    for word in settings:
+        try:
+            found: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"vars.{word}: cannot be read; write a number, text, or a list as [a,b]"
+            ) from error
+        changed |= found
+    return changed
+
+
+def _like(default: Any, name: str, value: Any) -> Any:
+    """A list where the recipe has one: 0.1,0.3 may be given for it, or 0.1."""
+    if not isinstance(default, list):
+        return value
+    found = _listing(value)
+    if not found or None in found:
+        told = "" if value is None else value
+        raise ConfigError(f"vars.{name}={told}: expected a list of values, such as {default}")
+    return found
+
+
+def _listing(value: Any) -> list[Any]:
+    if isinstance(value, str) and "," in value:
+        return [yaml.safe_load(part) for part in value.split(",")]
+    return value if isinstance(value, list) else [value]
+
+
 def _with_repeated_list(path: Path, body: Any, variables: dict[str, Any]) -> dict[str, Any]:
     """The variables, with the one that `repeat` names as a list: 0,1,2 may be given, or 0."""
     place = f"{path}: repeat"
@@ -154,10 +185,7 @@ def _with_repeated_list(path: Path, body: Any, variables: dict[str, Any]) -> dic
     if kind != "vars" or name not in variables:
         hint = did_you_mean(whole[1], [f"vars.{known}" for known in variables])
         raise ConfigError(f"{place}: {key}: {given} is not a variable{hint}")
-    value = variables[name]
-    if isinstance(value, str) and "," in value:
-        value = [yaml.safe_load(part) for part in value.split(",")]
-    return {**variables, name: value if isinstance(value, list) else [value]}
+    return {**variables, name: _listing(variables[name])}
 
 
 def _repeat(path: Path, body: dict[str, Any], variables: Mapping[str, Any]) -> Repeat:

@@ -30,6 +30,7 @@ READERS = {  # group -> the stages that read it
     "reward_fn": ("label", "evaluate", "ppo-baseline"),
     "judge": ("evaluate",),
 }
+NOT_TRAINED = ("optimum", "best-of-n")  # methods of points that an evaluation adds
 
 
 def value_at(config: RunConfig, key: str) -> Any:
@@ -60,7 +61,7 @@ def _stage(config: RunConfig) -> Iterator[str]:
     elif isinstance(stage, PpoConfig):
         yield from _ppo(config, stage)
     elif isinstance(stage, SampleConfig):
-        yield from _temperatures("stage.temperatures", stage.temperatures)
+        yield from _samples(stage)
     elif isinstance(stage, EvaluateConfig):
         yield from _evaluation(config, stage)
     elif isinstance(stage, FrontierConfig) and not stage.evaluations:
@@ -87,6 +88,14 @@ def _temperatures(key: str, values: list[float]) -> Iterator[str]:
         yield f"{key}={values}: must be numbers of at least 0 (0 is greedy), one or more"
 
 
+def _samples(stage: SampleConfig) -> Iterator[str]:
+    yield from _temperatures("stage.temperatures", stage.temperatures)
+    if stage.prompts == 0 and stage.eval_prompts == 0:
+        yield "stage.prompts=0, stage.eval_prompts=0: nothing to sample; use at least 1 of either"
+    if stage.top_p < 1 and not any(stage.temperatures):
+        yield no_effect("stage.top_p", stage.top_p, f"stage.temperatures={stage.temperatures}")
+
+
 def _optimum(stage: EvaluateConfig) -> Iterator[str]:
     samples, key = stage.reference_samples, f"stage.reference_samples={stage.reference_samples}"
     if 0 < samples < 16:
@@ -110,6 +119,11 @@ def _evaluation(config: RunConfig, stage: EvaluateConfig) -> Iterator[str]:
         yield no_effect("model.path", config.model.path, "stage.policies")
     if stage.checkpoints and not (stage.policies or config.model.path):
         yield "stage.checkpoints=true: of which runs? Set stage.policies=[<folder>, ...]"
+    if stage.method in NOT_TRAINED:
+        yield (
+            f"stage.method={stage.method}: a frontier takes these points for {stage.method}, which "
+            "it draws in its own way; use another name"
+        )
     if min(stage.best_of, default=1) < 1:
         yield f"stage.best_of={stage.best_of}: must be whole numbers of at least 1"
     yield from _optimum(stage)
@@ -143,8 +157,13 @@ def _ppo(config: RunConfig, stage: PpoConfig) -> Iterator[str]:
         yield "stage.temperature=0.0: must be above 0, PPO explores"
     if config.model.dropout:
         yield (f"model.dropout={config.model.dropout}: must be 0, policy and rollout would differ")
+    defaults = PpoConfig()
+    if stage.normalise and not stage.normalise_prompts:
+        yield "stage.normalise_prompts=0: nothing to measure; use stage.normalise=false"
+    if not stage.normalise and stage.normalise_prompts != defaults.normalise_prompts:
+        key = "stage.normalise_prompts"
+        yield no_effect(key, stage.normalise_prompts, "stage.normalise=false")
     if stage.kl_control == "fixed":
-        defaults = PpoConfig()
         for name in ("target_kl", "kl_horizon"):
             if getattr(stage, name) != getattr(defaults, name):
                 yield no_effect(f"stage.{name}", getattr(stage, name), "stage.kl_control=fixed")

@@ -76,7 +76,10 @@ def cli(tmp_path: Path, clean_env: dict[str, str]) -> Cli:
     """
 
     def run(
-        *args: str, cwd: Path | None = None, env: Mapping[str, str] | None = None
+        *args: str,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        seconds: float = 110,
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "dpo_cli", *args],
@@ -85,7 +88,7 @@ def cli(tmp_path: Path, clean_env: dict[str, str]) -> Cli:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=110,
+            timeout=seconds,
             check=False,
         )
 

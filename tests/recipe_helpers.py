@@ -7,9 +7,10 @@ from pathlib import Path
 from dpo_cli import cli
 
 # Stands in for `dpo-run`. A file `fail-<step>` makes a step fail, `stop-<step>` stops it after
-# its first checkpoint, `value-<step>` changes what it writes; starts.txt tells what was run.
+# its first checkpoint, `kill-<step>` kills it, `value-<step>` changes what it writes; starts.txt
+# tells what was run.
 STUB = """
-import json, pathlib, sys
+import json, os, pathlib, signal, sys
 words = sys.argv[1:]
 values = dict(word.split("=", 1) for word in words if "=" in word)
 resume = "resume" in values
@@ -23,6 +24,8 @@ if not resume:
 (folder / "words.json").write_text(json.dumps(words))
 if pathlib.Path(f"fail-{name}").exists():
     sys.exit(3)
+if pathlib.Path(f"kill-{name}").exists():
+    os.kill(os.getpid(), signal.SIGKILL)
 if pathlib.Path(f"stop-{name}").exists():
     (folder / "checkpoints/step-1").mkdir(parents=True)
     sys.exit(75)

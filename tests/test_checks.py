@@ -55,6 +55,15 @@ from dpo_cli.hints import TABLES, group_keys, groups
             "stage=reward train.best_metric=rewards/accuracy",
             "train.best_metric=rewards/accuracy: must be one of loss, rewards/accuracies, ece; did",
         ),
+        (
+            "stage=sample stage.prompts=0 stage.eval_prompts=0",
+            "stage.prompts=0, stage.eval_prompts=0: nothing to",
+        ),
+        (
+            "stage=sample stage.temperatures=[0] stage.top_p=0.5",
+            "stage.top_p=0.5: has no effect with stage.temperatures=[0.0]; remove it",
+        ),
+        ("stage=evaluate stage.method=optimum", "stage.method=optimum: a frontier takes these"),
         ("data=jsonl", "data=jsonl: no rows; set data.path=<file or folder>"),
         ("data=jsonl data.path=/no/such", "data.path=/no/such: no such file or folder"),
         ("+data.hub_id=x", "data.hub_id=x: has no effect with data=sentiment; remove it"),

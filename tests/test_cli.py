@@ -100,6 +100,22 @@ def test_a_closed_pipe_is_no_error(clean_env: dict[str, str]) -> None:
         ("lr=3", "lr: unknown key; did you mean optim.lr?"),
         ("stage.beta=3", "stage.beta: not a key of stage=sft; it belongs to stage=dpo"),
         ("stage=dpo stage.bta=3", "stage.bta: unknown key; did you mean stage.beta?"),
+        (
+            "stage=sft stage.reward_model=x",
+            "stage.reward_model: unknown key; see dpo-run --cfg job",
+        ),
+        ("stage=ppo", "stage=ppo: unknown option; did you mean ppo-baseline? (available: dpo, "),
+        (
+            "judge.tasks=x",
+            "judge.tasks: unknown key; did you mean judge.task, a key of judge=http?",
+        ),
+        (
+            "judge.retries=2",
+            "judge.retries: not a key of judge=reward_fn; it belongs to judge=http",
+        ),
+        ("judge.api_key=x", "judge.api_key: unknown key; set the environment variable OPENAI_API_"),
+        ("stage=dpo reward_fn=length", "reward_fn=length: has no effect with stage=dpo; remove it"),
+        ("judge=http", "judge=http: has no effect with stage=sft; remove it"),
         ("+train.batch_size=3", "+train.batch_size: this key exists already; leave out the +"),
         ("~train.nothing", "~train.nothing: there is no such key to leave out"),
         ("data.max_rows=3", "data.max_rows: the YAML of the chosen data leaves this key out"),

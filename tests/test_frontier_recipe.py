@@ -20,7 +20,7 @@ COLUMNS = {"method", "seed", "setting", "step", "kl", "reward", "kl_se", "reward
 
 @pytest.mark.timeout(600)  # a process a step, some with jobs of their own
 def test_every_method_is_measured_against_the_optimum(cli, tmp_path):
-    done = cli(*SMALL)
+    done = cli(*SMALL, seconds=500)
     assert done.returncode == 0, done.stderr[-2000:]
     folder = tmp_path / "f" / "16-frontier"
     rows = list(csv.DictReader((folder / "frontier.csv").open()))

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import small_models
-from dpo_cli.errors import NonFiniteError
+from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.model import forward, generate, prefix_cache
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.decoding import shares_prompts, start
@@ -272,3 +272,19 @@ def test_draw_from_several_blocks(top_p):
     chi2 = ((seen - n * p)[possible] ** 2 / (n * p[possible]).clamp_min(1e-9))[n * p[possible] >= 5]
     assert abs(chi2.sum() - len(chi2)) <= 5 * (2 * len(chi2)) ** 0.5
     torch.testing.assert_close(logp.double(), p.log()[tokens], rtol=0, atol=2e-5)
+
+
+def test_the_contexts_end_cuts_each_prompt_alone():
+    """By its own length, whichever prompts are decoded beside it."""
+    model = build("gpt2")  # 40 positions
+    lengths = (4, 39, 36, 10, 39, 37)
+    prompts = [np.full(n, 5 + i, dtype=np.int32) for i, n in enumerate(lengths)]
+    never = 23  # drawn too seldom to matter: 24 tokens, one of them EOS
+    for size in (1, 3, 64):
+        options = SamplingOptions(max_new_tokens=6, batch_size=size, completions=2, seed=1)
+        rows = sample(model, prompts, options, never, PAD)
+        for n, row in zip(lengths, rows, strict=True):
+            assert all(len(c.ids) == min(6, 40 - n) for c in row if not c.finished)
+            assert any(not c.finished for c in row)
+    with pytest.raises(ConfigError, match="a prompt of 40 tokens fills the model's context of 40"):
+        sample(model, [*prompts, np.full(40, 5, np.int32)], SamplingOptions(), EOS, PAD)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.report.console import Progress
 from dpo_cli.run import run
 from dpo_cli.stages.measure import pairs_config
 from small_runs import TINY, configure, metrics, train
@@ -54,6 +55,15 @@ def test_all_pairs_by_hand(tmp_path):
     assert found["train_ties"] == pytest.approx(2 / 5)  # of 3 + 1 + 1 pairs
     assert "train_agreement" not in found
     assert "eval_pairs" not in found
+
+
+@pytest.mark.parametrize(("finished", "told"), [([True, False], 1), ([True, True], 0)])
+def test_completions_that_were_cut_are_told(tmp_path, monkeypatch, finished, told):
+    """Without data.finished_field they would get an EOS that nobody sampled."""
+    lines = []
+    monkeypatch.setattr(Progress, "note", lambda self, line: lines.append(line))
+    label(tmp_path, [{"prompt": "a", "completions": [" x", " x y"], "finished": finished}])
+    assert len([line for line in lines if "data.finished_field=finished" in line]) == told
 
 
 def test_both_files_are_labelled(tmp_path):

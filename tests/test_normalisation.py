@@ -19,7 +19,8 @@ import small_tokenizers
 from dpo_cli import durable
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.scorers import Completed
-from dpo_cli.stages import normalisation
+from dpo_cli.model import attention
+from dpo_cli.stages import normalisation, scoring
 from dpo_cli.stages.scoring import load_scorer
 from scoring_helpers import scorer, session_of, texts
 from small_runs import train
@@ -51,6 +52,18 @@ def hf_reward(folder, ids):
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         return float(model(input_ids=torch.tensor([ids])).logits[0, 0])
+
+
+def test_a_model_trained_by_a_kernel_of_half_precision_is_scored_in_float32(trained, tmp_path):
+    """FlashAttention takes no float32: a run in bf16 on CUDA would fail at its end."""
+    path = str(trained[0] / "final")
+    plain = raw(tmp_path, path)
+    rows = texts(" was good.", " was bad and long.", " was", prompt="The film")
+    wanted = plain(rows)
+    attention.use(plain.model, "varlen")
+    made = scoring.reward_model_scorer(plain.session, plain.model, plain.encoding.tokenizer)
+    assert attention.kernel_of(made.model) == "sdpa"
+    assert made(rows) == pytest.approx(wanted, abs=1e-5)
 
 
 def raw(tmp_path, path, *words):

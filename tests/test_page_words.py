@@ -129,6 +129,10 @@ def test_figures_line_up():
         "0.00\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.00",
         "12.35\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.50",
     ]
+    assert figures("kl", [0.0, 1.29e-6], [0.0, 2e-7]) == [
+        "0\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0",
+        "1.29e\N{MINUS SIGN}6\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}2.00e\N{MINUS SIGN}7",
+    ]
     assert figures("pairs", [594, 12000]) == ["594", "12,000"]
     assert figures("accuracy", [0.5, 1.0]) == ["50.0%", "100.0%"]
     assert figure("lr", 1e-6) == "1.00e−6"  # noqa: RUF001

@@ -187,7 +187,7 @@ def test_no_global_state_of_matplotlib_is_touched(tmp_path):
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (0.25, "0.25"), (-1.5, "-1.5"), (1500, "1.5k"), (-2e6, "-2M"), (1e-4, "1e-4"),
-     (2.5e-5, "2.5e-5"), (0.30000000000000004, "0.3")],
+     (2.5e-5, "2.5e-5"), (2.0000000000000003e-6, "2e-6"), (0.30000000000000004, "0.3")],
 )  # fmt: skip
 def test_short_number(value, text):
     assert short_number(value) == text.replace("-", "\N{MINUS SIGN}")

@@ -259,11 +259,44 @@ def test_a_signal_waits_for_the_rollouts_end(sft, tmp_path, monkeypatch):
         (["stage.completions=3"], r"stage\.completions=3: must divide"),
         (["stage.temperature=0"], r"stage\.temperature=0\.0: must be above 0"),
         (["stage.kl_control=fixed", "stage.target_kl=3"], r"has no effect with stage\.kl_control"),
+        (["stage.normalise_prompts=0"], r"normalise_prompts=0: nothing to measure"),
+        (["stage.normalise=false"], r"normalise_prompts=8: has no effect with stage\.normalise"),
     ],
 )
 def test_what_cannot_work_is_refused(sft, tmp_path, words, message):
     with pytest.raises(ConfigError, match=message):
         train(tmp_path / "r", *PPO, f"model.path={sft}", *words)
+
+
+def test_one_held_out_prompt_has_figures_without_errors(sft, tmp_path):
+    words = ["stage.eval_prompts=1", "train.max_steps=4", f"model.path={sft}"]
+    train(tmp_path / "r", *PPO, *words)
+    figures = [r for r in metrics(tmp_path / "r") if "eval/kl" in r]
+    assert len(figures) >= 2
+    assert not {"eval/kl_se", "eval/score_se"} & set(figures[0])
+
+
+def test_the_held_out_loss_is_of_the_scores_that_ppo_maximises(actors):
+    """Completions without EOS count as they do in training."""
+    session, made, _, stage = actors
+    held_out = distinct_prompts(load_policy_and_data(session).splits.eval)[:4]
+    stage = replace(stage, no_eos_score=-7.0, max_new_tokens=1)
+    samples = rollout.draw(session, made, made.policy, held_out, stage, ppo_baseline.EVAL_SEED)
+    assert not any(c.finished for row in samples for c in row)
+    ppo = ppo_baseline.Ppo(session, stage, made, [], held_out, None)  # type: ignore[arg-type]
+    figures = ppo_baseline.evaluate(ppo)
+    assert figures["loss"] == pytest.approx(stage.kl_coef * figures["kl"] + 7.0, abs=1e-5)
+
+
+def test_a_rollout_in_which_nothing_ended_is_told(actors, monkeypatch):
+    session, made, examples, stage = actors
+    told = []
+    monkeypatch.setattr(Progress, "note", lambda self, line: told.append(line))
+    short = replace(stage, max_new_tokens=1)
+    rollout.roll_out(session, made, examples, short, seed=5)
+    assert not told
+    rollout.roll_out(session, made, examples, replace(short, no_eos_score=-1.0), seed=5)
+    assert "use stage.no_eos_score=null" in told[0]
 
 
 def test_the_grammars_reward_is_for_its_reviews():

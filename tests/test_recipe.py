@@ -100,11 +100,22 @@ def test_a_failing_step_ends_the_recipe(folder: Path, capfd: pytest.CaptureFixtu
     (folder / "fail-dpo").touch()
     assert run_cli() == 3
     assert starts(folder) == ["run sft", "run dpo"]
-    assert "step dpo ended with exit code 3" in capfd.readouterr().err
+    told = "step dpo ended with exit code 3; to go on, mend what the error says and run the same"
+    assert told in capfd.readouterr().err
     (folder / "fail-dpo").unlink()
     assert run_cli() == 0
     assert starts(folder) == ["run dpo", "run score"]
     assert "dpo: run (again, it did not finish)" in capfd.readouterr().out
+
+
+def test_a_killed_step_is_told_as_such(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "kill-dpo").touch()
+    assert run_cli() == 137
+    told = "step dpo was killed (SIGKILL); to go on, run the same command again: finished steps are"
+    assert told in capfd.readouterr().err
+    (folder / "kill-dpo").unlink()
+    assert run_cli() == 0
+    assert starts(folder)[-2:] == ["run dpo", "run score"]
 
 
 def test_an_interrupted_step_is_resumed_from_its_checkpoint(folder: Path) -> None:

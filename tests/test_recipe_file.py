@@ -103,6 +103,15 @@ def test_a_required_variable_must_be_given(tmp_path: Path) -> None:
     assert load_recipe(path, ["a=5", "c=6"]).variables == {"a": 5, "b": 1, "c": 6}
 
 
+@pytest.mark.parametrize(
+    ("given", "betas"), [("0.1,1", [0.1, 1]), ("3", [3]), ("[2,x]", [2, "x"]), ("a,b", ["a", "b"])]
+)
+def test_a_list_of_the_recipe_stays_one(given: str, betas: list[object], tmp_path: Path) -> None:
+    path = written(tmp_path / "small.yaml", f"vars: {{betas: [5], name: x}}\n{STEPS}\n")
+    found = load_recipe(path, [f"betas={given}", "name=0,1"]).variables
+    assert found == {"betas": betas, "name": "0,1"}
+
+
 # ---------------------------------------------------------------- repeat
 
 
@@ -131,10 +140,11 @@ def test_values_on_the_command_line(given: str, values: dict[str, object], tmp_p
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ("[]", "vars.seeds=[]: expected a list of values, such as [0, 1, 2]"),
+        ("[]", "vars.seeds=[]: expected a list of values, such as [0]"),
         ("1,1", "vars.seeds: 1 and 1 would share folders ending in -1"),
         ("-1,1", "vars.seeds: -1 and 1 would share folders ending in -1"),
-        ("null", "vars.seeds: None: a value must be a number or plain text"),
+        ("", "vars.seeds=: expected a list of values, such as [0]"),
+        ("[0", "vars.seeds=[0: cannot be read; write a number, text, or a list as [a,b]"),
     ],
 )
 def test_values_that_cannot_be(given: str, expected: str, tmp_path: Path) -> None:

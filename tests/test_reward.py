@@ -257,6 +257,29 @@ def test_the_plan_refuses_families_without_a_score(sft, tmp_path):
         plan_rows(configure(*words))
 
 
+@pytest.mark.parametrize("kind", ["reward_model", "classifier"])
+def test_the_plan_refuses_a_reward_that_scores_no_text(sft, kind):
+    words = (*TINY, "stage=ppo-baseline", f"model.path={sft}", "run_dir=x", f"reward_fn={kind}")
+    with pytest.raises(ConfigError, match=r"^reward_fn\.path=.*: is a GPT2LMHeadModel, which "):
+        plan_rows(configure(*words, f"reward_fn.path={sft}"))
+
+
+def test_the_plan_tells_what_a_judge_is_asked(sft, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
+    rows = plan_rows(
+        configure(
+            *TINY, "stage=evaluate", f"model.path={sft}", "run_dir=x", "stage.prompts=20",
+            "stage.completions=2", "stage.opponent=chosen", "stage.win_temperatures=[0,1]",
+            "judge=http",
+        )
+    )  # fmt: skip
+    assert ("reward", "sentiment") in rows
+    assert ("samples", "up to 20 prompts x 2 of a policy") in rows
+    assert ("win rates", "against chosen, by judge=http") in rows
+    told = "gpt-4 at localhost:8000: up to 80 requests a policy, at most 2,000 in all"
+    assert ("", told) in rows
+
+
 def test_the_plan_counts_the_reward_model(sft, trained):
     rows = dict(plan_rows(configure(*TINY, "stage=reward", f"model.path={sft}", "run_dir=x")))
     model = AutoModelForSequenceClassification.from_pretrained(trained / "final")

@@ -2,11 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_cli.stages.session import completion_text, text_of
 from small_runs import train
+from small_tokenizers import byte_level, llama, words
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,25 @@ def test_each_prompt_at_each_temperature(sft, tmp_path):
     flags = [flag for row in rows for flag in row["finished"]]
     assert found["train_finished"] == pytest.approx(sum(flags) / len(flags))
     assert len(rows_of(tmp_path / "s", "eval")) == 8
+
+
+@pytest.mark.parametrize("metaspace", [True, False])
+def test_a_completions_first_space_survives_sentencepiece(metaspace):
+    """Its decoders take the space off the beginning of a text, which no completion is."""
+    tokenizer = llama(metaspace=metaspace)
+    ids = np.array(tokenizer("the cat sat on the mat", add_special_tokens=False).input_ids)
+    whole = text_of(tokenizer, ids)
+    texts = [whole.removeprefix(text_of(tokenizer, ids[:n])) for n in range(1, len(ids))]
+    assert [t for t in texts if t.startswith(" ")]
+    assert [completion_text(tokenizer, ids[n:]) for n in range(1, len(ids))] == texts
+    assert completion_text(tokenizer, np.array([tokenizer.eos_token_id])) == ""
+
+
+def test_other_completions_are_what_the_tokenizer_decodes():
+    for tokenizer, text in ((byte_level(), " the cat sat: äß文"), (words(), "w3 w5 w7")):
+        ids = np.array(tokenizer(text, add_special_tokens=False).input_ids)
+        for n in range(len(ids)):  # also from within a character of several bytes
+            assert completion_text(tokenizer, ids[n:]) == tokenizer.decode(ids[n:])
 
 
 def test_temperature_zero_is_the_likeliest_token(sft, tmp_path):

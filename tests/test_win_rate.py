@@ -228,7 +228,8 @@ def test_refused_before_anything_is_loaded(monkeypatch, words, line):
 def test_the_judge_is_read_by_evaluations_only():
     words = ["stage=label", "stage.samples=.", "judge=http", "judge.model=m"]
     assert problems(words, typed=words) == [
-        "judge.model=m: has no effect with stage=label; remove it"
+        "judge=http: has no effect with stage=label; remove it",
+        "judge.model=m: has no effect with stage=label; remove it",
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,16 +50,22 @@ def sample(
     pad_id: int,
     tick: Callable[[int], None] = lambda prompts: None,
 ) -> list[list[Completion]]:
-    """`options.completions` samples for each prompt, in the order of the prompts."""
+    """`options.completions` samples for each prompt, in the order of the prompts.
+
+    Where a prompt leaves less than max_new_tokens of the context, its completions end there,
+    whichever prompts are decoded beside it.
+    """
     results: list[list[Completion]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     per_batch = max(1, options.batch_size // options.completions)
     was_training = model.training
     model.eval()
-    for first in range(0, len(order), per_batch):
-        chosen = order[first : first + per_batch]
+    rooms = [room_for(model, prompts[i], options.max_new_tokens) for i in order]
+    for first, last in _batches(rooms, per_batch):
+        chosen = order[first:last]
         generator = torch.Generator(model.device).manual_seed(options.seed * 1_000_003 + first)
-        rows = _decode(model, [prompts[i] for i in chosen], options, eos_id, pad_id, generator)
+        batch, steps = [prompts[i] for i in chosen], rooms[first]
+        rows = _decode(model, batch, options, steps, eos_id, pad_id, generator)
         for place, i in enumerate(chosen):
             n = options.completions
             results[i] = rows[place * n : (place + 1) * n]
@@ -68,16 +74,25 @@ def sample(
     return results
 
 
-def room_for(model: PreTrainedModel, prompts: Sequence[np.ndarray], wanted: int) -> int:
-    """New tokens that fit behind the longest of these prompts, at most `wanted`."""
+def _batches(rooms: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of at most `size` neighbours that have the same room."""
+    first = 0
+    while first < len(rooms):
+        near = rooms[first : first + size]
+        last = first + next((n for n, room in enumerate(near) if room != near[0]), len(near))
+        yield first, last
+        first = last
+
+
+def room_for(model: PreTrainedModel, prompt: np.ndarray, wanted: int) -> int:
+    """New tokens that fit behind a prompt, at most `wanted`."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20)
-    longest = max(len(p) for p in prompts)
-    if longest >= context:
+    if len(prompt) >= context:
         raise ConfigError(
-            f"a prompt of {longest} tokens fills the model's context of {context}: lower "
+            f"a prompt of {len(prompt)} tokens fills the model's context of {context}: lower "
             "data.max_length and data.max_prompt_length"
         )
-    return min(wanted, context - longest)
+    return min(wanted, context - len(prompt))
 
 
 class _Sampled:
@@ -107,12 +122,12 @@ def _decode(
     model: PreTrainedModel,
     prompts: Sequence[np.ndarray],
     options: SamplingOptions,
+    steps: int,
     eos_id: int,
     pad_id: int,
     generator: torch.Generator,
 ) -> list[Completion]:
     """Decode one batch of prompts; returns prompts x completions rows, prompt-major."""
-    steps = room_for(model, prompts, options.max_new_tokens)
     rows, position, logits = start(
         model, prompts, options.completions, pad_id, shares_prompts(model)
     )

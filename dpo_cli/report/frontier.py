@@ -31,8 +31,11 @@ from dpo_cli.report.plots import (
 STYLES = {
     "dpo": (BLUE, "o", 7.0),
     "ppo-baseline": (ORANGE, "s", 6.5),
+    "ppo": (ORANGE, "s", 6.5),
+    "ppo-gt": ("#E69F00", "v", 7.5),
     "unlikelihood": ("#009E73", "^", 7.5),
     "sft": ("#CC79A7", "X", 8.0),
+    "preferred-ft": ("#CC79A7", "X", 8.0),
 }
 MORE_STYLES = (
     ("#E69F00", "v", 7.5), ("#56B4E9", "P", 8.0), ("#CC79A7", "X", 8.0), ("#009E73", "^", 7.5),

@@ -129,12 +129,16 @@ def figures(metric: str, values: Sequence[Any], errors: Sequence[Any] = ()) -> l
         if not is_number(value):
             shown.append(NOTHING if value is None or isinstance(value, float) else str(value))
             continue
-        one = format(value if form == ",d" else value * scale, form)
+        one = _formatted(value if form == ",d" else value * scale, form)
         error = errors[index] if index < len(errors) else None
         if is_number(error) and form != ",d":
-            one += f"{PLUS_MINUS}{format(error * scale, form)}"
+            one += f"{PLUS_MINUS}{_formatted(error * scale, form)}"
         shown.append(one.replace("e-0", "e-").replace("-", MINUS) + sign)
     return shown
+
+
+def _formatted(value: float, form: str) -> str:
+    return "0" if value == 0 and form == ".2e" else format(value, form)
 
 
 def _form(values: Sequence[float], percent: bool) -> str:

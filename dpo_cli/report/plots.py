@@ -233,7 +233,8 @@ def _style(axes: Axes, panel: Panel) -> None:
 def short_number(value: float) -> str:
     """A tick label: 1500 -> 1.5k, 2e-06 -> 2e-6."""
     if 0 < abs(value) < 1e-3:
-        text = np.format_float_scientific(value, precision=3, trim="-", exp_digits=1)
+        mantissa, exponent = f"{value:.3e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
     else:
         sizes = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
         size, letter = next((pair for pair in sizes if abs(value) >= pair[0]), (1, ""))

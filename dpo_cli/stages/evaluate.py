@@ -33,7 +33,7 @@ from dpo_cli.stages.measure import (
 from dpo_cli.stages.optimum import Optimum
 from dpo_cli.stages.policies import PolicyPoint, find_policies, reference_of
 from dpo_cli.stages.sample import distinct_prompts, source_prompts, write_rows
-from dpo_cli.stages.scoring import load_scorer
+from dpo_cli.stages.scoring import load_scorer, scorer_digest
 from dpo_cli.stages.session import Session, load, load_data, load_named
 from dpo_cli.stages.win_rate import WinRates, win_rates
 
@@ -97,6 +97,11 @@ def set_up(session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint
                 "stage.reference=null: the optimum is that of a reference; name its folder or hub "
                 "id (these policies do not say what they were trained against)"
             )
+    elif stage.temperature != 1.0:
+        session.note(
+            f"stage.temperature={stage.temperature:g}: the KL is not measured; it is of the "
+            "policies as they are, at 1.0"
+        )
     splits = load_data(session, configured_context(first, tokenizer), tokenizer)
     split = "eval" if splits.eval else "train"
     if split == "train":
@@ -191,7 +196,10 @@ def find_optimum(session: Session, stage: EvaluateConfig, bench: Bench) -> Optim
     """From samples of the reference, or as an earlier evaluation found it."""
     if bench.reference is None or not (stage.reference_samples or stage.optimum):
         return None
-    made_of = optimum.identity(stage, session.config.reward_fn, bench.reference, bench.examples)
+    weights = scorer_digest(bench.score)
+    made_of = optimum.identity(
+        stage, session.config.reward_fn, weights, bench.reference, bench.examples
+    )
     if stage.optimum is not None:
         return optimum.load(stage.optimum, made_of)
     rewards = reference_rewards(session, stage, bench, bench.reference)

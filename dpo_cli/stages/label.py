@@ -58,6 +58,11 @@ def run(session: Session) -> dict[str, Any]:
         rows = [without_blanks(row) for row in found]
         if blank := sum(not text.strip() for row in found for text in row.completions):
             session.note(f"{name}: {blank} blank completions are left out")
+        if cut := sum(not finished for row in rows for finished in row.finished or ()):
+            session.note(
+                f"{name}: {cut} completions were cut by stage=sample's limit of tokens: train with "
+                "data.finished_field=finished, or policies learn to end there"
+            )
         scores = score_all(session, score, rows, name)
         rng = random.Random(f"{session.config.seed} {name}")
         labelled = [label(row, s, stage, rng) for row, s in zip(rows, scores, strict=True)]

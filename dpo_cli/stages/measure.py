@@ -22,7 +22,7 @@ from dpo_cli.model.generate import Completion
 from dpo_cli.model.load import context_length
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample, Prompt
-from dpo_cli.stages.session import Session, check_lengths, text_of
+from dpo_cli.stages.session import Session, check_lengths, completion_text
 
 Tick = Callable[[int], None]
 
@@ -34,7 +34,7 @@ def scored(
     samples: Sequence[Sequence[Completion]],
 ) -> tuple[list[list[str]], np.ndarray]:
     """Texts and (prompts, completions) rewards, all scored in one call."""
-    texts = [[text_of(tokenizer, c.ids) for c in row] for row in samples]
+    texts = [[completion_text(tokenizer, c.ids) for c in row] for row in samples]
     rewards = score([
         Completed(prompt, text, completion.finished)
         for prompt, row, made in zip(prompts, texts, samples, strict=True)

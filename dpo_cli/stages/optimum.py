@@ -43,14 +43,19 @@ class Optimum:
 
 
 def identity(
-    stage: EvaluateConfig, reward_fn: RewardFnConfig, reference: PreTrainedModel,
-    examples: list[EncodedExample],
+    stage: EvaluateConfig, reward_fn: RewardFnConfig, weights: str | None,
+    reference: PreTrainedModel, examples: list[EncodedExample],
 ) -> dict[str, str]:  # fmt: skip
-    """What the optimum depends on, in words and digests: see `SAME`."""
+    """What the optimum depends on, in words and digests: see `SAME`.
+
+    weights: digest of the reward's model, if it has one.
+    """
     prompts = [replace(e, response_ids=()) for e in examples]
     scorer = {k: v for k, v in asdict(reward_fn).items() if k != "batch_size"}
     if scorer.get("path"):
         scorer["path"] = str(Path(scorer["path"]).resolve())
+    if weights is not None:
+        scorer["weights"] = f"sha256 {weights}"
     return {
         "prompts": f"{len(prompts)}, sha256 {fingerprint(prompts)}",
         "reference": f"sha256 {model_digest(reference)}",

@@ -5,6 +5,7 @@ The reward is a trained reward model or a ground truth (the paper's PPO-GT): `re
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -12,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_cli.config import PpoConfig
+from dpo_cli.config import PpoConfig, RunConfig
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.statistics import mean_and_error
 from dpo_cli.logprobs import fused_loss, sum_by_sequence
 from dpo_cli.model.attention import prepare
 from dpo_cli.model.forward import head_of, target_states
+from dpo_cli.model.load import model_digest
 from dpo_cli.packing import pack_all
 from dpo_cli.ppo_math import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.records import Batch, EncodedExample, LossOutput
@@ -28,6 +30,7 @@ from dpo_cli.stages.rollout import (
     Rollout,
     at_temperature,
     draw,
+    final_scores,
     measure,
     reference_normaliser,
     roll_out,
@@ -36,7 +39,7 @@ from dpo_cli.stages.rollout import (
     with_samples,
 )
 from dpo_cli.stages.sample import distinct_prompts, source_prompts
-from dpo_cli.stages.scoring import load_scorer
+from dpo_cli.stages.scoring import load_scorer, scorer_digest
 from dpo_cli.stages.session import Loaded, Session, load_policy_and_data, sample_writer
 from dpo_cli.train.loop import TrainTask, fit
 
@@ -103,7 +106,7 @@ def run(session: Session) -> dict[str, Any]:
     actors = build_actors(session, loaded, named, stage)
     ppo = Ppo(
         session, stage, actors, prompts, distinct_prompts(loaded.splits.eval)[: stage.eval_prompts],
-        plan_rollouts(session, len(prompts), stage),
+        plan_rollouts(session.config, len(prompts)),
     )  # fmt: skip
     steps = ppo.plan.steps * ppo.steps_per_rollout
     prepare_state(session, ppo)
@@ -124,7 +127,11 @@ def run(session: Session) -> dict[str, Any]:
             "reference": named or session.config.model.path or session.config.model.hub_id,
             "data": loaded.splits.origin,
         },
-        identity={"rows": loaded.splits.fingerprint},
+        identity={
+            "rows": loaded.splits.fingerprint,
+            "reference": model_digest(actors.reference),
+            "reward_fn": scorer_digest(actors.score) or "none",
+        },
         heads=actors.value_head,
         heads_lr_scale=stage.value_lr_scale,
         before_step=ppo.before_step,
@@ -136,11 +143,16 @@ def run(session: Session) -> dict[str, Any]:
     return {"samples": samples, "gradient_steps": steps}
 
 
-def plan_rollouts(session: Session, prompts: int, stage: PpoConfig) -> StepPlan:
+def steps_of_rollout(config: RunConfig) -> int:
+    """Optimiser steps between two rollouts."""
+    stage = cast(PpoConfig, config.stage)
+    return stage.rollout_samples // config.train.batch_size * stage.ppo_epochs
+
+
+def plan_rollouts(config: RunConfig, prompts: int) -> StepPlan:
     """Which prompts make which rollout: `train.epochs` over the prompts, or `train.max_steps`."""
-    train = session.config.train
-    size = stage.rollout_samples // stage.completions
-    per_rollout = stage.rollout_samples // train.batch_size * stage.ppo_epochs
+    train, stage = config.train, cast(PpoConfig, config.stage)
+    size, per_rollout = stage.rollout_samples // stage.completions, steps_of_rollout(config)
     if train.max_steps is not None and train.max_steps % per_rollout:
         raise ConfigError(
             f"train.max_steps={train.max_steps}: must be a multiple of {per_rollout}, the steps of "
@@ -152,7 +164,7 @@ def plan_rollouts(session: Session, prompts: int, stage: PpoConfig) -> StepPlan:
             f"stage.rollout_samples={stage.rollout_samples}: {prompts} distinct prompts are fewer "
             "than one rollout takes; lower it, or raise train.epochs"
         )
-    return plan_steps(prompts, size, train.epochs, rollouts, train.shuffle, session.config.seed)
+    return plan_steps(prompts, size, train.epochs, rollouts, train.shuffle, config.seed)
 
 
 def build_actors(session: Session, loaded: Loaded, named: str | None, stage: PpoConfig) -> Actors:
@@ -172,10 +184,10 @@ def build_actors(session: Session, loaded: Loaded, named: str | None, stage: Ppo
         else FixedKl(stage.kl_coef)
     )
     prompts = source_prompts(session)
-    # Rows of the two splits may have the same number: see `evaluate`.
     return Actors(
-        loaded.model, reference, head, loaded.tokenizer, load_scorer(session), prompts["train"], kl
-    )
+        loaded.model, reference, head, loaded.tokenizer, load_scorer(session), prompts["train"],
+        prompts["eval"], kl,
+    )  # fmt: skip
 
 
 def prepare_state(session: Session, ppo: Ppo) -> None:
@@ -231,23 +243,28 @@ def ppo_loss(actors: Actors, batch: Batch, rollout: Rollout, stage: PpoConfig) -
 
 
 def evaluate(ppo: Ppo) -> dict[str, float]:
-    """Score and KL on held-out prompts; `loss` is what PPO lowers at its first KL weight."""
+    """Score and KL on held-out prompts; `loss` is what PPO lowers at its first KL weight.
+
+    Errors are left out where a single prompt has none.
+    """
     if not ppo.held_out:
         return {}
     session, stage = ppo.session, ppo.stage
-    actors = replace(ppo.actors, prompts=source_prompts(session)["eval"])
+    actors = replace(ppo.actors, prompts=ppo.actors.held_out)
     samples = draw(session, actors, actors.policy, ppo.held_out, stage, EVAL_SEED)
     scores = scores_of(actors, ppo.held_out, samples)
     flat = [c for row in samples for c in row]
     tokens = measure(session, actors, with_samples(ppo.held_out, samples), stage)
     kl, error = mean_and_error([float((t.logprobs - t.reference).sum()) for t in tokens])
     score, score_error = mean_and_error(scores.tolist())
-    normalised = float(actors.normaliser(scores).mean())
-    return {
-        "loss": stage.kl_coef * kl / stage.completions - normalised,
+    wanted = float(final_scores(actors, scores, flat, stage).mean())
+    figures = {
+        "loss": stage.kl_coef * kl / stage.completions - wanted,
         "score": score,
         "score_se": score_error,
         "kl": kl / stage.completions,
         "kl_se": error / stage.completions,
         "tokens": sum(len(c.ids) for c in flat) / len(flat),
     }
+    errors = ("score_se", "kl_se")
+    return {k: v for k, v in figures.items() if k not in errors or math.isfinite(v)}

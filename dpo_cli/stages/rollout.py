@@ -28,7 +28,7 @@ from dpo_cli.ppo_math import (
     whiten,
 )
 from dpo_cli.records import EncodedExample, Prompt
-from dpo_cli.stages.session import Session, text_of
+from dpo_cli.stages.session import Session, completion_text
 
 FALSE_KL = -3.0  # standard errors below zero at which a mean KL says that something is wrong
 
@@ -43,6 +43,7 @@ class Actors:
     tokenizer: PreTrainedTokenizerFast
     score: Scorer
     prompts: dict[int, Prompt]  # row -> the prompt as its source has it
+    held_out: dict[int, Prompt]  # of the other split, whose rows may have the same numbers
     kl: AdaptiveKl | FixedKl
     normaliser: Normaliser = field(default_factory=Normaliser)
 
@@ -103,7 +104,7 @@ def scores_of(
 ) -> Tensor:
     """(S,) raw scores, in the order of the samples."""
     rows = [
-        Completed(actors.prompts[e.row], text_of(actors.tokenizer, c.ids), c.finished)
+        Completed(actors.prompts[e.row], completion_text(actors.tokenizer, c.ids), c.finished)
         for e, row in zip(examples, samples, strict=True)
         for c in row
     ]
@@ -146,6 +147,13 @@ def roll_out(
     if kl < FALSE_KL * error:
         session.note(f"KL of {kl:.3f} is below zero: the samples are not the policy's")
     seconds = time.perf_counter() - started
+    finished = sum(c.finished for c in flat)
+    if stage.no_eos_score is not None and not finished:
+        session.note(
+            f"no completion ended within stage.max_new_tokens={stage.max_new_tokens}: all have "
+            f"stage.no_eos_score={stage.no_eos_score:g} and nothing is learnt from their scores; "
+            "allow more tokens, or use stage.no_eos_score=null"
+        )
     count = int(lengths.sum())
     figures |= {
         "score": float(raw.mean()),
@@ -153,7 +161,7 @@ def roll_out(
         "kl_coef": actors.kl.coef,
         "entropy": -float(torch.cat([t.logprobs for t in tokens]).sum()) / len(flat),
         "rollout/tokens": count / len(flat),
-        "rollout/finished": sum(c.finished for c in flat) / len(flat),
+        "rollout/finished": finished / len(flat),
         "rollout/seconds": seconds,
         "rollout/sampling_seconds": sampled - started,
         "rollout/scoring_seconds": scored - sampled,

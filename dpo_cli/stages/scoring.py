@@ -21,6 +21,7 @@ from dpo_cli.config import (
 from dpo_cli.errors import NonFiniteError
 from dpo_cli.evaluation.lexicon import from_lists, lexicon, read_lexicon
 from dpo_cli.evaluation.scorers import SCORERS, Completed, Scorer, sentiment_log_odds
+from dpo_cli.model.attention import kernel_of, use
 from dpo_cli.model.classifier import (
     Classifier,
     classifier_config,
@@ -28,7 +29,7 @@ from dpo_cli.model.classifier import (
     label_names,
     load_classifier,
 )
-from dpo_cli.model.load import load_tokenizer
+from dpo_cli.model.load import load_tokenizer, model_digest
 from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.model.source import model_folder
 from dpo_cli.records import Batch
@@ -124,6 +125,8 @@ def reward_model_scorer(
 ) -> RewardModelScorer:
     """Of a reward model in memory, which is put on the session's device."""
     model.to(session.runtime.device).eval()  # type: ignore[arg-type]
+    if kernel_of(model) == "varlen":  # chosen for training in bf16, refuses float32
+        use(model, "sdpa")
     encoding = Encoding(session, model, tokenizer)
     return RewardModelScorer(session, model, encoding, normalise or Normalisation())
 
@@ -149,6 +152,13 @@ def _normalisation(session: Session, config: RewardModelFn) -> Normalisation | N
         )
         return None
     return Normalisation(float(facts["mean"]), float(facts["std"]))
+
+
+def scorer_digest(scorer: Scorer) -> str | None:
+    """sha256 of the model behind a scorer, which may be trained anew in the same folder."""
+    if isinstance(scorer, ClassifierScorer):
+        return model_digest(scorer.classifier.model)
+    return model_digest(scorer.model) if isinstance(scorer, RewardModelScorer) else None
 
 
 def finite(scores: list[float]) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -242,7 +243,7 @@ def complete(
         [
             {
                 "prompt": text_of(tokenizer, prompt),
-                "completion": text_of(tokenizer, c.ids),
+                "completion": completion_text(tokenizer, c.ids),
                 "finished": c.finished,
                 "tokens": len(c.ids),
             }
@@ -255,3 +256,20 @@ def complete(
 def text_of(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
     """Token ids as text, special tokens left out."""
     return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def completion_text(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
+    """Sampled ids as the text that continues a prompt, special tokens left out.
+
+    Decoded behind an anchor: sentencepiece takes the space off whatever begins a text.
+    """
+    anchor, before = _anchor(tokenizer)
+    whole = text_of(tokenizer, np.concatenate([anchor, ids]))
+    return whole[len(before) :] if whole.startswith(before) else text_of(tokenizer, ids)
+
+
+@lru_cache(maxsize=8)
+def _anchor(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, str]:
+    """Ids of a text, and what they are decoded to."""
+    ids = np.array(tokenizer("a", add_special_tokens=False).input_ids, np.int32)
+    return ids, text_of(tokenizer, ids)

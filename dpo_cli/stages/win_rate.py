@@ -23,7 +23,7 @@ from dpo_cli.evaluation.statistics import win_rate
 from dpo_cli.model.generate import SamplingOptions, sample
 from dpo_cli.records import EncodedExample, Prompt
 from dpo_cli.report.files import encode, to_json, write_redacted_json
-from dpo_cli.stages.session import Session, load_named, text_of
+from dpo_cli.stages.session import Session, completion_text, load_named
 
 REFERENCE_TEMPERATURE = 1.0  # that of the distribution the KL is measured to
 
@@ -181,7 +181,7 @@ class WinRates:
         with self.session.runtime.autocast(), self.session.progress.phase(phase, len(ids)) as tick:
             drawn = sample(model, ids, options, eos, pad, tick)
         return [
-            Completed(prompt, text_of(bench.tokenizer, c.ids), c.finished)
+            Completed(prompt, completion_text(bench.tokenizer, c.ids), c.finished)
             for prompt, (c,) in zip(bench.prompts, drawn, strict=True)
         ]
 
