@@ -20,7 +20,7 @@ from dpo_cli.config import (
 )
 from dpo_cli.errors import ConfigError
 from dpo_cli.hints import did_you_mean
-from dpo_cli.stage_checks import READERS, no_effect, stage_problems, value_at
+from dpo_cli.stage_checks import READERS, no_effect, stage_problems, unread, value_at
 
 TRAINING = ("sft", "dpo", "reward", "ppo-baseline")
 WITHOUT_DATA = ("label", "frontier")  # stages that read the files of others
@@ -82,9 +82,15 @@ def _files(config: RunConfig, coming: Sequence[Path]) -> Iterator[str]:
 
     for key in FILES:
         value = value_at(config, key)
-        for path in value if isinstance(value, list) else [value]:
-            if path is not None and absent(path):
+        paths = value if isinstance(value, list) else [value]
+        for path in (path for path in paths if path is not None):
+            if absent(path):
                 yield f"{key}={path}: no such file or folder"
+            elif key == "stage.evaluations" and absent(f"{path}/points.jsonl"):
+                yield (
+                    f"{key}={path}: has no points.jsonl; give folders of finished stage=evaluate "
+                    "runs"
+                )
     for key in (
         "stage.reference",
         "stage.opponent",
@@ -176,8 +182,8 @@ def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
     for key in keys:
         group, _, name = key.partition(".")
         value = value_at(config, key)
-        if group in READERS and not name and stage not in READERS[group]:
-            yield no_effect(group, value.name, f"stage={stage}")
+        if group in READERS and not name and (why := unread(config, group)):
+            yield no_effect(group, value.name, why)
         if value is None or not name:  # not a key's word but an option's, such as optim=adamw
             continue
         untrained = group in SETTINGS and stage not in TRAINING and (stage, key) not in READ_ANYWAY
@@ -185,8 +191,8 @@ def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
             yield no_effect(key, value, f"stage={stage}, which trains nothing")
         elif stage == "reward" and key.startswith("train.sample_") and value:
             yield no_effect(key, value, "stage=reward, which generates nothing")
-        elif group in READERS and stage not in READERS[group]:
-            yield no_effect(key, value, f"stage={stage}")
+        elif group in READERS and (why := unread(config, group)):
+            yield no_effect(key, value, why)
         elif key == "hardware.compile" and value and stage not in TRAINING:
             yield no_effect(key, value, f"stage={stage}, which trains nothing")
         elif key.startswith(("model.revision", "model.architecture.")) and path:

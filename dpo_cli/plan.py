@@ -16,6 +16,7 @@ from dpo_cli.config import (
     ClassifierRewardFn,
     DpoConfig,
     EvaluateConfig,
+    FrontierConfig,
     HttpJudgeConfig,
     ModelConfig,
     PpoConfig,
@@ -35,7 +36,7 @@ from dpo_cli.model.probe import refuse_unavailable
 from dpo_cli.model.reward import check_kind
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import summary_table
-from dpo_cli.stage_checks import READERS, value_at
+from dpo_cli.stage_checks import unread, value_at
 from dpo_cli.stages.policies import find_policies
 from dpo_cli.stages.ppo_baseline import plan_rollouts, steps_of_rollout
 from dpo_cli.stages.sample import distinct_prompts
@@ -76,6 +77,8 @@ def plan_rows(config: RunConfig) -> list[tuple[str, object]]:
     runtime = start_runtime(config.hardware, config.seed)
     rows: list[tuple[str, object]] = [("stage", stage_line(config))]
     rows += scoring_rows(config)
+    if isinstance(config.stage, FrontierConfig):
+        rows += frontier_rows(config.stage)
     if config.stage.name in WITHOUT_DATA:
         return [*rows, ("writes", config.run_dir)]
     if isinstance(config.stage, EvaluateConfig) and config.stage.policies:
@@ -118,10 +121,23 @@ def rollout_rows(config: RunConfig, prompts: int) -> list[tuple[str, object]]:
     ]
 
 
+def frontier_rows(stage: FrontierConfig) -> list[tuple[str, object]]:
+    """The evaluations and their points. ConfigError where they cannot be drawn together."""
+    from dpo_cli.stages import frontier  # matplotlib is slow to import
+
+    folders = frontier.distinct_folders(stage.evaluations)
+    frontier.refuse_mixed(folders)
+    found = {folder: len(frontier.read_points(folder)) for folder in folders}
+    rows: list[tuple[str, object]] = [
+        ("evaluations", f"{len(found):,}, {sum(found.values()):,} points")
+    ]
+    return rows + [("", f"{folder}: {points:,}") for folder, points in found.items()]
+
+
 def scoring_rows(config: RunConfig) -> list[tuple[str, object]]:
     """What rates completions, and what compares them. ConfigError for a model that cannot."""
     stage, reward = config.stage, config.reward_fn
-    if stage.name not in READERS["reward_fn"] or getattr(stage, "by", "reward_fn") != "reward_fn":
+    if unread(config, "reward_fn"):
         return []
     named = reward.name
     if isinstance(reward, (RewardModelFn, ClassifierRewardFn)):

@@ -22,7 +22,7 @@ from dpo_cli.compose import prepare
 from dpo_cli.durable import write_json
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.launch import as_override, run_child, shell_status
-from dpo_cli.overrides import composed, first_job
+from dpo_cli.overrides import composed, first_job, parsed
 from dpo_cli.recipe_expand import Folders, Task, expand, resolve
 from dpo_cli.recipe_file import Recipe, find_recipe, load_recipe
 from dpo_cli.recipe_plan import because, print_plan
@@ -103,13 +103,24 @@ def _check_steps(recipe: Recipe, run_dir: Path) -> None:
         words, _ = resolve(recipe, task, folders)
         task.at(run_dir, folders)
         try:
-            first = first_job(words) if task.step.sweep else words
+            first = first_job(words) if task.step.sweep else single(words)
             prepare(composed(first), words, coming=[run_dir])
         except ConfigError as error:
             for line in str(error).splitlines():
                 found.setdefault(line, []).append(task)
     if found:
         raise ConfigError("\n".join(f"{_whose(having, tasks)}: {x}" for x, having in found.items()))
+
+
+def single(words: Sequence[str]) -> list[str]:
+    """The words of a step that is one run. Raises ConfigError where they are a sweep's."""
+    for word in parsed(words):
+        if word.is_sweep_override():
+            raise ConfigError(
+                f"{word.input_line}: several values need sweep: true in the step "
+                "(write a list as key=[a,b], text with a comma as \"key='a,b'\")"
+            )
+    return list(words)
 
 
 def _whose(having: Sequence[Task], tasks: Sequence[Task]) -> str:

@@ -125,6 +125,7 @@ def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True)
     given = body.get("repeat") if complete and not missing else None
     if given is not None:
         variables = _with_repeated_list(path, given, variables)
+    _refuse_unread(path, body, variables)
     recipe = Recipe(
         name=path.stem,
         description=str(body.get("description") or ""),
@@ -137,6 +138,14 @@ def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True)
     if missing and complete:
         raise ConfigError(f"recipe={path.stem}: needs {' '.join(missing)}")
     return recipe
+
+
+def _refuse_unread(path: Path, body: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+    """A variable that changes nothing, whatever it is given."""
+    read = set(REFERENCE.findall(f"{body.get('repeat')} {body.get('steps')}"))
+    for name in variables:
+        if f"vars.{name}" not in read:
+            raise ConfigError(f"{path}: vars.{name}: no step reads it; remove it")
 
 
 def _changed(settings: Sequence[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import (
@@ -16,6 +17,7 @@ from dpo_cli.config import (
     HttpJudgeConfig,
     JsonlDataConfig,
     LabelConfig,
+    LexiconRewardFn,
     PpoConfig,
     RewardConfig,
     RunConfig,
@@ -25,12 +27,14 @@ from dpo_cli.config import (
 )
 from dpo_cli.config.endpoint import endpoint_from_environment
 from dpo_cli.errors import ConfigError
+from dpo_cli.hints import did_you_mean
 
 READERS = {  # group -> the stages that read it
     "reward_fn": ("label", "evaluate", "ppo-baseline"),
     "judge": ("evaluate",),
 }
 NOT_TRAINED = ("optimum", "best-of-n")  # methods of points that an evaluation adds
+OPPONENTS = ("chosen", "reference")
 
 
 def value_at(config: RunConfig, key: str) -> Any:
@@ -43,6 +47,15 @@ def value_at(config: RunConfig, key: str) -> Any:
 
 def no_effect(key: str, value: Any, chosen: str) -> str:
     return f"{key}={value}: has no effect with {chosen}; remove it"
+
+
+def unread(config: RunConfig, group: str) -> str | None:
+    """What makes the run leave a group of READERS aside, as key=value; None where it reads it."""
+    stage = config.stage
+    if stage.name not in READERS[group]:
+        return f"stage={stage.name}"
+    by = getattr(stage, "by", "reward_fn")
+    return f"stage.by={by}" if group == "reward_fn" and by != "reward_fn" else None
 
 
 def stage_problems(config: RunConfig) -> Iterator[str]:
@@ -136,8 +149,18 @@ def _win_rates(config: RunConfig, stage: EvaluateConfig) -> Iterator[str]:
             key, value = "stage.win_temperatures", stage.win_temperatures
             yield no_effect(key, value, "stage.opponent=null")
         if isinstance(config.judge, HttpJudgeConfig):
-            yield no_effect("judge", config.judge.name, "stage.opponent=null")
-    elif isinstance(config.judge, HttpJudgeConfig):
+            yield (
+                "judge=http: has no effect with stage.opponent=null; remove it, or set "
+                "stage.opponent=chosen (the dataset's first responses)"
+            )
+        return
+    named = stage.opponent
+    if "/" not in named and named not in OPPONENTS and not Path(named).exists():
+        yield (
+            f"stage.opponent={named}: must be chosen, reference or a policy (a folder or a hub id, "
+            f"owner/name){did_you_mean(named, OPPONENTS)}"
+        )
+    if isinstance(config.judge, HttpJudgeConfig):
         try:  # known before hours of sampling
             endpoint_from_environment()
         except ConfigError as error:
@@ -145,14 +168,7 @@ def _win_rates(config: RunConfig, stage: EvaluateConfig) -> Iterator[str]:
 
 
 def _ppo(config: RunConfig, stage: PpoConfig) -> Iterator[str]:
-    size, batch = stage.rollout_samples, config.train.batch_size
-    if size % stage.completions:
-        yield f"stage.completions={stage.completions}: must divide stage.rollout_samples={size}"
-    elif size % batch or batch % stage.completions:
-        yield (
-            f"train.batch_size={batch}: must divide stage.rollout_samples={size} and be a multiple "
-            f"of stage.completions={stage.completions}"
-        )
+    yield from _rollouts(config, stage)
     if stage.temperature == 0:
         yield "stage.temperature=0.0: must be above 0, PPO explores"
     if config.model.dropout:
@@ -163,22 +179,51 @@ def _ppo(config: RunConfig, stage: PpoConfig) -> Iterator[str]:
     if not stage.normalise and stage.normalise_prompts != defaults.normalise_prompts:
         key = "stage.normalise_prompts"
         yield no_effect(key, stage.normalise_prompts, "stage.normalise=false")
+    if stage.vf_coef == 0 and stage.value_lr_scale != defaults.value_lr_scale:
+        yield no_effect("stage.value_lr_scale", stage.value_lr_scale, "stage.vf_coef=0.0")
     if stage.kl_control == "fixed":
         for name in ("target_kl", "kl_horizon"):
             if getattr(stage, name) != getattr(defaults, name):
                 yield no_effect(f"stage.{name}", getattr(stage, name), "stage.kl_control=fixed")
 
 
+def _rollouts(config: RunConfig, stage: PpoConfig) -> Iterator[str]:
+    """Rollouts of whole prompts, learnt from in whole passes of whole steps."""
+    size, batch, steps = stage.rollout_samples, config.train.batch_size, config.train.max_steps
+    if min(size, batch, stage.completions, stage.ppo_epochs) < 1:
+        return  # reported as out of bounds
+    if size % stage.completions:
+        yield f"stage.completions={stage.completions}: must divide stage.rollout_samples={size}"
+    elif size % batch or batch % stage.completions:
+        yield (
+            f"train.batch_size={batch}: must divide stage.rollout_samples={size} and be a multiple "
+            f"of stage.completions={stage.completions}"
+        )
+    elif steps is not None and steps % (size // batch * stage.ppo_epochs):
+        yield (
+            f"train.max_steps={steps}: must be a multiple of {size // batch * stage.ppo_epochs}, "
+            "the steps of a rollout (stage.rollout_samples / train.batch_size * stage.ppo_epochs)"
+        )
+
+
 def _reward_fn(config: RunConfig) -> Iterator[str]:
     """Only where the stage reads it."""
     chosen, stage = config.reward_fn, config.stage
-    if stage.name not in READERS["reward_fn"] or getattr(stage, "by", "reward_fn") != "reward_fn":
+    if unread(config, "reward_fn"):
         return
+    others = [name for name in REWARD_FN_SCHEMAS if name != chosen.name]
     generated = isinstance(config.data, SentimentDataConfig) or stage.name == "label"
     if isinstance(chosen, SentimentRewardFn) and not generated:
         yield (
             "reward_fn=sentiment: rates the reviews of data=sentiment, not "
-            f"data={config.data.name}; use another: {', '.join(REWARD_FN_SCHEMAS)}"
+            f"data={config.data.name}; use another: {', '.join(others)}"
+        )
+    if isinstance(chosen, LexiconRewardFn) and not (
+        chosen.path or chosen.positive or chosen.negative
+    ):
+        yield (
+            "reward_fn=lexicon: has no words; set reward_fn.path=<file of word<TAB>valence>, or "
+            "reward_fn.positive=[good,...] reward_fn.negative=[bad,...]"
         )
     if chosen.name in ("classifier", "reward_model"):
         path, hub_id = value_at(config, "reward_fn.path"), value_at(config, "reward_fn.hub_id")

@@ -49,7 +49,8 @@ Results go to runs/<stage>-<model>-<data>-<time>-<id>/, or run_dir=DIR: final/ (
 metrics.jsonl, summary.json, checkpoints/, plots/, report.html. A used folder is never overwritten.
 
 Exit codes: 0 done, 2 configuration, 3 data, 4 not finite, 5 no valid checkpoint,
-            6 folder in use, 74 disk, 75 stopped by a signal and saved (resume to go on)
+            6 folder in use, 74 disk, 75 stopped by a signal and saved (resume to go on),
+            130 interrupted
 """
 
 

@@ -74,6 +74,11 @@ from dpo_cli.hints import TABLES, group_keys, groups
         ("model.architecture.heads=3", "model.architecture.heads=3: must divide model.archit"),
         ("stage=dpo stage.reference=./no", "stage.reference=./no: no such folder"),
         ("stage=label", "stage.samples=null: nothing to label"),
+        (
+            "stage=evaluate reward_fn=lexicon reward_fn.positive=[] reward_fn.negative=[]",
+            "reward_fn=lexicon: has no words; set reward_fn.path=",
+        ),
+        ("stage=frontier stage.evaluations=[.]", "stage.evaluations=.: has no points.jsonl; give"),
         ("stage=evaluate stage.prompts=0", "stage.prompts=0: nothing to evaluate"),
         ("stage=sample stage.top_p=0", "stage.top_p=0.0: must be in (0, 1]"),
         ("optim.lr=0", "optim.lr=0.0: nothing would be learnt"),
@@ -116,6 +121,10 @@ def test_what_cannot_work_is_refused(overrides: str, expected: str) -> None:
         ("model.path=. model.revision=x", "model.revision=x: has no effect with model.path=.; rem"),
         ("model.path=. model.architecture.layers=2", "model.architecture.layers=2: has no effect"),
         ("model.path=. model.lr_scale=3", "model.lr_scale=3.0: has no effect with weights that a"),
+        (
+            "stage=label stage.samples=. stage.by=implicit model.path=. reward_fn=length",
+            "reward_fn=length: has no effect with stage.by=implicit; remove it",
+        ),
         ("stage=dpo stage.loss=dpo", "stage.loss=dpo: DPO's own loss is called sigmoid"),
     ],
 )
@@ -151,6 +160,15 @@ def test_files_of_a_folder_to_come_may_be_missing(tmp_path: Path) -> None:
     prepare(cfg, coming=[tmp_path / "run"])
     with pytest.raises(ConfigError, match="no such file or folder"):
         prepare(cfg, coming=[tmp_path / "other"])
+
+
+def test_evaluations_to_come_have_no_points_yet(tmp_path: Path) -> None:
+    folder = tmp_path / "run/03-evaluate"
+    folder.mkdir(parents=True)
+    cfg = composed("stage=frontier", f"stage.evaluations=[{folder}]")
+    prepare(cfg, coming=[tmp_path / "run"])
+    with pytest.raises(ConfigError, match=r"03-evaluate: has no points\.jsonl"):
+        prepare(cfg)
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -31,6 +31,13 @@ NEEDS = {  # what an option cannot do without
 }
 
 
+@pytest.fixture(autouse=True)
+def folder_of_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `.` is in NEEDS."""
+    (tmp_path / "points.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+
+
 def prepared(overrides: list[str]) -> RunConfig:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return prepare(compose("config", overrides))
@@ -132,7 +139,7 @@ def test_every_step_of_a_recipe_composes(
         prepared(first_job(overrides) if task.step.sweep else overrides)
         folder = task.at(tmp_path, folders)
         folder.mkdir()
-        for name in ("train.jsonl", "eval.jsonl", "samples.jsonl"):
+        for name in ("train.jsonl", "eval.jsonl", "samples.jsonl", "points.jsonl"):
             (folder / name).touch()
 
 

@@ -9,12 +9,16 @@ import math
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from rich.console import Console
 
+from dpo_cli.config import FrontierConfig
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.evaluation.methods import budgets, leads, mean_curve, summarise, within
-from dpo_cli.report.frontier import Cloud, kl_limit, markdown, styles
+from dpo_cli.plan import frontier_rows
+from dpo_cli.report.console import Progress
+from dpo_cli.report.frontier import Cloud, _caption, kl_limit, markdown, styles
 from dpo_cli.run import run
-from dpo_cli.stages.frontier import COLUMNS, cloud, verdicts
+from dpo_cli.stages.frontier import COLUMNS, cloud, measured_once, verdicts
 from dpo_cli.stages.policies import POINT_KEYS
 from small_runs import configure
 
@@ -98,8 +102,8 @@ def test_the_tables_by_hand(drawn):
     assert optimum == f"| optimum | {within_2:.3f} | - | - | - |"
     assert "Up to a KL of 2: dpo leads ppo-baseline, by 0.200 ± 0.014." in text
     assert "Up to a KL of 10: ppo-baseline leads dpo, by 0.290 ± 0.010." in text
-    assert "| dpo | 4 of 2 | 1.00-1.50 | 0.150 | 0.200 | - | 100 |" in text
-    assert "| ppo-baseline | 4 of 2 | 1.80-9.00 | ≥0.300 | ≥0.400 | 8,192 | 600 |" in text
+    assert "| dpo | 4 | 2 | 1.00-1.50 | 0.150 | 0.200 | - | 100 |" in text
+    assert "| ppo-baseline | 4 | 2 | 1.80-9.00 | ≥0.300 | ≥0.400 | 8,192 | 600 |" in text
 
 
 def test_the_picture_shows_every_method_and_the_optimum(drawn):
@@ -107,6 +111,16 @@ def test_the_picture_shows_every_method_and_the_optimum(drawn):
     for colour in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):
         assert (np.abs(image * 255 - colour).max(-1) < 4).sum() > 100
     assert (np.abs(image * 255 - 0x22).max(-1) < 4).sum() > 500  # the line, diamonds, the title
+
+
+def test_the_tables_fit_a_terminal(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Progress, "show", lambda self, table: shown.append(table))
+    folder = evaluation(tmp_path / "e", points(0))
+    words = f"stage.evaluations=[{folder}]", f"run_dir={tmp_path}/out", "logger.plots=false"
+    run(configure("stage=frontier", *words), ["dpo-run"])
+    assert len(shown) == 3
+    assert all(Console(width=200).measure(table).minimum <= 80 for table in shown)
 
 
 def test_other_rewards_and_lengths_are_refused(tmp_path):
@@ -125,7 +139,6 @@ def test_other_rewards_and_lengths_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        (None, ConfigError, r"has no points.jsonl; give folders of finished"),
         ("{}\n", DataError, r"points.jsonl:1: is not a point"),
         ("[3]\n", DataError, r"points.jsonl:1: is not a point"),
         ('{"method": "dpo", "setting": "", "reward": 1.0, "kl": null}\n', DataError, "no KL in an"),
@@ -134,8 +147,7 @@ def test_other_rewards_and_lengths_are_refused(tmp_path):
 def test_what_cannot_be_drawn_is_one_line(tmp_path, text, error, message):
     folder = tmp_path / "e"
     folder.mkdir()
-    if text is not None:
-        (folder / "points.jsonl").write_text(text)
+    (folder / "points.jsonl").write_text(text)
     config = configure(
         "stage=frontier", f"stage.evaluations=[{folder}]", "logger.progress=off",
         f"run_dir={tmp_path}/out",
@@ -172,9 +184,44 @@ def test_a_lead_within_the_error_is_called_so():
     (lead,) = leads(summaries, [1.0])
     assert (lead.first, lead.second, lead.se) == ("a", "b", pytest.approx(0.01 * math.sqrt(2)))
     assert verdicts(summaries, [1.0]) == [
-        "Up to a KL of 1: a is first, within the error of b, by 0.010 ± 0.014."
+        "Up to a KL of 1: a is level with b (0.010 ± 0.014 above)."
+    ]
+    unknown = [summarise(name, [row(name, 1, 0.5, reward_se=None)], [1.0]) for name in "ab"]
+    assert verdicts(unknown, [1.0]) == [
+        "Up to a KL of 1: a is before b, by 0.000 (its error is unknown)."
     ]
     assert leads(summaries[:1], [1.0]) == []
+
+
+def test_the_reference_itself_leads_nobody():
+    rows = {"reference": row("reference", 1e-6, 0.9), "a": row("a", 1, 0.5), "b": row("b", 1, 0.4)}
+    summaries = [summarise(name, [own], [1.0]) for name, own in rows.items()]
+    (line,) = verdicts(summaries, [1.0])
+    assert line.startswith("Up to a KL of 1: a leads b, ")
+
+
+def test_a_policy_measured_twice_counts_once():
+    """By folder (with or without final), step and method; the later evaluation's row stays."""
+    told: list[str] = []
+    rows = [
+        row("dpo", 1.0, 0.1, policy="r/a", step=5),
+        row("dpo", 1.0, 0.2, policy="r/a/checkpoints/step-3", step=3),
+        row("optimum", 1.0, 0.3, policy="r/a"),
+        row("dpo", 2.0, 0.4, policy="r/a/final", step=5),
+        row("mine", 2.0, 0.5, policy="r/a", step=5),
+        row("optimum", 1.0, 0.3, policy="r/a"),
+    ]
+    assert [r["reward"] for r in measured_once(rows, told.append)] == [0.2, 0.3, 0.4, 0.5, 0.3]
+    assert told == ["1 point is left out: a later evaluation has the same policy again"]
+
+
+def test_a_dry_run_lists_the_evaluations_and_refuses_mixed_ones(tmp_path):
+    first = evaluation(tmp_path / "a", points(0))
+    other = evaluation(tmp_path / "b", points(1)[:3], max_new_tokens=64)
+    stage = FrontierConfig(evaluations=[str(first), str(first)])
+    assert frontier_rows(stage) == [("evaluations", "1, 9 points"), ("", f"{first}: 9")]
+    with pytest.raises(ConfigError, match=r"differ in stage\.max_new_tokens"):
+        frontier_rows(FrontierConfig(evaluations=[str(first), str(other)]))
 
 
 @pytest.mark.parametrize(
@@ -186,10 +233,25 @@ def test_budgets_end_near_the_largest_kl_but_a_tenth(kls, expected):
 
 
 def test_far_outliers_do_not_squeeze_the_others():
-    assert kl_limit(np.array([0.5, 1.0, 3.0, 4.0, 9.0])) == 9.0
-    assert kl_limit(np.array([0.5, 1.0, 3.0, 4.0, 120.0])) == 4.0
-    assert kl_limit(np.array([0.0])) == 1.0
-    assert kl_limit(np.array([0.0, 0.0, 0.0, 0.0, 2.0])) == 2.0
+    def limit(*methods):
+        return kl_limit([np.array(kls) for kls in methods])
+
+    assert limit([0.5, 1.0, 3.0, 4.0, 9.0]) == 9.0
+    assert limit([0.5, 1.0, 3.0, 4.0, 120.0]) == 4.0
+    assert limit([0.0, 0.0, 0.0, 0.0, 2.0]) == 2.0
+    assert limit([0.5, 1.0, 1.0, 1.0], [3.5, 9.0]) == 3.5  # the other method's first is seen
+    assert limit([0.5, 1.0, 1.0, 1.0], [40.0]) == 1.0  # too far: the caption names it
+    assert limit([0.0], [1e-4, 0.002]) == limit([0.0]) == 0.1
+    assert limit() == 1.0
+
+
+def test_a_method_too_far_to_be_seen_is_named():
+    zero = np.zeros(1)
+    near, far = (
+        Cloud(name, np.array([kl]), zero, zero, zero, zero == 0)
+        for name, kl in (("a", 1), ("b", 90))
+    )
+    assert "1 point to the right (all of b), up to a KL of 90" in _caption([near, far], None, 1.0)
 
 
 def test_the_curve_of_several_seeds():

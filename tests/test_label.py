@@ -62,8 +62,10 @@ def test_completions_that_were_cut_are_told(tmp_path, monkeypatch, finished, tol
     """Without data.finished_field they would get an EOS that nobody sampled."""
     lines = []
     monkeypatch.setattr(Progress, "note", lambda self, line: lines.append(line))
-    label(tmp_path, [{"prompt": "a", "completions": [" x", " x y"], "finished": finished}])
-    assert len([line for line in lines if "data.finished_field=finished" in line]) == told
+    texts = [" x", " x y", " "]
+    label(tmp_path, [{"prompt": "a", "completions": texts, "finished": [*finished, True]}])
+    assert len([line for line in lines if "1 completion was cut by" in line]) == told
+    assert "train: 1 blank completion is left out" in lines
 
 
 def test_both_files_are_labelled(tmp_path):
@@ -116,7 +118,7 @@ def test_a_bad_row_is_named(tmp_path, line, why):
 
 
 def test_samples_that_make_no_pair(tmp_path):
-    with pytest.raises(DataError, match=r"train\.jsonl: no two completions of a prompt differ"):
+    with pytest.raises(DataError, match=r"train\.jsonl: no two .* differ.*another reward_fn"):
         label(tmp_path, [{"prompt": "c", "completions": [" a", " b"]}])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"^stage\.samples=\S+: no train\.jsonl or eval\.jsonl the"):

@@ -62,6 +62,7 @@ def test_a_run_tells_its_rollouts_and_leaves_a_plain_model(whole):
     assert [r["score"] for r in rows[:4]] == [rows[0]["score"]] * 4
     assert rows[4]["score"] != rows[0]["score"]
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert rows[0]["entropy_nats"] > rows[0]["rollout/tokens"]  # of a completion, not a token
     assert rows[0]["approx_kl"] == pytest.approx(0.0, abs=1e-6)
     assert {"rollout/tokens_per_second", "rollout/seconds", "clip_fraction"} <= set(rows[0])
     assert summary["samples"] == 3 * 16
@@ -259,13 +260,22 @@ def test_a_signal_waits_for_the_rollouts_end(sft, tmp_path, monkeypatch):
         (["stage.completions=3"], r"stage\.completions=3: must divide"),
         (["stage.temperature=0"], r"stage\.temperature=0\.0: must be above 0"),
         (["stage.kl_control=fixed", "stage.target_kl=3"], r"has no effect with stage\.kl_control"),
+        (["stage.vf_coef=0", "stage.value_lr_scale=3"], r"value_lr_scale=3\.0: has no effect with"),
         (["stage.normalise_prompts=0"], r"normalise_prompts=0: nothing to measure"),
         (["stage.normalise=false"], r"normalise_prompts=8: has no effect with stage\.normalise"),
     ],
 )
-def test_what_cannot_work_is_refused(sft, tmp_path, words, message):
+def test_what_cannot_work_is_refused(words, message):
     with pytest.raises(ConfigError, match=message):
-        train(tmp_path / "r", *PPO, f"model.path={sft}", *words)
+        configure(*TINY, *PPO, *words)
+
+
+@pytest.mark.parametrize(
+    "word", ["train.batch_size=0", "stage.ppo_epochs=0", "stage.completions=0"]
+)
+def test_a_rollout_of_nothing_is_out_of_bounds(word):
+    with pytest.raises(ConfigError, match=r"=0: must be at least 1$"):
+        configure(*TINY, *PPO, word)
 
 
 def test_one_held_out_prompt_has_figures_without_errors(sft, tmp_path):
@@ -300,7 +310,7 @@ def test_a_rollout_in_which_nothing_ended_is_told(actors, monkeypatch):
 
 
 def test_the_grammars_reward_is_for_its_reviews():
-    with pytest.raises(ConfigError, match="reward_fn=sentiment: rates the reviews of"):
+    with pytest.raises(ConfigError, match=r"rates the reviews of .* use another: classifier, rew"):
         configure("stage=ppo-baseline", "data=hh")
 
 

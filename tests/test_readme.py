@@ -54,8 +54,9 @@ def workplace(tmp_path_factory) -> Path:
 
 def stand_ins(words: list[str]) -> list[str]:
     """The README's words, then what makes them small and local."""
-    if any(w.startswith("recipe=") for w in words):
-        return [*words, *(RECIPE if "recipe=preferences" in words else ()), "run_dir=recipe"]
+    if names := [w.removeprefix("recipe=") for w in words if w.startswith("recipe=")]:
+        small = RECIPE if names == ["preferences"] else ()
+        return [*words, *small, f"run_dir=recipe-{names[0]}"]
     extra = [w for w in HUB if not any(v.startswith(w.split("=")[0] + "=") for v in words)]
     local = extra if "data=hh" in words else []
     if "stage=inspect" in words or "--cfg" in words or "--help" in words:

@@ -211,6 +211,7 @@ def test_mistakes_of_all_steps_are_told_before_the_first_runs(
         "  - {name: b, overrides: {data: jsonl, data.path: '${vars.path}'}}\n"
         "  - {name: c, overrides: {model.path: '${steps.a.dir}', optim.lrr: 1}}\n"
         "  - {name: d, sweep: true, overrides: ['stage=dpo,sft', 'stage.beta=-1,1']}\n"
+        "  - {name: e, overrides: ['stage=dpo', 'stage.beta=0.1,1']}\n"
     )
     (folder / "small.yaml").write_text(steps)
     assert run_cli(*dry) == 2
@@ -219,6 +220,8 @@ def test_mistakes_of_all_steps_are_told_before_the_first_runs(
         "  step b: data.path=none.jsonl: no such file or folder",
         "  step c: optim.lrr: unknown key; did you mean optim.lr?",
         "  step d: stage.beta=-1.0: must be above 0",
+        "  step e: stage.beta=0.1,1: several values need sweep: true in the step (write a list as "
+        "key=[a,b], text with a comma as \"key='a,b'\")",
     ]
 
 

@@ -47,6 +47,10 @@ def written(path: Path, text: str) -> Path:
         ("steps: [{name: a, minutes: 0}]", "step 1: minutes=0: expected a number above 0"),
         ("steps: [{name: a, minutes: true}]", "step 1: minutes=True: expected a number above 0"),
         ("steps: [{name: a, once: true}]", "step a: once: nothing repeats"),
+        (
+            "vars: {a: 1, b: 2}\nsteps: [{name: x, overrides: ['n=${vars.a}']}]",
+            "vars.b: no step reads it; remove it",
+        ),
         (f"repeat: {{seed: [0]}}\n{PLAIN}", "repeat: no repeated step has its value"),
         (f"repeat: [seed]\n{STEPS}", "repeat: expected one key, such as {seed: "),
         (f"repeat: {{a: [0], b: [1]}}\n{STEPS}", "repeat: expected one key"),
@@ -97,7 +101,10 @@ def test_references_keep_their_type_and_are_remembered(tmp_path: Path) -> None:
 
 def test_a_required_variable_must_be_given(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text("vars: {a: '???', b: 1, c: '???'}\nsteps: [{name: x, overrides: {seed: 1}}]\n")
+    path.write_text(
+        "vars: {a: '???', b: 1, c: '???'}\n"
+        "steps: [{name: x, overrides: ['x=[${vars.a},${vars.b},${vars.c}]']}]\n"
+    )
     with pytest.raises(ConfigError, match=r"recipe=mine: needs vars\.c=\.\.\.$"):
         load_recipe(path, ["a=5"])
     assert load_recipe(path, ["a=5", "c=6"]).variables == {"a": 5, "b": 1, "c": 6}
@@ -107,7 +114,8 @@ def test_a_required_variable_must_be_given(tmp_path: Path) -> None:
     ("given", "betas"), [("0.1,1", [0.1, 1]), ("3", [3]), ("[2,x]", [2, "x"]), ("a,b", ["a", "b"])]
 )
 def test_a_list_of_the_recipe_stays_one(given: str, betas: list[object], tmp_path: Path) -> None:
-    path = written(tmp_path / "small.yaml", f"vars: {{betas: [5], name: x}}\n{STEPS}\n")
+    steps = "steps: [{name: a, overrides: ['b=${vars.betas}', 'n=${vars.name}']}]"
+    path = written(tmp_path / "small.yaml", f"vars: {{betas: [5], name: x}}\n{steps}\n")
     found = load_recipe(path, [f"betas={given}", "name=0,1"]).variables
     assert found == {"betas": betas, "name": "0,1"}
 

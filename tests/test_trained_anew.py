@@ -60,5 +60,5 @@ def test_an_optimum_is_of_the_reward_model_as_it_was(folders, tmp_path):
     again = [*words, f"stage.optimum={tmp_path / 'first'}"]
     assert "shortfall" in train(tmp_path / "again", *again)
     reward_model(reward, sft, seed=3)
-    with pytest.raises(ConfigError, match="differs in reward_fn"):
+    with pytest.raises(ConfigError, match="its reward_fn differs"):
         train(tmp_path / "other", *again)

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 import toy_space
-from composing import problems
+from composing import composed, problems
+from dpo_cli.compose import prepare
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.statistics import win_rate
 from dpo_cli.report import win_rates as picture
+from dpo_cli.report.console import Progress
 from dpo_cli.run import run
 from judge_server import KEY, part, serving
 from small_runs import configure
@@ -105,9 +107,12 @@ def test_against_the_reference_as_enumerated(toy, tmp_path):
 
 
 def test_against_the_dataset(toy, tmp_path):
-    _, (rate,), verdicts = evaluate(
+    figures, (rate,), verdicts = evaluate(
         toy, tmp_path / "e", f"model.path={toy.home / 'one'}", "stage.opponent=chosen"
     )
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    for name, value in (("", "win_rate"), ("_low", "low"), ("_high", "high")):
+        assert summary[f"win_rate_t1{name}"] == figures[f"win_rate_t1{name}"] == rate[value]
     assert [(v["prompt"], v["other"]) for v in verdicts] == [
         (p, f" {a}") for p, a in zip(PROMPTS, ANSWERS, strict=True)
     ]
@@ -124,14 +129,22 @@ def test_against_the_dataset(toy, tmp_path):
     }  # fmt: skip
 
 
-def test_several_policies_meet_the_same_opponent(toy, tmp_path):
+def test_several_policies_meet_the_same_opponent(toy, tmp_path, monkeypatch):
     """A policy against itself: the same greedy texts, but samples of their own."""
     home = toy.home
     words = (
         f"stage.policies=[{home / 'one'},{home / 'two'}]", f"stage.opponent={home / 'one'}",
         "stage.win_temperatures=[0,1]",
     )  # fmt: skip
+    told = []
+    monkeypatch.setattr(Progress, "note", lambda self, line: told.append(line))
     figures, rates, verdicts = evaluate(toy, tmp_path / "e", *words)
+    (line,) = [line for line in told if line.startswith("2/2  ")]
+    assert f"win_rate_t0 {rates[2]['win_rate']:.1%}  win_rate_t1 {rates[3]['win_rate']:.1%}" in line
+    assert "_low" not in line
+    best = next(r for r in rates if (r["policy"], r["temperature"]) == (figures["best_policy"], 1))
+    assert figures["best_win_rate_t1"] == best["win_rate"]
+    assert f"dpo-run stage=frontier 'stage.evaluations=[{tmp_path / 'e'}]'" in "\n".join(told)
     assert [(r["policy"], r["temperature"]) for r in rates] == [
         (str(home / name), t) for name in ("one", "two") for t in (0.0, 1.0)
     ]
@@ -209,7 +222,12 @@ def test_the_reference_must_be_known(toy, tmp_path):
     [
         (["stage.win_temperatures=[0.7]"],
          "stage.win_temperatures=[0.7]: has no effect with stage.opponent=null; remove it"),
-        (["judge=http"], "judge=http: has no effect with stage.opponent=null; remove it"),
+        (["judge=http"],
+         "judge=http: has no effect with stage.opponent=null; remove it, or set "
+         "stage.opponent=chosen (the dataset's first responses)"),
+        (["stage.opponent=chosn"],
+         "stage.opponent=chosn: must be chosen, reference or a policy (a folder or a hub id, "
+         "owner/name); did you mean chosen?"),
         (["stage.opponent=chosen", "stage.win_temperatures=[inf]"],
          "stage.win_temperatures=[inf]: must be numbers of at least 0 (0 is greedy), one or more"),
         (["stage.opponent=./nowhere"], "stage.opponent=./nowhere: no such folder"),
@@ -223,6 +241,13 @@ def test_refused_before_anything_is_loaded(monkeypatch, words, line):
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     assert problems(["stage=evaluate", "model=tiny", *words]) == [line]
+
+
+def test_opponents_that_may_be_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "policy").mkdir()
+    for named in ("chosen", "reference", "owner/name", tmp_path, "policy"):
+        prepare(composed("stage=evaluate", "model=tiny", f"stage.opponent={named}"))
 
 
 def test_the_judge_is_read_by_evaluations_only():

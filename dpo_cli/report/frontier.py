@@ -43,6 +43,9 @@ MORE_STYLES = (
 )  # fmt: skip
 
 
+NARROWEST = 0.1  # nats: policies that have hardly moved are no spread
+
+
 @dataclass(frozen=True)
 class Cloud:
     """The points of one method, all (n,). last: at the end of its run, not a checkpoint."""
@@ -77,9 +80,9 @@ def draw_frontier(
     bound of its KL. A few points far to the right are counted in the caption instead.
     """
     clouds = [*methods, *([best_of] if best_of else [])]
-    limit = kl_limit(np.concatenate([cloud.kl for cloud in clouds])) if clouds else 1.0
+    limit = kl_limit([cloud.kl for cloud in clouds])
     if not clouds and optimum:
-        limit = float(optimum.kl[-1])
+        limit = max(float(optimum.kl[-1]), NARROWEST)
     width, height = 9.2, 5.4  # inches
     figure = new_figure(width, height)
     title = "Reward against KL to the reference"
@@ -108,10 +111,19 @@ def draw_frontier(
     return save_png(figure, folder / "frontier.png")
 
 
-def kl_limit(kls: np.ndarray) -> float:
-    """The largest KL drawn: far beyond three quarters of the points nothing is."""
+def kl_limit(methods: Sequence[np.ndarray]) -> float:
+    """The largest KL drawn, of the KLs of each method, (n,).
+
+    Far beyond three quarters of all points nothing is, but a method's first where it is not too
+    far to see the others.
+    """
+    kls = np.concatenate([*methods, np.zeros(0)])
+    if not len(kls):
+        return 1.0
     most = 3.0 * float(np.quantile(kls, 0.75))
-    return float(kls[kls <= most].max()) or float(kls.max()) or 1.0
+    limit = max(float(kls[kls <= most].max()) or float(kls.max()), NARROWEST)
+    firsts = [float(own.min()) for own in methods if len(own)]
+    return max([limit, *(first for first in firsts if first <= 4.0 * limit)])
 
 
 def styles(names: Sequence[str]) -> list[tuple[str, str, float]]:
@@ -133,7 +145,10 @@ def _caption(clouds: Sequence[Cloud], optimum: Band | None, limit: float) -> str
     beyond = [float(kl) for cloud in clouds for kl in cloud.kl if kl > 1.05 * limit]
     if beyond:
         count = f"{len(beyond)} point{'s' * (len(beyond) > 1)}"
-        parts.append(f"{count} to the right, up to a KL of {short_number(round(max(beyond), 1))}")
+        unseen = [printable(cloud.name) for cloud in clouds if (cloud.kl > 1.05 * limit).all()]
+        whole = f" (all of {shorten(', '.join(unseen), 14)})" if unseen else ""
+        most = short_number(round(max(beyond), 1))
+        parts.append(f"{count} to the right{whole}, up to a KL of {most}")
     return "  ·  ".join(parts)
 
 
@@ -193,7 +208,7 @@ Cells = Sequence[Sequence[object]]
 
 def rich_table(title: str, head: Sequence[str], rows: Cells) -> Table:
     """The first column is names, the others numbers. head: with line breaks where wanted."""
-    table = Table(title=Text(printable(title)), title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left", collapse_padding=True)
     for place, name in enumerate(head):
         parts = name.split("\n") if place else [name, *(printable(str(row[0])) for row in rows)]
         table.add_column(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +39,7 @@ from dpo_cli.stages.scoring import load_scorer, scorer_digest
 from dpo_cli.stages.session import Session, load, load_data, load_named
 from dpo_cli.stages.win_rate import WinRates, win_rates
 
+WIN_RATE = r"win_rate_t[\d.e+-]+"  # without its interval, _low and _high
 A_FEW = 8  # samples kept of each policy but the last, of which all are
 
 
@@ -82,6 +85,9 @@ def run(session: Session) -> dict[str, Any]:
             write_rows(session.run_dir / "samples.jsonl", samples)
             if len(points) > 1:
                 session.note(f"{number}/{len(points)}  {brief_line(point, figures)}")
+    if len(points) > 1 and "kl" in measured[0]:
+        chosen = shlex.quote(f"stage.evaluations=[{session.run_dir}]")
+        session.note(f"to draw them: dpo-run stage=frontier {chosen}")
     return measured[0] if len(points) == 1 else overview(rows[extra:])
 
 
@@ -235,12 +241,16 @@ def brief_line(point: PolicyPoint, figures: dict[str, Any]) -> str:
         line += f"  KL {figures['kl']:.2f} ± {figures['kl_se']:.2f}"
     if "shortfall" in figures:
         line += f"  shortfall {'at least ' * figures['beyond_optimum']}{figures['shortfall']:.3f}"
+    for name, value in figures.items():
+        if re.fullmatch(WIN_RATE, name) and value is not None:
+            line += f"  {name} {value:.1%}"
     return line
 
 
 def overview(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of several policies: how many, and which has the highest reward."""
+    """Figures of several policies: how many, which has the highest reward and its own figures."""
     best = max(rows, key=lambda row: float(row["reward"]))
-    names = ("policy", "setting", "step", "reward", "reward_se", "kl", "kl_se", "shortfall")
+    names = ["policy", "setting", "step", "reward", "reward_se", "kl", "kl_se", "shortfall"]
+    names += [name for name in best if name.startswith("win_rate_t")]
     found = {f"best_{name}": best[name] for name in names if best[name] not in (None, "")}
     return {"policies": len(rows), **found}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +37,7 @@ from dpo_cli.report.frontier import (
 from dpo_cli.stages.session import Session
 
 OPTIMUM, BEST_OF = "optimum", "best-of-n"
+AT_REFERENCE = 1e-3  # nats: a method that goes no further is the reference itself
 COLUMNS = (
     "method", "seed", "setting", "step", "kl", "reward", "kl_se", "reward_se",
     "optimum_reward_at_kl", "shortfall", "gradient_steps", "samples", "beyond_optimum",
@@ -57,7 +58,7 @@ Curves = list[list[tuple[float, float, float]]]  # a seed's (KL, reward, its err
 def run(session: Session) -> dict[str, Any]:
     """frontier.csv, frontier.md, plots/frontier.png, and the methods' figures."""
     stage = cast(FrontierConfig, session.config.stage)
-    folders = list({Path(f).resolve(): Path(f) for f in stage.evaluations}.values())
+    folders = distinct_folders(stage.evaluations)
     refuse_mixed(folders)
     rows = [row for folder in folders for row in read_points(folder)]
     unknown = sum(row["kl"] is None for row in rows)
@@ -69,6 +70,7 @@ def run(session: Session) -> dict[str, Any]:
         )
     if unknown:
         session.note(f"{unknown} points have no KL and are left out")
+    rows = measured_once(rows, session.note)
     table = [[row.get(name) for name in COLUMNS] for row in redact(rows)]
     write_text(session.run_dir / "frontier.csv", csv_text([COLUMNS, *table]))
     curves = optimum_curves(rows)
@@ -86,6 +88,11 @@ def run(session: Session) -> dict[str, Any]:
     bounds = [summarise(BEST_OF, best_of, kls)] if best_of else []
     tell(session, [*summaries, *bounds], verdicts(summaries, kls), kls, curves)
     return figures([*summaries, *bounds])
+
+
+def distinct_folders(named: Sequence[str]) -> list[Path]:
+    """In the order in which they were first named."""
+    return list({Path(folder).resolve(): Path(folder) for folder in named}.values())
 
 
 def refuse_mixed(folders: Sequence[Path]) -> None:
@@ -116,11 +123,6 @@ def refuse_mixed(folders: Sequence[Path]) -> None:
 def read_points(folder: Path) -> list[Row]:
     """An evaluation's points.jsonl; `evaluation` names it in each row."""
     path = folder / "points.jsonl"
-    if not path.is_file():
-        raise ConfigError(
-            f"stage.evaluations={folder}: has no points.jsonl; give folders of finished "
-            "stage=evaluate runs"
-        )
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line:
@@ -132,6 +134,28 @@ def read_points(folder: Path) -> list[Row]:
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}:{number}: is not a point ({error!r})") from error
     return rows
+
+
+def measured_once(rows: Sequence[Row], note: Callable[[str], None]) -> list[Row]:
+    """Of a policy that several evaluations measured, only the last one's point."""
+    latest: dict[tuple[Any, ...], int] = {}
+    for place, row in enumerate(rows):
+        latest[identity(row) or (place,)] = place
+    kept = [rows[place] for place in sorted(latest.values())]
+    if again := len(rows) - len(kept):
+        points = "point is" if again == 1 else "points are"
+        note(f"{again} {points} left out: a later evaluation has the same policy again")
+    return kept
+
+
+def identity(row: Row) -> tuple[Any, ...] | None:
+    """Of a trained policy: the same in every evaluation. None for other points."""
+    policy = row.get("policy")
+    if not policy or row["method"] in (OPTIMUM, BEST_OF):
+        return None
+    place = Path(policy)
+    where = str(place.resolve()) if place.is_dir() else policy
+    return row["method"], where.removesuffix("/final"), row.get("step")
 
 
 def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -194,14 +218,15 @@ def mean_over_seeds(rows: Sequence[Row]) -> list[Row]:
 def verdicts(summaries: Sequence[Summary], kls: Sequence[float]) -> list[str]:
     """A sentence a KL: which method leads, and whether that is more than chance."""
     lines = []
-    for lead in leads(summaries, kls):
-        error = f" ± {lead.se:.3f}" if math.isfinite(lead.se) else ""
-        clear = math.isfinite(lead.se) and lead.margin > 2 * lead.se
-        verb = "leads" if clear else "is first, within the error of"
-        lines.append(
-            f"Up to a KL of {lead.kl:g}: {lead.first} {verb} {lead.second}, "
-            f"by {lead.margin:.3f}{error}."
-        )
+    moved = [s for s in summaries if s.kl[1] > AT_REFERENCE]  # not the reference itself
+    for lead in leads(moved, kls):
+        who, by = f"Up to a KL of {lead.kl:g}: {lead.first}", f"{lead.margin:.3f}"
+        if not math.isfinite(lead.se):
+            lines.append(f"{who} is before {lead.second}, by {by} (its error is unknown).")
+        elif lead.margin > 2 * lead.se:
+            lines.append(f"{who} leads {lead.second}, by {by} ± {lead.se:.3f}.")
+        else:
+            lines.append(f"{who} is level with {lead.second} ({by} ± {lead.se:.3f} above).")
     return lines
 
 
@@ -222,9 +247,9 @@ def tell(
     heads = ["method", *(f"KL≤{kl:g}" for kl in kls), "best (at KL)"]
     rewards = [[OPTIMUM, *map(_shown, top), "-"]] if any(top) else []
     rewards += [[s.name, *(_shown(s.within[kl]) for kl in kls), _best(s)] for s in summaries]
-    costs = ["method", "points of\nseeds", "KL", "mean\nshortfall", "largest", "samples", "steps"]
+    costs = ["method", "points", "seeds", "KL", "mean\nshortfall", "largest", "samples", "steps"]
     rest = [
-        [s.name, f"{s.points} of {s.seeds}", f"{nats(s.kl[0])}-{nats(s.kl[1])}", *_shortfalls(s),
+        [s.name, s.points, s.seeds, f"{nats(s.kl[0])}-{nats(s.kl[1])}", *_shortfalls(s),
          s.samples, s.gradient_steps]
         for s in summaries
     ]  # fmt: skip

@@ -57,21 +57,29 @@ def run(session: Session) -> dict[str, Any]:
     for name, found in sampled.items():
         rows = [without_blanks(row) for row in found]
         if blank := sum(not text.strip() for row in found for text in row.completions):
-            session.note(f"{name}: {blank} blank completions are left out")
+            session.note(f"{name}: {blank} blank {_completions(blank, 'is', 'are')} left out")
         if cut := sum(not finished for row in rows for finished in row.finished or ()):
             session.note(
-                f"{name}: {cut} completions were cut by stage=sample's limit of tokens: train with "
-                "data.finished_field=finished, or policies learn to end there"
+                f"{name}: {cut} {_completions(cut, 'was', 'were')} cut by stage=sample's limit of "
+                "tokens: train with data.finished_field=finished, or policies learn to end there"
             )
         scores = score_all(session, score, rows, name)
         rng = random.Random(f"{session.config.seed} {name}")
         labelled = [label(row, s, stage, rng) for row, s in zip(rows, scores, strict=True)]
         if not any(labelled):
-            raise DataError(f"{files[name]}: no two completions of a prompt differ in reward")
+            raise DataError(
+                f"{files[name]}: no two completions of a prompt differ in reward; sample more of "
+                "each (stage=sample stage.completions=8) or at a higher temperature "
+                "(stage.temperatures=[1.0]), or label with another reward_fn"
+            )
         write_rows(session.run_dir / f"{name}.jsonl", pair_rows(rows, scores, labelled))
         facts = pair_figures(scores, labelled, drawn=is_drawn(stage))
         figures |= {f"{name}_{k}": v for k, v in facts.items()}
     return figures
+
+
+def _completions(count: int, one: str, several: str) -> str:
+    return f"completion {one}" if count == 1 else f"completions {several}"
 
 
 def without_blanks(row: Sampled) -> Sampled:

@@ -24,13 +24,13 @@ from dpo_cli.stages.session import Session
 
 FILE = "optimum.json"
 ARRAYS = [f.name for f in fields(Curve) if f.name != "reference_reward"]
-# What the optimum depends on -> the keys that must be the same again.
+# What the optimum depends on -> what is told where it is not the same again.
 SAME = {
-    "prompts": "data, seed and stage.prompts",
-    "reference": "stage.reference",
-    "reward_fn": "reward_fn",
-    "temperature": "stage.temperature",
-    "max_new_tokens": "stage.max_new_tokens",
+    "prompts": "its prompts differ (data, seed or stage.prompts)",
+    "reference": "its stage.reference differs",
+    "reward_fn": "its reward_fn differs",
+    "temperature": "its stage.temperature differs",
+    "max_new_tokens": "its stage.max_new_tokens differs",
 }
 
 
@@ -106,9 +106,7 @@ def load(folder: str, made_of: Mapping[str, str]) -> Optimum:
         raise DataError(f"{path}: cannot be read ({error!r}); run that evaluation again") from error
     other = [SAME[name] for name in SAME if before.get(name) != made_of[name]]
     if other:
-        raise ConfigError(
-            f"{key}: is the optimum of another evaluation; it differs in {'; '.join(other)}"
-        )
+        raise ConfigError(f"{key}: is the optimum of another evaluation: {', '.join(other)}")
     return Optimum(Curve(**arrays, reference_reward=start))
 
 

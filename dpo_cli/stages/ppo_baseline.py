@@ -152,13 +152,8 @@ def steps_of_rollout(config: RunConfig) -> int:
 def plan_rollouts(config: RunConfig, prompts: int) -> StepPlan:
     """Which prompts make which rollout: `train.epochs` over the prompts, or `train.max_steps`."""
     train, stage = config.train, cast(PpoConfig, config.stage)
-    size, per_rollout = stage.rollout_samples // stage.completions, steps_of_rollout(config)
-    if train.max_steps is not None and train.max_steps % per_rollout:
-        raise ConfigError(
-            f"train.max_steps={train.max_steps}: must be a multiple of {per_rollout}, the steps of "
-            "a rollout (stage.rollout_samples / train.batch_size * stage.ppo_epochs)"
-        )
-    rollouts = None if train.max_steps is None else train.max_steps // per_rollout
+    size = stage.rollout_samples // stage.completions
+    rollouts = None if train.max_steps is None else train.max_steps // steps_of_rollout(config)
     if rollouts is None and prompts * train.epochs < size:
         raise ConfigError(
             f"stage.rollout_samples={stage.rollout_samples}: {prompts} distinct prompts are fewer "

@@ -159,7 +159,7 @@ def roll_out(
         "score": float(raw.mean()),
         "kl": kl,
         "kl_coef": actors.kl.coef,
-        "entropy": -float(torch.cat([t.logprobs for t in tokens]).sum()) / len(flat),
+        "entropy_nats": -float(torch.cat([t.logprobs for t in tokens]).sum()) / len(flat),
         "rollout/tokens": count / len(flat),
         "rollout/finished": finished / len(flat),
         "rollout/seconds": seconds,

@@ -62,8 +62,8 @@ class TrainTask:
     unit: str = "examples"  # what `<unit>_per_second` counts
     provenance: dict[str, Any] = field(default_factory=dict)  # written beside saved weights
     identity: dict[str, str] = field(default_factory=dict)  # digests a resume must find again
-    heads: torch.nn.Module | None = None  # trained with the model, no part of it
-    heads_lr_scale: float = 1.0
+    heads: torch.nn.Module | None = None  # trained with the model, no part of it ...
+    heads_lr_scale: float = 1.0  # ... at so many times its rate
     before_step: Callable[[int], dict[str, float]] | None = None
     save_multiple: int = 1
     carried: Callable[[], dict[str, Any]] = dict
@@ -214,13 +214,12 @@ def _after_step(run: Fit, values: dict[str, float], stop: StopRequest) -> None:
         run.due.add("save")
     if not last and run.step % run.task.save_multiple:
         return
-    save = bool(stop.signal) or "save" in run.due
-    if save or run.due:
+    if run.due or stop.signal:
         _check_weights(run)
     improved = "evaluate" in run.due and _evaluate(run)
-    run.due.clear()
-    if save or improved:
+    if improved or stop.signal or "save" in run.due:
         _save(run)
+    run.due.clear()
     if stop.signal and not last:
         raise Preempted(
             f"stopped by {stop.signal} after step {run.step} of {run.task.steps}, state saved; "
