@@ -1,8 +1,7 @@
 """THE loop: every stage that trains goes through `fit`.
 
-A stage hands over a `TrainTask`: its model, the micro-batches of a step, and the loss of
-one micro-batch. The loop accumulates, divides once by the whole step's weight, clips,
-steps, evaluates, logs and saves.
+A stage hands over a `TrainTask`: its model, a step's micro-batches, and the loss of one. The loop
+accumulates, divides once by the whole step's weight, clips, steps, evaluates, logs and saves.
 """
 
 from __future__ import annotations
@@ -43,11 +42,10 @@ class Reporter(Protocol):
 class TrainTask:
     """What a stage gives the loop.
 
-    batches(step): the micro-batches of a 0-based step, a function of the step alone (or, with
-    before_step, of what that has made).
-    evaluate(): figures of the held-out rows, without prefix. on_eval(step): samples.
-    before_step(step): what comes before the clock of a step starts, such as rollouts; its
-    figures are logged with every step until it returns others.
+    batches(step): the micro-batches of a 0-based step, a function of the step alone (and of what
+    before_step has made). evaluate(): figures of the held-out rows. on_eval(step): samples.
+    before_step(step): what comes before a step's clock starts, such as rollouts; its figures are
+    logged with every step until it returns others.
     save_multiple: a run is saved, and so resumed, after multiples of so many steps only.
     carried(): JSON that a checkpoint keeps for the stage.
     """
