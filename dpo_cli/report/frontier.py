@@ -22,6 +22,7 @@ from dpo_cli.report.plots import (
     ORANGE,
     headings,
     new_figure,
+    plain_axes,
     save_png,
     short_number,
     shorten,
@@ -153,11 +154,7 @@ def _caption(clouds: Sequence[Cloud], optimum: Band | None, limit: float) -> str
 
 
 def _style(axes: Axes) -> None:
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#BBBBBB")
-    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9, labelcolor=GREY, pad=5)
+    plain_axes(axes)
     axes.margins(x=0.02, y=0.08)
     axes.set_xlabel("KL(policy || reference) of a completion, nats", fontsize=9, color=GREY)
     axes.set_ylabel("reward", fontsize=9, color=GREY)

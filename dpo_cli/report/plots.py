@@ -6,6 +6,7 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -206,12 +207,17 @@ def _draw_dots(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -
     return float(values[finite][-1]) if finite.any() else math.nan
 
 
-def _style(axes: Axes, panel: Panel) -> None:
+def plain_axes(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
+    """The house's look: a base line, a light grid across `grid`, small grey ticks."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#BBBBBB")
-    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.grid(axis=grid, color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=9, labelcolor=GREY, pad=5)
+
+
+def _style(axes: Axes, panel: Panel) -> None:
+    plain_axes(axes)
     axes.margins(x=0.02, y=0.08)
     first, last = axes.get_xlim()
     if last - first < 2:  # a single step

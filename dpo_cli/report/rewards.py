@@ -17,6 +17,7 @@ from dpo_cli.report.plots import (
     ORANGE,
     headings,
     new_figure,
+    plain_axes,
     save_png,
     short_number,
     shorten,
@@ -49,7 +50,7 @@ def draw_rewards(
     for left, title in boxes:
         axes = figure.add_axes((left / width, 0.7 / height, 3.55 / width, 2.4 / height))
         axes.set_title(title, loc="left", fontsize=11, color=INK, pad=8)
-        _style(axes)
+        plain_axes(axes)
         panels.append(axes)
     _histograms(panels[0], chosen, rejected)
     _reliability(panels[1], bins)
@@ -57,14 +58,6 @@ def draw_rewards(
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
     return save_png(figure, folder / "held_out_rewards.png")
-
-
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#BBBBBB")
-    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9, labelcolor=GREY, pad=5)
 
 
 def _histograms(axes: Axes, chosen: Sequence[float], rejected: Sequence[float]) -> None:

@@ -11,7 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from dpo_cli.durable import disk_errors
-from dpo_cli.report.plots import BLUE, GREY, INK, headings, new_figure, save_png, shorten
+from dpo_cli.report.plots import (
+    BLUE,
+    GREY,
+    INK,
+    headings,
+    new_figure,
+    plain_axes,
+    save_png,
+    shorten,
+)
 
 MOST_BARS = 30  # more are in win_rates.json
 WIDTH, LEFT, RIGHT = 7.0, 1.1, 1.6  # inches; LEFT, RIGHT: of the bars, for their labels
@@ -76,11 +85,7 @@ def _end(name: str, characters: int = 70) -> str:
 
 
 def _style(axes: Axes, top: float) -> None:
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#BBBBBB")
-    axes.grid(axis="x", color="#E6E6E6", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9, labelcolor=GREY, pad=5)
+    plain_axes(axes, "x")
     axes.set_xlim(0, 1)
     axes.set_ylim(0, top)
     axes.set_yticks([])
