@@ -18,7 +18,7 @@ from dpo_cli.config import EvaluateConfig
 from dpo_cli.durable import write_bytes
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.scorers import Scorer, as_text
-from dpo_cli.model.generate import Completion, SamplingOptions, sample
+from dpo_cli.model.generate import Completion, SamplingOptions
 from dpo_cli.model.load import configured_context, load_tokenizer
 from dpo_cli.model.source import model_folder
 from dpo_cli.records import EncodedExample, Prompt
@@ -36,7 +36,7 @@ from dpo_cli.stages.optimum import Optimum
 from dpo_cli.stages.policies import PolicyPoint, find_policies, reference_of
 from dpo_cli.stages.sample import distinct_prompts, source_prompts, write_rows
 from dpo_cli.stages.scoring import load_scorer, scorer_digest
-from dpo_cli.stages.session import Session, load, load_data, load_named
+from dpo_cli.stages.session import Session, draw_samples, load, load_data, load_named
 from dpo_cli.stages.win_rate import WinRates, win_rates
 
 WIN_RATE = r"win_rate_t[\d.e+-]+"  # without its interval, _low and _high
@@ -191,11 +191,8 @@ def draw(
         seed=seed,
         batch_size=stage.batch_size,
     )
-    eos, pad = bench.tokenizer.eos_token_id, bench.tokenizer.pad_token_id
-    assert eos is not None and pad is not None
     prompts = [e.prompt_ids for e in bench.examples]
-    with session.runtime.autocast():
-        return sample(model, prompts, options, eos, pad, tick)
+    return draw_samples(session, model, bench.tokenizer, prompts, options, tick)
 
 
 def find_optimum(session: Session, stage: EvaluateConfig, bench: Bench) -> Optimum | None:

@@ -15,7 +15,7 @@ from dpo_cli.evaluation.scorers import Completed, Scorer
 from dpo_cli.evaluation.statistics import mean_and_error
 from dpo_cli.logprobs import Head, promote, target_logprobs
 from dpo_cli.model.forward import head_of, target_states
-from dpo_cli.model.generate import Completion, SamplingOptions, sample
+from dpo_cli.model.generate import Completion, SamplingOptions
 from dpo_cli.packing import pack_sorted
 from dpo_cli.ppo_math import (
     AdaptiveKl,
@@ -28,7 +28,7 @@ from dpo_cli.ppo_math import (
     whiten,
 )
 from dpo_cli.records import EncodedExample, Prompt
-from dpo_cli.stages.session import Session, completion_text
+from dpo_cli.stages.session import Session, completion_text, draw_samples
 
 FALSE_KL = -3.0  # standard errors below zero at which a mean KL says that something is wrong
 
@@ -93,10 +93,7 @@ def draw(
         seed=seed,
         batch_size=stage.batch_size,
     )
-    eos, pad = actors.tokenizer.eos_token_id, actors.tokenizer.pad_token_id
-    assert eos is not None and pad is not None
-    with session.runtime.autocast():
-        return sample(model, [e.prompt_ids for e in examples], options, eos, pad)
+    return draw_samples(session, model, actors.tokenizer, [e.prompt_ids for e in examples], options)
 
 
 def scores_of(

@@ -18,7 +18,7 @@ from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of, prepare
 from dpo_cli.model.forward import compile_rows
-from dpo_cli.model.generate import SamplingOptions, sample
+from dpo_cli.model.generate import Completion, SamplingOptions, sample
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
 from dpo_cli.model.source import model_folder
 from dpo_cli.packing import pack_all
@@ -225,6 +225,21 @@ def sample_writer(session: Session, loaded: Loaded) -> Callable[[int], None]:
     return write
 
 
+def draw_samples(
+    session: Session,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[np.ndarray],
+    options: SamplingOptions,
+    tick: Callable[[int], None] = lambda prompts: None,
+) -> list[list[Completion]]:
+    """`options.completions` samples of each prompt, computed in the run's precision."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    assert eos is not None and pad is not None
+    with session.runtime.autocast():
+        return sample(model, prompts, options, eos, pad, tick)
+
+
 def complete(
     session: Session,
     model: PreTrainedModel,
@@ -234,11 +249,7 @@ def complete(
     tick: Callable[[int], None] = lambda prompts: None,
 ) -> list[list[dict[str, Any]]]:
     """Samples as readable rows {prompt, completion, finished, tokens}, a list a prompt."""
-    assert tokenizer.eos_token_id is not None and tokenizer.pad_token_id is not None
-    with session.runtime.autocast():
-        samples = sample(
-            model, prompts, options, tokenizer.eos_token_id, tokenizer.pad_token_id, tick
-        )
+    samples = draw_samples(session, model, tokenizer, prompts, options, tick)
     return [
         [
             {

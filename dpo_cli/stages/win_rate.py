@@ -20,10 +20,10 @@ from dpo_cli.evaluation.judge import Decision, Judge, Match, RewardJudge, Verdic
 from dpo_cli.evaluation.judge_http import HttpJudge
 from dpo_cli.evaluation.scorers import Completed, Scorer, as_text
 from dpo_cli.evaluation.statistics import win_rate
-from dpo_cli.model.generate import SamplingOptions, sample
+from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.records import EncodedExample, Prompt
 from dpo_cli.report.files import encode, to_json, write_redacted_json
-from dpo_cli.stages.session import Session, completion_text, load_named
+from dpo_cli.stages.session import Session, completion_text, draw_samples, load_named
 
 REFERENCE_TEMPERATURE = 1.0  # that of the distribution the KL is measured to
 
@@ -174,12 +174,10 @@ class WinRates:
             seed=seed,
             batch_size=stage.batch_size,
         )
-        eos, pad = bench.tokenizer.eos_token_id, bench.tokenizer.pad_token_id
-        assert eos is not None and pad is not None
         ids = [e.prompt_ids for e in bench.examples]
         phase = f"sampling at temperature {temperature:g}"
-        with self.session.runtime.autocast(), self.session.progress.phase(phase, len(ids)) as tick:
-            drawn = sample(model, ids, options, eos, pad, tick)
+        with self.session.progress.phase(phase, len(ids)) as tick:
+            drawn = draw_samples(self.session, model, bench.tokenizer, ids, options, tick)
         return [
             Completed(prompt, completion_text(bench.tokenizer, c.ids), c.finished)
             for prompt, (c,) in zip(bench.prompts, drawn, strict=True)
