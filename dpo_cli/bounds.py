@@ -100,6 +100,13 @@ BOUNDS: dict[str, Bound] = {
     "train.sample_prompts": at_least(0),
     "train.sample_max_new_tokens": at_least(1),
     "train.sample_temperature": above(0),
+    "lora.r": at_least(1),
+    "lora.alpha": above(0),
+    "lora.dropout": within("[0, 1)"),
+    "hardware.activation_checkpointing": at_least(0),
     "hardware.devices": at_least(1),
+    "hardware.nodes": at_least(1),
+    "hardware.timeout_seconds": at_least(1),
+    "hardware.memory_gb": above(0),
     "hardware.threads": at_least(1),
 }

@@ -122,9 +122,17 @@ class ModelConfig:
 
 @dataclass
 class LoraConfig:
-    """Adapters; only `none` for now."""
+    """Adapters (PEFT) and the quantisation of the weights under them."""
 
-    name: str = "none"
+    name: str = "none"  # none: every weight is trained, whatever the keys below say
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: list[str] = field(default_factory=list)
+    quantization: str | None = None  # nf4 | int8
 
 
 @dataclass
@@ -169,7 +177,13 @@ class HardwareConfig:
     name: str = "auto"
     device: str = "auto"  # auto | cpu | cuda
     precision: str = "auto"  # auto | fp32 | bf16 (autocast over fp32 master weights)
-    devices: int = 1
+    weights: str = "fp32"  # of trained weights: fp32 | bf16
+    activation_checkpointing: int = 0  # 0: none, 1: every block, k: every k-th
+    devices: int = 1  # of a node
+    nodes: int = 1
+    sharding: str = "full"  # over all devices | hybrid: within a node, copies across nodes
+    timeout_seconds: int = 600  # of ranks that wait for each other
+    memory_gb: float | None = None  # of one device, for the plan; null: as found
     threads: int | None = None
     compile: bool = False  # torch.compile of the training forward: for CUDA
 
@@ -219,7 +233,8 @@ CHOICES: dict[str, tuple[str, ...]] = {  # key -> the values it may have
     "model.attention": ("auto", "grouped", "varlen", "flex", "sdpa", "dense", "plain"),
     "data.keep_prompt": ("start", "end"),
     "data.chat_template": ("auto", "always", "never"),
-    "lora.name": ("none",),
+    "lora.name": ("none", "lora", "dora", "qlora", "int8"),
+    "lora.quantization": ("nf4", "int8"),
     "stage.reduction": ("mean", "sum"),
     "stage.loss": tuple(LOSS_OPTIONS),
     "stage.reference_logprobs": ("cached", "live"),
@@ -233,5 +248,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # key -> the values it may have
     "optim.schedule": ("constant", "cosine", "linear"),
     "hardware.device": ("auto", "cpu", "cuda"),
     "hardware.precision": ("auto", "fp32", "bf16"),
+    "hardware.weights": ("fp32", "bf16"),
+    "hardware.sharding": ("full", "hybrid"),
     "logger.progress": ("auto", "rich", "plain", "off"),
 }

@@ -28,7 +28,8 @@ from dpo_cli.stages.session import (
     sample_writer,
     step_plan,
 )
-from dpo_cli.train.loop import Totals, TrainTask, fit
+from dpo_cli.train.loop import fit
+from dpo_cli.train.task import Totals, TrainTask
 
 ReferenceOf = Callable[[Batch], Tensor]  # a row -> (E, K) reference log-probabilities
 

@@ -20,8 +20,7 @@ from dpo_cli.model.load import hf_config
 from dpo_cli.stages.sample import distinct_prompts, source_prompts
 from dpo_cli.stages.scoring import NORMALISATION, reward_model_scorer
 from dpo_cli.stages.session import Loaded, Session, complete, load
-from dpo_cli.train.checkpoint import PROVENANCE
-from dpo_cli.train.loop import load_provenance
+from dpo_cli.train.checkpoint import PROVENANCE, load_provenance
 
 
 def normalise(session: Session, loaded: Loaded) -> dict[str, float]:

@@ -13,8 +13,7 @@ import yaml
 from dpo_cli.config import EvaluateConfig, ModelConfig, RunConfig
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.source import model_folder
-from dpo_cli.train.checkpoint import STEP_FOLDER, steps_in
-from dpo_cli.train.loop import load_provenance
+from dpo_cli.train.checkpoint import STEP_FOLDER, load_provenance, steps_in
 
 JOBS = "jobs"  # of a sweep: a file {job, overrides, exit_code, run_dir} each
 

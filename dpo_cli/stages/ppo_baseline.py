@@ -41,7 +41,8 @@ from dpo_cli.stages.rollout import (
 from dpo_cli.stages.sample import distinct_prompts, source_prompts
 from dpo_cli.stages.scoring import load_scorer, scorer_digest
 from dpo_cli.stages.session import Loaded, Session, load_policy_and_data, sample_writer
-from dpo_cli.train.loop import TrainTask, fit
+from dpo_cli.train.loop import fit
+from dpo_cli.train.task import TrainTask
 
 EVAL_SEED = 7_919  # held-out prompts are sampled with the same draws at every evaluation
 

@@ -27,7 +27,8 @@ from dpo_cli.stages.session import (
     load_policy_and_data,
     step_plan,
 )
-from dpo_cli.train.loop import Totals, TrainTask, fit
+from dpo_cli.train.loop import fit
+from dpo_cli.train.task import Totals, TrainTask
 
 
 @dataclass

@@ -35,7 +35,7 @@ from dpo_cli.model.source import model_folder
 from dpo_cli.records import Batch
 from dpo_cli.stages.completions import Encoding, values_of
 from dpo_cli.stages.session import Session
-from dpo_cli.train.loop import load_provenance
+from dpo_cli.train.checkpoint import load_provenance
 
 KEY = "reward_fn.path"
 NORMALISATION = "normalisation"  # the entry of a reward model's dpo_run.json

@@ -26,8 +26,7 @@ from dpo_cli.records import Batch, EncodedExample
 from dpo_cli.report.console import Progress
 from dpo_cli.report.files import append_samples
 from dpo_cli.report.sinks import Sink
-from dpo_cli.train.checkpoint import Snapshot
-from dpo_cli.train.loop import load_provenance
+from dpo_cli.train.checkpoint import Snapshot, load_provenance
 from dpo_cli.train.runtime import Runtime
 
 

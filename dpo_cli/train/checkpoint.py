@@ -102,6 +102,12 @@ def write_model(
     (target / PROVENANCE).write_text(json.dumps(provenance, indent=1))
 
 
+def load_provenance(folder: Path) -> dict[str, Any]:
+    """How saved weights came about (`dpo_run.json`), empty for models from elsewhere."""
+    path = folder / PROVENANCE
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def save_final(
     target: Path,
     model: PreTrainedModel,

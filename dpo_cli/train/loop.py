@@ -6,91 +6,27 @@ accumulates, divides once by the whole step's weight, clips, steps, evaluates, l
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import BEST_METRICS, RunConfig
 from dpo_cli.durable import recover, write_json
 from dpo_cli.errors import ConfigError, NonFiniteError, Preempted
-from dpo_cli.records import Batch, LossOutput
+from dpo_cli.records import Batch
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import StopRequest
 from dpo_cli.train.optim import build_optimizer, learning_rate, take_step
 from dpo_cli.train.prefetch import fed
 from dpo_cli.train.runtime import Runtime
-
-
-class Reporter(Protocol):
-    """Where the loop's figures go: metric sinks and the console."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-    def advance(self, step: int, values: Mapping[str, float]) -> None: ...
-    def note(self, line: str) -> None: ...
-
-
-@dataclass
-class TrainTask:
-    """What a stage gives the loop.
-
-    batches(step): the micro-batches of a 0-based step, a function of the step alone (and of what
-    before_step has made). evaluate(): figures of the held-out rows. on_eval(step): samples.
-    before_step(step): what comes before a step's clock starts, such as rollouts; its figures are
-    logged with every step until it returns others.
-    save_multiple: a run is saved, and so resumed, after multiples of so many steps only.
-    carried(): JSON that a checkpoint keeps for the stage.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerFast
-    steps: int
-    batches: Callable[[int], Sequence[Batch]]
-    compute_loss: Callable[[Batch], LossOutput]
-    evaluate: Callable[[], dict[str, float]]
-    on_eval: Callable[[int], None] = lambda step: None
-    unit: str = "examples"  # what `<unit>_per_second` counts
-    provenance: dict[str, Any] = field(default_factory=dict)  # written beside saved weights
-    identity: dict[str, str] = field(default_factory=dict)  # digests a resume must find again
-    heads: torch.nn.Module | None = None  # trained with the model, no part of it ...
-    heads_lr_scale: float = 1.0  # ... at so many times its rate
-    before_step: Callable[[int], dict[str, float]] | None = None
-    save_multiple: int = 1
-    carried: Callable[[], dict[str, Any]] = dict
-
-    @property
-    def trained(self) -> torch.nn.Module:
-        """The model, with its heads."""
-        return self.model if self.heads is None else torch.nn.ModuleList([self.model, self.heads])
-
-
-class Totals:
-    """Sums over the micro-batches of a step, kept on the device until the step's end."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.weights: dict[str, float] = {}
-
-    def add(self, out: LossOutput) -> None:
-        parts = {"loss": (out.loss_sum.detach(), out.weight), **out.metrics}
-        for name, (value, weight) in parts.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.weights[name] = self.weights.get(name, 0.0) + weight
-
-    def means(self) -> dict[str, float]:
-        """One transfer for all of them."""
-        values = torch.stack([v.float() for v in self.sums.values()]).tolist()
-        return {
-            name: value / self.weights[name] for name, value in zip(self.sums, values, strict=True)
-        }
+from dpo_cli.train.step import accumulate
+from dpo_cli.train.task import Reporter, TrainTask
 
 
 @dataclass
@@ -170,14 +106,7 @@ def _train_step(run: Fit) -> dict[str, float]:
     started = time.perf_counter()
     lr = learning_rate(config.optim, config.optim.lr or 0.0, run.step, task.steps)
     task.model.train()
-    totals, tokens, examples = Totals(), 0, 0
-    for batch in run.batches(run.step):
-        tokens += batch.input_ids.numel()
-        examples += len(batch.example_ids)
-        with run.runtime.autocast():
-            out = task.compute_loss(batch.to(run.runtime.device))
-        out.loss_sum.backward()
-        totals.add(out)
+    totals, tokens, examples = accumulate(task, run.batches(run.step), run.runtime)
     weight, values = totals.weights["loss"], totals.means()
     try:
         norm = take_step(task.trained, run.optimizer, weight, config.optim.max_grad_norm, lr)
@@ -292,9 +221,3 @@ def _save(run: Fit) -> None:
     protect = None if run.best is None else int(run.best["step"])
     checkpoint.prune(run.checkpoints, run.step, run.config.train.keep_checkpoints, protect)
     run.reporter.note(f"saved {folder.relative_to(run.run_dir)}")
-
-
-def load_provenance(folder: Path) -> dict[str, Any]:
-    """How saved weights came about (`dpo_run.json`), empty for models from elsewhere."""
-    path = folder / checkpoint.PROVENANCE
-    return json.loads(path.read_text()) if path.is_file() else {}

@@ -1,0 +1,75 @@
+"""What a stage hands to the loop, where the loop's figures go, and sums over micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_cli.records import Batch, LossOutput
+
+
+class Reporter(Protocol):
+    """Where the loop's figures go: metric sinks and the console."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def advance(self, step: int, values: Mapping[str, float]) -> None: ...
+    def note(self, line: str) -> None: ...
+
+
+@dataclass
+class TrainTask:
+    """What a stage gives the loop.
+
+    batches(step): the micro-batches of a 0-based step, a function of the step alone (and of what
+    before_step has made). evaluate(): figures of the held-out rows. on_eval(step): samples.
+    before_step(step): what comes before a step's clock starts, such as rollouts; its figures are
+    logged with every step until it returns others.
+    save_multiple: a run is saved, and so resumed, after multiples of so many steps only.
+    carried(): JSON that a checkpoint keeps for the stage.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    steps: int
+    batches: Callable[[int], Sequence[Batch]]
+    compute_loss: Callable[[Batch], LossOutput]
+    evaluate: Callable[[], dict[str, float]]
+    on_eval: Callable[[int], None] = lambda step: None
+    unit: str = "examples"  # what `<unit>_per_second` counts
+    provenance: dict[str, Any] = field(default_factory=dict)  # written beside saved weights
+    identity: dict[str, str] = field(default_factory=dict)  # digests a resume must find again
+    heads: torch.nn.Module | None = None  # trained with the model, no part of it ...
+    heads_lr_scale: float = 1.0  # ... at so many times its rate
+    before_step: Callable[[int], dict[str, float]] | None = None
+    save_multiple: int = 1
+    carried: Callable[[], dict[str, Any]] = dict
+
+    @property
+    def trained(self) -> torch.nn.Module:
+        """The model, with its heads."""
+        return self.model if self.heads is None else torch.nn.ModuleList([self.model, self.heads])
+
+
+class Totals:
+    """Sums over the micro-batches of a step, kept on the device until the step's end."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.weights: dict[str, float] = {}
+
+    def add(self, out: LossOutput) -> None:
+        parts = {"loss": (out.loss_sum.detach(), out.weight), **out.metrics}
+        for name, (value, weight) in parts.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.weights[name] = self.weights.get(name, 0.0) + weight
+
+    def means(self) -> dict[str, float]:
+        """One transfer for all of them."""
+        values = torch.stack([v.float() for v in self.sums.values()]).tolist()
+        return {
+            name: value / self.weights[name] for name, value in zip(self.sums, values, strict=True)
+        }
