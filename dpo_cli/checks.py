@@ -168,9 +168,22 @@ def _optim(config: RunConfig) -> Iterator[str]:
 
 
 def _hardware(config: RunConfig) -> Iterator[str]:
-    devices = config.hardware.devices
-    if devices > 1:
-        yield f"hardware.devices={devices}: several devices are not supported yet; use 1"
+    hardware = config.hardware
+    ranks = hardware.devices * hardware.nodes
+    if hardware.sharding == "hybrid" and hardware.nodes == 1:
+        yield (
+            "hardware.sharding=hybrid: keeps a copy of the weights on each of several nodes, "
+            "hardware.nodes is 1; use hardware.sharding=full"
+        )
+    if ranks == 1:
+        return
+    devices = f"hardware.devices={hardware.devices}"
+    if config.optim.name == "adamw8bit" and config.stage.name in TRAINING:
+        yield f"optim=adamw8bit: cannot be shared by {devices}; use optim=adamw or rmsprop"
+    if hardware.compile:
+        yield f"hardware.compile=true: not offered with {devices}; leave it out"
+    if config.model.attention == "plain":
+        yield f"model.attention=plain: not offered with {devices}; use model.attention=auto"
 
 
 def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dpo_cli import elastic
 from dpo_cli.errors import ConfigError, UserError
 from dpo_cli.paths import conf_dir
 from dpo_cli.usage import quick_answer
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
             print(answer, flush=True)
         code = 0 if answer is not None else dispatch(words)
     except UserError as error:
-        code = report_error(error)
+        code = report_error(error) if elastic.rank() is None else fail_together(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
@@ -43,6 +44,16 @@ def main(argv: list[str] | None = None) -> None:
         code = BROKEN_PIPE
     if code:
         sys.exit(code)
+
+
+def fail_together(error: UserError) -> int:
+    """Of many ranks that end for one reason, the launcher speaks; alone, the first one does."""
+    elastic.record(error)
+    if elastic.rank() == 0:
+        if not elastic.launched_by_us():
+            report_error(error)
+        elastic.abandon(error.exit_code)
+    return error.exit_code
 
 
 def report_error(error: UserError) -> int:
@@ -60,9 +71,12 @@ def dispatch(words: list[str]) -> int:
     from dpo_cli.overrides import composed, quiet_hydra
 
     quiet_hydra()
+    if elastic.rank():
+        return _follow(words)
     if any(word.startswith("recipe=") for word in words):
         from dpo_cli.recipe import run_recipe
 
+        _refuse_ranks("a recipe")
         return run_recipe(words)
     folder = _resume_folder(words)
     expanded = _stored_command(folder, words) if folder else words
@@ -71,6 +85,7 @@ def dispatch(words: list[str]) -> int:
         _ask_hydra(args)
         return 0
     if args.multirun or "hydra.mode=MULTIRUN" in args.overrides:
+        _refuse_ranks("a sweep")
         return _sweep(args)
     return _run(composed(args.overrides, args.config_name), words)
 
@@ -163,12 +178,32 @@ def _hydra_main(args: Namespace, extra: Sequence[str] = ()) -> None:
         entry(run_job)()
 
 
+def _refuse_ranks(what: str) -> None:
+    if elastic.rank() is not None:
+        raise ConfigError(f"torchrun: starts one run, not {what}; use dpo-run hardware.devices=")
+
+
+def _follow(words: list[str]) -> int:
+    """A rank but the first: what to do comes from that one."""
+    config, code = elastic.follow()
+    if config is None:
+        return code
+    from dpo_cli.run import run
+
+    run(config, ["dpo-run", *words])
+    elastic.leave()
+    return 0
+
+
 def _run(cfg: DictConfig, words: list[str]) -> int:
     """Check everything that can be checked cheaply, then claim the folder and run."""
     from dpo_cli import run_folder
     from dpo_cli.compose import prepare
 
     config = prepare(cfg, words)
+    leading = elastic.rank() is not None
+    if leading:
+        config = elastic.as_started(config)
     chosen = config.run_dir or (cfg.hydra.run.dir if cfg.hydra.run.dir != "." else "")
     folder = Path(chosen) if chosen else run_folder.default_run_dir(config)
     if config.resume and not chosen:
@@ -181,11 +216,19 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
         from dpo_cli.plan import print_plan
 
         print_plan(config)
+        if leading:
+            elastic.lead(None)
         return 0
+    if not leading and elastic.wanted(config):
+        return elastic.launch(config, words)
     with run_folder.claimed(folder, cfg, config.resume):
         # Importing torch takes seconds, in which another start must find the folder taken.
         from dpo_cli.run import run
+    if leading:
+        elastic.lead(config)
     run(config, ["dpo-run", *words])
+    if leading:
+        elastic.leave()
     return 0
 
 

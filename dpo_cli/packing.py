@@ -8,6 +8,7 @@ Layout and gains: prefix sharing for preference pairs, arXiv 2410.20305.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -32,6 +33,28 @@ def fill_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
             bins.append([index])
             room.append(budget - sizes[index])
     return bins
+
+
+def deal(sizes: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
+    """As `fill_bins`, in groups of about equal sizes whose number is a multiple of `ranks`.
+
+    Largest first, each to the group with the least so far; groups stay empty where there are
+    fewer sizes than ranks. One group more a rank until all fit. Deterministic.
+    """
+    rounds = max(1, -(-sum(sizes) // (budget * ranks)))
+    while True:
+        groups: list[list[int]] = [[] for _ in range(rounds * ranks)]
+        loads = [0] * len(groups)
+        for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+            least = loads.index(min(loads))
+            groups[least].append(index)
+            loads[least] += sizes[index]
+        crowded = any(
+            load > budget and len(group) > 1 for load, group in zip(loads, groups, strict=True)
+        )
+        if not crowded:
+            return groups
+        rounds += 1
 
 
 def _row_of(example: EncodedExample, keep_last: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -107,6 +130,29 @@ def pack_all(
         pack([examples[indices[j]] for j in group], [indices[j] for j in group], keep_last)
         for group in fill_bins(sizes, token_budget)
     ]
+
+
+def pack_share(
+    examples: Sequence[EncodedExample],
+    indices: Sequence[int],
+    token_budget: int,
+    rank: int,
+    ranks: int,
+    keep_last: bool = False,
+) -> list[Batch]:
+    """One rank's part of `pack_all`: as many rows on every rank, of about equal lengths.
+
+    Where there are too few examples for that, the shortest is computed again as a filler.
+    """
+    sizes = [examples[i].packed_tokens for i in indices]
+    groups = deal(sizes, token_budget, ranks)
+    shortest = min(range(len(sizes)), key=sizes.__getitem__)
+    rows = []
+    for group in groups[rank::ranks]:
+        chosen = [indices[j] for j in group or [shortest]]
+        row = pack([examples[i] for i in chosen], chosen, keep_last)
+        rows.append(row if group else replace(row, filler=True))
+    return rows
 
 
 def pack_sorted(

@@ -81,6 +81,7 @@ class Batch:
     branches: K, the same for every example of the row. counts: targets of each example.
     last_index: (S,) row of each branch's last token (its prompt's if the branch is empty);
     None where last tokens are left out.
+    filler: a row that counts for nothing, computed to keep step with other ranks.
     layouts: kernel -> how its attention finds its way in the row, made when first needed.
     """
 
@@ -95,6 +96,7 @@ class Batch:
     branches: int
     counts: tuple[int, ...]
     last_index: Tensor | None = None
+    filler: bool = False
     layouts: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: Any) -> Batch:
@@ -128,3 +130,8 @@ class LossOutput:
     loss_sum: Tensor
     weight: float
     metrics: dict[str, tuple[Tensor, float]]
+
+    def on_cpu(self) -> LossOutput:
+        """The same figures, to be sent to another process."""
+        figures = {name: (value.cpu(), weight) for name, (value, weight) in self.metrics.items()}
+        return LossOutput(self.loss_sum.detach().cpu(), self.weight, figures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from dpo_cli.checks import TRAINING
 from dpo_cli.config import RunConfig
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.model.source import hub_commit
+from dpo_cli.ranks import current
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.console import Progress, summary_table
 from dpo_cli.report.curves import training_figures
@@ -31,7 +33,8 @@ REPORTED = (*TRAINING, "evaluate", "frontier")  # stages whose figures people re
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = (
     "run_dir", "resume", "dry_run", "cache_dir", "logger.",
-    "hardware.device", "hardware.precision", "hardware.threads", "optim.lr",
+    "hardware.device", "hardware.nodes", "hardware.sharding", "hardware.timeout_seconds",
+    "hardware.memory_gb", "hardware.precision", "hardware.threads", "optim.lr",
     "train.eval_every_steps", "train.save_every_steps", "train.keep_checkpoints",
     "train.log_every_steps", "train.micro_batch_tokens", "train.sample_", "hardware.name",
 )  # fmt: skip
@@ -39,10 +42,14 @@ MAY_CHANGE = (
 
 def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
     """Do the configured stage in `config.run_dir` and return its figures (summary.json)."""
+    ranks = current()
+    if not ranks.first:
+        help_out(config)
+        return {}
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with run_lock(run_dir):
-        snapshot = resume_point(config, run_dir) if config.resume else None
+        snapshot = ranks.from_first(lambda: resume_point(config, run_dir))
         write_run_files(run_dir, asdict(config), argv)
         runtime = start_runtime(config.hardware, config.seed)
         step = snapshot.step if snapshot else 0
@@ -55,6 +62,15 @@ def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
                 session = Session(config, run_dir, runtime, progress, sinks, snapshot)
                 figures = load_stage(config.stage.name)(session)
             return finish(config, run_dir, figures, argv, session)
+
+
+def help_out(config: RunConfig) -> None:
+    """Another rank's part: the same work, and whatever it writes goes to a folder of its own."""
+    snapshot = current().from_first(lambda: None)
+    runtime = start_runtime(config.hardware, config.seed)
+    with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch, Progress("off") as progress:
+        session = Session(config, Path(scratch), runtime, progress, [], snapshot)
+        load_stage(config.stage.name)(session)
 
 
 def finish(
@@ -118,7 +134,10 @@ def sinks_of(config: RunConfig, run_dir: Path, step: int) -> Iterator[list[Sink]
 
 
 def resume_point(config: RunConfig, run_dir: Path) -> checkpoint.Snapshot | None:
-    """The newest valid checkpoint of this very run; None if it had not saved one yet."""
+    """The newest valid checkpoint of this very run; None for a fresh one, or one that had not
+    saved any yet."""
+    if not config.resume:
+        return None
     stored = run_dir / "config.yaml"
     if not stored.is_file():
         raise CheckpointError(f"resume: {run_dir} is not a run folder (no config.yaml)")

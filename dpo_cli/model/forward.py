@@ -20,6 +20,7 @@ from dpo_cli.logprobs import (
 )
 from dpo_cli.model import attention
 from dpo_cli.records import Batch
+from dpo_cli.shard import computed
 
 COMPILED = "dpo_compiled"  # the attribute of a model that holds its compiled forward
 
@@ -37,7 +38,8 @@ def head_of(model: PreTrainedModel) -> Head:
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(T, D) final hidden states of a packed row; the output layer does not run."""
     base = getattr(model, COMPILED, model.base_model)
-    return attention.layout_for(model, batch).states(base, batch, model.dtype)
+    layout = attention.layout_for(model, batch)
+    return computed(model, lambda: layout.states(base, batch, model.dtype))
 
 
 def compile_rows(model: PreTrainedModel) -> None:

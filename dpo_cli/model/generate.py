@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -49,9 +50,11 @@ def sample(
     eos_id: int,
     pad_id: int,
     tick: Callable[[int], None] = lambda prompts: None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[list[Completion]]:
     """`options.completions` samples for each prompt, in the order of the prompts.
 
+    share: (rank, ranks); only each ranks-th batch is sampled then, the other prompts get none.
     Where a prompt leaves less than max_new_tokens of the context, its completions end there,
     whichever prompts are decoded beside it.
     """
@@ -61,7 +64,7 @@ def sample(
     was_training = model.training
     model.eval()
     rooms = [room_for(model, prompts[i], options.max_new_tokens) for i in order]
-    for first, last in _batches(rooms, per_batch):
+    for first, last in islice(_batches(rooms, per_batch), share[0], None, share[1]):
         chosen = order[first:last]
         generator = torch.Generator(model.device).manual_seed(options.seed * 1_000_003 + first)
         batch, steps = [prompts[i] for i in chosen], rooms[first]

@@ -26,6 +26,7 @@ from dpo_cli.model.attention import Placement
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.model.probe import choose_attention, refuse_unavailable
 from dpo_cli.model.source import check_safetensors, hub_source, loading, source_of
+from dpo_cli.shard import whole
 
 # Entries of a model's configuration that do not change what it computes.
 NOT_THE_FUNCTION = ("_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")
@@ -204,6 +205,6 @@ def model_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        raw = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
+        raw: Any = whole(value.detach()).cpu().reshape(-1).contiguous().view(torch.uint8)
         digest.update(memoryview(raw.numpy()))
     return digest.hexdigest()

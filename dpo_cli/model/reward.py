@@ -149,7 +149,8 @@ def rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
     assert batch.last_index is not None, "pack(..., keep_last=True)"
     last = hidden_states(model, batch).index_select(0, batch.last_index)
     with torch.autocast(last.device.type, enabled=False):  # bf16 would round rewards to 3 digits
-        return cast(Tensor, score_head(model)(promote(last))).squeeze(1)
+        weight = promote(score_head(model).weight)  # gathered ones may be in bf16
+        return torch.nn.functional.linear(promote(last), weight, score_head(model).bias).squeeze(1)
 
 
 def _plain_reward(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:

@@ -61,9 +61,13 @@ def values_of(
     budget = min(session.token_budget, MOST_TOKENS.get(kernel_of(model), session.token_budget))
     values = [0.0] * len(examples)
     for shared, places in _sharing_prompts(examples):
-        for batch in pack_sorted(shared, budget, keep_last):
-            found = compute(batch.to(session.runtime.device)).view(-1, batch.branches).tolist()
-            for example, row in zip(batch.example_ids.tolist(), found, strict=True):
+        batches = list(pack_sorted(shared, budget, keep_last))
+        made = session.ranks.spread(
+            batches, lambda batch: compute(batch.to(session.runtime.device)).cpu()
+        )
+        for batch, found in zip(batches, made, strict=True):
+            ranked = found.view(-1, batch.branches).tolist()
+            for example, row in zip(batch.example_ids.tolist(), ranked, strict=True):
                 for equal, value in zip(places[example], row, strict=True):
                     for i in equal:
                         values[i] = value

@@ -15,7 +15,6 @@ from dpo_cli.errors import DataError
 from dpo_cli.logprobs import sum_by_sequence
 from dpo_cli.losses import LOSSES, RankedLogprobs
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
-from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages import reference
 from dpo_cli.stages.session import (
@@ -25,11 +24,12 @@ from dpo_cli.stages.session import (
     check_lengths,
     distinct_responses,
     load_policy_and_data,
+    mean_figures,
     sample_writer,
     step_plan,
 )
 from dpo_cli.train.loop import fit
-from dpo_cli.train.task import Totals, TrainTask
+from dpo_cli.train.task import TrainTask
 
 ReferenceOf = Callable[[Batch], Tensor]  # a row -> (E, K) reference log-probabilities
 
@@ -65,7 +65,7 @@ def run(session: Session) -> dict[str, Any]:
             "reference": getattr(reference_of["train"], "key", "live"),
         },
     )
-    fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
+    fit(task, session.config, session.runtime, session, session.snapshot)
     return {"samples": distinct_responses(train), "gradient_steps": plan.steps}
 
 
@@ -181,7 +181,6 @@ def evaluate(
     """The training figures on the held-out rows; empty without any."""
     if reference_of is None:
         return {}
-    totals = Totals()
-    for batch in pack_sorted(examples, session.token_budget):
-        totals.add(dpo_loss(loaded.model, batch.to(session.runtime.device), reference_of, stage))
-    return totals.means()
+    return mean_figures(
+        session, examples, lambda row: dpo_loss(loaded.model, row, reference_of, stage)
+    )

@@ -20,9 +20,8 @@ from dpo_cli.logprobs import sum_by_sequence, target_logprobs, token_kl
 from dpo_cli.model.forward import head_of, hidden_states, sequence_logprobs
 from dpo_cli.model.generate import Completion
 from dpo_cli.model.load import context_length
-from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample, Prompt
-from dpo_cli.stages.session import Session, check_lengths, completion_text
+from dpo_cli.stages.session import Session, check_lengths, completion_text, over_rows
 
 Tick = Callable[[int], None]
 
@@ -78,19 +77,20 @@ def divergences(
         for e, row in zip(prompts, samples, strict=True)
     ]
     exact, sampled = np.zeros(len(examples)), np.zeros(len(examples))
-    for batch in pack_sorted(examples, session.token_budget):
-        row = batch.to(session.runtime.device)
-        with session.runtime.autocast():
-            heads = head_of(policy), head_of(reference)
-            hidden = hidden_states(policy, row)[row.source_index]
-            other = hidden_states(reference, row)[row.source_index]
-            kl = token_kl(hidden, heads[0], other, heads[1])
-            ratio = target_logprobs(hidden, heads[0], row.targets) - target_logprobs(
-                other, heads[1], row.targets
-            )
-        places = batch.example_ids.numpy()
-        exact[places], sampled[places] = prompt_means(kl, row), prompt_means(ratio, row)
-        tick(len(places))
+
+    def both(row: Batch) -> tuple[list[float], list[float]]:
+        hidden = hidden_states(policy, row)[row.source_index]
+        other = hidden_states(reference, row)[row.source_index]
+        heads = head_of(policy), head_of(reference)
+        kl = token_kl(hidden, heads[0], other, heads[1])
+        ratio = target_logprobs(hidden, heads[0], row.targets) - target_logprobs(
+            other, heads[1], row.targets
+        )
+        return prompt_means(kl, row), prompt_means(ratio, row)
+
+    for row, made in over_rows(session, examples, both, tick=tick):
+        places = row.example_ids.numpy()
+        exact[places], sampled[places] = made
     return exact, sampled
 
 
@@ -128,15 +128,17 @@ def preference_accuracy(
     check_lengths(rows, 2, "evaluate")
     margins: dict[str, list[float]] = {"likelihood_accuracy": [], "accuracy": []}
     with session.progress.phase("preference accuracy", len(rows)) as tick:
-        for batch in pack_sorted(rows, session.token_budget):
-            row = batch.to(session.runtime.device)
-            with session.runtime.autocast():
-                logprobs = sequence_logprobs(policy, row).view(-1, row.branches)
-                margins["likelihood_accuracy"] += margin(logprobs)
-                if reference is not None:
-                    other = sequence_logprobs(reference, row).view(-1, row.branches)
-                    margins["accuracy"] += margin(logprobs - other)
-            tick(len(batch.example_ids))
+
+        def both(row: Batch) -> tuple[list[float], list[float]]:
+            logprobs = sequence_logprobs(policy, row).view(-1, row.branches)
+            if reference is None:
+                return margin(logprobs), []
+            other = sequence_logprobs(reference, row).view(-1, row.branches)
+            return margin(logprobs), margin(logprobs - other)
+
+        for _, (likelihood, implied) in over_rows(session, rows, both, tick=tick):
+            margins["likelihood_accuracy"] += likelihood
+            margins["accuracy"] += implied
     figures: dict[str, float] = {"pairs": len(rows)}
     for name, values in margins.items():
         if values:

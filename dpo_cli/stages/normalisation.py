@@ -41,6 +41,8 @@ def normalise(session: Session, loaded: Loaded) -> dict[str, float]:
     if std == 0.0:
         session.note(f"rewards are not normalised: all {len(rows)} samples have the same")
         return {}
+    if not session.ranks.first:
+        return {}
     final = session.run_dir / "final"
     facts = {"mean": mean, "std": std, "samples": len(rows)}
     replace_json(final, PROVENANCE, load_provenance(final) | {NORMALISATION: facts})

@@ -18,10 +18,8 @@ from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.statistics import mean_and_error
 from dpo_cli.logprobs import fused_loss, sum_by_sequence
-from dpo_cli.model.attention import prepare
 from dpo_cli.model.forward import head_of, target_states
 from dpo_cli.model.load import model_digest
-from dpo_cli.packing import pack_all
 from dpo_cli.ppo_math import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages.reference import load_reference, reference_path
@@ -40,7 +38,13 @@ from dpo_cli.stages.rollout import (
 )
 from dpo_cli.stages.sample import distinct_prompts, source_prompts
 from dpo_cli.stages.scoring import load_scorer, scorer_digest
-from dpo_cli.stages.session import Loaded, Session, load_policy_and_data, sample_writer
+from dpo_cli.stages.session import (
+    Loaded,
+    Session,
+    load_policy_and_data,
+    packed_rows,
+    sample_writer,
+)
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 
@@ -89,8 +93,7 @@ class Ppo:
         rng = np.random.default_rng([self.session.config.seed, number, epoch])
         order = rng.permutation(len(self.rollout.examples))
         chosen = order[place * self.minibatch : (place + 1) * self.minibatch].tolist()
-        rows = pack_all(self.rollout.examples, chosen, self.session.token_budget)
-        return [prepare(row, self.session.kernel) for row in rows]
+        return packed_rows(self.session, self.rollout.examples, chosen)
 
     def carried(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights and optimiser."""
@@ -139,7 +142,7 @@ def run(session: Session) -> dict[str, Any]:
         save_multiple=ppo.steps_per_rollout,
         carried=ppo.carried,
     )
-    fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
+    fit(task, session.config, session.runtime, session, session.snapshot)
     samples = ppo.plan.steps * ppo.plan.batch_size * stage.completions
     return {"samples": samples, "gradient_steps": steps}
 

@@ -24,9 +24,8 @@ from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.model.forward import computed_by, sequence_logprobs
 from dpo_cli.model.load import model_digest
-from dpo_cli.packing import pack_sorted
 from dpo_cli.records import EncodedExample
-from dpo_cli.stages.session import Loaded, Session, load, load_named
+from dpo_cli.stages.session import Loaded, Session, load, load_named, over_rows
 
 
 def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
@@ -68,11 +67,11 @@ def compute(
     values = torch.zeros(len(examples), branches)
     model.to(session.runtime.device).eval()  # type: ignore[arg-type]
     with session.progress.phase(name, len(examples)) as tick:
-        for batch in pack_sorted(examples, session.token_budget):
-            with session.runtime.autocast():
-                rows = sequence_logprobs(model, batch.to(session.runtime.device))
-            values[batch.example_ids] = rows.view(-1, branches).cpu()
-            tick(len(batch.example_ids))
+        made = over_rows(
+            session, examples, lambda row: sequence_logprobs(model, row).cpu(), tick=tick
+        )
+        for row, found in made:
+            values[row.example_ids] = found.view(-1, branches)
     return values
 
 
@@ -82,7 +81,7 @@ def cached(
     """As `compute`, read from or written to the cache folder; and the cache's key."""
     key = reference_key(session, model, examples)
     folder = Path(session.config.cache_dir) / "reference" / key[:32]
-    found = read(folder)
+    found = session.ranks.from_first(lambda: read(folder))
     if found is not None:
         session.note(f"{name}: read from cache {key[:12]}")
         return found, key
@@ -93,6 +92,8 @@ def cached(
         about = {"rows": len(examples), "precision": session.runtime.precision, "key": key}
         (target / "about.json").write_text(json.dumps(about))
 
+    if not session.ranks.first:
+        return values, key
     try:
         publish_folder(folder, write)
     except DiskError as error:  # another run of a sweep published it first, or no room

@@ -17,7 +17,6 @@ from dpo_cli.errors import DataError
 from dpo_cli.evaluation.statistics import calibration_error, reliability
 from dpo_cli.losses import reward_loss
 from dpo_cli.model.reward import load_reward_model, rewards, without_padding
-from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages.normalisation import normalise
 from dpo_cli.stages.session import (
@@ -25,6 +24,7 @@ from dpo_cli.stages.session import (
     batches_of,
     check_lengths,
     load_policy_and_data,
+    over_rows,
     step_plan,
 )
 from dpo_cli.train.loop import fit
@@ -71,7 +71,7 @@ def run(session: Session) -> dict[str, Any]:
         },
         identity={"rows": loaded.splits.fingerprint, "margins": digest(train.margins)},
     )
-    fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
+    fit(task, session.config, session.runtime, session, session.snapshot)
     draw(session, loaded.model, held_out, stage)
     return normalise(session, loaded)
 
@@ -148,14 +148,17 @@ def evaluate(
     """The training figures and the calibration on the held-out rows; empty without any."""
     if not rows.examples:
         return {}
-    totals, found = Totals(), []
-    for packed in pack_sorted(rows.examples, session.token_budget, keep_last=True):
-        batch = packed.to(session.runtime.device)
-        values = rewards(model, batch)
-        totals.add(loss_output(values, batch, rows.margins, stage))
-        found.append((packed.example_ids, values.view(-1, batch.branches)))
-    order = torch.cat([ids for ids, _ in found]).argsort()
-    rows.rewards = torch.cat([values for _, values in found]).cpu()[order]
+
+    def measured(row: Batch) -> tuple[LossOutput, Tensor]:
+        values = rewards(model, row)
+        out = loss_output(values, row, rows.margins, stage).on_cpu()
+        return out, values.view(-1, row.branches).cpu()
+
+    totals = Totals()
+    rows.rewards = torch.zeros(len(rows.examples), len(rows.examples[0].response_ids))
+    for row, (out, values) in over_rows(session, rows.examples, measured, keep_last=True):
+        totals.add(out)
+        rows.rewards[row.example_ids] = values
     return {**totals.means(), "ece": calibration_error(reliability(pair_margins(rows.rewards)))}
 
 

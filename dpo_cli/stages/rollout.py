@@ -16,7 +16,6 @@ from dpo_cli.evaluation.statistics import mean_and_error
 from dpo_cli.logprobs import Head, promote, target_logprobs
 from dpo_cli.model.forward import head_of, target_states
 from dpo_cli.model.generate import Completion, SamplingOptions
-from dpo_cli.packing import pack_sorted
 from dpo_cli.ppo_math import (
     AdaptiveKl,
     FixedKl,
@@ -27,8 +26,8 @@ from dpo_cli.ppo_math import (
     token_rewards,
     whiten,
 )
-from dpo_cli.records import EncodedExample, Prompt
-from dpo_cli.stages.session import Session, completion_text, draw_samples
+from dpo_cli.records import Batch, EncodedExample, Prompt
+from dpo_cli.stages.session import Session, completion_text, draw_samples, over_rows
 
 FALSE_KL = -3.0  # standard errors below zero at which a mean KL says that something is wrong
 
@@ -196,22 +195,23 @@ def measure(
     session: Session, actors: Actors, examples: Sequence[EncodedExample], stage: PpoConfig
 ) -> list[Tokens]:
     """Log-probabilities of policy and reference, and values, on the CPU; no advantages yet."""
-    device = session.runtime.device
+
+    def columns(row: Batch) -> list[Tensor]:
+        own = target_states(actors.policy, row)
+        other = target_states(actors.reference, row)
+        heads = [
+            at_temperature(head_of(model), stage.temperature)
+            for model in (actors.policy, actors.reference)
+        ]
+        logprobs = target_logprobs(own, heads[0], row.targets)
+        reference = target_logprobs(other, heads[1], row.targets)
+        values = values_of(actors.value_head, own)
+        return [part.cpu() for part in (logprobs, reference, values)]
+
     found: dict[int, Tokens] = {}
-    for batch in pack_sorted(examples, session.token_budget):
-        row = batch.to(device)
-        with session.runtime.autocast():
-            own = target_states(actors.policy, row)
-            other = target_states(actors.reference, row)
-            heads = [
-                at_temperature(head_of(model), stage.temperature)
-                for model in (actors.policy, actors.reference)
-            ]
-            logprobs = target_logprobs(own, heads[0], row.targets)
-            reference = target_logprobs(other, heads[1], row.targets)
-            values = values_of(actors.value_head, own)
-        columns = [part.cpu().split(batch.counts) for part in (logprobs, reference, values)]
-        for index, a, b, c in zip(batch.example_ids.tolist(), *columns, strict=True):
+    for row, made in over_rows(session, examples, columns):
+        parts = [part.split(row.counts) for part in made]
+        for index, a, b, c in zip(row.example_ids.tolist(), *parts, strict=True):
             found[index] = Tokens(a, b, c)
     return [found[i] for i in range(len(examples))]
 

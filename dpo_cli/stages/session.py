@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,13 +21,19 @@ from dpo_cli.model.forward import compile_rows
 from dpo_cli.model.generate import Completion, SamplingOptions, sample
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
 from dpo_cli.model.source import model_folder
-from dpo_cli.packing import pack_all
-from dpo_cli.records import Batch, EncodedExample
+from dpo_cli.packing import pack_all, pack_share, pack_sorted
+from dpo_cli.ranks import Ranks
+from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.report.console import Progress
 from dpo_cli.report.files import append_samples
 from dpo_cli.report.sinks import Sink
+from dpo_cli.shard import gathered, make_mesh, shard
 from dpo_cli.train.checkpoint import Snapshot, load_provenance
 from dpo_cli.train.runtime import Runtime
+from dpo_cli.train.sharded import is_sharded
+from dpo_cli.train.task import Totals
+
+T = TypeVar("T")
 
 
 class Stage(Protocol):
@@ -49,6 +55,10 @@ class Session:
     data_facts: dict[str, Any] = field(default_factory=dict)  # for the model card
     most_tokens: int | None = None  # of a packed row, where a loaded model's attention is slow
     kernel: str = field(init=False, repr=False)  # of the trained model, known when it is loaded
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.runtime.ranks
 
     @property
     def token_budget(self) -> int:
@@ -101,7 +111,22 @@ def load(
         compile_rows(model)
     most = MOST_TOKENS.get(kernel_of(model), session.token_budget)
     session.most_tokens = min(most, session.token_budget)
+    if session.ranks.size > 1:
+        spread_weights(session, model, key)
     return model
+
+
+def spread_weights(session: Session, model: PreTrainedModel, key: str) -> None:
+    """Shard a loaded model over the ranks. ConfigError for one whose forwards differ by rank."""
+    if kernel_of(model) == "plain":  # as many forwards as a row needs
+        raise ConfigError(
+            f"{key}: {type(model).__name__} runs with attention=plain, which several devices "
+            "cannot share: use hardware.devices=1"
+        )
+    hardware = session.config.hardware
+    nodes = max(1, session.ranks.size // hardware.devices)
+    mesh = make_mesh(session.runtime.device.type, hardware.devices, nodes, hardware.sharding)
+    shard(model, mesh, session.placement.dtype)
 
 
 def load_policy_and_data(session: Session, how: LoadModel = load_model) -> Loaded:
@@ -109,7 +134,7 @@ def load_policy_and_data(session: Session, how: LoadModel = load_model) -> Loade
     config = session.config
     tokenizer = load_tokenizer(config.model)
     source = config.model
-    if session.snapshot is not None:
+    if session.snapshot is not None and not is_sharded(session.snapshot.folder):
         source = replace(source, path=str(session.snapshot.folder))
     model = load(session, source, tokenizer, how=how)
     session.kernel = kernel_of(model)
@@ -178,11 +203,60 @@ def batches_of(
 ) -> Callable[[int], list[Batch]]:
     """step -> its micro-batches, each at most the token budget, ready for the trained model."""
 
-    def batches(step: int) -> list[Batch]:
-        rows = pack_all(examples, plan.indices(step), session.token_budget, keep_last)
-        return [prepare(row, session.kernel) for row in rows]
+    return lambda step: packed_rows(session, examples, plan.indices(step), keep_last)
 
-    return batches
+
+def packed_rows(
+    session: Session,
+    examples: Sequence[EncodedExample],
+    indices: Sequence[int],
+    keep_last: bool = False,
+) -> list[Batch]:
+    """This rank's micro-batches of the given examples, ready for the trained model."""
+    budget, ranks = session.token_budget, session.ranks
+    if ranks.size == 1:
+        rows = pack_all(examples, indices, budget, keep_last)
+    else:
+        rows = pack_share(examples, indices, budget, ranks.rank, ranks.size, keep_last)
+    return [prepare(row, session.kernel) for row in rows]
+
+
+def over_rows(
+    session: Session,
+    examples: Sequence[EncodedExample],
+    compute: Callable[[Batch], T],
+    keep_last: bool = False,
+    tick: Callable[[int], None] = lambda examples: None,
+) -> Iterable[tuple[Batch, T]]:
+    """Packed rows of all examples, and what `compute` makes of each on the run's device.
+
+    The ranks share the work: what is computed is sent to all of them, its tensors on the CPU.
+    """
+
+    def computed(row: Batch) -> T:
+        with session.runtime.autocast():
+            made = compute(row.to(session.runtime.device))
+        tick(len(row.example_ids) * session.ranks.size)
+        return made
+
+    rows = pack_sorted(examples, session.token_budget, keep_last)
+    if session.ranks.size == 1:  # one row after the other, none of them kept
+        return ((row, computed(row)) for row in rows)
+    listed = list(rows)
+    return zip(listed, session.ranks.spread(listed, computed), strict=True)
+
+
+def mean_figures(
+    session: Session,
+    examples: Sequence[EncodedExample],
+    compute: Callable[[Batch], LossOutput],
+) -> dict[str, float]:
+    """A loss and its figures over all examples; empty without any."""
+    totals, travels = Totals(), session.ranks.size > 1
+    made = over_rows(session, examples, lambda r: compute(r).on_cpu() if travels else compute(r))
+    for _, out in made:
+        totals.add(out)
+    return totals.means() if totals.sums else {}
 
 
 def keep_responses(examples: Sequence[EncodedExample], count: int) -> list[EncodedExample]:
@@ -235,8 +309,13 @@ def draw_samples(
     """`options.completions` samples of each prompt, computed in the run's precision."""
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     assert eos is not None and pad is not None
-    with session.runtime.autocast():
-        return sample(model, prompts, options, eos, pad, tick)
+    ranks = session.ranks
+    with session.runtime.autocast(), gathered(model):
+        mine = sample(model, prompts, options, eos, pad, tick, (ranks.rank, ranks.size))
+    if ranks.size == 1:
+        return mine
+    shares = ranks.gather(mine)
+    return [next((row for row in rows if row), []) for rows in zip(*shares, strict=True)]
 
 
 def complete(

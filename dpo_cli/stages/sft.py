@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from dpo_cli.config import SftConfig
 from dpo_cli.model.forward import loss_and_logprobs
-from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages.session import (
     Loaded,
@@ -21,11 +20,12 @@ from dpo_cli.stages.session import (
     distinct_responses,
     keep_responses,
     load_policy_and_data,
+    mean_figures,
     sample_writer,
     step_plan,
 )
 from dpo_cli.train.loop import fit
-from dpo_cli.train.task import Totals, TrainTask
+from dpo_cli.train.task import TrainTask
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def run(session: Session) -> dict[str, Any]:
         provenance={"stage": "sft", "data": loaded.splits.origin},
         identity={"rows": loaded.splits.fingerprint},
     )
-    fit(task, session.config, session.runtime, session.run_dir, session, session.snapshot)
+    fit(task, session.config, session.runtime, session, session.snapshot)
     return {"samples": distinct_responses(train), "gradient_steps": plan.steps}
 
 
@@ -82,10 +82,7 @@ def evaluate(
     session: Session, loaded: Loaded, examples: list[EncodedExample], reduction: str
 ) -> dict[str, float]:
     """Loss and perplexity of the held-out rows; empty without any."""
-    totals = Totals()
-    for batch in pack_sorted(examples, session.token_budget):
-        totals.add(sft_loss(loaded.model, batch.to(session.runtime.device), reduction))
-    if not totals.sums:
+    values = mean_figures(session, examples, lambda row: sft_loss(loaded.model, row, reduction))
+    if not values:
         return {}
-    values = totals.means()
     return {**values, "perplexity": math.exp(min(values["nll_per_token"], 50.0))}

@@ -5,6 +5,9 @@
                            optimizer.safetensors optimizer.json rng.safetensors state.json
                            MANIFEST.json                               (sha256 and size of each)
 
+A run of many ranks has, in place of model and optimizer.safetensors, what each of them holds
+in shards/ (`sharded.py`); the folder must be on a disk that all of them see.
+
 A save writes `.tmp-step-N-<id>/`, syncs every file, writes the manifest, syncs the folder
 and renames it: a folder named `step-N` is complete or was damaged later, which the
 manifest shows. Nothing is pickled.
@@ -24,11 +27,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import CheckpointError
+from dpo_cli.ranks import ALONE, Ranks
+from dpo_cli.shard import settle, whole
+from dpo_cli.train import sharded
 
 PROVENANCE = "dpo_run.json"
 HEADS = "heads.safetensors"
@@ -74,20 +81,33 @@ def save(
     state: dict[str, Any],
     provenance: dict[str, Any],
     heads: torch.nn.Module | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
-    """Write `folder/step-N`; `state` and `provenance` must be JSON."""
+    """Write `folder/step-N`; `state` and `provenance` must be JSON. Every rank calls it."""
 
     def write(target: Path) -> None:
-        write_model(target, model, tokenizer, provenance)
-        if heads is not None:
-            save_file(heads.state_dict(), target / HEADS)
-        _write_optimizer(target, optimizer)
+        if ranks.size == 1:
+            write_model(target, model, tokenizer, provenance)
+            _write_optimizer(target, optimizer)
+            if heads is not None:
+                save_file(heads.state_dict(), target / HEADS)
+        else:
+            sharded.write(ranks.from_first(lambda: target), _with(model, heads), optimizer)
         _write_rng(target)
         (target / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
 
     published = folder / f"step-{step}"
-    publish_folder(published, write)
+    settle(model)
+    if ranks.first:
+        publish_folder(published, write)
+    else:
+        sharded.write(ranks.from_first(lambda: published), _with(model, heads), optimizer)
+    ranks.wait()  # a rank that went on to fail would end the one that is still writing
     return published
+
+
+def _with(model: torch.nn.Module, heads: torch.nn.Module | None) -> torch.nn.Module:
+    return model if heads is None else torch.nn.ModuleList([model, heads])
 
 
 def write_model(
@@ -95,9 +115,13 @@ def write_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     provenance: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Weights, config and tokenizer in Hugging Face layout, and where they came from."""
-    model.save_pretrained(target)
+    """Weights, config and tokenizer in Hugging Face layout, and where they came from.
+
+    weights: of a model that is sharded.
+    """
+    model.save_pretrained(target, state_dict=weights)
     tokenizer.save_pretrained(target)
     (target / PROVENANCE).write_text(json.dumps(provenance, indent=1))
 
@@ -113,9 +137,34 @@ def save_final(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     provenance: dict[str, Any],
+    ranks: Ranks = ALONE,
 ) -> None:
-    """The finished model, replacing an older one only when complete."""
-    publish_folder(target, lambda folder: write_model(folder, model, tokenizer, provenance))
+    """The finished model, replacing an older one only when complete. Every rank calls it."""
+    weights = None if ranks.size == 1 else gathered_weights(model, ranks)
+    if ranks.first:
+        publish_folder(
+            target, lambda folder: write_model(folder, model, tokenizer, provenance, weights)
+        )
+    ranks.wait()
+
+
+def gathered_weights(model: PreTrainedModel, ranks: Ranks) -> dict[str, torch.Tensor]:
+    """The whole state dict on the first rank, in its host's memory; empty on the others."""
+    settle(model)
+    found: dict[str, torch.Tensor] = {}
+    once = {id(value): name for name, value in model.named_parameters()}
+    tied = {
+        name
+        for name, value in model.named_parameters(remove_duplicate=False)
+        if once[id(value)] != name
+    }
+    for name, value in model.state_dict().items():
+        if name in tied:
+            continue
+        full = whole(value.detach())
+        if ranks.first:
+            found[name] = full.cpu()
+    return found
 
 
 def prune(folder: Path, step: int, keep: int, protect: int | None) -> None:
@@ -132,8 +181,18 @@ def prune(folder: Path, step: int, keep: int, protect: int | None) -> None:
         shutil.rmtree(stale, ignore_errors=True)
 
 
-def restore(snapshot: Snapshot, optimizer: Optimizer, heads: torch.nn.Module | None = None) -> None:
-    """Optimiser state, heads and random generators; the model is loaded by the caller."""
+def restore(
+    snapshot: Snapshot,
+    model: PreTrainedModel,
+    optimizer: Optimizer,
+    heads: torch.nn.Module | None = None,
+) -> None:
+    """Optimiser state, heads and random generators; the model, unless its weights are sharded
+    in the checkpoint, is loaded by the caller."""
+    if sharded.is_sharded(snapshot.folder):
+        sharded.read(snapshot.folder, _with(model, heads), optimizer)
+        _read_rng(snapshot.folder)
+        return
     if heads is not None:
         heads.load_state_dict(load_file(snapshot.folder / HEADS))
     saved = json.loads((snapshot.folder / "optimizer.json").read_text())
@@ -145,7 +204,10 @@ def restore(snapshot: Snapshot, optimizer: Optimizer, heads: torch.nn.Module | N
         for key in keys:
             node = node.setdefault(key, {})
         node[last] = value
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    if any(isinstance(weight, DTensor) for weight in model.parameters()):
+        sharded.distribute(state, optimizer)
+    else:
+        optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
     _read_rng(snapshot.folder)
 
 

@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from dpo_cli.errors import RunLockedError
+
+if TYPE_CHECKING:  # run folders are claimed before torch is imported
+    from dpo_cli.ranks import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -41,6 +45,14 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
+
+    def told(self, ranks: Ranks) -> str | None:
+        """The signal that came to any rank so far: all of them stop after a step, or none."""
+        if ranks.size == 1:
+            return self.signal
+        if not ranks.any(self.signal is not None):
+            return None
+        return next(filter(None, ranks.gather(self.signal)), None)
 
     @contextmanager
     def watching(self) -> Iterator[StopRequest]:

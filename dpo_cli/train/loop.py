@@ -20,9 +20,10 @@ from dpo_cli.config import BEST_METRICS, RunConfig
 from dpo_cli.durable import recover, write_json
 from dpo_cli.errors import ConfigError, NonFiniteError, Preempted
 from dpo_cli.records import Batch
+from dpo_cli.shard import settle
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import StopRequest
-from dpo_cli.train.optim import build_optimizer, learning_rate, take_step
+from dpo_cli.train.optim import build_optimizer, learning_rate, sum_over_ranks, take_step
 from dpo_cli.train.prefetch import fed
 from dpo_cli.train.runtime import Runtime
 from dpo_cli.train.step import accumulate
@@ -54,7 +55,6 @@ def fit(
     task: TrainTask,
     config: RunConfig,
     runtime: Runtime,
-    run_dir: Path,
     reporter: Reporter,
     snapshot: checkpoint.Snapshot | None = None,
 ) -> None:
@@ -64,16 +64,20 @@ def fit(
     the state saved.
     """
     assert config.optim.lr is not None
+    run_dir = Path(config.run_dir)
     task.trained.to(runtime.device)
+    settle(task.model)
     optimizer = build_optimizer(
         task.model, config.optim, config.optim.lr, task.heads, task.heads_lr_scale
     )
     run = Fit(task, config, runtime, run_dir, reporter, optimizer, task.batches)
-    recover(run_dir / "final")
+    ranks = runtime.ranks
+    if ranks.first:
+        recover(run_dir / "final")
     task.identity["precision"] = runtime.precision
     if snapshot is not None:
         _check_identity(snapshot, task)
-        checkpoint.restore(snapshot, optimizer, task.heads)
+        checkpoint.restore(snapshot, task.model, optimizer, task.heads)
         run.step, run.best = snapshot.step, snapshot.state["best"]
     on_policy = task.before_step is not None  # nothing to make ahead of time
     made = nullcontext(task.batches) if on_policy else fed(task.batches, task.steps, runtime.device)
@@ -82,7 +86,7 @@ def fit(
             _evaluate(run)
         while run.step < task.steps:
             _after_step(run, _train_step(run), stop)
-    checkpoint.save_final(run_dir / "final", task.model, task.tokenizer, task.provenance)
+    checkpoint.save_final(run_dir / "final", task.model, task.tokenizer, task.provenance, ranks)
 
 
 def _check_identity(snapshot: checkpoint.Snapshot, task: TrainTask) -> None:
@@ -107,7 +111,10 @@ def _train_step(run: Fit) -> dict[str, float]:
     lr = learning_rate(config.optim, config.optim.lr or 0.0, run.step, task.steps)
     task.model.train()
     totals, tokens, examples = accumulate(task, run.batches(run.step), run.runtime)
-    weight, values = totals.weights["loss"], totals.means()
+    ranks = run.runtime.ranks
+    values = totals.means(ranks)
+    weight = totals.weights["loss"]
+    sum_over_ranks(task.trained, ranks)
     try:
         norm = take_step(task.trained, run.optimizer, weight, config.optim.max_grad_norm, lr)
     except NonFiniteError as error:
@@ -121,8 +128,8 @@ def _train_step(run: Fit) -> dict[str, float]:
         "lr": lr,
         "grad_norm": norm,
         "step_seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        f"{task.unit}_per_second": examples / seconds,
+        "tokens_per_second": ranks.total([tokens])[0] / seconds,
+        f"{task.unit}_per_second": ranks.total([examples])[0] / seconds,
         "peak_memory_mb": run.runtime.peak_memory_mb(),
         **run.before,
     }
@@ -141,15 +148,16 @@ def _after_step(run: Fit, values: dict[str, float], stop: StopRequest) -> None:
         run.due.add("save")
     if not last and run.step % run.task.save_multiple:
         return
-    if run.due or stop.signal:
+    told = stop.told(run.runtime.ranks)
+    if run.due or told:
         _check_weights(run)
     improved = "evaluate" in run.due and _evaluate(run)
-    if improved or stop.signal or "save" in run.due:
+    if improved or told or "save" in run.due:
         _save(run)
     run.due.clear()
-    if stop.signal and not last:
+    if told and not last:
         raise Preempted(
-            f"stopped by {stop.signal} after step {run.step} of {run.task.steps}, state saved; "
+            f"stopped by {told} after step {run.step} of {run.task.steps}, state saved; "
             f"continue with: dpo-run resume={run.run_dir}"
         )
 
@@ -192,7 +200,7 @@ def _check_weights(run: Fit) -> None:
     with torch.no_grad(), run.runtime.autocast():
         batch = run.task.batches(run.step - 1)[0]
         loss = run.task.compute_loss(batch.to(run.runtime.device)).loss_sum
-    if not torch.isfinite(loss):
+    if run.runtime.ranks.any(not torch.isfinite(loss)):
         raise NonFiniteError(
             f"step {run.step}: the loss after the step is {float(loss)}, it is not saved; "
             f"{_remedy(run)}"
@@ -212,12 +220,13 @@ def _save(run: Fit) -> None:
     }  # fmt: skip
     folder = checkpoint.save(
         run.checkpoints, run.step, run.task.model, run.task.tokenizer, run.optimizer,
-        state, run.task.provenance, run.task.heads,
+        state, run.task.provenance, run.task.heads, run.runtime.ranks,
     )  # fmt: skip
-    if run.best is not None:
+    if run.best is not None and run.runtime.ranks.first:
         best = {**run.best, "metric": run.config.train.best_metric,
                 "folder": f"checkpoints/step-{int(run.best['step'])}"}  # fmt: skip
         write_json(run.run_dir / "best.json", best)
     protect = None if run.best is None else int(run.best["step"])
-    checkpoint.prune(run.checkpoints, run.step, run.config.train.keep_checkpoints, protect)
+    if run.runtime.ranks.first:
+        checkpoint.prune(run.checkpoints, run.step, run.config.train.keep_checkpoints, protect)
     run.reporter.note(f"saved {folder.relative_to(run.run_dir)}")

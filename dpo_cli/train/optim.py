@@ -7,11 +7,15 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from dpo_cli.config import OptimConfig
 from dpo_cli.errors import ConfigError, NonFiniteError
+from dpo_cli.ranks import Ranks
 
 LR_SCALE = "lr_scale"  # the key of a group of weights that learn at another rate
 
@@ -74,10 +78,30 @@ def learning_rate(config: OptimConfig, peak: float, step: int, total: int) -> fl
 
 
 def global_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The 2-norm over all gradients, on the device."""
+    """The 2-norm over all gradients, on the device; sharded ones over all ranks."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch._foreach_norm(grads)
-    return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+    norms = []
+    plain = [g for g in grads if not isinstance(g, DTensor)]
+    sharded = [g for g in grads if isinstance(g, DTensor)]
+    if plain:
+        norms += [n.float() for n in torch._foreach_norm(plain)]
+    if sharded:
+        norms.append(cast(DTensor, get_total_norm(sharded)).full_tensor().float())
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def sum_over_ranks(model: torch.nn.Module, ranks: Ranks) -> None:
+    """Add up the gradients of weights that every rank holds whole; FSDP has done the others."""
+    if ranks.size == 1:
+        return
+    for weight in model.parameters():
+        if weight.grad is not None and not isinstance(weight.grad, DTensor):
+            dist.all_reduce(weight.grad)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The values that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def take_step(
@@ -92,7 +116,7 @@ def take_step(
     if not math.isfinite(norm):
         raise NonFiniteError(f"the gradient norm is {norm}")
     clip = min(1.0, max_grad_norm / (norm + 1e-12)) if max_grad_norm > 0 else 1.0
-    torch._foreach_mul_([cast(Tensor, p.grad) for p in parameters], clip / weight)
+    torch._foreach_mul_([local_part(cast(Tensor, p.grad)) for p in parameters], clip / weight)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get(LR_SCALE, 1.0)
     optimizer.step()

@@ -9,7 +9,7 @@ import random
 import resource
 import sys
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import transformers
 
 from dpo_cli.config import HardwareConfig
 from dpo_cli.errors import ConfigError
+from dpo_cli.ranks import Ranks, current
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -28,6 +29,7 @@ class Runtime:
 
     device: torch.device
     precision: str
+    ranks: Ranks = field(default_factory=Ranks)
 
     def autocast(self) -> AbstractContextManager[object]:
         if self.precision == "fp32":
@@ -58,9 +60,17 @@ def start_runtime(config: HardwareConfig, seed: int) -> Runtime:
         torch.set_num_threads(config.threads)
     seed_everything(seed)
     quiet_libraries()
+    ranks = current()
     if kind == "cpu":
         keep_freed_memory()
-    return Runtime(torch.device(kind, 0) if kind == "cuda" else torch.device("cpu"), precision)
+        return Runtime(torch.device("cpu"), precision, ranks)
+    if ranks.local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"hardware.devices: a node needs more than its {torch.cuda.device_count()} GPUs for "
+            f"its ranks; use hardware.devices={torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(ranks.local)
+    return Runtime(torch.device(kind, ranks.local), precision, ranks)
 
 
 def keep_freed_memory() -> None:

@@ -15,10 +15,11 @@ def accumulate(
     """Sum the loss's gradients over the micro-batches of a step: its totals, tokens, examples."""
     totals, tokens, examples = Totals(), 0, 0
     for batch in batches:
-        tokens += batch.input_ids.numel()
-        examples += len(batch.example_ids)
+        share = 0.0 if batch.filler else 1.0
+        tokens += batch.input_ids.numel() * (not batch.filler)
+        examples += len(batch.example_ids) * (not batch.filler)
         with runtime.autocast():
             out = task.compute_loss(batch.to(runtime.device))
-        out.loss_sum.backward()
-        totals.add(out)
+        (out.loss_sum * share if batch.filler else out.loss_sum).backward()
+        totals.add(out, share)
     return totals, tokens, examples

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from dpo_cli.ranks import ALONE, Ranks
 from dpo_cli.records import Batch, LossOutput
 
 
@@ -61,15 +62,20 @@ class Totals:
         self.sums: dict[str, torch.Tensor] = {}
         self.weights: dict[str, float] = {}
 
-    def add(self, out: LossOutput) -> None:
+    def add(self, out: LossOutput, share: float = 1.0) -> None:
+        """share: 0 for a row that counts for nothing, whose names are wanted all the same."""
         parts = {"loss": (out.loss_sum.detach(), out.weight), **out.metrics}
-        for name, (value, weight) in parts.items():
+        for name, (found, weight) in parts.items():
+            value = found if share == 1.0 else found * share
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.weights[name] = self.weights.get(name, 0.0) + weight
+            self.weights[name] = self.weights.get(name, 0.0) + weight * share
 
-    def means(self) -> dict[str, float]:
-        """One transfer for all of them."""
+    def means(self, ranks: Ranks = ALONE) -> dict[str, float]:
+        """One transfer for all of them; over all ranks, whose weights then become the step's."""
         values = torch.stack([v.float() for v in self.sums.values()]).tolist()
-        return {
-            name: value / self.weights[name] for name, value in zip(self.sums, values, strict=True)
-        }
+        names = list(self.sums)
+        if ranks.size > 1:
+            found = ranks.total([*values, *(self.weights[name] for name in names)])
+            values, weights = found[: len(names)], found[len(names) :]
+            self.weights = dict(zip(names, weights, strict=True))
+        return {name: v / self.weights[name] for name, v in zip(names, values, strict=True)}

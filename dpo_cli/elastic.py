@@ -1,0 +1,212 @@
+"""Runs of many processes, one a device, by torch's elastic launcher.
+
+`hardware.devices=8` starts the launcher from the plain command; `torchrun ... -m dpo_cli ...`
+is the launcher itself. Either way the first rank composes the configuration and claims the
+run folder, and tells the others: what each composed for itself could differ.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.config import HardwareConfig, RunConfig
+from dpo_cli.errors import ConfigError, Preempted, UserError
+
+PARALLEL = ("sft", "dpo", "reward", "ppo-baseline", "sample", "label", "evaluate")  # stages
+CONFIG = "dpo_run_config"  # the key under which the first rank leaves the configuration
+COMPOSE_SECONDS = 300.0
+SAVE_SECONDS = 600  # from a signal to the end: a step and a checkpoint
+LAUNCHED = "DPO_RUN_LAUNCHED"
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where the launcher looks for a rank's last words
+
+
+def rank() -> int | None:
+    """This process's number among those of a run, None in a run of one process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    return None
+
+
+def wanted(config: RunConfig) -> bool:
+    """Whether the run takes more than one process; stages that compute little take one."""
+    hardware = config.hardware
+    return hardware.devices * hardware.nodes > 1 and config.stage.name in PARALLEL
+
+
+def launch(config: RunConfig, words: Sequence[str]) -> int:
+    """Start the ranks of this node, `dpo-run <words>` each, and wait: the run's exit code."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    hardware = config.hardware
+    share_cores(hardware)
+    os.environ[LAUNCHED] = "1"
+    with tempfile.TemporaryDirectory(prefix="dpo-run-ranks-") as logs:
+        settings = LaunchConfig(
+            min_nodes=hardware.nodes, max_nodes=hardware.nodes,
+            nproc_per_node=hardware.devices, max_restarts=0, monitor_interval=0.1,
+            rdzv_backend="c10d", **meeting_point(hardware),
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        )  # fmt: skip
+        code = 0
+        try:
+            elastic_launch(settings, sys.executable)("-m", "dpo_cli", *words)
+        except ChildFailedError as error:
+            number, first = error.get_first_failure()
+            code = 128 - first.exitcode if first.exitcode < 0 else first.exitcode
+            told = f"rank {number} ended with exit code {first.exitcode}"
+            if first.exitcode < 0:
+                told = f"rank {number} was killed by {first.signal_name()}"
+        except SignalException as error:
+            code, told = 128 + error.sigval, f"stopped by {error.sigval.name}"
+        if code:
+            raise last_words(Path(logs)) or Failed(told, code)
+    return code
+
+
+class Failed(UserError):
+    """A rank that ended without saying why in a line; its traceback, if any, is above."""
+
+    def __init__(self, told: str, code: int) -> None:
+        super().__init__(f"{told}; the run can go on from its last checkpoint (resume=)")
+        self.exit_code = code
+
+
+class Reported(UserError):
+    """The error of a rank, as it told it."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.exit_code = code
+
+
+def meeting_point(hardware: HardwareConfig) -> dict[str, Any]:
+    """Where the nodes find each other: here, or on the first node of a Slurm job."""
+    if hardware.nodes == 1:
+        return {"rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
+    job, listed = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_NODELIST")
+    if not (job and listed):
+        raise ConfigError(
+            f"hardware.nodes={hardware.nodes}: on each node start torchrun --nnodes="
+            f"{hardware.nodes} --nproc-per-node={hardware.devices} --rdzv-backend=c10d "
+            "--rdzv-endpoint=<first node>:29500 -m dpo_cli <the same words>; a Slurm job does "
+            "so by itself"
+        )
+    command = ["scontrol", "show", "hostnames", listed]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    port = 20_000 + int(job) % 20_000
+    return {"rdzv_endpoint": f"{names[0]}:{port}", "run_id": f"dpo-run-{job}"}
+
+
+def share_cores(hardware: HardwareConfig) -> None:
+    """CPU threads of a rank, unless someone has said: all of them at once would starve."""
+    if hardware.threads is None and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // hardware.devices))
+
+
+def lead(config: RunConfig | None, code: int = 0) -> None:
+    """The first rank's part: tell the others the configuration, or an exit code without one."""
+    store = _store()
+    store.set(CONFIG, pickle.dumps((config, code)))
+    if config is not None:
+        _join(store, config)
+
+
+def follow() -> tuple[RunConfig | None, int]:
+    """Another rank's part: the configuration, or the exit code with which all of them end."""
+    store = _store()
+    store.wait([CONFIG], timedelta(seconds=COMPOSE_SECONDS))
+    config, code = pickle.loads(store.get(CONFIG))  # from our own first rank
+    if config is not None:
+        _join(store, config)
+    return config, code
+
+
+def abandon(code: int) -> None:
+    """The first rank's part, having failed: ranks that still wait for a configuration end."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        lead(None, code)
+
+
+def launched_by_us() -> bool:
+    """Whether a dpo-run started the ranks and will say how they ended."""
+    return os.environ.get(LAUNCHED) == "1"
+
+
+def leave() -> None:
+    """The end of a rank, together with the others."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _store() -> Any:
+    import torch.distributed as dist
+
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=COMPOSE_SECONDS))))
+    return store
+
+
+def _join(store: Any, config: RunConfig) -> None:
+    import torch
+    import torch.distributed as dist
+
+    cuda = torch.cuda.is_available() and config.hardware.device != "cpu"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=dist.PrefixStore("dpo_run", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=config.hardware.timeout_seconds),
+    )
+
+
+def as_started(config: RunConfig) -> RunConfig:
+    """Devices and nodes as the launcher has started them; ConfigError where that is refused."""
+    size = int(os.environ["WORLD_SIZE"])
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    hardware = config.hardware
+    if config.stage.name not in PARALLEL:
+        raise ConfigError(f"stage={config.stage.name}: takes one process; start it by dpo-run")
+    hardware.devices, hardware.nodes = devices, max(1, size // devices)
+    return config
+
+
+def record(error: UserError) -> None:
+    """Leave an error where the launcher finds it: several ranks may raise the same one."""
+    path = os.environ.get(ERROR_FILE)
+    if path:
+        facts = {"timestamp": str(int(time.time())), "py_callstack": str(error)}
+        message = {"message": str(error), "errorCode": error.exit_code, "extraInfo": facts}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+def last_words(logs: Path) -> UserError | None:
+    """What the ranks recorded: the oldest, or the one of a run that was stopped and saved."""
+    found = []
+    for path in logs.rglob("error.json"):
+        body = json.loads(path.read_text(encoding="utf-8")).get("message")
+        if isinstance(body, dict) and "errorCode" in body:
+            order = body["errorCode"] != Preempted.exit_code, path.stat().st_mtime_ns
+            found.append((order, str(body["message"]), int(body["errorCode"])))
+    if not found:
+        return None
+    _, message, code = min(found)
+    return Reported(message, code)
