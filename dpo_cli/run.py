@@ -31,7 +31,8 @@ REPORTED = (*TRAINING, "evaluate", "frontier")  # stages whose figures people re
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = (
     "run_dir", "resume", "dry_run", "cache_dir", "logger.",
-    "hardware.device", "hardware.precision", "hardware.threads", "optim.lr",
+    "hardware.device", "hardware.precision", "hardware.threads",
+    "hardware.activation_checkpointing", "optim.lr",
     "train.eval_every_steps", "train.save_every_steps", "train.keep_checkpoints",
     "train.log_every_steps", "train.micro_batch_tokens", "train.sample_", "hardware.name",
 )  # fmt: skip

@@ -86,7 +86,7 @@ def cached(
     if found is not None:
         session.note(f"{name}: read from cache {key[:12]}")
         return found, key
-    values = compute(session, model, examples, name)
+    values = session.within_memory(lambda: compute(session, model, examples, name))
 
     def write(target: Path) -> None:
         save_file({"logprobs": values}, target / "logprobs.safetensors")

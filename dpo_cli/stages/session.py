@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of, prepare
 from dpo_cli.model.forward import compile_rows
 from dpo_cli.model.generate import Completion, SamplingOptions, sample
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
+from dpo_cli.model.recompute import recompute_blocks
 from dpo_cli.model.source import model_folder
 from dpo_cli.packing import pack_all
 from dpo_cli.records import Batch, EncodedExample
@@ -27,7 +28,10 @@ from dpo_cli.report.console import Progress
 from dpo_cli.report.files import append_samples
 from dpo_cli.report.sinks import Sink
 from dpo_cli.train.checkpoint import Snapshot, load_provenance
+from dpo_cli.train.memory import TokenBudget, within
 from dpo_cli.train.runtime import Runtime
+
+T = TypeVar("T")
 
 
 class Stage(Protocol):
@@ -47,13 +51,21 @@ class Session:
     sinks: list[Sink]
     snapshot: Snapshot | None = None
     data_facts: dict[str, Any] = field(default_factory=dict)  # for the model card
-    most_tokens: int | None = None  # of a packed row, where a loaded model's attention is slow
+    budget: TokenBudget = field(init=False)
     kernel: str = field(init=False, repr=False)  # of the trained model, known when it is loaded
+
+    def __post_init__(self) -> None:
+        configured = self.config.train.micro_batch_tokens
+        self.budget = TokenBudget(self.runtime.micro_batch_tokens(configured))
 
     @property
     def token_budget(self) -> int:
-        budget = self.runtime.micro_batch_tokens(self.config.train.micro_batch_tokens)
-        return min(budget, self.most_tokens or budget)
+        """Most tokens of a row that is packed now."""
+        return self.budget.tokens
+
+    def within_memory(self, work: Callable[[], T]) -> T:
+        """`work()`, a pass that only measures, in smaller rows where memory runs out."""
+        return within(self.budget, self.runtime.device, self.note, work)
 
     @property
     def placement(self) -> Placement:
@@ -99,8 +111,8 @@ def load(
     model = how(source, tokenizer, session.config.seed, key, session.placement)
     if session.config.hardware.compile:
         compile_rows(model)
-    most = MOST_TOKENS.get(kernel_of(model), session.token_budget)
-    session.most_tokens = min(most, session.token_budget)
+    if kernel_of(model) in MOST_TOKENS:
+        session.budget.limit(MOST_TOKENS[kernel_of(model)])
     return model
 
 
@@ -113,6 +125,8 @@ def load_policy_and_data(session: Session, how: LoadModel = load_model) -> Loade
         source = replace(source, path=str(session.snapshot.folder))
     model = load(session, source, tokenizer, how=how)
     session.kernel = kernel_of(model)
+    if every := config.hardware.activation_checkpointing:
+        recompute_blocks(model, every)
     splits = load_data(session, context_length(model), tokenizer)
     if not splits.train:
         raise DataError(f"data={config.data.name}: no training rows are left")

@@ -22,6 +22,7 @@ from dpo_cli.errors import ConfigError, NonFiniteError, Preempted
 from dpo_cli.records import Batch
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import StopRequest
+from dpo_cli.train.memory import within
 from dpo_cli.train.optim import build_optimizer, learning_rate, take_step
 from dpo_cli.train.prefetch import fed
 from dpo_cli.train.runtime import Runtime
@@ -75,8 +76,10 @@ def fit(
         _check_identity(snapshot, task)
         checkpoint.restore(snapshot, optimizer, task.heads)
         run.step, run.best = snapshot.step, snapshot.state["best"]
+        task.budget.restore(snapshot.state.get("micro_batch_tokens"))
     on_policy = task.before_step is not None  # nothing to make ahead of time
-    made = nullcontext(task.batches) if on_policy else fed(task.batches, task.steps, runtime.device)
+    ahead = fed(task.batches, task.steps, runtime.device, task.budget)
+    made = nullcontext(task.batches) if on_policy else ahead
     with StopRequest().watching() as stop, made as run.batches:
         if run.step == 0:
             _evaluate(run)
@@ -106,8 +109,8 @@ def _train_step(run: Fit) -> dict[str, float]:
     started = time.perf_counter()
     lr = learning_rate(config.optim, config.optim.lr or 0.0, run.step, task.steps)
     task.model.train()
-    totals, tokens, examples = accumulate(task, run.batches(run.step), run.runtime)
-    weight, values = totals.weights["loss"], totals.means()
+    sums = accumulate(task, lambda: run.batches(run.step), run.runtime, run.reporter.note)
+    weight, values = sums.totals.weights["loss"], sums.totals.means()
     try:
         norm = take_step(task.trained, run.optimizer, weight, config.optim.max_grad_norm, lr)
     except NonFiniteError as error:
@@ -121,11 +124,13 @@ def _train_step(run: Fit) -> dict[str, float]:
         "lr": lr,
         "grad_norm": norm,
         "step_seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        f"{task.unit}_per_second": examples / seconds,
+        "tokens_per_second": sums.tokens / seconds,
+        f"{task.unit}_per_second": sums.examples / seconds,
         "peak_memory_mb": run.runtime.peak_memory_mb(),
         **run.before,
     }
+    if task.budget.lowered:
+        values["micro_batch_tokens"] = task.budget.tokens
     return values
 
 
@@ -165,7 +170,7 @@ def _evaluate(run: Fit) -> bool:
     """Figures and samples of the held-out rows; True if they are the best so far."""
     run.task.model.eval()
     with torch.no_grad(), run.runtime.autocast():
-        figures = run.task.evaluate()
+        figures = within(run.task.budget, run.runtime.device, run.reporter.note, run.task.evaluate)
     bad = [name for name, value in figures.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteError(
@@ -208,7 +213,7 @@ def _remedy(run: Fit) -> str:
 def _save(run: Fit) -> None:
     state = {
         "best": run.best, "steps": run.task.steps, "identity": run.task.identity,
-        "carried": run.task.carried(),
+        "carried": run.task.carried(), "micro_batch_tokens": run.task.budget.state(),
     }  # fmt: skip
     folder = checkpoint.save(
         run.checkpoints, run.step, run.task.model, run.task.tokenizer, run.optimizer,

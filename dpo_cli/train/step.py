@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from dpo_cli.records import Batch
+from dpo_cli.train.memory import Note, RandomStates, free_memory
 from dpo_cli.train.runtime import Runtime
 from dpo_cli.train.task import Totals, TrainTask
 
 
-def accumulate(
-    task: TrainTask, batches: Sequence[Batch], runtime: Runtime
-) -> tuple[Totals, int, int]:
-    """Sum the loss's gradients over the micro-batches of a step: its totals, tokens, examples."""
-    totals, tokens, examples = Totals(), 0, 0
-    for batch in batches:
-        tokens += batch.input_ids.numel()
-        examples += len(batch.example_ids)
+@dataclass
+class StepSums:
+    """Of the micro-batches of a step; the gradients are in the weights."""
+
+    totals: Totals = field(default_factory=Totals)
+    tokens: int = 0
+    examples: int = 0
+
+    def add(self, task: TrainTask, batch: Batch, runtime: Runtime) -> None:
         with runtime.autocast():
             out = task.compute_loss(batch.to(runtime.device))
         out.loss_sum.backward()
-        totals.add(out)
-    return totals, tokens, examples
+        self.totals.add(out)
+        self.tokens += batch.input_ids.numel()
+        self.examples += len(batch.example_ids)
+
+
+def accumulate(
+    task: TrainTask, batches: Callable[[], Sequence[Batch]], runtime: Runtime, note: Note
+) -> StepSums:
+    """Sum the loss's gradients over the micro-batches of a step.
+
+    Where memory runs out, what was summed is dropped, the task's token budget halves, and the
+    step is done again on `batches()` packed anew: the same gradients but for the order of
+    summation.
+    """
+    before = RandomStates.of(runtime.device)
+    while True:
+        sums, failed = StepSums(), None
+        for batch in batches():
+            try:
+                sums.add(task, batch, runtime)
+            except RuntimeError as error:
+                if not task.budget.mends(error):
+                    raise
+                failed = batch
+            if failed is not None:
+                break
+        if failed is None:
+            return sums
+        for weight in task.trained.parameters():
+            weight.grad = None
+        del sums
+        free_memory(runtime.device)
+        task.budget.lower(failed, note)
+        before.restore(runtime.device)

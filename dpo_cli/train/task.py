@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.records import Batch, LossOutput
+from dpo_cli.train.memory import TokenBudget
 
 
 class Reporter(Protocol):
@@ -38,6 +39,7 @@ class TrainTask:
     batches: Callable[[int], Sequence[Batch]]
     compute_loss: Callable[[Batch], LossOutput]
     evaluate: Callable[[], dict[str, float]]
+    budget: TokenBudget  # which batches and evaluate keep to
     on_eval: Callable[[int], None] = lambda step: None
     unit: str = "examples"  # what `<unit>_per_second` counts
     provenance: dict[str, Any] = field(default_factory=dict)  # written beside saved weights
