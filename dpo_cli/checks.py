@@ -174,7 +174,13 @@ def _optim(config: RunConfig) -> Iterator[str]:
 
 
 def _hardware(config: RunConfig) -> Iterator[str]:
-    devices = config.hardware.devices
+    hardware, devices = config.hardware, config.hardware.devices
+    trains = config.stage.name in TRAINING
+    if trains and hardware.weights == "bf16" and hardware.precision == "fp32":
+        yield (
+            "hardware.weights=bf16: needs hardware.precision=bf16; or use hardware.weights=fp32, "
+            "which keeps small changes of the weights"
+        )
     if devices > 1:
         yield f"hardware.devices={devices}: several devices are not supported yet; use 1"
 

@@ -26,6 +26,7 @@ from dpo_cli.model.forward import computed_by, sequence_logprobs
 from dpo_cli.model.load import model_digest
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import EncodedExample
+from dpo_cli.stages.precision import hold_as_trained
 from dpo_cli.stages.session import Loaded, Session, load, load_named
 
 
@@ -45,8 +46,13 @@ def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
 def load_reference(session: Session, loaded: Loaded, named: str | None) -> PreTrainedModel:
     """The named reference, or the weights the run started from (not the checkpoint's)."""
     if named is not None:
-        return load_named(session, named, loaded.tokenizer)
-    return load(session, session.config.model, loaded.tokenizer)
+        model = load_named(session, named, loaded.tokenizer)
+    else:
+        model = load(session, session.config.model, loaded.tokenizer)
+    hold_as_trained(
+        model, session.config.hardware
+    )  # or policy and reference would differ in step 0
+    return model
 
 
 def reference_key(

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import ModelConfig, RunConfig
+from dpo_cli.data.chat import is_chat
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError, DataError
@@ -27,6 +28,7 @@ from dpo_cli.records import Batch, EncodedExample
 from dpo_cli.report.console import Progress
 from dpo_cli.report.files import append_samples
 from dpo_cli.report.sinks import Sink
+from dpo_cli.stages.precision import hold_as_trained, refuse_rounding
 from dpo_cli.train.checkpoint import Snapshot, load_provenance
 from dpo_cli.train.memory import TokenBudget, within
 from dpo_cli.train.runtime import Runtime
@@ -119,11 +121,13 @@ def load(
 def load_policy_and_data(session: Session, how: LoadModel = load_model) -> Loaded:
     """The model to train (from the checkpoint when resuming) and the encoded splits."""
     config = session.config
+    refuse_rounding(config.hardware, session.runtime)
     tokenizer = load_tokenizer(config.model)
     source = config.model
     if session.snapshot is not None:
         source = replace(source, path=str(session.snapshot.folder))
     model = load(session, source, tokenizer, how=how)
+    hold_as_trained(model, config.hardware)
     session.kernel = kernel_of(model)
     if every := config.hardware.activation_checkpointing:
         recompute_blocks(model, every)
@@ -169,12 +173,6 @@ def load_data(
         "chat": is_chat(splits.train, tokenizer),
     }  # fmt: skip
     return splits
-
-
-def is_chat(examples: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether prompts went through a chat template: text alone never makes special tokens."""
-    special = set(tokenizer.all_special_ids)
-    return any(int(i) in special for e in examples[:1] for i in e.prompt_ids[1:])
 
 
 def step_plan(session: Session, rows: int) -> StepPlan:

@@ -23,8 +23,9 @@ from dpo_cli.records import Batch
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import StopRequest
 from dpo_cli.train.memory import within
-from dpo_cli.train.optim import build_optimizer, learning_rate, take_step
+from dpo_cli.train.optim import build_optimizer, learning_rate, take_step, warmup_steps
 from dpo_cli.train.prefetch import fed
+from dpo_cli.train.rounding import changed_share, rounding_note, watch
 from dpo_cli.train.runtime import Runtime
 from dpo_cli.train.step import accumulate
 from dpo_cli.train.task import Reporter, TrainTask
@@ -111,6 +112,8 @@ def _train_step(run: Fit) -> dict[str, float]:
     task.model.train()
     sums = accumulate(task, lambda: run.batches(run.step), run.runtime, run.reporter.note)
     weight, values = sums.totals.weights["loss"], sums.totals.means()
+    first = run.step + 1 == max(1, warmup_steps(config.optim, task.steps))
+    watched = watch(task.trained.parameters()) if first else []
     try:
         norm = take_step(task.trained, run.optimizer, weight, config.optim.max_grad_norm, lr)
     except NonFiniteError as error:
@@ -118,6 +121,8 @@ def _train_step(run: Fit) -> dict[str, float]:
             f"step {run.step + 1}: {error} (loss {values['loss']}); no step was taken; "
             f"{_remedy(run)}"
         ) from None
+    if note := rounding_note(changed_share(watched), lr):
+        run.reporter.note(note)
     run.step += 1
     seconds = time.perf_counter() - started
     values |= {

@@ -24,7 +24,7 @@ MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where the run computes. `precision` is fp32 or bf16 (autocast, float32 weights)."""
+    """Where the run computes. `precision` is fp32 or bf16 (autocast)."""
 
     device: torch.device
     precision: str
