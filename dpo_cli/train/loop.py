@@ -21,6 +21,7 @@ from dpo_cli.durable import recover, write_json
 from dpo_cli.errors import ConfigError, NonFiniteError, Preempted
 from dpo_cli.records import Batch
 from dpo_cli.train import checkpoint
+from dpo_cli.train.flops import Sizes, peak_tflops, sizes_of, speed_figures
 from dpo_cli.train.guard import StopRequest
 from dpo_cli.train.memory import within
 from dpo_cli.train.optim import build_optimizer, learning_rate, take_step, warmup_steps
@@ -42,6 +43,8 @@ class Fit:
     reporter: Reporter
     optimizer: Optimizer
     batches: Callable[[int], Sequence[Batch]]  # the task's, made ahead of time on CUDA
+    sizes: Sizes | None  # of the model, where its work is known
+    peak: float | None  # TFLOP/s of the device, where known
     step: int = 0
     best: dict[str, float] | None = None
     before: dict[str, float] = field(default_factory=dict)  # figures of the last before_step
@@ -70,7 +73,10 @@ def fit(
     optimizer = build_optimizer(
         task.model, config.optim, config.optim.lr, task.heads, task.heads_lr_scale
     )
-    run = Fit(task, config, runtime, run_dir, reporter, optimizer, task.batches)
+    run = Fit(
+        task, config, runtime, run_dir, reporter, optimizer, task.batches, sizes_of(task.model),
+        peak_tflops(runtime.device, runtime.precision),
+    )  # fmt: skip
     recover(run_dir / "final")
     task.identity["precision"] = runtime.precision
     if snapshot is not None:
@@ -131,6 +137,7 @@ def _train_step(run: Fit) -> dict[str, float]:
         "step_seconds": seconds,
         "tokens_per_second": sums.tokens / seconds,
         f"{task.unit}_per_second": sums.examples / seconds,
+        **speed_figures(run.sizes, sums.batches, task.live_references, seconds, run.peak),
         "peak_memory_mb": run.runtime.peak_memory_mb(),
         **run.before,
     }

@@ -16,16 +16,22 @@ class StepSums:
     """Of the micro-batches of a step; the gradients are in the weights."""
 
     totals: Totals = field(default_factory=Totals)
-    tokens: int = 0
-    examples: int = 0
+    batches: list[Batch] = field(default_factory=list)  # as they were packed, on the host
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.input_ids.numel() for batch in self.batches)
+
+    @property
+    def examples(self) -> int:
+        return sum(len(batch.example_ids) for batch in self.batches)
 
     def add(self, task: TrainTask, batch: Batch, runtime: Runtime) -> None:
         with runtime.autocast():
             out = task.compute_loss(batch.to(runtime.device))
         out.loss_sum.backward()
         self.totals.add(out)
-        self.tokens += batch.input_ids.numel()
-        self.examples += len(batch.example_ids)
+        self.batches.append(batch)
 
 
 def accumulate(
