@@ -13,6 +13,7 @@ from dpo_cli.bounds import BOUNDS
 from dpo_cli.config import (
     BEST_METRICS,
     CHOICES,
+    HardwareConfig,
     OptimConfig,
     RunConfig,
     SentimentDataConfig,
@@ -29,6 +30,11 @@ SETTINGS = {"optim": OptimConfig(), "train": TrainConfig()}  # of training
 READ_ANYWAY = {  # by stages that do not train
     (stage, "train.micro_batch_tokens") for stage in ("evaluate", "label")
 }  # fmt: skip
+HARDWARE = HardwareConfig()
+OF_TRAINING = {  # keys of the hardware that stages without training do not read
+    f"hardware.{name}": getattr(HARDWARE, name)
+    for name in ("compile", "weights", "activation_checkpointing")
+}
 OPTIM_OPTIONS = {"adamw": {"betas"}, "rmsprop": {"alpha"}, "adamw8bit": {"betas"}}
 
 
@@ -170,6 +176,12 @@ def _optim(config: RunConfig) -> Iterator[str]:
 def _hardware(config: RunConfig) -> Iterator[str]:
     hardware = config.hardware
     ranks = hardware.devices * hardware.nodes
+    trains = config.stage.name in TRAINING
+    if trains and hardware.weights == "bf16" and hardware.precision == "fp32":
+        yield (
+            "hardware.weights=bf16: needs hardware.precision=bf16; or use hardware.weights=fp32, "
+            "which keeps small changes of the weights"
+        )
     if hardware.sharding == "hybrid" and hardware.nodes == 1:
         yield (
             "hardware.sharding=hybrid: keeps a copy of the weights on each of several nodes, "
@@ -178,7 +190,7 @@ def _hardware(config: RunConfig) -> Iterator[str]:
     if ranks == 1:
         return
     devices = f"hardware.devices={hardware.devices}"
-    if config.optim.name == "adamw8bit" and config.stage.name in TRAINING:
+    if config.optim.name == "adamw8bit" and trains:
         yield f"optim=adamw8bit: cannot be shared by {devices}; use optim=adamw or rmsprop"
     if hardware.compile:
         yield f"hardware.compile=true: not offered with {devices}; leave it out"
@@ -206,7 +218,7 @@ def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
             yield no_effect(key, value, "stage=reward, which generates nothing")
         elif group in READERS and (why := unread(config, group)):
             yield no_effect(key, value, why)
-        elif key == "hardware.compile" and value and stage not in TRAINING:
+        elif key in OF_TRAINING and value != OF_TRAINING[key] and stage not in TRAINING:
             yield no_effect(key, value, f"stage={stage}, which trains nothing")
         elif key.startswith(("model.revision", "model.architecture.")) and path:
             yield no_effect(key, value, f"model.path={path}")

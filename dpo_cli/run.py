@@ -34,7 +34,8 @@ REPORTED = (*TRAINING, "evaluate", "frontier")  # stages whose figures people re
 MAY_CHANGE = (
     "run_dir", "resume", "dry_run", "cache_dir", "logger.",
     "hardware.device", "hardware.nodes", "hardware.sharding", "hardware.timeout_seconds",
-    "hardware.memory_gb", "hardware.precision", "hardware.threads", "optim.lr",
+    "hardware.memory_gb", "hardware.precision", "hardware.threads",
+    "hardware.activation_checkpointing", "optim.lr",
     "train.eval_every_steps", "train.save_every_steps", "train.keep_checkpoints",
     "train.log_every_steps", "train.micro_batch_tokens", "train.sample_", "hardware.name",
 )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TypeVar, cast
 
 import torch
@@ -61,16 +62,17 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     )
     root = _Root(model)
     blocks = blocks_of(model)
-    for part in (*blocks, root):
+    parts: list[Any] = [*blocks, root]
+    for part in parts:
         sharded = fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=ignored)
         # The step divides by its weight; a division by the ranks here would be one too many.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # else by PREMUL_SUM, which gloo lacks
     # By default FSDP gathers ahead by the order of all forwards since the last backward, and
     # after sampling that order differs between ranks, which then wait for each other for ever.
-    for part, before in zip((*blocks[1:], root), blocks, strict=True):
+    for before, part in pairwise(parts):
         part.set_modules_to_backward_prefetch([before])
-    blocks[0].set_modules_to_backward_prefetch([root])  # there already; none would mean the default
+    parts[0].set_modules_to_backward_prefetch([root])  # there already; none would mean the default
     object.__setattr__(model, ROOT, root)  # as an attribute of a module it would be its part
 
 

@@ -18,7 +18,7 @@ from unittest import mock
 
 import bench_ours
 import torch
-from bench_flops import Sizes, Work, matmul_peaks, step_flops
+from bench_flops import matmul_peaks
 from bench_job import Job, Window, synchronise, work
 from bench_ours import ClockSink
 from torch import Tensor
@@ -31,6 +31,7 @@ from dpo_cli.model import attention, forward
 from dpo_cli.records import Batch
 from dpo_cli.stages import dpo
 from dpo_cli.train import loop
+from dpo_cli.train.flops import Sizes, Work, step_flops
 
 TOP_OPERATORS = 15
 

@@ -5,7 +5,7 @@ Measured are DPO steps as `dpo-run` takes them: in one process as they are, in a
 clocks around the functions that a step goes through (on CUDA the device is waited for at
 each clock, so the first process tells what the clocks cost), in a third under torch.profiler.
 The limit is the fastest product of two square matrices in the same process, in the same
-precision. FLOPs are those that the model needs (see bench_flops.py): 2 a weight and token
+precision. FLOPs are those that the model needs (see dpo_cli/train/flops.py): 2 a weight and token
 forward, twice that backward, attention between tokens that see each other, the head at
 scored tokens only. Results go to <out>/profile-<preset>-<device>.md and .png.
 """

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cli.data.drops import BadRow
 from dpo_cli.data.tokens import Piece, TokenizerFacts, encode_pieces
 from dpo_cli.errors import ConfigError
-from dpo_cli.records import Message
+from dpo_cli.records import EncodedExample, Message
 
 # Private-use characters: no template rewrites them and no real text holds this sequence.
 ANSWER = "\ue0f3answer\ue0f4"
@@ -149,3 +149,9 @@ def plain_response(prompt: str | Sequence[Message], text: str) -> Piece:
     """A text as it is; after `Assistant:`, one space."""
     spaced = isinstance(prompt, str) or text[:1].isspace()
     return Piece(text if spaced else f" {text}")
+
+
+def is_chat(examples: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts went through a chat template: text alone never makes special tokens."""
+    special = set(tokenizer.all_special_ids)
+    return any(int(i) in special for e in examples[:1] for i in e.prompt_ids[1:])

@@ -148,9 +148,10 @@ def rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
     """
     assert batch.last_index is not None, "pack(..., keep_last=True)"
     last = hidden_states(model, batch).index_select(0, batch.last_index)
+    head = score_head(model)
+    bias = None if head.bias is None else promote(head.bias)
     with torch.autocast(last.device.type, enabled=False):  # bf16 would round rewards to 3 digits
-        weight = promote(score_head(model).weight)  # gathered ones may be in bf16
-        return torch.nn.functional.linear(promote(last), weight, score_head(model).bias).squeeze(1)
+        return torch.nn.functional.linear(promote(last), promote(head.weight), bias).squeeze(1)
 
 
 def _plain_reward(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:

@@ -45,7 +45,10 @@ LABELS = {
     "tokens_per_second": "Tokens a second",
     "pairs_per_second": "Pairs a second",
     "examples_per_second": "Examples a second",
+    "tflops_per_second": "TFLOP a second",
+    "mfu": "Model FLOPs utilisation",
     "peak_memory_mb": "Peak memory (MB)",
+    "micro_batch_tokens": "Tokens a micro-batch",
 }
 _SHARES = (
     "accuracies",
@@ -57,6 +60,7 @@ _SHARES = (
     "low",
     "high",
     "distinct_2",
+    "mfu",
 )
 _SETTINGS = ("temperature", "setting")  # as written, no measured figures
 _NATS = ("kl", "kl_sampled", "nll_per_token", "logps", "logratios")

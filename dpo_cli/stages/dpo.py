@@ -51,6 +51,8 @@ def run(session: Session) -> dict[str, Any]:
         batches=batches_of(session, train, plan),
         compute_loss=lambda batch: dpo_loss(loaded.model, batch, reference_of["train"], stage),
         evaluate=lambda: evaluate(session, loaded, held_out, reference_of.get("eval"), stage),
+        budget=session.budget,
+        live_references=int(stage.reference_logprobs == "live"),
         on_eval=sample_writer(session, loaded),
         unit="pairs" if stage.loss != "plackett_luce" else "lists",
         provenance={

@@ -122,6 +122,7 @@ def run(session: Session) -> dict[str, Any]:
         batches=ppo.batches,
         compute_loss=lambda batch: ppo_loss(actors, batch, ppo.rollout, stage),
         evaluate=lambda: evaluate(ppo),
+        budget=session.budget,
         on_eval=sample_writer(session, loaded),
         unit="prompts",
         provenance={

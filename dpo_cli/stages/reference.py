@@ -44,8 +44,8 @@ def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
 def load_reference(session: Session, loaded: Loaded, named: str | None) -> PreTrainedModel:
     """The named reference, or the weights the run started from (not the checkpoint's)."""
     if named is not None:
-        return load_named(session, named, loaded.tokenizer)
-    return load(session, session.config.model, loaded.tokenizer)
+        return load_named(session, named, loaded.tokenizer, as_trained=True)
+    return load(session, session.config.model, loaded.tokenizer, as_trained=True)
 
 
 def reference_key(
@@ -85,7 +85,7 @@ def cached(
     if found is not None:
         session.note(f"{name}: read from cache {key[:12]}")
         return found, key
-    values = compute(session, model, examples, name)
+    values = session.within_memory(lambda: compute(session, model, examples, name))
 
     def write(target: Path) -> None:
         save_file({"logprobs": values}, target / "logprobs.safetensors")

@@ -63,6 +63,7 @@ def run(session: Session) -> dict[str, Any]:
             rewards(loaded.model, batch), batch, train.margins, stage
         ),
         evaluate=lambda: evaluate(session, loaded.model, held_out, stage),
+        budget=session.budget,
         unit="pairs" if branches == 2 else "lists",
         provenance={
             "stage": "reward",

@@ -135,7 +135,7 @@ def roll_out(
     flat = [c for row in samples for c in row]
     scored = time.perf_counter()
     full = with_samples(examples, samples)
-    tokens = measure(session, actors, full, stage)
+    tokens = session.within_memory(lambda: measure(session, actors, full, stage))
     lengths = torch.tensor([len(c.ids) for c in flat])
     logratios = torch.cat([t.logprobs - t.reference for t in tokens])
     figures = estimate(actors, tokens, final_scores(actors, raw, flat, stage), lengths, stage)

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import ModelConfig, RunConfig
+from dpo_cli.data.chat import is_chat
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError, DataError
@@ -20,6 +21,7 @@ from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of, prepare
 from dpo_cli.model.forward import compile_rows
 from dpo_cli.model.generate import Completion, SamplingOptions, sample
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
+from dpo_cli.model.recompute import recompute_blocks
 from dpo_cli.model.source import model_folder
 from dpo_cli.packing import pack_all, pack_share, pack_sorted
 from dpo_cli.ranks import Ranks
@@ -28,7 +30,9 @@ from dpo_cli.report.console import Progress
 from dpo_cli.report.files import append_samples
 from dpo_cli.report.sinks import Sink
 from dpo_cli.shard import gathered, make_mesh, shard
+from dpo_cli.stages.precision import hold_as_trained, refuse_rounding
 from dpo_cli.train.checkpoint import Snapshot, load_provenance
+from dpo_cli.train.memory import TokenBudget, within
 from dpo_cli.train.runtime import Runtime
 from dpo_cli.train.sharded import is_sharded
 from dpo_cli.train.task import Totals
@@ -53,8 +57,13 @@ class Session:
     sinks: list[Sink]
     snapshot: Snapshot | None = None
     data_facts: dict[str, Any] = field(default_factory=dict)  # for the model card
-    most_tokens: int | None = None  # of a packed row, where a loaded model's attention is slow
+    budget: TokenBudget = field(init=False)
     kernel: str = field(init=False, repr=False)  # of the trained model, known when it is loaded
+
+    def __post_init__(self) -> None:
+        configured = self.config.train.micro_batch_tokens
+        tokens = self.runtime.micro_batch_tokens(configured)
+        self.budget = TokenBudget(tokens, fixed=self.ranks.size > 1)
 
     @property
     def ranks(self) -> Ranks:
@@ -62,8 +71,12 @@ class Session:
 
     @property
     def token_budget(self) -> int:
-        budget = self.runtime.micro_batch_tokens(self.config.train.micro_batch_tokens)
-        return min(budget, self.most_tokens or budget)
+        """Most tokens of a row that is packed now."""
+        return self.budget.tokens
+
+    def within_memory(self, work: Callable[[], T]) -> T:
+        """`work()`, a pass that only measures, in smaller rows where memory runs out."""
+        return within(self.budget, self.runtime.device, self.note, work)
 
     @property
     def placement(self) -> Placement:
@@ -104,13 +117,20 @@ def load(
     tokenizer: PreTrainedTokenizerFast,
     key: str = "model.path",
     how: LoadModel = load_model,
+    as_trained: bool = False,
 ) -> PreTrainedModel:
-    """A model for this run's device; the session's rows stay as short as its attention needs."""
+    """A model for this run's device; the session's rows stay as short as its attention needs.
+
+    as_trained: in the precision of the trained weights; else the reference would not be what
+    the policy was at step 0.
+    """
     model = how(source, tokenizer, session.config.seed, key, session.placement)
     if session.config.hardware.compile:
         compile_rows(model)
-    most = MOST_TOKENS.get(kernel_of(model), session.token_budget)
-    session.most_tokens = min(most, session.token_budget)
+    if kernel_of(model) in MOST_TOKENS:
+        session.budget.limit(MOST_TOKENS[kernel_of(model)])
+    if as_trained:
+        hold_as_trained(model, session.config.hardware)
     if session.ranks.size > 1:
         spread_weights(session, model, key)
     return model
@@ -132,12 +152,15 @@ def spread_weights(session: Session, model: PreTrainedModel, key: str) -> None:
 def load_policy_and_data(session: Session, how: LoadModel = load_model) -> Loaded:
     """The model to train (from the checkpoint when resuming) and the encoded splits."""
     config = session.config
+    refuse_rounding(config.hardware, session.runtime)
     tokenizer = load_tokenizer(config.model)
     source = config.model
     if session.snapshot is not None and not is_sharded(session.snapshot.folder):
         source = replace(source, path=str(session.snapshot.folder))
-    model = load(session, source, tokenizer, how=how)
+    model = load(session, source, tokenizer, how=how, as_trained=True)
     session.kernel = kernel_of(model)
+    if every := config.hardware.activation_checkpointing:
+        recompute_blocks(model, every)
     splits = load_data(session, context_length(model), tokenizer)
     if not splits.train:
         raise DataError(f"data={config.data.name}: no training rows are left")
@@ -145,7 +168,11 @@ def load_policy_and_data(session: Session, how: LoadModel = load_model) -> Loade
 
 
 def load_named(
-    session: Session, named: str, tokenizer: PreTrainedTokenizerFast, key: str = "stage.reference"
+    session: Session,
+    named: str,
+    tokenizer: PreTrainedTokenizerFast,
+    key: str = "stage.reference",
+    as_trained: bool = False,
 ) -> PreTrainedModel:
     """Another model by folder or hub id, for the same token ids as the policy's."""
     local = model_folder(named, key) if Path(named).is_dir() else None
@@ -158,7 +185,7 @@ def load_named(
             f"{key}={named}: has another tokenizer than model={session.config.model.name}; its "
             "log-probabilities would be of other texts"
         )
-    return load(session, source, tokenizer, key)
+    return load(session, source, tokenizer, key, as_trained=as_trained)
 
 
 def base_provenance(config: ModelConfig) -> dict[str, Any]:
@@ -180,12 +207,6 @@ def load_data(
         "chat": is_chat(splits.train, tokenizer),
     }  # fmt: skip
     return splits
-
-
-def is_chat(examples: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether prompts went through a chat template: text alone never makes special tokens."""
-    special = set(tokenizer.all_special_ids)
-    return any(int(i) in special for e in examples[:1] for i in e.prompt_ids[1:])
 
 
 def step_plan(session: Session, rows: int) -> StepPlan:

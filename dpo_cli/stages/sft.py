@@ -44,6 +44,7 @@ def run(session: Session) -> dict[str, Any]:
         batches=batches_of(session, train, plan),
         compute_loss=lambda batch: sft_loss(loaded.model, batch, stage.reduction),
         evaluate=lambda: evaluate(session, loaded, held_out, stage.reduction),
+        budget=session.budget,
         on_eval=sample_writer(session, loaded),
         provenance={"stage": "sft", "data": loaded.splits.origin},
         identity={"rows": loaded.splits.fingerprint},

@@ -22,9 +22,18 @@ from dpo_cli.errors import ConfigError, NonFiniteError, Preempted
 from dpo_cli.records import Batch
 from dpo_cli.shard import settle
 from dpo_cli.train import checkpoint
+from dpo_cli.train.flops import Sizes, peak_tflops, sizes_of, speed_figures
 from dpo_cli.train.guard import StopRequest
-from dpo_cli.train.optim import build_optimizer, learning_rate, sum_over_ranks, take_step
+from dpo_cli.train.memory import within
+from dpo_cli.train.optim import (
+    build_optimizer,
+    learning_rate,
+    sum_over_ranks,
+    take_step,
+    warmup_steps,
+)
 from dpo_cli.train.prefetch import fed
+from dpo_cli.train.rounding import changed_share, rounding_note, watch
 from dpo_cli.train.runtime import Runtime
 from dpo_cli.train.step import accumulate
 from dpo_cli.train.task import Reporter, TrainTask
@@ -41,6 +50,8 @@ class Fit:
     reporter: Reporter
     optimizer: Optimizer
     batches: Callable[[int], Sequence[Batch]]  # the task's, made ahead of time on CUDA
+    sizes: Sizes | None  # of the model, where its work is known
+    peak: float | None  # TFLOP/s of the device, where known
     step: int = 0
     best: dict[str, float] | None = None
     before: dict[str, float] = field(default_factory=dict)  # figures of the last before_step
@@ -70,7 +81,10 @@ def fit(
     optimizer = build_optimizer(
         task.model, config.optim, config.optim.lr, task.heads, task.heads_lr_scale
     )
-    run = Fit(task, config, runtime, run_dir, reporter, optimizer, task.batches)
+    run = Fit(
+        task, config, runtime, run_dir, reporter, optimizer, task.batches, sizes_of(task.model),
+        peak_tflops(runtime.device, runtime.precision),
+    )  # fmt: skip
     ranks = runtime.ranks
     if ranks.first:
         recover(run_dir / "final")
@@ -79,8 +93,10 @@ def fit(
         _check_identity(snapshot, task)
         checkpoint.restore(snapshot, task.model, optimizer, task.heads)
         run.step, run.best = snapshot.step, snapshot.state["best"]
+        task.budget.restore(snapshot.state.get("micro_batch_tokens"))
     on_policy = task.before_step is not None  # nothing to make ahead of time
-    made = nullcontext(task.batches) if on_policy else fed(task.batches, task.steps, runtime.device)
+    ahead = fed(task.batches, task.steps, runtime.device, task.budget)
+    made = nullcontext(task.batches) if on_policy else ahead
     with StopRequest().watching() as stop, made as run.batches:
         if run.step == 0:
             _evaluate(run)
@@ -110,11 +126,13 @@ def _train_step(run: Fit) -> dict[str, float]:
     started = time.perf_counter()
     lr = learning_rate(config.optim, config.optim.lr or 0.0, run.step, task.steps)
     task.model.train()
-    totals, tokens, examples = accumulate(task, run.batches(run.step), run.runtime)
+    sums = accumulate(task, lambda: run.batches(run.step), run.runtime, run.reporter.note)
     ranks = run.runtime.ranks
-    values = totals.means(ranks)
-    weight = totals.weights["loss"]
+    values = sums.totals.means(ranks)
+    weight = sums.totals.weights["loss"]
     sum_over_ranks(task.trained, ranks)
+    first = run.step + 1 == max(1, warmup_steps(config.optim, task.steps))
+    watched = watch(task.trained.parameters()) if first else []
     try:
         norm = take_step(task.trained, run.optimizer, weight, config.optim.max_grad_norm, lr)
     except NonFiniteError as error:
@@ -122,17 +140,22 @@ def _train_step(run: Fit) -> dict[str, float]:
             f"step {run.step + 1}: {error} (loss {values['loss']}); no step was taken; "
             f"{_remedy(run)}"
         ) from None
+    if note := rounding_note(changed_share(watched), lr):
+        run.reporter.note(note)
     run.step += 1
     seconds = time.perf_counter() - started
     values |= {
         "lr": lr,
         "grad_norm": norm,
         "step_seconds": seconds,
-        "tokens_per_second": ranks.total([tokens])[0] / seconds,
-        f"{task.unit}_per_second": ranks.total([examples])[0] / seconds,
+        "tokens_per_second": ranks.total([sums.tokens])[0] / seconds,
+        f"{task.unit}_per_second": ranks.total([sums.examples])[0] / seconds,
+        **speed_figures(run.sizes, sums.batches, task.live_references, seconds, run.peak, ranks),
         "peak_memory_mb": run.runtime.peak_memory_mb(),
         **run.before,
     }
+    if task.budget.lowered:
+        values["micro_batch_tokens"] = task.budget.tokens
     return values
 
 
@@ -173,7 +196,7 @@ def _evaluate(run: Fit) -> bool:
     """Figures and samples of the held-out rows; True if they are the best so far."""
     run.task.model.eval()
     with torch.no_grad(), run.runtime.autocast():
-        figures = run.task.evaluate()
+        figures = within(run.task.budget, run.runtime.device, run.reporter.note, run.task.evaluate)
     bad = [name for name, value in figures.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteError(
@@ -216,7 +239,7 @@ def _remedy(run: Fit) -> str:
 def _save(run: Fit) -> None:
     state = {
         "best": run.best, "steps": run.task.steps, "identity": run.task.identity,
-        "carried": run.task.carried(),
+        "carried": run.task.carried(), "micro_batch_tokens": run.task.budget.state(),
     }  # fmt: skip
     folder = checkpoint.save(
         run.checkpoints, run.step, run.task.model, run.task.tokenizer, run.optimizer,

@@ -62,11 +62,16 @@ def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return [g for g in groups if g["params"]]
 
 
+def warmup_steps(config: OptimConfig, total: int) -> int:
+    """The last of them has the full learning rate."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    return round(config.warmup_ratio * total)
+
+
 def learning_rate(config: OptimConfig, peak: float, step: int, total: int) -> float:
     """The rate of 0-based `step`: linear warm-up, then constant, cosine or linear to zero."""
-    warmup = config.warmup_steps
-    if warmup is None:
-        warmup = round(config.warmup_ratio * total)
+    warmup = warmup_steps(config, total)
     if step < warmup:
         return peak * (step + 1) / warmup
     if config.schedule == "constant":
@@ -80,14 +85,16 @@ def learning_rate(config: OptimConfig, peak: float, step: int, total: int) -> fl
 def global_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     """The 2-norm over all gradients, on the device; sharded ones over all ranks."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    norms = []
+    norms: list[Tensor] = []
     plain = [g for g in grads if not isinstance(g, DTensor)]
     sharded = [g for g in grads if isinstance(g, DTensor)]
+    half = any(g.dtype == torch.bfloat16 for g in grads)  # its norms would have 3 digits
     if plain:
-        norms += [n.float() for n in torch._foreach_norm(plain)]
+        norms += torch._foreach_norm(plain, 2, dtype=torch.float32 if half else None)
     if sharded:
-        norms.append(cast(DTensor, get_total_norm(sharded)).full_tensor().float())
-    return torch.linalg.vector_norm(torch.stack(norms))
+        wide = [g.float() for g in sharded] if half else sharded
+        norms.append(cast(DTensor, get_total_norm(wide)).full_tensor())
+    return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
 
 
 def sum_over_ranks(model: torch.nn.Module, ranks: Ranks) -> None:

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import torch
 
 from dpo_cli.records import Batch
+from dpo_cli.train.memory import TokenBudget
 
 T = TypeVar("T")
 
@@ -22,18 +23,26 @@ class Prefetch(Generic[T]):
     """
 
     def __init__(
-        self, make: Callable[[int], T], steps: int, prepare: Callable[[], None] = lambda: None
+        self,
+        make: Callable[[int], T],
+        steps: int,
+        prepare: Callable[[], None] = lambda: None,
+        version: Callable[[], int] = lambda: 0,
     ) -> None:
-        """steps: none from there on is asked for. prepare: run first in the thread."""
+        """steps: none from there on is asked for. prepare: run first in the thread. version:
+        what was made ahead is dropped when it changes."""
         self._make, self._steps = make, steps
         self._thread = ThreadPoolExecutor(1, "prefetch", prepare)
-        self._ahead: dict[int, Future[T]] = {}
+        self._version = version
+        self._ahead: dict[tuple[int, int], Future[T]] = {}  # by step and version
 
     def __call__(self, step: int) -> T:
-        current = self._ahead.pop(step, None) or self._thread.submit(self._make, step)
-        assert not self._ahead, "steps are asked for in order"
+        version = self._version()
+        current = self._ahead.pop((step, version), None) or self._thread.submit(self._make, step)
+        assert all(v != version for _, v in self._ahead), "steps are asked for in order"
+        self._ahead.clear()
         if step + 1 < self._steps:
-            self._ahead[step + 1] = self._thread.submit(self._make, step + 1)
+            self._ahead[step + 1, version] = self._thread.submit(self._make, step + 1)
         return current.result()
 
     def close(self) -> None:
@@ -43,10 +52,13 @@ class Prefetch(Generic[T]):
 
 @contextmanager
 def fed(
-    batches: Callable[[int], Sequence[Batch]], steps: int, device: torch.device
+    batches: Callable[[int], Sequence[Batch]],
+    steps: int,
+    device: torch.device,
+    budget: TokenBudget,
 ) -> Iterator[Callable[[int], Sequence[Batch]]]:
     """`batches` itself on a CPU, whose cores are busy; for CUDA ahead of time and pinned, so
-    that copying them does not wait for the device."""
+    that copying them does not wait for the device. Packed anew when the budget changes."""
     if device.type != "cuda":
         yield batches
         return
@@ -54,6 +66,7 @@ def fed(
         lambda step: [batch.pin_memory() for batch in batches(step)],
         steps,
         lambda: torch.cuda.set_device(device),  # else pinning would open the first one
+        lambda: budget.tokens,
     )
     try:
         yield ahead

@@ -25,7 +25,7 @@ MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where the run computes. `precision` is fp32 or bf16 (autocast, float32 weights)."""
+    """Where the run computes. `precision` is fp32 or bf16 (autocast)."""
 
     device: torch.device
     precision: str
@@ -40,7 +40,9 @@ class Runtime:
         return configured or MICRO_BATCH_TOKENS[self.device.type]
 
     def peak_memory_mb(self) -> float:
-        """High-water mark: the device's allocator on CUDA, resident memory on the CPU."""
+        """High-water mark of the run, which tells how much larger a device has to be: of the
+        device's allocator on CUDA, of resident memory on the CPU. A step's own would hide in it
+        on a CPU, so it means the same on both."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         unit = 2**10 if sys.platform == "linux" else 2**20

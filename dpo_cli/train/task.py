@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.ranks import ALONE, Ranks
 from dpo_cli.records import Batch, LossOutput
+from dpo_cli.train.memory import TokenBudget
 
 
 class Reporter(Protocol):
@@ -29,6 +30,7 @@ class TrainTask:
     before_step has made). evaluate(): figures of the held-out rows. on_eval(step): samples.
     before_step(step): what comes before a step's clock starts, such as rollouts; its figures are
     logged with every step until it returns others.
+    live_references: models of the same shape that compute_loss runs forward without gradient.
     save_multiple: a run is saved, and so resumed, after multiples of so many steps only.
     carried(): JSON that a checkpoint keeps for the stage.
     """
@@ -39,6 +41,7 @@ class TrainTask:
     batches: Callable[[int], Sequence[Batch]]
     compute_loss: Callable[[Batch], LossOutput]
     evaluate: Callable[[], dict[str, float]]
+    budget: TokenBudget  # which batches and evaluate keep to
     on_eval: Callable[[int], None] = lambda step: None
     unit: str = "examples"  # what `<unit>_per_second` counts
     provenance: dict[str, Any] = field(default_factory=dict)  # written beside saved weights
@@ -46,6 +49,7 @@ class TrainTask:
     heads: torch.nn.Module | None = None  # trained with the model, no part of it ...
     heads_lr_scale: float = 1.0  # ... at so many times its rate
     before_step: Callable[[int], dict[str, float]] | None = None
+    live_references: int = 0
     save_multiple: int = 1
     carried: Callable[[], dict[str, Any]] = dict
 

@@ -1,0 +1,31 @@
+"""The precision in which a run holds the weights that it trains."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from dpo_cli.config import HardwareConfig
+from dpo_cli.errors import ConfigError
+from dpo_cli.train.runtime import Runtime
+
+
+def refuse_rounding(hardware: HardwareConfig, runtime: Runtime) -> None:
+    """ConfigError for bfloat16 weights where nothing computes in it, before any are read."""
+    if hardware.weights == "bf16" and runtime.precision != "bf16":
+        raise ConfigError(
+            f"hardware.weights=bf16: needs hardware.precision=bf16 (here {hardware.precision} is "
+            f"{runtime.precision}); or use hardware.weights=fp32"
+        )
+
+
+def hold_as_trained(model: PreTrainedModel, hardware: HardwareConfig) -> None:
+    """Float32 master weights stay; with hardware.weights=bf16 they are rounded once, here.
+
+    Gradients and the optimiser's state follow. Buffers stay in float32: rotary frequencies
+    would lose distant positions.
+    """
+    if hardware.weights == "bf16":
+        for weight in model.parameters():
+            if weight.is_floating_point():
+                weight.data = weight.data.to(torch.bfloat16)

@@ -1,0 +1,124 @@
+"""Out of memory: a step is done again in smaller micro-batches, a pass in smaller rows."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from dpo_cli.errors import ConfigError
+from dpo_cli.records import Batch
+
+T = TypeVar("T")
+Note = Callable[[str], None]
+
+SIGNS = (  # of allocators that raise a plain RuntimeError
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS finds no room for its handle or workspace
+)
+
+
+@dataclass
+class TokenBudget:
+    """Most packed tokens of a row, shared by all passes of a run.
+
+    asked: of the configuration and the attention; tokens: what has fitted into memory so far.
+    fixed: running out of memory is an error, as where other processes wait for this one.
+    """
+
+    asked: int
+    fixed: bool = False
+    tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tokens = self.asked
+
+    @property
+    def lowered(self) -> bool:
+        return self.tokens < self.asked
+
+    def mends(self, error: RuntimeError) -> bool:
+        """Whether smaller rows may help."""
+        return not self.fixed and ran_out(error)
+
+    def limit(self, most: int) -> None:
+        """What is asked for is no more than this, whatever memory there is."""
+        self.asked, self.tokens = min(self.asked, most), min(self.tokens, most)
+
+    def lower(self, failed: Batch | None, note: Note) -> None:
+        """Halve: no row like `failed` again. ConfigError where one example alone is too large."""
+        tokens = self.tokens
+        if failed is not None:
+            tokens = min(tokens, failed.input_ids.numel())
+            if len(failed.example_ids) == 1:
+                raise too_large(tokens)
+        elif tokens == 1:
+            raise too_large(None)
+        self.tokens = max(1, tokens // 2)
+        note(f"out of memory with {tokens:,} tokens at once: from now on at most {self.tokens:,}")
+
+    def state(self) -> dict[str, int]:
+        """For a checkpoint."""
+        return {"asked": self.asked, "tokens": self.tokens}
+
+    def restore(self, state: dict[str, int] | None) -> None:
+        """What an earlier start found, unless another budget is asked for since."""
+        if state is not None and state["asked"] == self.asked:
+            self.tokens = min(self.tokens, state["tokens"])
+
+
+def too_large(tokens: int | None) -> ConfigError:
+    size = "" if tokens is None else f" of {tokens:,} tokens"
+    return ConfigError(
+        f"out of memory with a single example{size} in a micro-batch: lower data.max_length, "
+        "train fewer weights (lora=lora, lora=qlora), or recompute activations in the backward "
+        "(hardware.activation_checkpointing=1)"
+    )
+
+
+def ran_out(error: RuntimeError) -> bool:
+    """Whether an allocation failed; other errors are none of our business."""
+    return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in SIGNS)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what a failed pass held. Leave its `except` block first: the traceback's frames
+    keep their tensors alive."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # else the peak would be the failed try's
+
+
+def within(budget: TokenBudget, device: torch.device, note: Note, work: Callable[[], T]) -> T:
+    """`work()`, a pass that packs its rows by the budget and changes nothing; begun again in
+    smaller rows where memory runs out. Such passes start with their longest rows."""
+    while True:
+        try:
+            return work()
+        except RuntimeError as error:
+            if not budget.mends(error):
+                raise
+        free_memory(device)
+        budget.lower(None, note)
+
+
+@dataclass(frozen=True)
+class RandomStates:
+    """Of the generators that dropout draws from, so that a step done again draws the same."""
+
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> RandomStates:
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.get_rng_state(), cuda)
+
+    def restore(self, device: torch.device) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
