@@ -20,7 +20,6 @@ from dpo_cli.evaluation.statistics import mean_and_error
 from dpo_cli.logprobs import fused_loss, sum_by_sequence
 from dpo_cli.model.attention import prepare
 from dpo_cli.model.forward import head_of, target_states
-from dpo_cli.model.load import model_digest
 from dpo_cli.packing import pack_all
 from dpo_cli.ppo_math import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.records import Batch, EncodedExample, LossOutput
@@ -130,7 +129,7 @@ def run(session: Session) -> dict[str, Any]:
         },
         identity={
             "rows": loaded.splits.fingerprint,
-            "reference": model_digest(actors.reference),
+            "reference": actors.reference.digest(),
             "reward_fn": scorer_digest(actors.score) or "none",
         },
         heads=actors.value_head,
@@ -166,8 +165,7 @@ def plan_rollouts(config: RunConfig, prompts: int) -> StepPlan:
 def build_actors(session: Session, loaded: Loaded, named: str | None, stage: PpoConfig) -> Actors:
     """Policy, frozen reference, a value head that starts at zero, and the scorer."""
     device = session.runtime.device
-    reference = load_reference(session, loaded, named)
-    reference.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    reference = load_reference(session, loaded, named).frozen(device)
     loaded.model.to(device)  # type: ignore[arg-type]
     width = cast(Any, loaded.model.get_output_embeddings()).weight.shape[1]
     head = torch.nn.Linear(width, 1).to(device)

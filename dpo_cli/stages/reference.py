@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,11 +24,48 @@ from dpo_cli.config import RunConfig
 from dpo_cli.data.dataset import fingerprint
 from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import ConfigError, DiskError
+from dpo_cli.model import adapters
 from dpo_cli.model.forward import computed_by, sequence_logprobs
 from dpo_cli.model.load import model_digest
+from dpo_cli.model.source import Origin, origin_of
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import EncodedExample
-from dpo_cli.stages.session import Loaded, Session, load, load_named
+from dpo_cli.stages.session import Loaded, Session, load, load_named, named_source
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen policy that log-ratios are taken to: a model of its own, or the trained one with
+    another adapter, or with none (`shared`), so that the weights under it lie in memory once."""
+
+    model: PreTrainedModel
+    shared: bool = False
+    adapter: str | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        """The model as the reference, without gradients or dropout, in the body alone."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                if not self.shared:
+                    yield self.model
+                else:
+                    with adapters.adapter_as(self.model, self.adapter):
+                        yield self.model
+        finally:
+            self.model.train(was_training)
+
+    def frozen(self, device: torch.device) -> Reference:
+        """On a device for good; a model of its own is never trained."""
+        if not self.shared:
+            self.model.to(device).requires_grad_(False)  # type: ignore[arg-type]
+        return self
+
+    def digest(self) -> str:
+        with self.active() as model:
+            return model_digest(model)
 
 
 def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
@@ -42,11 +81,31 @@ def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
     return named
 
 
-def load_reference(session: Session, loaded: Loaded, named: str | None) -> PreTrainedModel:
-    """The named reference, or the weights the run started from (not the checkpoint's)."""
+def load_reference(session: Session, loaded: Loaded, named: str | None) -> Reference:
+    """The named reference, or the weights the run started from (not the checkpoint's).
+
+    Under an adapter that is trained, they are the trained model's own where the reference is made
+    of the same base.
+    """
+    config, policy = session.config, loaded.model
+    if adapters.is_adapted(policy):
+        source = config.model if named is None else named_source(config.model, named)
+        origin = origin_of(source, "stage.reference")
+        if origin.identity() == origin_of(config.model).identity():
+            return shared_reference(policy, origin)
     if named is not None:
-        return load_named(session, named, loaded.tokenizer)
-    return load(session, session.config.model, loaded.tokenizer)
+        return Reference(load_named(session, named, loaded.tokenizer))
+    return Reference(load(session, config.model, loaded.tokenizer))
+
+
+def shared_reference(policy: PreTrainedModel, origin: Origin) -> Reference:
+    """The policy's base with the origin's adapter, kept beside the trained one, or with none."""
+    if origin.adapter is None:
+        return Reference(policy, shared=True)
+    from dpo_cli.model import lora  # PEFT is slow to import
+
+    lora.add_reference(policy, origin)
+    return Reference(policy, shared=True, adapter=adapters.REFERENCE)
 
 
 def reference_key(
@@ -66,7 +125,7 @@ def compute(
     """(rows, K) float32 log-probability of every response, in the order of the rows."""
     branches = len(examples[0].response_ids)
     values = torch.zeros(len(examples), branches)
-    model.to(session.runtime.device).eval()  # type: ignore[arg-type]
+    model.to(session.runtime.device)  # type: ignore[arg-type]
     with session.progress.phase(name, len(examples)) as tick:
         for batch in pack_sorted(examples, session.token_budget):
             with session.runtime.autocast():
@@ -77,16 +136,17 @@ def compute(
 
 
 def cached(
-    session: Session, model: PreTrainedModel, examples: Sequence[EncodedExample], name: str
+    session: Session, reference: Reference, examples: Sequence[EncodedExample], name: str
 ) -> tuple[Tensor, str]:
     """As `compute`, read from or written to the cache folder; and the cache's key."""
-    key = reference_key(session, model, examples)
-    folder = Path(session.config.cache_dir) / "reference" / key[:32]
-    found = read(folder)
-    if found is not None:
-        session.note(f"{name}: read from cache {key[:12]}")
-        return found, key
-    values = compute(session, model, examples, name)
+    with reference.active() as model:
+        key = reference_key(session, model, examples)
+        folder = Path(session.config.cache_dir) / "reference" / key[:32]
+        found = read(folder)
+        if found is not None:
+            session.note(f"{name}: read from cache {key[:12]}")
+            return found, key
+        values = compute(session, model, examples, name)
 
     def write(target: Path) -> None:
         save_file({"logprobs": values}, target / "logprobs.safetensors")

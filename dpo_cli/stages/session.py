@@ -16,6 +16,7 @@ from dpo_cli.config import ModelConfig, RunConfig
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of, prepare
 from dpo_cli.model.forward import compile_rows
 from dpo_cli.model.generate import Completion, SamplingOptions, sample
@@ -74,8 +75,11 @@ class Session:
         self.progress.note(line)
 
 
-# (which, tokenizer, seed, the key that names it, where it will compute) -> a model on the CPU
-LoadModel = Callable[[ModelConfig, PreTrainedTokenizerFast, int, str, Placement], PreTrainedModel]
+# (which, tokenizer, seed, the key that names it, where it will compute, how it is adapted)
+# -> a model on the CPU, or quantised on its device
+LoadModel = Callable[
+    [ModelConfig, PreTrainedTokenizerFast, int, str, Placement, Adaptation | None], PreTrainedModel
+]
 
 
 @dataclass
@@ -94,9 +98,10 @@ def load(
     tokenizer: PreTrainedTokenizerFast,
     key: str = "model.path",
     how: LoadModel = load_model,
+    adaptation: Adaptation | None = None,
 ) -> PreTrainedModel:
     """A model for this run's device; the session's rows stay as short as its attention needs."""
-    model = how(source, tokenizer, session.config.seed, key, session.placement)
+    model = how(source, tokenizer, session.config.seed, key, session.placement, adaptation)
     if session.config.hardware.compile:
         compile_rows(model)
     most = MOST_TOKENS.get(kernel_of(model), session.token_budget)
@@ -108,10 +113,12 @@ def load_policy_and_data(session: Session, how: LoadModel = load_model) -> Loade
     """The model to train (from the checkpoint when resuming) and the encoded splits."""
     config = session.config
     tokenizer = load_tokenizer(config.model)
-    source = config.model
-    if session.snapshot is not None:
-        source = replace(source, path=str(session.snapshot.folder))
-    model = load(session, source, tokenizer, how=how)
+    source, saved, adaptation = config.model, session.snapshot, None
+    if config.lora.name != "none":
+        adaptation = Adaptation(config.lora, saved.folder if saved else None)
+    elif saved is not None:
+        source = replace(source, path=str(saved.folder))
+    model = load(session, source, tokenizer, how=how, adaptation=adaptation)
     session.kernel = kernel_of(model)
     splits = load_data(session, context_length(model), tokenizer)
     if not splits.train:
@@ -123,17 +130,22 @@ def load_named(
     session: Session, named: str, tokenizer: PreTrainedTokenizerFast, key: str = "stage.reference"
 ) -> PreTrainedModel:
     """Another model by folder or hub id, for the same token ids as the policy's."""
-    local = model_folder(named, key) if Path(named).is_dir() else None
-    source = replace(
-        session.config.model, architecture=None, revision=None, tokenizer=None,
-        path=str(local) if local else None, hub_id=None if local else named,
-    )  # fmt: skip
+    source = named_source(session.config.model, named, key)
     if load_tokenizer(source, key).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"{key}={named}: has another tokenizer than model={session.config.model.name}; its "
             "log-probabilities would be of other texts"
         )
     return load(session, source, tokenizer, key)
+
+
+def named_source(config: ModelConfig, named: str, key: str = "stage.reference") -> ModelConfig:
+    """Where another model is, read in the way of the run's own."""
+    local = model_folder(named, key) if Path(named).is_dir() else None
+    return replace(
+        config, architecture=None, revision=None, tokenizer=None,
+        path=str(local) if local else None, hub_id=None if local else named,
+    )  # fmt: skip
 
 
 def base_provenance(config: ModelConfig) -> dict[str, Any]:
