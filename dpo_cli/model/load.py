@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from dpo_cli.config import ModelConfig
+from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.grammar.tokenizer import build_tokenizer
 from dpo_cli.model import adapters
@@ -28,7 +26,7 @@ from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.model.probe import choose_attention, refuse_unavailable
-from dpo_cli.model.quantise import quantised
+from dpo_cli.model.quantise import quantised, steady
 from dpo_cli.model.source import (
     Origin,
     check_safetensors,
@@ -38,9 +36,6 @@ from dpo_cli.model.source import (
     source_of,
     tokenizer_source,
 )
-
-# Entries of a model's configuration that do not change what it computes.
-NOT_THE_FUNCTION = ("_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")
 
 
 def load_tokenizer(config: ModelConfig, key: str = "model.path") -> PreTrainedTokenizerFast:
@@ -88,9 +83,9 @@ def load_model(
             model = _from_scratch(config, tokenizer)
     else:
         refuse_reward_model(config, key)
-        model, _ = read_pretrained(
-            AutoModelForCausalLM, config, key, adaptation=adaptation, on=on
-        )  # fmt: skip
+        if adaptation is not None:  # what cannot be adapted is refused before weights are read
+            count_trained(config, tokenizer, adaptation.settings, key=key)
+        model, _ = read_pretrained(AutoModelForCausalLM, config, key, None, adaptation, on)
         _refuse_classifier(model, config, key)
     make_ready(model, config, tokenizer)
     choose_attention(model, config.attention, on=on, key=key)
@@ -179,6 +174,7 @@ def read_pretrained(
             trust_remote_code=config.trust_remote_code, **options, **changes,
         )  # fmt: skip
     model, report = loaded
+    steady(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
             f"{key}={source}: holds an adapter that transformers has put in; download the "
@@ -276,20 +272,29 @@ def count_parameters(
     config: ModelConfig, tokenizer: PreTrainedTokenizerFast, auto: Any = AutoModelForCausalLM
 ) -> int:
     """Number of weights, tied ones once, without loading any."""
+    return sum(p.numel() for p in _without_weights(config, tokenizer, auto).parameters())
+
+
+def count_trained(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: LoraConfig,
+    auto: Any = AutoModelForCausalLM,
+    key: str = "model.path",
+) -> int:
+    """Number of weights that an adapter trains, without loading any. ConfigError for layers that
+    cannot be adapted."""
+    from dpo_cli.model import lora  # PEFT is slow to import
+
+    task = adapters.POLICY_TASK if auto is AutoModelForCausalLM else adapters.REWARD_TASK
+    model = _without_weights(config, tokenizer, auto, key)
+    lora.put_in(model, lora.adapter_config(settings, origin_of(config, key), task, key), None)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _without_weights(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, auto: Any, key: str = "model.path"
+) -> Any:
+    shape = hf_config(config, tokenizer, key)
     with torch.device("meta"):
-        model = auto.from_config(hf_config(config, tokenizer))
-    return sum(p.numel() for p in model.parameters())
-
-
-def model_digest(model: PreTrainedModel) -> str:
-    """sha256 over the configuration and over names, shapes, dtypes and values of all weights: of
-    a model with adapters, those that are switched on."""
-    shape = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_FUNCTION}
-    if scales := adapters.scalings(model):
-        shape["adapter_scalings"] = scales
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    for name, value in sorted(adapters.function_state(model).items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        raw = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-        digest.update(memoryview(raw.numpy()))
-    return digest.hexdigest()
+        return auto.from_config(shape, trust_remote_code=config.trust_remote_code)

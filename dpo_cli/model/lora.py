@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, set_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, set_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -28,6 +28,7 @@ from dpo_cli.model.source import ADAPTER_WEIGHTS, Origin, loading
 
 REWARD_HEAD = "score"
 ALL_LINEAR = "all-linear"
+MAGNITUDE = ".lora_magnitude_vector"
 SAME = {  # key of the lora group -> PEFT's name of what an adapter cannot change later
     "r": "r", "alpha": "lora_alpha", "target_modules": "target_modules", "use_dora": "use_dora",
     "use_rslora": "use_rslora", "modules_to_save": "modules_to_save",
@@ -109,6 +110,7 @@ def put_in(
                 f"lora.target_modules={_listed(config.target_modules)}: {first}"
             ) from error
     _refuse_heads(model, config)
+    cast_adapter_dtype(model, name)  # quantised layers give theirs the dtype they compute in
     cast(Any, model).save_adapter = partial(save_adapter, model)  # what a checkpoint keeps
     if weights is not None:
         read_adapter(model, weights, name)
@@ -203,7 +205,9 @@ def save_adapter(model: PreTrainedModel, target: Path) -> None:
     """The trained adapter in PEFT's layout."""
     config = cast(Any, model).peft_config[TRAINED]
     state = get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
-    named = {PREFIX + key: value.detach().contiguous() for key, value in state.items()}
+    # PEFT reads DoRA's magnitudes by either name, transformers by the layer's alone.
+    own = {f"{k}.weight" if k.endswith(MAGNITUDE) else k: v for k, v in state.items()}
+    named = {PREFIX + key: value.detach().contiguous() for key, value in own.items()}
     save_file(named, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     replace(config, inference_mode=True).save_pretrained(str(target))
     path = target / "adapter_config.json"

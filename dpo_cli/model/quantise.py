@@ -41,6 +41,26 @@ def quantised(kind: str | None, on: Placement) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": str(on.device)}}
 
 
+def steady(model: PreTrainedModel) -> None:
+    """Make quantised layers on a CPU compute the same in training and evaluation.
+
+    There bitsandbytes lets an evaluation repack 4-bit weights for good, and gradients no longer
+    pass; in 8 bits it rounds activations in evaluation alone, so that policy and reference differ.
+    """
+    for layer in _quantised_layers(model):
+        layer.support_avx512bf16_for_cpu = False
+        if layer.weight.device.type == "cpu" and type(layer).__name__ == "Linear8bitLt":
+            layer.training, layer.train = True, partial(_as_it_is, layer)
+
+
+def _as_it_is(layer: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    return layer
+
+
+def _quantised_layers(model: PreTrainedModel) -> list[Any]:
+    return [m for m in model.modules() if type(m).__name__ in QUANTISED]
+
+
 @contextmanager
 def dequantised(model: PreTrainedModel) -> Iterator[None]:
     """In the body quantised layers multiply as dense ones, with the same values.
@@ -48,7 +68,7 @@ def dequantised(model: PreTrainedModel) -> Iterator[None]:
     int8 rounds activations by what else is in the batch: a packed row would seem to differ from
     the plain forward.
     """
-    layers: list[Any] = [m for m in model.modules() if type(m).__name__ in QUANTISED]
+    layers = _quantised_layers(model)
     for layer in layers:
         layer.forward = partial(_dense, layer)
     try:
@@ -58,8 +78,17 @@ def dequantised(model: PreTrainedModel) -> Iterator[None]:
             del layer.forward
 
 
-def _dense(layer: torch.nn.Linear, x: Tensor) -> Tensor:
-    from peft.utils.integrations import dequantize_module_weight  # slow to import
-
-    weight, bias = dequantize_module_weight(layer).to(x.dtype), layer.bias
+def _dense(layer: Any, x: Tensor) -> Tensor:
+    weight, bias = _weight(layer).to(x.dtype), layer.bias
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _weight(layer: Any) -> Tensor:
+    """(out, in) dequantised. PEFT's function for it replaces the layer's parameter on a CPU."""
+    stored = layer.weight
+    if type(layer).__name__ == "Linear4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(stored.data, stored.quant_state)
+    scale = layer.state.SCB if stored.SCB is None else stored.SCB
+    return stored.data.float() * scale.float()[:, None] / 127.0

@@ -25,8 +25,8 @@ from dpo_cli.data.dataset import fingerprint
 from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.model import adapters
+from dpo_cli.model.digest import model_digest
 from dpo_cli.model.forward import computed_by, sequence_logprobs
-from dpo_cli.model.load import model_digest
 from dpo_cli.model.source import Origin, origin_of
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import EncodedExample
