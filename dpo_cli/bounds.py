@@ -103,6 +103,7 @@ BOUNDS: dict[str, Bound] = {
     "lora.r": at_least(1),
     "lora.alpha": above(0),
     "lora.dropout": within("[0, 1)"),
+    "lora.lr_scale": above(0),
     "hardware.activation_checkpointing": at_least(0),
     "hardware.devices": at_least(1),
     "hardware.nodes": at_least(1),

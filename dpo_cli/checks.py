@@ -14,6 +14,7 @@ from dpo_cli.config import (
     BEST_METRICS,
     CHOICES,
     HardwareConfig,
+    LoraConfig,
     OptimConfig,
     RunConfig,
     SentimentDataConfig,
@@ -25,6 +26,8 @@ from dpo_cli.stage_checks import READERS, no_effect, stage_problems, unread, val
 
 TRAINING = ("sft", "dpo", "reward", "ppo-baseline")
 WITHOUT_DATA = ("label", "frontier")  # stages that read the files of others
+ROWLESS = (*WITHOUT_DATA, "export")
+ALL_LINEAR = "all-linear"
 GENERATED_IGNORES = ("hub_id", "hub_config", "revision", "path", "eval_path", "eval_split")
 SETTINGS = {"optim": OptimConfig(), "train": TrainConfig()}  # of training
 READ_ANYWAY = {  # by stages that do not train
@@ -52,11 +55,12 @@ def check(config: RunConfig, typed: Sequence[str] = (), coming: Sequence[Path] =
     parts = (_choices, _bounds, partial(_files, coming=coming), _model, _data)
     problems = [
         line
-        for part in (*parts, stage_problems, _train, _optim, _hardware)
+        for part in (*parts, stage_problems, _lora, _train, _optim, _hardware)
         for line in part(config)
     ]
     keys = sorted({word.lstrip("+").partition("=")[0] for word in typed})
-    problems += [*_without_effect(config, keys), *_trust(config, keys)]
+    parts_of_keys = (_without_effect, _unadapted, _trust)
+    problems += [line for part in parts_of_keys for line in part(config, keys)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -130,7 +134,7 @@ def _model(config: RunConfig) -> Iterator[str]:
 
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
-    local = isinstance(data, SentimentDataConfig) or config.stage.name in WITHOUT_DATA
+    local = isinstance(data, SentimentDataConfig) or config.stage.name in ROWLESS
     if not (local or data.path or data.hub_id):
         yield f"data={data.name}: no rows; set data.path=<file or folder>"
     for name in GENERATED_IGNORES if isinstance(data, SentimentDataConfig) else ():
@@ -148,6 +152,27 @@ def _data(config: RunConfig) -> Iterator[str]:
     )
     if fewest is not None and most < fewest:
         yield f"data.max_prompt_words={most}: must be at least data.min_prompt_words={fewest}"
+
+
+def _lora(config: RunConfig) -> Iterator[str]:
+    lora, model = config.lora, config.model
+    if lora.name == "none" or config.stage.name not in TRAINING:
+        return
+    if model.path is None and model.architecture is not None:
+        yield (
+            f"lora={lora.name}: model={model.name} has random weights, which an adapter's folder "
+            "would not hold; train them whole (lora=none), or set model.path=<folder>"
+        )
+    if not lora.target_modules or (ALL_LINEAR in lora.target_modules[1:]):
+        yield (
+            f"lora.target_modules={lora.target_modules}: must be [{ALL_LINEAR}] or names of "
+            "layers, such as [q_proj, v_proj]"
+        )
+    if lora.use_dora and lora.quantization == "int8":
+        yield (
+            "lora.use_dora=true: PEFT's loses the scales of weights in 8 bits; use "
+            "lora.quantization=nf4 or lora.use_dora=false"
+        )
 
 
 def _train(config: RunConfig) -> Iterator[str]:
@@ -224,6 +249,19 @@ def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
             yield no_effect(key, value, f"model.path={path}")
         elif key == "model.lr_scale" and (path or not config.model.architecture):
             yield no_effect(key, value, "weights that are not random")
+
+
+def _unadapted(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
+    """The lora group and its keys, where nothing is adapted."""
+    chosen, stage = config.lora.name, config.stage.name
+    for key in (key for key in keys if key.partition(".")[0] == "lora" and key != "lora.name"):
+        name = key.partition(".")[2]
+        value = getattr(config.lora, name or "name")
+        if chosen != "none" and stage not in TRAINING:
+            yield no_effect(key, value, f"stage={stage}, which trains nothing")
+        elif chosen == "none" and name and value != getattr(LoraConfig(), name):
+            hint = ", whose weights are all trained; or use lora=qlora" * (name == "quantization")
+            yield no_effect(key, value, f"lora=none{hint}")
 
 
 def _trust(config: RunConfig, keys: Sequence[str]) -> list[str]:

@@ -71,6 +71,7 @@ def finalise(config: RunConfig) -> RunConfig:
     if lr is None:
         scratch = config.model.path is None and config.model.architecture is not None
         lr = config.stage.default_lr * (config.model.lr_scale if scratch else 1.0)
+        lr *= config.lora.lr_scale if config.lora.name != "none" else 1.0
     data = config.data
     if isinstance(data, SentimentDataConfig) and data.responses is None:
         data = dataclasses.replace(data, responses=2 if config.stage.name in PAIRED else 1)

@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dpo_cli.checks import WITHOUT_DATA
+from dpo_cli.checks import TRAINING, WITHOUT_DATA
 from dpo_cli.config import (
     ClassifierRewardFn,
     DpoConfig,
     EvaluateConfig,
+    ExportConfig,
     FrontierConfig,
     HttpJudgeConfig,
     ModelConfig,
@@ -31,9 +32,16 @@ from dpo_cli.data.loader import plan_steps
 from dpo_cli.logprobs import BLOCK_BYTES, CHUNK_BYTES
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.classifier import classifier_config
-from dpo_cli.model.load import configured_context, count_parameters, hf_config, load_tokenizer
+from dpo_cli.model.load import (
+    configured_context,
+    count_parameters,
+    count_trained,
+    hf_config,
+    load_tokenizer,
+)
 from dpo_cli.model.probe import refuse_unavailable
 from dpo_cli.model.reward import check_kind
+from dpo_cli.model.source import origin_of
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import summary_table
 from dpo_cli.stage_checks import unread, value_at
@@ -97,6 +105,12 @@ def plan_rows(config: RunConfig) -> list[tuple[str, object]]:
     parameters = count_parameters(config.model, tokenizer, auto)
     made_of = f"{source_of(config)}, {parameters / 1e6:,.1f}M weights"
     rows.append(("reward model" if reward else "policy", made_of))
+    if isinstance(stage, ExportConfig):
+        rows.append(("export", f"{stage.dtype}, {stage.push_to_hub or 'not on the hub'}"))
+        return [*rows, ("writes", config.run_dir)]
+    if config.lora.name != "none" and stage.name in TRAINING:
+        trained = count_trained(config.model, tokenizer, config.lora, auto)
+        rows.append(("trained", adapter_line(config, trained, parameters)))
     if isinstance(stage, (DpoConfig, PpoConfig, EvaluateConfig)):
         rows.append(("reference", stage.reference or "the policy as loaded"))
     context = configured_context(config.model, tokenizer)
@@ -107,6 +121,15 @@ def plan_rows(config: RunConfig) -> list[tuple[str, object]]:
     if isinstance(stage, PpoConfig):
         rows += rollout_rows(config, len(distinct_prompts(splits.train)))
     return [*rows, ("device", f"{runtime.device}, {runtime.precision}"), ("writes", config.run_dir)]
+
+
+def adapter_line(config: RunConfig, trained: int, parameters: int) -> str:
+    """`1,179,648 weights (LoRA r 16), 124.4M frozen in nf4`."""
+    lora = config.lora
+    own = f"{'DoRA' if lora.use_dora else 'LoRA'} r {lora.r}"
+    made = "of its adapter" if origin_of(config.model).adapter else f"({own})"
+    stored = f" in {lora.quantization}" if lora.quantization else ""
+    return f"{trained:,} weights {made}, {parameters / 1e6:,.1f}M frozen{stored}"
 
 
 def rollout_rows(config: RunConfig, prompts: int) -> list[tuple[str, object]]:

@@ -127,7 +127,7 @@ def outside_files(overrides: Sequence[str], run_dir: Path) -> dict[str, str]:
 
 def _digest(path: Path) -> str:
     """Of a file, or of all files that count in a folder; of a run folder, its final model."""
-    if (path / "final" / "config.json").is_file():
+    if any((path / "final" / name).is_file() for name in ("config.json", "adapter_config.json")):
         path = path / "final"
     below = sorted(path.rglob("*")) if path.is_dir() else [path]
     lines = [

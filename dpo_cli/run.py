@@ -84,7 +84,7 @@ def finish(
         from dpo_cli.report.plots import draw_curves  # matplotlib is slow to import
 
         draw_curves(run_dir)
-    if (run_dir / "final").is_dir():
+    if (run_dir / "final").is_dir() and config.stage.name in TRAINING:
         write_model_card(run_dir / "final", card_facts(config, figures, argv, session))
     write_redacted_json(run_dir / "summary.json", summary)
     session.progress.show(summary_table(config.stage.name, figures.items()))
@@ -107,7 +107,7 @@ def card_facts(
     config: RunConfig, figures: dict[str, Any], argv: list[str], session: Session
 ) -> dict[str, Any]:
     settings = asdict(config)
-    model = settings["model"]
+    model, adapted = settings["model"], ["lora"] if config.lora.name != "none" else []
     if model["hub_id"] and not model["path"]:
         model["revision"] = hub_commit(model["hub_id"], model["revision"])
     return {
@@ -117,7 +117,8 @@ def card_facts(
         "data": session.data_facts,
         "command": first_command(Path(config.run_dir), argv),
         "chat": session.data_facts.get("chat", False),
-        "config": {k: settings[k] for k in ("stage", "optim", "train", "seed")},
+        "adapter": config.lora.name != "none",
+        "config": {k: settings[k] for k in ("stage", *adapted, "optim", "train", "seed")},
         "results": figures,
         "versions": versions(),
     }

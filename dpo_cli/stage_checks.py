@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from dpo_cli.config import (
     REWARD_FN_SCHEMAS,
     DpoConfig,
     EvaluateConfig,
+    ExportConfig,
     FrontierConfig,
     HttpJudgeConfig,
     JsonlDataConfig,
@@ -77,8 +79,16 @@ def _stage(config: RunConfig) -> Iterator[str]:
         yield from _samples(stage)
     elif isinstance(stage, EvaluateConfig):
         yield from _evaluation(config, stage)
+    elif isinstance(stage, ExportConfig):
+        yield from _export(stage)
     elif isinstance(stage, FrontierConfig) and not stage.evaluations:
         yield "stage.evaluations=[]: nothing to draw; give folders of stage=evaluate runs"
+
+
+def _export(stage: ExportConfig) -> Iterator[str]:
+    named = stage.push_to_hub
+    if named is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", named):
+        yield f"stage.push_to_hub={named}: must be owner/name"
 
 
 def _labels(config: RunConfig, stage: LabelConfig) -> Iterator[str]:

@@ -28,6 +28,7 @@ NEEDS = {  # what an option cannot do without
     "stage/label": ["stage.samples=."],
     "stage/frontier": ["stage.evaluations=[.]"],
     "reward_fn/reward_model": ["reward_fn.path=."],
+    **{f"lora/{name}": ["model=gpt2"] for name in ("lora", "dora", "qlora", "int8")},
 }
 
 

@@ -109,7 +109,7 @@ def plain_measures(made, example: EncodedExample, response, temperature: float):
     place = slice(len(prompt) - 1, ids.shape[1] - 1)
     found = []
     with torch.no_grad():
-        for model in (made.policy, made.reference):
+        for model in (made.policy, made.reference.model):
             with attention_as(model, "eager"):
                 logits = model(input_ids=ids, use_cache=False).logits[0, place] / temperature
             logprobs = logits.log_softmax(-1)
@@ -169,7 +169,7 @@ def test_a_negative_kl_is_told(actors, monkeypatch):
     torch.manual_seed(0)
     for weight in made.policy.parameters():
         weight.data += 0.3 * torch.randn_like(weight)
-    foreign = rollout.draw(session, made, made.reference, examples, stage, 3)
+    foreign = rollout.draw(session, made, made.reference.model, examples, stage, 3)
     monkeypatch.setattr(rollout, "draw", lambda *rest: foreign)
     found = rollout.roll_out(session, made, examples, stage, seed=5)
     assert found.figures["kl"] < 0

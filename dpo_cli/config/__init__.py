@@ -37,6 +37,7 @@ from dpo_cli.config.stages import (
     STAGE_SCHEMAS,
     DpoConfig,
     EvaluateConfig,
+    ExportConfig,
     FrontierConfig,
     InspectConfig,
     LabelConfig,
@@ -60,6 +61,7 @@ __all__ = [
     "DataConfig",
     "DpoConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "FrontierConfig",
     "HardwareConfig",
     "HhDataConfig",
@@ -133,6 +135,7 @@ class LoraConfig:
     use_dora: bool = False
     modules_to_save: list[str] = field(default_factory=list)
     quantization: str | None = None  # nf4 | int8
+    lr_scale: float = 10.0  # times the stage's default learning rate, which is for all weights
 
 
 @dataclass
@@ -140,7 +143,7 @@ class OptimConfig:
     """Optimiser and schedule."""
 
     name: str = "adamw"  # adamw | rmsprop | adamw8bit
-    lr: float | None = None  # null: stage.default_lr, times model.lr_scale from scratch
+    lr: float | None = None  # null: stage.default_lr, times model.lr_scale or lora.lr_scale
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     alpha: float = 0.99  # rmsprop smoothing
@@ -239,6 +242,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # key -> the values it may have
     "stage.loss": tuple(LOSS_OPTIONS),
     "stage.reference_logprobs": ("cached", "live"),
     "stage.split": ("train", "eval"),
+    "stage.dtype": ("bf16", "fp32"),
     "stage.labels": ("deterministic", "bradley_terry"),
     "stage.by": ("reward_fn", "implicit"),
     "stage.kl_control": ("adaptive", "fixed"),

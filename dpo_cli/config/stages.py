@@ -150,6 +150,15 @@ class FrontierConfig(StageConfig):
 
 
 @dataclass
+class ExportConfig(StageConfig):
+    """The model as a dense Hugging Face folder: an adapter merged, the dtype as asked."""
+
+    name: str = "export"
+    dtype: str = "bf16"  # bf16 | fp32
+    push_to_hub: str | None = None  # owner/name
+
+
+@dataclass
 class InspectConfig(StageConfig):
     """Shows examples token by token, length percentiles and dropped rows."""
 
@@ -167,5 +176,6 @@ STAGE_SCHEMAS: dict[str, type[StageConfig]] = {
     "label": LabelConfig,
     "evaluate": EvaluateConfig,
     "frontier": FrontierConfig,
+    "export": ExportConfig,
     "inspect": InspectConfig,
 }

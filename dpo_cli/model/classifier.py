@@ -20,7 +20,7 @@ from transformers import (
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.model.load import context_length, hf_config, read_pretrained
-from dpo_cli.model.source import loading, source_of
+from dpo_cli.model.source import loading, tokenizer_source
 
 CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of their classes
 
@@ -89,7 +89,7 @@ def load_classifier(
     source: ModelConfig, max_tokens: int, batch_size: int, device: torch.device, key: str
 ) -> Classifier:
     """Weights of a folder or hub id on a device, in float32. Raises ConfigError."""
-    where, options = source_of(source, key)
+    where, options = tokenizer_source(source, key)
     with loading(where, key):
         tokenizer = AutoTokenizer.from_pretrained(
             where, trust_remote_code=source.trust_remote_code, **options

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,18 +16,26 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
-from dpo_cli.config import ModelConfig
+from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.grammar.tokenizer import build_tokenizer
+from dpo_cli.model import adapters
+from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.model.probe import choose_attention, refuse_unavailable
-from dpo_cli.model.source import check_safetensors, hub_source, loading, source_of
-from dpo_cli.shard import whole
-
-# Entries of a model's configuration that do not change what it computes.
-NOT_THE_FUNCTION = ("_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")
+from dpo_cli.model.quantise import quantised, steady
+from dpo_cli.model.source import (
+    Origin,
+    check_safetensors,
+    hub_source,
+    loading,
+    origin_of,
+    source_of,
+    tokenizer_source,
+)
 
 
 def load_tokenizer(config: ModelConfig, key: str = "model.path") -> PreTrainedTokenizerFast:
@@ -38,7 +44,7 @@ def load_tokenizer(config: ModelConfig, key: str = "model.path") -> PreTrainedTo
         return build_tokenizer(config.architecture.vocab)
     options: dict[str, Any] = {}
     if config.tokenizer is None:
-        source, options = source_of(config, key)
+        source, options = tokenizer_source(config, key)
     elif Path(config.tokenizer).is_dir():
         source, key = config.tokenizer, "model.tokenizer"
     else:
@@ -61,12 +67,14 @@ def load_model(
     seed: int = 0,
     key: str = "model.path",
     on: Placement | None = None,
+    adaptation: Adaptation | None = None,
 ) -> PreTrainedModel:
     """Float32 master weights on the CPU, and the attention its packed rows will use.
 
     `seed` decides the weights of a model from scratch, whatever was drawn before. `key` is
-    where the user named the model; `on` where it will compute (the CPU, in float32). Raises
-    ConfigError for what cannot be loaded whole.
+    where the user named the model; `on` where it will compute (the CPU, in float32). An adapter
+    is merged into its base, unless `adaptation` says to train it or a new one. Raises ConfigError
+    for what cannot be loaded whole.
     """
     refuse_unavailable(config.attention, on)
     if config.path is None and config.architecture is not None:
@@ -74,11 +82,39 @@ def load_model(
             torch.manual_seed(seed)
             model = _from_scratch(config, tokenizer)
     else:
-        model, _ = read_pretrained(AutoModelForCausalLM, config, key)
+        refuse_reward_model(config, key)
+        if adaptation is not None:  # what cannot be adapted is refused before weights are read
+            count_trained(config, tokenizer, adaptation.settings, key=key)
+        model, _ = read_pretrained(AutoModelForCausalLM, config, key, None, adaptation, on)
         _refuse_classifier(model, config, key)
     make_ready(model, config, tokenizer)
     choose_attention(model, config.attention, on=on, key=key)
+    if adaptation is not None:
+        adapt(model, config, adaptation, seed, key, on)
     return model
+
+
+def adapt(
+    model: PreTrainedModel,
+    config: ModelConfig,
+    adaptation: Adaptation,
+    seed: int,
+    key: str = "model.path",
+    on: Placement | None = None,
+    task: str = adapters.POLICY_TASK,
+) -> None:
+    """Freeze a loaded base and put in the adapter to train: a new one, that of `config`'s folder,
+    or that of the checkpoint. The base is rounded to what `on` computes in."""
+    from dpo_cli.model import lora  # PEFT is slow to import
+
+    origin = origin_of(config, key)
+    made = lora.adapter_config(adaptation.settings, origin, task, key)
+    weights = adaptation.weights or origin.adapter
+    lora.put_in(model, made, weights, seed)
+    if on is not None and on.dtype != torch.float32:
+        adapters.round_base(model, on.dtype)
+    if weights is None:
+        lora.start_magnitudes(model)
 
 
 def make_ready(
@@ -113,23 +149,46 @@ def gpt2_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2
 
 
 def read_pretrained(
-    auto: Any, config: ModelConfig, key: str, head: str | None = None, **changes: Any
+    auto: Any,
+    config: ModelConfig,
+    key: str,
+    head: str | None = None,
+    adaptation: Adaptation | None = None,
+    on: Placement | None = None,
+    **changes: Any,
 ) -> tuple[PreTrainedModel, bool]:
     """The model of a folder or hub id as an `auto` class reads it; whether it lacked its head.
 
     head: start of the names of weights that may be missing, to be made by the caller; any
-    other missing weight is a ConfigError. changes: entries of the model's configuration.
+    other missing weight is a ConfigError. adaptation: leave an adapter out, and quantise the base
+    on its device. changes: entries of the model's configuration.
     """
+    origin = origin_of(config, key)
     source, options = source_of(config, key)
     check_safetensors(source, key)
+    if adaptation is not None:
+        changes |= quantised(adaptation.settings.quantization, on or Placement())
     with loading(source, key):
         loaded: Any = auto.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
             trust_remote_code=config.trust_remote_code, **options, **changes,
         )  # fmt: skip
     model, report = loaded
+    steady(model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"{key}={source}: holds an adapter that transformers has put in; download the "
+            "adapter alone and give its folder as model.path"
+        )
     # transformers fills what is missing with random numbers
     lacking = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
+    if origin.adapter is not None:
+        found = adapters.brought(origin.adapter)
+        lacking = [name for name in lacking if name not in found]
+        if adaptation is None:
+            from dpo_cli.model import lora  # PEFT is slow to import
+
+            lora.merge(model, origin, key)
     others = [name for name in lacking if head is None or not name.startswith(head)]
     if others:
         raise ConfigError(
@@ -137,6 +196,15 @@ def read_pretrained(
             f"{others[0]}: it is damaged or no causal language model"
         )
     return cast(PreTrainedModel, model), bool(lacking)
+
+
+def refuse_reward_model(config: ModelConfig, key: str) -> None:
+    """ConfigError for the adapter of a reward model where a policy is wanted."""
+    if origin_of(config, key).task == adapters.REWARD_TASK:
+        raise ConfigError(
+            f"{key}={config.path}: is the adapter of a reward model, not of a policy: give the "
+            "model it was made from"
+        )
 
 
 def _refuse_classifier(model: PreTrainedModel, config: ModelConfig, key: str) -> None:
@@ -180,9 +248,19 @@ def hf_config(
     source, options = source_of(config, key)
     check_safetensors(source, key)
     with loading(source, key):
-        return cast(PretrainedConfig, AutoConfig.from_pretrained(
+        found = cast(PretrainedConfig, AutoConfig.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, **options
         ))  # fmt: skip
+    return _with_adapters_head(found, origin_of(config, key))
+
+
+def _with_adapters_head(found: PretrainedConfig, origin: Origin) -> PretrainedConfig:
+    """The configuration that a classifier would have on its own, of one that is an adapter."""
+    if origin.adapter is not None and origin.task == adapters.REWARD_TASK:
+        kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(found)]
+        rows = [shape[0] for shape in adapters.brought(origin.adapter).values()]
+        found.architectures, found.num_labels = [kind.__name__], min(rows, default=1)
+    return found
 
 
 def configured_context(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> int:
@@ -194,17 +272,29 @@ def count_parameters(
     config: ModelConfig, tokenizer: PreTrainedTokenizerFast, auto: Any = AutoModelForCausalLM
 ) -> int:
     """Number of weights, tied ones once, without loading any."""
+    return sum(p.numel() for p in _without_weights(config, tokenizer, auto).parameters())
+
+
+def count_trained(
+    config: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: LoraConfig,
+    auto: Any = AutoModelForCausalLM,
+    key: str = "model.path",
+) -> int:
+    """Number of weights that an adapter trains, without loading any. ConfigError for layers that
+    cannot be adapted."""
+    from dpo_cli.model import lora  # PEFT is slow to import
+
+    task = adapters.POLICY_TASK if auto is AutoModelForCausalLM else adapters.REWARD_TASK
+    model = _without_weights(config, tokenizer, auto, key)
+    lora.put_in(model, lora.adapter_config(settings, origin_of(config, key), task, key), None)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _without_weights(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerFast, auto: Any, key: str = "model.path"
+) -> Any:
+    shape = hf_config(config, tokenizer, key)
     with torch.device("meta"):
-        model = auto.from_config(hf_config(config, tokenizer))
-    return sum(p.numel() for p in model.parameters())
-
-
-def model_digest(model: PreTrainedModel) -> str:
-    """sha256 over the configuration and over names, shapes, dtypes and values of all weights."""
-    shape = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_FUNCTION}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        raw: Any = whole(value.detach()).cpu().reshape(-1).contiguous().view(torch.uint8)
-        digest.update(memoryview(raw.numpy()))
-    return digest.hexdigest()
+        return auto.from_config(shape, trust_remote_code=config.trust_remote_code)

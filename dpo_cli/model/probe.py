@@ -18,6 +18,7 @@ from dpo_cli.logprobs import logits_of
 from dpo_cli.model import attention, forward, kernels
 from dpo_cli.model.attention import MOST_TOKENS, PACKED, Placement, Seen
 from dpo_cli.model.layouts import LAYOUTS, PaddedLayout
+from dpo_cli.model.quantise import dequantised
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample, Segment
 
@@ -72,7 +73,7 @@ def choose_attention(
     if on.device.type == "cuda":  # cuDNN's SDPA has given NaN on PyTorch 2.13
         torch.backends.cuda.enable_cudnn_sdp(False)
     reasons: dict[str, str] = {}
-    with _Trial(model, plain_values, packed_values).short_windows() as trial:
+    with dequantised(model), _Trial(model, plain_values, packed_values).short_windows() as trial:
         for kernel in _order(choice, on):
             why = trial.refuted(kernel, on)
             if why is None:

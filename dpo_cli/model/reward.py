@@ -25,10 +25,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.logprobs import promote
+from dpo_cli.model.adapters import REWARD_TASK, Adaptation, active_part
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.forward import hidden_states
-from dpo_cli.model.load import gpt2_config, hf_config, make_ready, read_pretrained
+from dpo_cli.model.load import (
+    adapt,
+    count_trained,
+    gpt2_config,
+    hf_config,
+    make_ready,
+    read_pretrained,
+)
 from dpo_cli.model.probe import choose_attention, refuse_unavailable
+from dpo_cli.model.source import origin_of
 from dpo_cli.packing import pack
 from dpo_cli.records import Batch, EncodedExample
 
@@ -41,6 +50,7 @@ def load_reward_model(
     seed: int = 0,
     key: str = "model.path",
     on: Placement | None = None,
+    adaptation: Adaptation | None = None,
 ) -> PreTrainedModel:
     """A reward model on the weights of a policy; or one that is a reward model already.
 
@@ -57,15 +67,21 @@ def load_reward_model(
             model, new = AutoModelForSequenceClassification.from_config(shape), True
         else:
             check_kind(hf_config(config, tokenizer, key), config, key)
+            if adaptation is not None:
+                auto = AutoModelForSequenceClassification
+                count_trained(config, tokenizer, adaptation.settings, auto, key)
             model, new = read_pretrained(
-                AutoModelForSequenceClassification, config, key, f"{HEAD}.", num_labels=1
-            )
+                AutoModelForSequenceClassification, config, key, f"{HEAD}.", adaptation, on,
+                num_labels=1,
+            )  # fmt: skip
         if new:
             head = score_head(model)
             torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    _set_padding(model, tokenizer, new)
+    set_padding(model, config, tokenizer, new, key)
     make_ready(model, config, tokenizer)
     choose_attention(model, config.attention, _plain_reward, _packed_rewards, on, key)
+    if adaptation is not None:
+        adapt(model, config, adaptation, seed, key, on, REWARD_TASK)
     return model
 
 
@@ -88,7 +104,7 @@ def check_kind(found: PretrainedConfig, config: ModelConfig, key: str = "model.p
 
 def score_head(model: PreTrainedModel) -> torch.nn.Linear:
     """The layer that turns a hidden state into the reward."""
-    head = getattr(model, HEAD, None)
+    head = active_part(getattr(model, HEAD, None))
     if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
         raise ConfigError(
             f"stage=reward: {type(model).__name__} has no layer `{HEAD}` with one output: it is "
@@ -97,13 +113,22 @@ def score_head(model: PreTrainedModel) -> torch.nn.Linear:
     return head
 
 
-def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, new: bool) -> None:
+def set_padding(
+    model: PreTrainedModel,
+    source: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    new: bool = False,
+    key: str = "model.path",
+) -> None:
     """One padding token in the configuration, which finds the last token, and the tokenizer.
 
-    A reward model keeps the one it was trained with.
+    A reward model keeps the one it was trained with; an adapter's is its tokenizer's, the
+    configuration is that of the base.
     """
     config: Any = model.config.get_text_config()
     kept = None if new else config.pad_token_id
+    if not new and origin_of(source, key).task == REWARD_TASK:
+        kept = tokenizer.pad_token_id
     if kept is None or kept >= len(tokenizer):
         kept = padding_id(tokenizer)
     config.pad_token_id = kept

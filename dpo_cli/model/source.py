@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,19 @@ from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
 
 HUB_TIMEOUT_SECONDS = 5.0
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, in place of a config.json
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def model_folder(path: str, key: str = "model.path") -> Path:
-    """The HF folder meant by `path`: itself, or the final model of a run folder.
+    """The HF or PEFT folder meant by `path`: itself, or the final model of a run folder.
 
     key: where the user wrote it, for the message of the ConfigError.
     """
+    for folder in (Path(path) / "final", Path(path)):
+        if any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+            return folder
     folder = Path(path)
-    if (folder / "final" / "config.json").is_file():
-        return folder / "final"
-    if (folder / "config.json").is_file():
-        return folder
     unfinished = (
         " (this run has checkpoints but no final/: resume it)" * (folder / "checkpoints").is_dir()
     )
@@ -37,12 +40,78 @@ def model_folder(path: str, key: str = "model.path") -> Path:
     )
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Weights of their own, and the adapter over them, if any: its folder and its configuration."""
+
+    base: ModelConfig
+    adapter: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str | None:
+        """PEFT's name of what the adapter makes of the base: CAUSAL_LM, SEQ_CLS."""
+        return self.facts.get("task_type")
+
+    def identity(self) -> tuple[str, str | None]:
+        """What an adapter's configuration says of its base: absolute folder, or hub id, commit."""
+        if self.base.path:
+            return str(model_folder(self.base.path).resolve()), None
+        assert self.base.hub_id is not None
+        revision = self.base.revision
+        return self.base.hub_id, hub_commit(self.base.hub_id, revision) or revision
+
+
+def origin_of(config: ModelConfig, key: str = "model.path") -> Origin:
+    """Where the weights that `config` names begin. Raises ConfigError for an adapter without
+    its base."""
+    if not config.path:
+        return Origin(config)
+    folder = model_folder(config.path, key)
+    if (folder / "config.json").is_file():
+        return Origin(config)
+    where = f"{key}={config.path}"
+    try:
+        facts = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        named = str(facts["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{where}: {ADAPTER_CONFIG} does not name the adapter's base model ({error!r}); write "
+            "its folder or hub id as base_model_name_or_path there"
+        ) from None
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ConfigError(f"{where}: is an adapter without {ADAPTER_WEIGHTS}; nothing else is read")
+    local = Path(named)
+    if not local.is_dir() and (local.is_absolute() or named.count("/") != 1):
+        raise ConfigError(
+            f"{where}: is an adapter of the weights in {named}, which are gone: put them back, or "
+            f"write their new folder as base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+        )
+    at = {"path": named, "hub_id": None, "revision": None} if local.is_dir() else {
+        "path": None, "hub_id": named, "revision": facts.get("revision")
+    }  # fmt: skip
+    base = replace(config, architecture=None, **at)
+    if base.path and not (model_folder(base.path, where) / "config.json").is_file():
+        raise ConfigError(f"{where}: is an adapter of an adapter ({named}): merge that one first")
+    return Origin(base, folder, facts)
+
+
 def source_of(config: ModelConfig, key: str = "model.path") -> tuple[str, dict[str, Any]]:
-    """Folder or hub id, and what pins its commit for from_pretrained."""
-    if config.path:
-        return str(model_folder(config.path, key)), {}
-    assert config.hub_id is not None  # checked with the configuration
-    return hub_source(config.hub_id, config.revision, key)
+    """Folder or hub id of the weights, under an adapter its base's; and what pins its commit for
+    from_pretrained."""
+    base = origin_of(config, key).base
+    if base.path:
+        return str(model_folder(base.path, key)), {}
+    assert base.hub_id is not None  # checked with the configuration
+    return hub_source(base.hub_id, base.revision, key)
+
+
+def tokenizer_source(config: ModelConfig, key: str = "model.path") -> tuple[str, dict[str, Any]]:
+    """As `source_of`, of the tokenizer: an adapter's own folder, where it has one."""
+    adapter = origin_of(config, key).adapter
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        return str(adapter), {}
+    return source_of(config, key)
 
 
 def hub_source(hub_id: str, revision: str | None, key: str) -> tuple[str, dict[str, Any]]:

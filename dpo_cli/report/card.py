@@ -16,6 +16,7 @@ _METHODS = {
     "sft": "supervised fine-tuning",
     "dpo": "Direct Preference Optimization",
     "reward": "training as a reward model",
+    "export": "no training that its folder tells of",
 }
 
 _USAGE = """\
@@ -45,9 +46,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder)
-answers = [" One answer.", " Another."]
+model = AutoModelForSequenceClassification.from_pretrained(folder{labels})
+{padding}answers = [" One answer.", " Another."]
 """
+_PADDING = "model.config.pad_token_id = tokenizer.pad_token_id\n"
 _REWARD_TEXTS = """\
 texts = ["Your prompt" + answer + tokenizer.eos_token for answer in answers]
 """
@@ -88,6 +90,7 @@ def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
 
     facts (all but `stage` may be left out):
         stage: "sft", "dpo" or "reward"; name: title of the model; chat: whether prompts are chats
+        adapter: whether the folder holds an adapter, which transformers reads with PEFT installed
         model, data: where they came from; of each `hub_id`, `revision`, `path` and `name`,
             and of the data whatever else describes it (`fingerprint`, `train_rows`, ...)
         command: the arguments of the command line, in a list
@@ -106,7 +109,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
     fields = {
         "base_model": base,
         "datasets": [data] if data else None,
-        "library_name": "transformers",
+        "library_name": "peft" if facts.get("adapter") else "transformers",
         "pipeline_tag": (
             "text-classification" if facts["stage"] == "reward" else "text-generation"
         ),
@@ -126,7 +129,7 @@ def _body(facts: Mapping[str, Any]) -> str:
     sections = [
         f"# {_inline(facts.get('name') or 'A model of dpo-run')}\n",
         f"{base} after {method} on {_origin(facts.get('data'))}, trained with `dpo-run`.\n",
-        "## Usage\n\n" + _fenced(_usage(facts["stage"], bool(facts.get("chat"))), "python"),
+        "## Usage\n\n" + _fenced(_usage(facts), "python"),
         "## Results\n\n" + _table("metric", "value", facts.get("results")),
         "## Data\n\n" + _table("", "", facts.get("data")),
         "## Base model\n\n" + _table("", "", facts.get("model")),
@@ -139,10 +142,15 @@ def _body(facts: Mapping[str, Any]) -> str:
     return "\n".join(section for section in sections if not section.endswith("\n\n"))
 
 
-def _usage(stage: str, chat: bool) -> str:
-    if stage == "reward":
+def _usage(facts: Mapping[str, Any]) -> str:
+    chat = bool(facts.get("chat"))
+    if facts["stage"] == "reward":
         texts = _REWARD_CHATS if chat else _REWARD_TEXTS
-        return _REWARD_USAGE + texts + _SCORE.format(special=not chat)
+        usage = _REWARD_USAGE.format(
+            labels=", num_labels=1" if facts.get("adapter") else "",
+            padding=_PADDING if facts.get("adapter") else "",
+        )
+        return usage + texts + _SCORE.format(special=not chat)
     return _USAGE + (_CHAT_PROMPT if chat else _TEXT_PROMPT) + _GENERATE
 
 

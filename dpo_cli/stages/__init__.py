@@ -7,7 +7,8 @@ from importlib import import_module
 from dpo_cli.stages.session import Stage
 
 STAGES = (
-    "sft", "dpo", "reward", "ppo-baseline", "sample", "label", "evaluate", "frontier", "inspect",
+    "sft", "dpo", "reward", "ppo-baseline", "sample", "label", "evaluate", "frontier", "export",
+    "inspect",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,9 +15,11 @@ from dpo_cli.config import LOSS_OPTIONS, DpoConfig
 from dpo_cli.errors import DataError
 from dpo_cli.logprobs import sum_by_sequence
 from dpo_cli.losses import LOSSES, RankedLogprobs
+from dpo_cli.model.adapters import is_adapted
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages import reference
+from dpo_cli.stages.reference import Reference, keep_start, load_reference
 from dpo_cli.stages.session import (
     Loaded,
     Session,
@@ -37,7 +40,7 @@ ReferenceOf = Callable[[Batch], Tensor]  # a row -> (E, K) reference log-probabi
 def run(session: Session) -> dict[str, Any]:
     """Train on ranked responses; metrics as in the paper's reference code."""
     stage = cast(DpoConfig, session.config.stage)
-    loaded = load_policy_and_data(session)
+    loaded = load_policy_and_data(session, before=partial(keep_start, session.config))
     train, held_out = loaded.splits.train, loaded.splits.eval
     check_branches([*train, *held_out], stage)
     named = reference.reference_path(session.config, loaded)
@@ -88,15 +91,16 @@ def references(session: Session, loaded: Loaded, named: str | None) -> dict[str,
     """Reference log-probabilities of both splits, as functions of a packed row."""
     stage = cast(DpoConfig, session.config.stage)
     splits = {"train": loaded.splits.train, "eval": loaded.splits.eval}
-    own = named is None and session.snapshot is None and stage.reference_logprobs == "cached"
-    model = loaded.model if own else reference.load_reference(session, loaded, named)
-    if stage.reference_logprobs == "live":
-        model.to(session.runtime.device).eval().requires_grad_(False)  # type: ignore[arg-type]
-        return {name: _live(model) for name, rows in splits.items() if rows}
+    live = stage.reference_logprobs == "live"
+    own = named is None and session.snapshot is None and not live and not is_adapted(loaded.model)
+    against = Reference(loaded.model) if own else load_reference(session, loaded, named)
+    if live:
+        against.frozen(session.runtime.device)
+        return {name: _live(against) for name, rows in splits.items() if rows}
     tables: dict[str, ReferenceOf] = {}
     for name, rows in splits.items():
         if rows:
-            values, key = reference.cached(session, model, rows, f"reference log-probs ({name})")
+            values, key = reference.cached(session, against, rows, f"reference log-probs ({name})")
             tables[name] = _Table(values.to(session.runtime.device), key)
     return tables
 
@@ -112,8 +116,12 @@ class _Table:
         return self.values[batch.example_ids]
 
 
-def _live(model: PreTrainedModel) -> ReferenceOf:
-    return lambda batch: sequence_logprobs(model, batch).view(-1, batch.branches)
+def _live(against: Reference) -> ReferenceOf:
+    def logprobs(batch: Batch) -> Tensor:
+        with against.active() as model:
+            return sequence_logprobs(model, batch).view(-1, batch.branches)
+
+    return logprobs
 
 
 def dpo_loss(

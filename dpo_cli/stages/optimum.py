@@ -16,7 +16,7 @@ from dpo_cli.data.dataset import fingerprint
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.evaluation import frontier
 from dpo_cli.evaluation.frontier import Curve
-from dpo_cli.model.load import model_digest
+from dpo_cli.model.digest import model_digest
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.files import write_redacted_json
 from dpo_cli.stages.policies import POINT_KEYS

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -19,10 +20,9 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.statistics import mean_and_error
 from dpo_cli.logprobs import fused_loss, sum_by_sequence
 from dpo_cli.model.forward import head_of, target_states
-from dpo_cli.model.load import model_digest
 from dpo_cli.ppo_math import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.records import Batch, EncodedExample, LossOutput
-from dpo_cli.stages.reference import load_reference, reference_path
+from dpo_cli.stages.reference import keep_start, load_reference, reference_path
 from dpo_cli.stages.rollout import (
     Actors,
     Rollout,
@@ -104,7 +104,7 @@ class Ppo:
 def run(session: Session) -> dict[str, Any]:
     """Roll out, learn from it for some passes, and again."""
     stage = cast(PpoConfig, session.config.stage)
-    loaded = load_policy_and_data(session)
+    loaded = load_policy_and_data(session, before=partial(keep_start, session.config))
     named = reference_path(session.config, loaded)
     prompts = distinct_prompts(loaded.splits.train)
     actors = build_actors(session, loaded, named, stage)
@@ -134,7 +134,7 @@ def run(session: Session) -> dict[str, Any]:
         },
         identity={
             "rows": loaded.splits.fingerprint,
-            "reference": model_digest(actors.reference),
+            "reference": actors.reference.digest(),
             "reward_fn": scorer_digest(actors.score) or "none",
         },
         heads=actors.value_head,
@@ -170,8 +170,7 @@ def plan_rollouts(config: RunConfig, prompts: int) -> StepPlan:
 def build_actors(session: Session, loaded: Loaded, named: str | None, stage: PpoConfig) -> Actors:
     """Policy, frozen reference, a value head that starts at zero, and the scorer."""
     device = session.runtime.device
-    reference = load_reference(session, loaded, named)
-    reference.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    reference = load_reference(session, loaded, named).frozen(device)
     loaded.model.to(device)  # type: ignore[arg-type]
     width = cast(Any, loaded.model.get_output_embeddings()).weight.shape[1]
     head = torch.nn.Linear(width, 1).to(device)

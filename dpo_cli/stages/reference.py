@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,10 +24,47 @@ from dpo_cli.config import RunConfig
 from dpo_cli.data.dataset import fingerprint
 from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import ConfigError, DiskError
+from dpo_cli.model import adapters
+from dpo_cli.model.digest import model_digest
 from dpo_cli.model.forward import computed_by, sequence_logprobs
-from dpo_cli.model.load import model_digest
+from dpo_cli.model.source import Origin, origin_of
 from dpo_cli.records import EncodedExample
-from dpo_cli.stages.session import Loaded, Session, load, load_named, over_rows
+from dpo_cli.stages.session import Loaded, Session, load, load_named, named_source, over_rows
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen policy that log-ratios are taken to: a model of its own, or the trained one with
+    another adapter, or with none (`shared`), so that the weights under it lie in memory once."""
+
+    model: PreTrainedModel
+    shared: bool = False
+    adapter: str | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        """The model as the reference, without gradients or dropout, in the body alone."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                if not self.shared:
+                    yield self.model
+                else:
+                    with adapters.adapter_as(self.model, self.adapter):
+                        yield self.model
+        finally:
+            self.model.train(was_training)
+
+    def frozen(self, device: torch.device) -> Reference:
+        """On a device for good; a model of its own is never trained."""
+        if not self.shared:
+            self.model.to(device).requires_grad_(False)  # type: ignore[arg-type]
+        return self
+
+    def digest(self) -> str:
+        with self.active() as model:
+            return model_digest(model)
 
 
 def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
@@ -41,11 +80,40 @@ def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
     return named
 
 
-def load_reference(session: Session, loaded: Loaded, named: str | None) -> PreTrainedModel:
-    """The named reference, or the weights the run started from (not the checkpoint's)."""
+def load_reference(session: Session, loaded: Loaded, named: str | None) -> Reference:
+    """The named reference, or the weights the run started from (not the checkpoint's).
+
+    Under an adapter that is trained, they are the trained model's own where the reference is made
+    of the same base.
+    """
+    config, policy = session.config, loaded.model
+    origin = reference_origin(config, policy)
+    if origin is not None:
+        beside = None if origin.adapter is None else adapters.REFERENCE  # see `keep_start`
+        return Reference(policy, shared=True, adapter=beside)
     if named is not None:
-        return load_named(session, named, loaded.tokenizer, as_trained=True)
-    return load(session, session.config.model, loaded.tokenizer, as_trained=True)
+        return Reference(load_named(session, named, loaded.tokenizer, as_trained=True))
+    return Reference(load(session, config.model, loaded.tokenizer, as_trained=True))
+
+
+def reference_origin(config: RunConfig, policy: PreTrainedModel) -> Origin | None:
+    """Where the reference comes from that the policy itself is, but for its adapter; None for one
+    of other weights."""
+    if not adapters.is_adapted(policy):
+        return None
+    named = cast(Any, config.stage).reference
+    source = config.model if named is None else named_source(config.model, named)
+    origin = origin_of(source, "stage.reference")
+    return origin if origin.identity() == origin_of(config.model).identity() else None
+
+
+def keep_start(config: RunConfig, policy: PreTrainedModel) -> None:
+    """Put the adapter of such a reference beside the trained one: before weights are sharded."""
+    origin = reference_origin(config, policy)
+    if origin is not None and origin.adapter is not None:
+        from dpo_cli.model import lora  # PEFT is slow to import
+
+        lora.add_reference(policy, origin)
 
 
 def reference_key(
@@ -65,7 +133,7 @@ def compute(
     """(rows, K) float32 log-probability of every response, in the order of the rows."""
     branches = len(examples[0].response_ids)
     values = torch.zeros(len(examples), branches)
-    model.to(session.runtime.device).eval()  # type: ignore[arg-type]
+    model.to(session.runtime.device)  # type: ignore[arg-type]
     with session.progress.phase(name, len(examples)) as tick:
         made = over_rows(
             session, examples, lambda row: sequence_logprobs(model, row).cpu(), tick=tick
@@ -76,16 +144,17 @@ def compute(
 
 
 def cached(
-    session: Session, model: PreTrainedModel, examples: Sequence[EncodedExample], name: str
+    session: Session, reference: Reference, examples: Sequence[EncodedExample], name: str
 ) -> tuple[Tensor, str]:
     """As `compute`, read from or written to the cache folder; and the cache's key."""
-    key = reference_key(session, model, examples)
-    folder = Path(session.config.cache_dir) / "reference" / key[:32]
-    found = session.ranks.from_first(lambda: read(folder))
-    if found is not None:
-        session.note(f"{name}: read from cache {key[:12]}")
-        return found, key
-    values = session.within_memory(lambda: compute(session, model, examples, name))
+    with reference.active() as model:
+        key = reference_key(session, model, examples)
+        folder = Path(session.config.cache_dir) / "reference" / key[:32]
+        found = session.ranks.from_first(lambda: read(folder))
+        if found is not None:
+            session.note(f"{name}: read from cache {key[:12]}")
+            return found, key
+        values = session.within_memory(lambda: compute(session, model, examples, name))
 
     def write(target: Path) -> None:
         save_file({"logprobs": values}, target / "logprobs.safetensors")

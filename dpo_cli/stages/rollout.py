@@ -27,6 +27,7 @@ from dpo_cli.ppo_math import (
     whiten,
 )
 from dpo_cli.records import Batch, EncodedExample, Prompt
+from dpo_cli.stages.reference import Reference
 from dpo_cli.stages.session import Session, completion_text, draw_samples, over_rows
 
 FALSE_KL = -3.0  # standard errors below zero at which a mean KL says that something is wrong
@@ -37,7 +38,7 @@ class Actors:
     """All that a rollout takes. value_head: (D,) -> (1,), read at the state of each token."""
 
     policy: PreTrainedModel
-    reference: PreTrainedModel
+    reference: Reference
     value_head: torch.nn.Linear
     tokenizer: PreTrainedTokenizerFast
     score: Scorer
@@ -111,7 +112,8 @@ def reference_normaliser(
     session: Session, actors: Actors, examples: Sequence[EncodedExample], stage: PpoConfig
 ) -> Normaliser:
     """Mean and standard deviation of the score on one reference sample of each prompt."""
-    samples = draw(session, actors, actors.reference, examples, stage, session.config.seed, 1)
+    with actors.reference.active() as model:
+        samples = draw(session, actors, model, examples, stage, session.config.seed, 1)
     found = fit_normaliser(scores_of(actors, examples, samples))
     session.note(f"reference scores: mean {found.mean:.4g}, std {found.std:.4g}")
     return found
@@ -197,15 +199,10 @@ def measure(
     """Log-probabilities of policy and reference, and values, on the CPU; no advantages yet."""
 
     def columns(row: Batch) -> list[Tensor]:
-        own = target_states(actors.policy, row)
-        other = target_states(actors.reference, row)
-        heads = [
-            at_temperature(head_of(model), stage.temperature)
-            for model in (actors.policy, actors.reference)
-        ]
-        logprobs = target_logprobs(own, heads[0], row.targets)
-        reference = target_logprobs(other, heads[1], row.targets)
+        own, logprobs = states_and_logprobs(actors.policy, row, stage)
         values = values_of(actors.value_head, own)
+        with actors.reference.active() as model:
+            reference = states_and_logprobs(model, row, stage)[1]
         return [part.cpu() for part in (logprobs, reference, values)]
 
     found: dict[int, Tokens] = {}
@@ -214,6 +211,15 @@ def measure(
         for index, a, b, c in zip(row.example_ids.tolist(), *parts, strict=True):
             found[index] = Tokens(a, b, c)
     return [found[i] for i in range(len(examples))]
+
+
+def states_and_logprobs(
+    model: PreTrainedModel, row: Batch, stage: PpoConfig
+) -> tuple[Tensor, Tensor]:
+    """(N, D) hidden states; (N,) log-probabilities of the targets at the temperature."""
+    hidden = target_states(model, row)
+    head = at_temperature(head_of(model), stage.temperature)
+    return hidden, target_logprobs(hidden, head, row.targets)
 
 
 def estimate(

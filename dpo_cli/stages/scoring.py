@@ -29,7 +29,8 @@ from dpo_cli.model.classifier import (
     label_names,
     load_classifier,
 )
-from dpo_cli.model.load import load_tokenizer, model_digest
+from dpo_cli.model.digest import model_digest
+from dpo_cli.model.load import load_tokenizer
 from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.model.source import model_folder
 from dpo_cli.records import Batch

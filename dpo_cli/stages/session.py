@@ -17,6 +17,7 @@ from dpo_cli.data.chat import is_chat
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of, prepare
 from dpo_cli.model.forward import compile_rows
 from dpo_cli.model.generate import Completion, SamplingOptions, sample
@@ -97,8 +98,11 @@ class Session:
         self.progress.note(line)
 
 
-# (which, tokenizer, seed, the key that names it, where it will compute) -> a model on the CPU
-LoadModel = Callable[[ModelConfig, PreTrainedTokenizerFast, int, str, Placement], PreTrainedModel]
+# (which, tokenizer, seed, the key that names it, where it will compute, how it is adapted)
+# -> a model on the CPU, or quantised on its device
+LoadModel = Callable[
+    [ModelConfig, PreTrainedTokenizerFast, int, str, Placement, Adaptation | None], PreTrainedModel
+]
 
 
 @dataclass
@@ -117,14 +121,17 @@ def load(
     tokenizer: PreTrainedTokenizerFast,
     key: str = "model.path",
     how: LoadModel = load_model,
+    adaptation: Adaptation | None = None,
     as_trained: bool = False,
+    before: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> PreTrainedModel:
     """A model for this run's device; the session's rows stay as short as its attention needs.
 
     as_trained: in the precision of the trained weights; else the reference would not be what
-    the policy was at step 0.
+    the policy was at step 0. before: what is done to it before its weights are sharded.
     """
-    model = how(source, tokenizer, session.config.seed, key, session.placement)
+    model = how(source, tokenizer, session.config.seed, key, session.placement, adaptation)
+    before(model)
     if session.config.hardware.compile:
         compile_rows(model)
     if kernel_of(model) in MOST_TOKENS:
@@ -149,15 +156,25 @@ def spread_weights(session: Session, model: PreTrainedModel, key: str) -> None:
     shard(model, mesh, session.placement.dtype)
 
 
-def load_policy_and_data(session: Session, how: LoadModel = load_model) -> Loaded:
-    """The model to train (from the checkpoint when resuming) and the encoded splits."""
+def load_policy_and_data(
+    session: Session,
+    how: LoadModel = load_model,
+    before: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> Loaded:
+    """The model to train (from the checkpoint when resuming) and the encoded splits.
+
+    before: what is done to the model before its weights are sharded.
+    """
     config = session.config
     refuse_rounding(config.hardware, session.runtime)
     tokenizer = load_tokenizer(config.model)
-    source = config.model
-    if session.snapshot is not None and not is_sharded(session.snapshot.folder):
-        source = replace(source, path=str(session.snapshot.folder))
-    model = load(session, source, tokenizer, how=how, as_trained=True)
+    source, saved, adaptation = config.model, session.snapshot, None
+    whole = None if saved is None or is_sharded(saved.folder) else saved.folder
+    if config.lora.name != "none":
+        adaptation = Adaptation(config.lora, whole)
+    elif whole is not None:
+        source = replace(source, path=str(whole))
+    model = load(session, source, tokenizer, "model.path", how, adaptation, True, before)
     session.kernel = kernel_of(model)
     if every := config.hardware.activation_checkpointing:
         recompute_blocks(model, every)
@@ -175,17 +192,22 @@ def load_named(
     as_trained: bool = False,
 ) -> PreTrainedModel:
     """Another model by folder or hub id, for the same token ids as the policy's."""
-    local = model_folder(named, key) if Path(named).is_dir() else None
-    source = replace(
-        session.config.model, architecture=None, revision=None, tokenizer=None,
-        path=str(local) if local else None, hub_id=None if local else named,
-    )  # fmt: skip
+    source = named_source(session.config.model, named, key)
     if load_tokenizer(source, key).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"{key}={named}: has another tokenizer than model={session.config.model.name}; its "
             "log-probabilities would be of other texts"
         )
     return load(session, source, tokenizer, key, as_trained=as_trained)
+
+
+def named_source(config: ModelConfig, named: str, key: str = "stage.reference") -> ModelConfig:
+    """Where another model is, read in the way of the run's own."""
+    local = model_folder(named, key) if Path(named).is_dir() else None
+    return replace(
+        config, architecture=None, revision=None, tokenizer=None,
+        path=str(local) if local else None, hub_id=None if local else named,
+    )  # fmt: skip
 
 
 def base_provenance(config: ModelConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Checkpoints that survive a crash at any point and are checked before they are trusted.
 
-    checkpoints/step-120/  model.safetensors config.json tokenizer*   (Hugging Face layout)
+    checkpoints/step-120/  model.safetensors config.json tokenizer*   (Hugging Face layout; of an
+                           adapter alone adapter_model.safetensors adapter_config.json, PEFT's)
                            heads.safetensors   (what is trained beside the model, if anything)
                            optimizer.safetensors optimizer.json rng.safetensors state.json
                            MANIFEST.json                               (sha256 and size of each)
@@ -117,11 +118,10 @@ def write_model(
     provenance: dict[str, Any],
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Weights, config and tokenizer in Hugging Face layout, and where they came from.
-
-    weights: of a model that is sharded.
-    """
-    model.save_pretrained(target, state_dict=weights)
+    """Weights, config and tokenizer in Hugging Face layout, and where they came from; of a model
+    with an adapter, the adapter in PEFT's. weights: of a model that is sharded, its state dict."""
+    save = getattr(model, "save_adapter", model.save_pretrained)  # see model/lora.py
+    save(target, state_dict=weights)
     tokenizer.save_pretrained(target)
     (target / PROVENANCE).write_text(json.dumps(provenance, indent=1))
 

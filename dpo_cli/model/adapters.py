@@ -1,0 +1,132 @@
+"""Which adapter of a model is on, without PEFT, which takes a second to import.
+
+An adapted layer is PEFT's; it holds one entry an adapter, by name (`lora.put_in`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.config import LoraConfig
+from dpo_cli.model.source import ADAPTER_WEIGHTS
+
+TRAINED, REFERENCE = "default", "reference"  # names of adapters; files have none
+POLICY_TASK, REWARD_TASK = "CAUSAL_LM", "SEQ_CLS"  # PEFT's names of what an adapter makes
+PREFIX = "base_model.model."  # of the names in adapter files
+PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
+         "modules_to_save"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """How a run adapts the model it trains. weights: folder of the checkpoint's adapter."""
+
+    settings: LoraConfig
+    weights: Path | None = None
+
+
+def layers(model: torch.nn.Module) -> list[Any]:
+    """The parts of a model that have adapters, or copies that are trained whole."""
+    return [m for m in model.modules() if is_layer(m)]
+
+
+def is_layer(module: torch.nn.Module) -> bool:
+    return hasattr(module, "_get_available_adapters")
+
+
+def is_adapted(model: torch.nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def active_part(module: Any) -> Any:
+    """A module itself, or its copy that is trained whole."""
+    if not isinstance(getattr(module, "modules_to_save", None), torch.nn.ModuleDict):
+        return module
+    if module.disable_adapters:
+        return module.original_module
+    return module.modules_to_save[module.active_adapters[0]]
+
+
+@contextmanager
+def adapter_as(model: PreTrainedModel, name: str | None) -> Iterator[None]:
+    """Run the body with another adapter, or with none.
+
+    PEFT's own switch also turns `requires_grad`, which whoever shards the weights or holds them
+    in an optimiser has looked at already.
+    """
+    switched = layers(model)
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in switched]
+    for layer in switched:
+        layer._disable_adapters = name not in layer._get_available_adapters()
+        if not layer._disable_adapters:
+            layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer, (disabled, active) in zip(switched, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+def function_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights the model computes with now, by the names they have without adapters: with all
+    of them off, exactly those of the bare model."""
+    if not is_adapted(model):
+        return model.state_dict()
+    state: dict[str, Tensor] = {}
+    on = {
+        place: None if layer._disable_adapters else layer.active_adapters[0]
+        for place, layer in model.named_modules() if is_layer(layer)
+    }  # fmt: skip
+    for key, value in model.state_dict().items():
+        parts = key.split(".")
+        at = next((i for i, part in enumerate(parts) if part in PARTS), None)
+        if at is None:
+            plain = [p for p in parts if p not in ("base_layer", "original_module")]
+            state.setdefault(".".join(plain), value)
+        elif parts[at + 1] == on[".".join(parts[:at])]:
+            own = parts[:at] if parts[at] == "modules_to_save" else parts[: at + 1]
+            state[".".join(own + parts[at + 2 :])] = value
+    return state
+
+
+def scalings(model: PreTrainedModel) -> list[float]:
+    """What each active adapter's update is multiplied by: no weight says it."""
+    return [
+        layer.scaling[layer.active_adapters[0]]
+        for layer in layers(model)
+        if hasattr(layer, "scaling") and not layer._disable_adapters
+    ]
+
+
+def round_base(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """The frozen float32 weights in another dtype; adapters and modules to save stay as they are.
+
+    Buffers, too: rotary frequencies need their digits.
+    """
+    kept = {id(p) for layer in layers(model) for p in _own_parameters(layer)}
+    for weight in model.parameters():
+        if id(weight) not in kept and weight.dtype == torch.float32:
+            weight.data = weight.data.to(dtype)
+
+
+def _own_parameters(layer: Any) -> Iterator[torch.nn.Parameter]:
+    for name in layer.adapter_layer_names:
+        part = getattr(layer, name, None)
+        if isinstance(part, torch.nn.Module):
+            yield from part.parameters()
+
+
+def brought(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of whole weights in an adapter's file, such as a reward's score."""
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
+        names = [name for name in file.keys() if not PARTS & set(name.split("."))]  # noqa: SIM118
+        return {n.removeprefix(PREFIX): tuple(file.get_slice(n).get_shape()) for n in names}

@@ -1,0 +1,237 @@
+"""Adapters (PEFT's LoRA and DoRA) inside a loaded model: put in, read, saved, merged.
+
+The model stays the PreTrainedModel it was: PEFT's layers take the place of its linear ones, so
+packed attention, the output layer and sampling work on as before.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, set_adapter
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.config import LoraConfig
+from dpo_cli.errors import ConfigError
+from dpo_cli.model.adapters import PARTS, PREFIX, REFERENCE, REWARD_TASK, TRAINED, is_layer, layers
+from dpo_cli.model.source import ADAPTER_WEIGHTS, Origin, loading
+
+REWARD_HEAD = "score"
+ALL_LINEAR = "all-linear"
+MAGNITUDE = ".lora_magnitude_vector"
+SAME = {  # key of the lora group -> PEFT's name of what an adapter cannot change later
+    "r": "r", "alpha": "lora_alpha", "target_modules": "target_modules", "use_dora": "use_dora",
+    "use_rslora": "use_rslora", "modules_to_save": "modules_to_save",
+}  # fmt: skip
+
+
+def adapter_config(
+    settings: LoraConfig, origin: Origin, task: str, key: str = "model.path"
+) -> peft.LoraConfig:
+    """Of the adapter to train: a new one, or the origin's own to go on with.
+
+    Raises ConfigError where the settings are others than that one was made with.
+    """
+    if origin.adapter is None:
+        names = settings.target_modules
+        made = peft.LoraConfig(
+            r=settings.r,
+            lora_alpha=cast(int, settings.alpha),
+            target_modules=ALL_LINEAR if names == [ALL_LINEAR] else names,
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+            modules_to_save=settings.modules_to_save,
+        )
+    else:
+        with loading(str(origin.adapter), key):
+            found = peft.PeftConfig.from_pretrained(str(origin.adapter))
+        if not isinstance(found, peft.LoraConfig):
+            raise ConfigError(
+                f"{key}={origin.adapter}: is a {found.peft_type} adapter, LoRA alone is trained "
+                "on: use lora=none, which merges it"
+            )
+        made = found
+        _agree(settings, made, origin)
+    heads = [REWARD_HEAD] if task == REWARD_TASK else []
+    made.modules_to_save = sorted({*(made.modules_to_save or ()), *heads}) or None
+    made.lora_dropout, made.inference_mode = settings.dropout, False
+    made.task_type = cast(Any, task)
+    made.base_model_name_or_path, made.revision = origin.identity()
+    return made
+
+
+def _agree(settings: LoraConfig, made: peft.LoraConfig, origin: Origin) -> None:
+    defaults = {f.name: getattr(LoraConfig(), f.name) for f in fields(LoraConfig)}
+    for key, name in SAME.items():
+        wanted, has = getattr(settings, key), getattr(made, name)
+        if key == "modules_to_save":
+            has = [n for n in has or () if n != REWARD_HEAD]
+        has = sorted(has) if isinstance(has, (set, list)) else has
+        if (
+            wanted != defaults[key]
+            and (sorted(wanted) if isinstance(wanted, list) else wanted) != has
+        ):
+            raise ConfigError(
+                f"lora.{key}={wanted}: the adapter in {origin.adapter} has {has}, and training "
+                f"goes on with it: leave lora.{key} out, or merge the adapter first (stage=export)"
+            )
+
+
+def put_in(
+    model: PreTrainedModel,
+    config: peft.LoraConfig,
+    weights: Path | None,
+    seed: int = 0,
+    name: str = TRAINED,
+) -> None:
+    """Freeze the model and put an adapter in: the one in the folder, else a new one, which changes
+    nothing yet and whose random half is decided by `seed` alone. float32, whatever the model is.
+
+    Raises ConfigError for layers that cannot be adapted.
+    """
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")  # of a second adapter, and of GPT-2's transposed layers
+        torch.manual_seed(seed)
+        try:
+            peft.inject_adapter_in_model(config, model, name)
+        except (ValueError, TypeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"lora.target_modules={_listed(config.target_modules)}: {first}"
+            ) from error
+    _refuse_heads(model, config)
+    cast_adapter_dtype(model, name)  # quantised layers give theirs the dtype they compute in
+    cast(Any, model).save_adapter = partial(save_adapter, model)  # what a checkpoint keeps
+    if weights is not None:
+        read_adapter(model, weights, name)
+
+
+def _listed(names: Any) -> Any:
+    return sorted(names) if isinstance(names, (set, list)) else names
+
+
+def _refuse_heads(model: PreTrainedModel, config: peft.LoraConfig) -> None:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    ends = {"output layer": head, "reward's score": getattr(model, REWARD_HEAD, None)}
+    told = f"lora.target_modules={_listed(config.target_modules)}"
+    for name, layer in ends.items():
+        if isinstance(layer, BaseTunerLayer):
+            raise ConfigError(
+                f"{told}: names the {name}, whose weight is read without the layer's forward: "
+                "leave it out (lora.modules_to_save trains it whole)"
+            )
+    if (
+        isinstance(embedding, BaseTunerLayer)
+        and head is not None
+        and _weight(head) is _weight(embedding)
+    ):
+        raise ConfigError(
+            f"{told}: names the embedding, which is the output layer, too, whose weight is read "
+            "without the layer's forward: leave it out"
+        )
+    wrapped = [x for x in (head, embedding) if isinstance(x, AuxiliaryTrainingWrapper)]
+    if wrapped and model.config.get_text_config().tie_word_embeddings:
+        raise ConfigError(
+            f"lora.modules_to_save={config.modules_to_save}: embedding and output layer are one "
+            "weight in this model, and would part: leave both out"
+        )
+
+
+def _weight(layer: Any) -> Any:
+    return (layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer).weight
+
+
+def read_adapter(model: PreTrainedModel, folder: Path, name: str = TRAINED) -> None:
+    """Weights of a folder into an adapter that is put in. A module to save that the folder lacks
+    stays as it is: a reward's score over the adapter of a policy. Raises ConfigError."""
+    with loading(str(folder), "adapter"):
+        state = load_file(folder / ADAPTER_WEIGHTS)
+        state = {key.removeprefix(PREFIX): value for key, value in state.items()}
+        for place, layer in model.named_modules():
+            if isinstance(layer, AuxiliaryTrainingWrapper):
+                own = layer.state_dict()
+                for key, mine in layer.adapter_state_dict_load_map(name).items():
+                    state.setdefault(f"{place}.{key}", own[mine])
+        found: Any = set_peft_model_state_dict(model, state, name)
+    lacking = [k for k in found.missing_keys if PARTS & set(k.split(".")) and name in k.split(".")]
+    if lacking or found.unexpected_keys:
+        which, names = ("lacks", lacking) if lacking else ("also has", found.unexpected_keys)
+        raise ConfigError(
+            f"{folder / ADAPTER_WEIGHTS}: {which} {len(names)} weights, such as {names[0]}: it is "
+            "damaged or belongs to another base model"
+        )
+
+
+def start_magnitudes(model: PreTrainedModel) -> None:
+    """DoRA's magnitudes as the norms of the weights that are there now: a new adapter then changes
+    nothing, also where the base was rounded after it was put in."""
+    for layer in model.modules():
+        vectors = getattr(layer, "lora_magnitude_vector", None)
+        if isinstance(layer, BaseTunerLayer) and vectors is not None and TRAINED in vectors:
+            own: Any = layer
+            with torch.no_grad():
+                vectors[TRAINED].update_layer(
+                    base_layer=own.get_base_layer(),
+                    lora_A=own.lora_A[TRAINED].weight,
+                    lora_B=own.lora_B[TRAINED].weight,
+                    scaling=own.scaling[TRAINED],
+                )
+
+
+def add_reference(model: PreTrainedModel, origin: Origin) -> None:
+    """A second adapter, frozen, beside the one that is trained and stays active."""
+    assert origin.adapter is not None
+    config = cast(Any, peft.PeftConfig.from_pretrained(str(origin.adapter)))
+    config = replace(config, inference_mode=True)
+    put_in(model, config, origin.adapter, name=REFERENCE)
+    set_adapter(model, TRAINED)
+    for layer in layers(model):
+        for name, weight in layer.named_parameters():
+            if REFERENCE in name.split("."):
+                weight.requires_grad_(False)
+
+
+def save_adapter(
+    model: PreTrainedModel, target: Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """The trained adapter in PEFT's layout. state_dict: of a model whose own is sharded."""
+    config = cast(Any, model).peft_config[TRAINED]
+    state = get_peft_model_state_dict(model, state_dict, TRAINED, save_embedding_layers=False)
+    # PEFT reads DoRA's magnitudes by either name, transformers by the layer's alone.
+    own = {f"{k}.weight" if k.endswith(MAGNITUDE) else k: v for k, v in state.items()}
+    named = {PREFIX + key: value.detach().contiguous() for key, value in own.items()}
+    save_file(named, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    replace(config, inference_mode=True).save_pretrained(str(target))
+    path = target / "adapter_config.json"
+    facts = json.loads(path.read_text())
+    if isinstance(facts["target_modules"], list):  # a set, whose order is another in each process
+        facts["target_modules"].sort()
+    path.write_text(json.dumps(facts, indent=2, sort_keys=True))
+
+
+def merge(model: PreTrainedModel, origin: Origin, key: str) -> None:
+    """Add the origin's adapter to the weights of its base, which stay dense."""
+    assert origin.adapter is not None
+    with loading(str(origin.adapter), key):
+        config = peft.PeftConfig.from_pretrained(str(origin.adapter))
+        config.inference_mode = True
+    put_in(model, cast(Any, config), origin.adapter)
+    for place, layer in [(n, m) for n, m in model.named_modules() if is_layer(m)]:
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge(safe_merge=True)
+            model.set_submodule(place, layer.get_base_layer())
+        else:
+            model.set_submodule(place, cast(Any, layer).modules_to_save[TRAINED])
+    del model.peft_config, model.save_adapter
+    model.requires_grad_(True)
