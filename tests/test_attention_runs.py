@@ -12,7 +12,7 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.grammar.tokenizer import build_tokenizer
 from dpo_cli.model import attention, forward
 from dpo_cli.model.load import load_model
-from dpo_cli.stages import session
+from dpo_cli.stages import rows, session
 from small_models import FAMILIES, build, examples, gradients, packed, packed_loss
 from small_runs import configure, metrics, train
 
@@ -33,13 +33,13 @@ def gptj(tmp_path_factory):
 
 def test_a_slow_fallback_is_told_and_keeps_rows_short(gptj, tmp_path, capsys, monkeypatch):
     budgets = []
-    real = session.pack_all
+    real = rows.pack_all
 
     def recorded(examples, indices, token_budget, *rest):
         budgets.append(token_budget)
         return real(examples, indices, token_budget, *rest)
 
-    monkeypatch.setattr(session, "pack_all", recorded)
+    monkeypatch.setattr(rows, "pack_all", recorded)
     train(tmp_path / "r", "stage=dpo", f"model.path={gptj}", "train.max_steps=2",
           "train.micro_batch_tokens=100000", "logger.progress=plain")  # fmt: skip
     told = [line for line in capsys.readouterr().err.splitlines() if "attention=" in line]
@@ -56,8 +56,8 @@ def test_a_slow_fallback_is_told_and_keeps_rows_short(gptj, tmp_path, capsys, mo
 )
 def test_rows_are_prepared_for_the_trained_model(tmp_path, monkeypatch, words, kernel):
     prepared = []
-    real = session.prepare
-    monkeypatch.setattr(session, "prepare", lambda row, k: prepared.append(k) or real(row, k))
+    real = rows.prepare
+    monkeypatch.setattr(rows, "prepare", lambda row, k: prepared.append(k) or real(row, k))
     train(tmp_path / "r", "stage=sft", "train.max_steps=1", *words)
     assert set(prepared) == {kernel}
 

@@ -160,7 +160,9 @@ def test_one_example_that_is_too_large_is_an_error(tmp_path, monkeypatch):
 def test_ranks_that_wait_for_each_other_get_the_error_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(TokenBudget, "fixed", True)
     monkeypatch.setattr(
-        TokenBudget, "__init__", lambda self, asked: vars(self).update(asked=asked, tokens=asked)
+        TokenBudget,
+        "__init__",
+        lambda self, asked, fixed: vars(self).update(asked=asked, tokens=asked),
     )
     Machine(most=100).install(monkeypatch, "sft")
     with pytest.raises(torch.OutOfMemoryError):

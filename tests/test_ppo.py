@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dpo_cli import packing
 from dpo_cli.durable import file_digest
 from dpo_cli.errors import ConfigError, Preempted
 from dpo_cli.evaluation.scorers import Completed
@@ -128,7 +129,7 @@ def test_the_loss_is_the_hand_made_one_and_skips_what_ran_away(actors):
         tokens.logprobs = tokens.logprobs - (4.0 if number == 0 else 0.1 * number)
         tokens.values = tokens.values + 0.3
     ppo = ppo_baseline.Ppo(session, stage, made, [], [], None, found)  # type: ignore[arg-type]
-    row = ppo_baseline.pack_all(found.examples, range(6), session.token_budget)[0]
+    row = packing.pack_all(found.examples, range(6), session.token_budget)[0]
     made.policy.train()
     out = ppo_baseline.ppo_loss(made, row, found, stage)
     out.loss_sum.backward()

@@ -20,17 +20,15 @@ from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages import reference
 from dpo_cli.stages.reference import Reference, keep_start, load_reference
-from dpo_cli.stages.session import (
-    Loaded,
-    Session,
+from dpo_cli.stages.rows import (
     batches_of,
     check_lengths,
     distinct_responses,
-    load_policy_and_data,
     mean_figures,
-    sample_writer,
     step_plan,
 )
+from dpo_cli.stages.sampling import sample_writer
+from dpo_cli.stages.session import Loaded, Session, load_policy_and_data
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 

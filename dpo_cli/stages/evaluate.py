@@ -35,8 +35,9 @@ from dpo_cli.stages.measure import (
 from dpo_cli.stages.optimum import Optimum
 from dpo_cli.stages.policies import PolicyPoint, find_policies, reference_of
 from dpo_cli.stages.sample import distinct_prompts, source_prompts, write_rows
+from dpo_cli.stages.sampling import draw_samples
 from dpo_cli.stages.scoring import load_scorer, scorer_digest
-from dpo_cli.stages.session import Session, draw_samples, load, load_data, load_named
+from dpo_cli.stages.session import Session, load, load_data, load_named
 from dpo_cli.stages.win_rate import WinRates, win_rates
 
 WIN_RATE = r"win_rate_t[\d.e+-]+"  # without its interval, _low and _high

@@ -21,7 +21,9 @@ from dpo_cli.model.forward import head_of, hidden_states, sequence_logprobs
 from dpo_cli.model.generate import Completion
 from dpo_cli.model.load import context_length
 from dpo_cli.records import Batch, EncodedExample, Prompt
-from dpo_cli.stages.session import Session, check_lengths, completion_text, over_rows
+from dpo_cli.stages.rows import check_lengths, over_rows
+from dpo_cli.stages.sampling import completion_text
+from dpo_cli.stages.session import Session
 
 Tick = Callable[[int], None]
 

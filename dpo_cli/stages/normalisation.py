@@ -18,8 +18,9 @@ from dpo_cli.model.classifier import CLASSIFIER
 from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.model.load import hf_config
 from dpo_cli.stages.sample import distinct_prompts, source_prompts
+from dpo_cli.stages.sampling import complete
 from dpo_cli.stages.scoring import NORMALISATION, reward_model_scorer
-from dpo_cli.stages.session import Loaded, Session, complete, load
+from dpo_cli.stages.session import Loaded, Session, load
 from dpo_cli.train.checkpoint import PROVENANCE, load_provenance
 
 

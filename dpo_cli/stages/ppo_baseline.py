@@ -36,15 +36,11 @@ from dpo_cli.stages.rollout import (
     values_of,
     with_samples,
 )
+from dpo_cli.stages.rows import packed_rows
 from dpo_cli.stages.sample import distinct_prompts, source_prompts
+from dpo_cli.stages.sampling import sample_writer
 from dpo_cli.stages.scoring import load_scorer, scorer_digest
-from dpo_cli.stages.session import (
-    Loaded,
-    Session,
-    load_policy_and_data,
-    packed_rows,
-    sample_writer,
-)
+from dpo_cli.stages.session import Loaded, Session, load_policy_and_data
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 

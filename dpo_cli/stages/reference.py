@@ -29,7 +29,8 @@ from dpo_cli.model.digest import model_digest
 from dpo_cli.model.forward import computed_by, sequence_logprobs
 from dpo_cli.model.source import Origin, origin_of
 from dpo_cli.records import EncodedExample
-from dpo_cli.stages.session import Loaded, Session, load, load_named, named_source, over_rows
+from dpo_cli.stages.rows import over_rows
+from dpo_cli.stages.session import Loaded, Session, load, load_named, named_source
 
 
 @dataclass(frozen=True)

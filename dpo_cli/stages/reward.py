@@ -19,14 +19,8 @@ from dpo_cli.losses import reward_loss
 from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages.normalisation import normalise
-from dpo_cli.stages.session import (
-    Session,
-    batches_of,
-    check_lengths,
-    load_policy_and_data,
-    over_rows,
-    step_plan,
-)
+from dpo_cli.stages.rows import batches_of, check_lengths, over_rows, step_plan
+from dpo_cli.stages.session import Session, load_policy_and_data
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import Totals, TrainTask
 

@@ -28,7 +28,9 @@ from dpo_cli.ppo_math import (
 )
 from dpo_cli.records import Batch, EncodedExample, Prompt
 from dpo_cli.stages.reference import Reference
-from dpo_cli.stages.session import Session, completion_text, draw_samples, over_rows
+from dpo_cli.stages.rows import over_rows
+from dpo_cli.stages.sampling import completion_text, draw_samples
+from dpo_cli.stages.session import Session
 
 FALSE_KL = -3.0  # standard errors below zero at which a mean KL says that something is wrong
 

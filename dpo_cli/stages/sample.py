@@ -12,7 +12,8 @@ from dpo_cli.durable import write_text
 from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.model.load import context_length, load_tokenizer
 from dpo_cli.records import EncodedExample, Prompt
-from dpo_cli.stages.session import Session, complete, load, load_data
+from dpo_cli.stages.sampling import complete
+from dpo_cli.stages.session import Session, load, load_data
 
 
 def run(session: Session) -> dict[str, Any]:

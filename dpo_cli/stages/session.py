@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import ModelConfig, RunConfig
 from dpo_cli.data.chat import is_chat
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
-from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.adapters import Adaptation
-from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of, prepare
+from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of
 from dpo_cli.model.forward import compile_rows
-from dpo_cli.model.generate import Completion, SamplingOptions, sample
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
 from dpo_cli.model.recompute import recompute_blocks
 from dpo_cli.model.source import model_folder
-from dpo_cli.packing import pack_all, pack_share, pack_sorted
 from dpo_cli.ranks import Ranks
-from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.report.console import Progress
-from dpo_cli.report.files import append_samples
 from dpo_cli.report.sinks import Sink
-from dpo_cli.shard import gathered, make_mesh, shard
+from dpo_cli.shard import make_mesh, shard
 from dpo_cli.stages.precision import hold_as_trained, refuse_rounding
 from dpo_cli.train.checkpoint import Snapshot, load_provenance
 from dpo_cli.train.memory import TokenBudget, within
 from dpo_cli.train.runtime import Runtime
 from dpo_cli.train.sharded import is_sharded
-from dpo_cli.train.task import Totals
 
 T = TypeVar("T")
 
@@ -229,179 +221,3 @@ def load_data(
         "chat": is_chat(splits.train, tokenizer),
     }  # fmt: skip
     return splits
-
-
-def step_plan(session: Session, rows: int) -> StepPlan:
-    train = session.config.train
-    plan = plan_steps(
-        rows, train.batch_size, train.epochs, train.max_steps, train.shuffle, session.config.seed
-    )
-    if left := plan.left_out(train.epochs):
-        session.note(f"{plan.steps:,} steps of {plan.batch_size}{left}")
-    return plan
-
-
-def batches_of(
-    session: Session, examples: Sequence[EncodedExample], plan: StepPlan, keep_last: bool = False
-) -> Callable[[int], list[Batch]]:
-    """step -> its micro-batches, each at most the token budget, ready for the trained model."""
-
-    return lambda step: packed_rows(session, examples, plan.indices(step), keep_last)
-
-
-def packed_rows(
-    session: Session,
-    examples: Sequence[EncodedExample],
-    indices: Sequence[int],
-    keep_last: bool = False,
-) -> list[Batch]:
-    """This rank's micro-batches of the given examples, ready for the trained model."""
-    budget, ranks = session.token_budget, session.ranks
-    if ranks.size == 1:
-        rows = pack_all(examples, indices, budget, keep_last)
-    else:
-        rows = pack_share(examples, indices, budget, ranks.rank, ranks.size, keep_last)
-    return [prepare(row, session.kernel) for row in rows]
-
-
-def over_rows(
-    session: Session,
-    examples: Sequence[EncodedExample],
-    compute: Callable[[Batch], T],
-    keep_last: bool = False,
-    tick: Callable[[int], None] = lambda examples: None,
-) -> Iterable[tuple[Batch, T]]:
-    """Packed rows of all examples, and what `compute` makes of each on the run's device.
-
-    The ranks share the work: what is computed is sent to all of them, its tensors on the CPU.
-    """
-
-    def computed(row: Batch) -> T:
-        with session.runtime.autocast():
-            made = compute(row.to(session.runtime.device))
-        tick(len(row.example_ids) * session.ranks.size)
-        return made
-
-    rows = pack_sorted(examples, session.token_budget, keep_last)
-    if session.ranks.size == 1:  # one row after the other, none of them kept
-        return ((row, computed(row)) for row in rows)
-    listed = list(rows)
-    return zip(listed, session.ranks.spread(listed, computed), strict=True)
-
-
-def mean_figures(
-    session: Session,
-    examples: Sequence[EncodedExample],
-    compute: Callable[[Batch], LossOutput],
-) -> dict[str, float]:
-    """A loss and its figures over all examples; empty without any."""
-    totals, travels = Totals(), session.ranks.size > 1
-    made = over_rows(session, examples, lambda r: compute(r).on_cpu() if travels else compute(r))
-    for _, out in made:
-        totals.add(out)
-    return totals.means() if totals.sums else {}
-
-
-def keep_responses(examples: Sequence[EncodedExample], count: int) -> list[EncodedExample]:
-    """The best `count` responses of each example."""
-    return [replace(e, response_ids=e.response_ids[:count]) for e in examples]
-
-
-def distinct_responses(examples: Sequence[EncodedExample]) -> int:
-    """How many samples the rows were made of: a response may be in several pairs."""
-    return len({(e.prompt_ids.tobytes(), r.tobytes()) for e in examples for r in e.response_ids})
-
-
-def check_lengths(examples: Sequence[EncodedExample], branches: int, stage: str) -> None:
-    for example in examples:
-        if len(example.response_ids) < branches:
-            raise DataError(
-                f"stage={stage}: row {example.row} has {len(example.response_ids)} response(s), "
-                f"{branches} are needed: give chosen and rejected (data.rejected_field=...)"
-            )
-
-
-def sample_writer(session: Session, loaded: Loaded) -> Callable[[int], None]:
-    """on_eval: completions of the same held-out prompts, appended to samples.jsonl."""
-    train, tokenizer = session.config.train, loaded.tokenizer
-    pool = loaded.splits.eval or loaded.splits.train
-    prompts = [e.prompt_ids for e in pool[: train.sample_prompts]]
-    options = SamplingOptions(
-        temperature=train.sample_temperature,
-        max_new_tokens=train.sample_max_new_tokens,
-        seed=session.config.seed,
-    )
-
-    def write(step: int) -> None:
-        if not prompts:
-            return
-        rows = complete(session, loaded.model, tokenizer, prompts, options)
-        append_samples(session.run_dir, step, [r[0] for r in rows])
-
-    return write
-
-
-def draw_samples(
-    session: Session,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[np.ndarray],
-    options: SamplingOptions,
-    tick: Callable[[int], None] = lambda prompts: None,
-) -> list[list[Completion]]:
-    """`options.completions` samples of each prompt, computed in the run's precision."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    assert eos is not None and pad is not None
-    ranks = session.ranks
-    with session.runtime.autocast(), gathered(model):
-        mine = sample(model, prompts, options, eos, pad, tick, (ranks.rank, ranks.size))
-    if ranks.size == 1:
-        return mine
-    shares = ranks.gather(mine)
-    return [next((row for row in rows if row), []) for rows in zip(*shares, strict=True)]
-
-
-def complete(
-    session: Session,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[np.ndarray],
-    options: SamplingOptions,
-    tick: Callable[[int], None] = lambda prompts: None,
-) -> list[list[dict[str, Any]]]:
-    """Samples as readable rows {prompt, completion, finished, tokens}, a list a prompt."""
-    samples = draw_samples(session, model, tokenizer, prompts, options, tick)
-    return [
-        [
-            {
-                "prompt": text_of(tokenizer, prompt),
-                "completion": completion_text(tokenizer, c.ids),
-                "finished": c.finished,
-                "tokens": len(c.ids),
-            }
-            for c in row
-        ]
-        for prompt, row in zip(prompts, samples, strict=True)
-    ]
-
-
-def text_of(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
-    """Token ids as text, special tokens left out."""
-    return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def completion_text(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
-    """Sampled ids as the text that continues a prompt, special tokens left out.
-
-    Decoded behind an anchor: sentencepiece takes the space off whatever begins a text.
-    """
-    anchor, before = _anchor(tokenizer)
-    whole = text_of(tokenizer, np.concatenate([anchor, ids]))
-    return whole[len(before) :] if whole.startswith(before) else text_of(tokenizer, ids)
-
-
-@lru_cache(maxsize=8)
-def _anchor(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, str]:
-    """Ids of a text, and what they are decoded to."""
-    ids = np.array(tokenizer("a", add_special_tokens=False).input_ids, np.int32)
-    return ids, text_of(tokenizer, ids)

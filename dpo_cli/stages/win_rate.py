@@ -23,7 +23,8 @@ from dpo_cli.evaluation.statistics import win_rate
 from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.records import EncodedExample, Prompt
 from dpo_cli.report.files import encode, to_json, write_redacted_json
-from dpo_cli.stages.session import Session, completion_text, draw_samples, load_named
+from dpo_cli.stages.sampling import completion_text, draw_samples
+from dpo_cli.stages.session import Session, load_named
 
 REFERENCE_TEMPERATURE = 1.0  # that of the distribution the KL is measured to
 

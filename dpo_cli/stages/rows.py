@@ -1,0 +1,107 @@
+"""Examples as packed rows: a step's micro-batches, and passes over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from dpo_cli.data.loader import StepPlan, plan_steps
+from dpo_cli.errors import DataError
+from dpo_cli.model.attention import prepare
+from dpo_cli.packing import pack_all, pack_share, pack_sorted
+from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.stages.session import Session
+from dpo_cli.train.task import Totals
+
+T = TypeVar("T")
+
+
+def step_plan(session: Session, rows: int) -> StepPlan:
+    train = session.config.train
+    plan = plan_steps(
+        rows, train.batch_size, train.epochs, train.max_steps, train.shuffle, session.config.seed
+    )
+    if left := plan.left_out(train.epochs):
+        session.note(f"{plan.steps:,} steps of {plan.batch_size}{left}")
+    return plan
+
+
+def batches_of(
+    session: Session, examples: Sequence[EncodedExample], plan: StepPlan, keep_last: bool = False
+) -> Callable[[int], list[Batch]]:
+    """step -> its micro-batches, each at most the token budget, ready for the trained model."""
+
+    return lambda step: packed_rows(session, examples, plan.indices(step), keep_last)
+
+
+def packed_rows(
+    session: Session,
+    examples: Sequence[EncodedExample],
+    indices: Sequence[int],
+    keep_last: bool = False,
+) -> list[Batch]:
+    """This rank's micro-batches of the given examples, ready for the trained model."""
+    budget, ranks = session.token_budget, session.ranks
+    if ranks.size == 1:
+        rows = pack_all(examples, indices, budget, keep_last)
+    else:
+        rows = pack_share(examples, indices, budget, ranks.rank, ranks.size, keep_last)
+    return [prepare(row, session.kernel) for row in rows]
+
+
+def over_rows(
+    session: Session,
+    examples: Sequence[EncodedExample],
+    compute: Callable[[Batch], T],
+    keep_last: bool = False,
+    tick: Callable[[int], None] = lambda examples: None,
+) -> Iterable[tuple[Batch, T]]:
+    """Packed rows of all examples, and what `compute` makes of each on the run's device.
+
+    The ranks share the work: what is computed is sent to all of them, its tensors on the CPU.
+    """
+
+    def computed(row: Batch) -> T:
+        with session.runtime.autocast():
+            made = compute(row.to(session.runtime.device))
+        tick(len(row.example_ids) * session.ranks.size)
+        return made
+
+    rows = pack_sorted(examples, session.token_budget, keep_last)
+    if session.ranks.size == 1:  # one row after the other, none of them kept
+        return ((row, computed(row)) for row in rows)
+    listed = list(rows)
+    return zip(listed, session.ranks.spread(listed, computed), strict=True)
+
+
+def mean_figures(
+    session: Session,
+    examples: Sequence[EncodedExample],
+    compute: Callable[[Batch], LossOutput],
+) -> dict[str, float]:
+    """A loss and its figures over all examples; empty without any."""
+    totals, travels = Totals(), session.ranks.size > 1
+    made = over_rows(session, examples, lambda r: compute(r).on_cpu() if travels else compute(r))
+    for _, out in made:
+        totals.add(out)
+    return totals.means() if totals.sums else {}
+
+
+def keep_responses(examples: Sequence[EncodedExample], count: int) -> list[EncodedExample]:
+    """The best `count` responses of each example."""
+    return [replace(e, response_ids=e.response_ids[:count]) for e in examples]
+
+
+def distinct_responses(examples: Sequence[EncodedExample]) -> int:
+    """How many samples the rows were made of: a response may be in several pairs."""
+    return len({(e.prompt_ids.tobytes(), r.tobytes()) for e in examples for r in e.response_ids})
+
+
+def check_lengths(examples: Sequence[EncodedExample], branches: int, stage: str) -> None:
+    for example in examples:
+        if len(example.response_ids) < branches:
+            raise DataError(
+                f"stage={stage}: row {example.row} has {len(example.response_ids)} response(s), "
+                f"{branches} are needed: give chosen and rejected (data.rejected_field=...)"
+            )
