@@ -8,6 +8,7 @@ run folder, and tells the others: what each composed for itself could differ.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import subprocess
@@ -52,6 +53,7 @@ def launch(config: RunConfig, words: Sequence[str]) -> int:
 
     hardware = config.hardware
     share_cores(hardware)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in a line
     os.environ[LAUNCHED] = "1"
     with tempfile.TemporaryDirectory(prefix="dpo-run-ranks-") as logs:
         settings = LaunchConfig(
@@ -81,7 +83,7 @@ class Failed(UserError):
     """A rank that ended without saying why in a line; its traceback, if any, is above."""
 
     def __init__(self, told: str, code: int) -> None:
-        super().__init__(f"{told}; the run can go on from its last checkpoint (resume=)")
+        super().__init__(f"{told}; where checkpoints were saved, resume=<run folder> goes on")
         self.exit_code = code
 
 
