@@ -30,7 +30,8 @@ KINDS = {
     "qlora": LoraConfig(name="qlora", r=4, alpha=8.0, quantization="nf4"),
     "int8": LoraConfig(name="int8", r=4, alpha=8.0, quantization="int8"),
 }
-NF4_ERROR = 6.0  # nats a response: random weights of 4 bits and of 32 (measured: 2.1)
+# Nats a response of 158: over 4 and 8 bits against over 32 (measured: 0.91, 0.05).
+ROUNDED = {"nf4": 2.0, "int8": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +152,8 @@ def test_peft_and_transformers_read_what_is_saved(bases, pairs, tmp_path, family
     torch.testing.assert_close(
         packed_logprobs(merged, pairs), plain_logprobs(theirs, pairs), rtol=0, atol=2e-4
     )
-    assert packed_logprobs(merged, pairs).sub(ours).abs().max() < {"nf4": NF4_ERROR}.get(
-        settings.quantization, 0.5 if settings.quantization else 2e-4
-    )
+    away = packed_logprobs(merged, pairs).sub(ours).abs().max()
+    assert away < ROUNDED.get(str(settings.quantization), 2e-4)
 
 
 def test_over_4_bits_it_is_pefts_forward(bases, pairs, tmp_path):
