@@ -33,6 +33,7 @@ Keys used most (all of them with their values: dpo-run --cfg job, also after sta
   stage.loss= stage.beta=   the preference loss and its strength
   stage.reference=DIR       the frozen reference (default: the policy as loaded)
   reward_fn= judge=         what scores a completion; what compares two
+  lora=lora                 train an adapter instead of all weights; qlora: over 4 bits
   optim.lr=                 default: the stage's rate, stage.default_lr
   train.epochs= train.max_steps= train.batch_size=
   hardware=cpu              and seed=0, logger=wandb, ...

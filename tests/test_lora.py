@@ -23,6 +23,7 @@ from dpo_cli.packing import pack
 from dpo_cli.train.optim import build_optimizer, take_step
 from small_adapters import plain_logprobs, rows, write_base
 
+EMBEDDED = LoraConfig(name="lora", r=4, target_modules=["q_proj", "embed_tokens"])
 KINDS = {
     "lora": LoraConfig(name="lora", r=4, alpha=8.0),
     "dora": LoraConfig(name="dora", r=4, alpha=8.0, use_dora=True),
@@ -30,7 +31,8 @@ KINDS = {
     "qlora": LoraConfig(name="qlora", r=4, alpha=8.0, quantization="nf4"),
     "int8": LoraConfig(name="int8", r=4, alpha=8.0, quantization="int8"),
 }
-NF4_ERROR = 6.0  # nats a response: random weights of 4 bits and of 32 (measured: 2.1)
+# Nats a response of 158: over 4 and 8 bits against over 32 (measured: 0.91, 0.05).
+ROUNDED = {"nf4": 2.0, "int8": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +153,8 @@ def test_peft_and_transformers_read_what_is_saved(bases, pairs, tmp_path, family
     torch.testing.assert_close(
         packed_logprobs(merged, pairs), plain_logprobs(theirs, pairs), rtol=0, atol=2e-4
     )
-    assert packed_logprobs(merged, pairs).sub(ours).abs().max() < {"nf4": NF4_ERROR}.get(
-        settings.quantization, 0.5 if settings.quantization else 2e-4
-    )
+    away = packed_logprobs(merged, pairs).sub(ours).abs().max()
+    assert away < ROUNDED.get(str(settings.quantization), 2e-4)
 
 
 def test_over_4_bits_it_is_pefts_forward(bases, pairs, tmp_path):
@@ -247,12 +248,24 @@ def test_an_output_layer_trained_whole_is_saved_and_merged(bases, pairs, tmp_pat
         torch.testing.assert_close(packed_logprobs(own, pairs), theirs, rtol=0, atol=2e-4)
 
 
+def test_an_embedding_of_its_own_can_be_adapted(bases, pairs, tmp_path):
+    model = trained(bases["llama"], EMBEDDED, pairs)
+    folder = saved(model, bases["llama"], tmp_path / "adapter")
+    theirs = plain_logprobs(peft.AutoPeftModelForCausalLM.from_pretrained(folder), pairs)
+    for own in (model, loaded(folder), loaded(folder, LoraConfig(name="lora"))):
+        torch.testing.assert_close(packed_logprobs(own, pairs), theirs, rtol=0, atol=2e-4)
+    with adapter_as(model, None):
+        assert model_digest(model) == model_digest(loaded(bases["llama"]))
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
         ("llama", {"target_modules": ["q_proj", "lm_head"]}, "names the output layer, whose wei"),
         ("gpt2", {"target_modules": ["c_attn", "wte"]}, "embedding, which is the output layer"),
         ("gpt2", {"modules_to_save": ["wte"]}, r"modules_to_save=.* one weight in this model"),
+        ("llama", {"target_modules": ["q_proj", "query"]}, "no layer that fits is a query"),
+        ("llama", {"modules_to_save": ["head"]}, r"modules_to_save=\['head'\]: no layer that fits"),
         ("llama", {"target_modules": ["query"]}, r"target_modules=\['query'\]: .*not found"),
     ],
 )

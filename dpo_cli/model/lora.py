@@ -110,6 +110,7 @@ def put_in(
             raise ConfigError(
                 f"lora.target_modules={_listed(config.target_modules)}: {first}"
             ) from error
+    _refuse_unmatched(model, config)
     _refuse_heads(model, config)
     cast_adapter_dtype(model, name)  # quantised layers give theirs the dtype they compute in
     cast(Any, model).save_adapter = partial(save_adapter, model)  # what a checkpoint keeps
@@ -119,6 +120,17 @@ def put_in(
 
 def _listed(names: Any) -> Any:
     return sorted(names) if isinstance(names, (set, list)) else names
+
+
+def _refuse_unmatched(model: PreTrainedModel, config: peft.LoraConfig) -> None:
+    """PEFT is content with one layer that has one of the names."""
+    kinds = {"target_modules": BaseTunerLayer, "modules_to_save": AuxiliaryTrainingWrapper}
+    for key, kind in kinds.items():
+        names = getattr(config, key, None)
+        found = [f".{place}" for place, part in model.named_modules() if isinstance(part, kind)]
+        for name in names if isinstance(names, (set, list)) else ():
+            if not any(place.endswith(f".{name}") for place in found):
+                raise ConfigError(f"lora.{key}={_listed(names)}: no layer that fits is a {name}")
 
 
 def _refuse_heads(model: PreTrainedModel, config: peft.LoraConfig) -> None:
@@ -141,7 +153,7 @@ def _refuse_heads(model: PreTrainedModel, config: peft.LoraConfig) -> None:
             "without the layer's forward: leave it out"
         )
     wrapped = [x for x in (head, embedding) if isinstance(x, AuxiliaryTrainingWrapper)]
-    if wrapped and model.config.get_text_config().tie_word_embeddings:
+    if wrapped and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         raise ConfigError(
             f"lora.modules_to_save={config.modules_to_save}: embedding and output layer are one "
             "weight in this model, and would part: leave both out"
@@ -227,11 +239,13 @@ def merge(model: PreTrainedModel, origin: Origin, key: str) -> None:
         config = peft.PeftConfig.from_pretrained(str(origin.adapter))
         config.inference_mode = True
     put_in(model, cast(Any, config), origin.adapter)
-    for place, layer in [(n, m) for n, m in model.named_modules() if is_layer(m)]:
-        if isinstance(layer, BaseTunerLayer):
-            layer.merge(safe_merge=True)
-            model.set_submodule(place, layer.get_base_layer())
-        else:
-            model.set_submodule(place, cast(Any, layer).modules_to_save[TRAINED])
+    with loading(str(origin.adapter), key):  # ValueError: not finite
+        for place, layer in [(n, m) for n, m in model.named_modules() if is_layer(m)]:
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge(safe_merge=True)
+                model.set_submodule(place, layer.get_base_layer())
+            else:
+                unload = cast(AuxiliaryTrainingWrapper, layer).unload_and_optionally_merge_module
+                model.set_submodule(place, unload(merge=True, safe_merge=True, adapter_names=None))
     del model.peft_config, model.save_adapter
     model.requires_grad_(True)

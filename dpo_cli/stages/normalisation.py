@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dpo_cli.config import RewardConfig
 from dpo_cli.durable import replace_json
 from dpo_cli.evaluation.scorers import Completed
+from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.classifier import CLASSIFIER
 from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.model.load import hf_config
@@ -58,7 +59,11 @@ def _base(session: Session, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
     elif any(n.endswith(CLASSIFIER) for n in hf_config(source, tokenizer).architectures or ()):
         why = "a reward model"
     else:
-        model = load(session, source, tokenizer)
+        settings = session.config.lora
+        adaptation = None if settings.name == "none" else Adaptation(settings)
+        model = load(
+            session, source, tokenizer, adaptation=adaptation
+        )  # as small as it was trained
         model.to(session.runtime.device)  # type: ignore[arg-type]
         return model
     session.note(f"rewards are not normalised: the run started from {why}, which samples nothing")
