@@ -212,6 +212,7 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
     asked, config.run_dir = config.resume, str(folder)
     config.resume = asked and not run_folder.is_bare(folder)  # else it never got going
     os.environ.update({key: str(value) for key, value in cfg.hydra.job.env_set.items()})
+    _let_segments_grow()
     if config.dry_run:
         from dpo_cli.plan import print_plan
 
@@ -230,6 +231,13 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
     if leading:
         elastic.leave()
     return 0
+
+
+def _let_segments_grow() -> None:
+    """Packed rows differ in length in every micro-batch, which would leave holes in the fixed
+    segments of PyTorch's CUDA allocator. It reads this when torch is imported."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name: the user's choice
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _sweep(args: Namespace) -> int:

@@ -26,6 +26,7 @@ from dpo_cli.stages import load_stage
 from dpo_cli.stages.session import Session
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import run_lock
+from dpo_cli.train.memory import explained
 from dpo_cli.train.runtime import start_runtime
 
 REPORTED = (*TRAINING, "evaluate", "frontier")  # stages whose figures people read
@@ -61,7 +62,8 @@ def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
                 progress.note(f"resuming after step {step} from {snapshot.folder}")
             with sinks_of(config, run_dir, step) as sinks:
                 session = Session(config, run_dir, runtime, progress, sinks, snapshot)
-                figures = load_stage(config.stage.name)(session)
+                with explained():
+                    figures = load_stage(config.stage.name)(session)
             return finish(config, run_dir, figures, argv, session)
 
 

@@ -121,6 +121,14 @@ def test_what_cannot_work_is_refused(overrides: str, expected: str) -> None:
             "train.max_steps=3: has no effect with stage=sample, wh",
         ),
         ("stage=evaluate optim.lr=1", "optim.lr=1.0: has no effect with stage=evaluate, which tr"),
+        (
+            "stage=sample model.path=. hardware.activation_checkpointing=1",
+            "hardware.activation_checkpointing=1: has no effect with stage=sample, which trains",
+        ),
+        (
+            "stage=evaluate hardware.weights=bf16",
+            "hardware.weights=bf16: has no effect with stage=evaluate, which trains nothing",
+        ),
         ("model.path=. model.revision=x", "model.revision=x: has no effect with model.path=.; rem"),
         ("model.path=. model.architecture.layers=2", "model.architecture.layers=2: has no effect"),
         ("model.path=. model.lr_scale=3", "model.lr_scale=3.0: has no effect with weights that a"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -255,3 +256,23 @@ def test_python_m_is_the_same_program(cli: Cli) -> None:
     done = cli("--cfg", "job", "--package", "optim")
     assert (done.returncode, done.stderr) == (0, "")
     assert yaml.safe_load(done.stdout)["name"] == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+    ],
+)
+def test_the_users_allocator_settings_win(
+    given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    cli._let_segments_grow()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected

@@ -21,7 +21,8 @@ from small_runs import metrics, train
 
 LOSSES = {"sft": (sft, "sft_loss"), "dpo": (dpo, "dpo_loss"), "reward": (reward, "rewards"),
           "ppo-baseline": (ppo_baseline, "ppo_loss")}  # fmt: skip
-STEPS = ("optim.lr=1e-3", "optim.warmup_steps=0", "train.sample_prompts=0",
+# eps: without it Adam makes whole steps of the rounding of a gradient that is zero, a key bias's.
+STEPS = ("optim.lr=1e-3", "optim.warmup_steps=0", "optim.eps=1e-3", "train.sample_prompts=0",
          "train.eval_every_steps=0", "train.max_steps=6")  # fmt: skip
 MORE = {
     "sft": (), "dpo": (), "reward": ("stage.normalise_prompts=0",),
@@ -99,7 +100,7 @@ def test_a_step_is_the_same_in_smaller_micro_batches(stage, tmp_path, monkeypatc
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * scale)
     for name, weight in weights(tmp_path / "tight").items():
         expected = weights(tmp_path / "plain")[name]
-        torch.testing.assert_close(weight, expected, rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-6, msg=name)
     assert 1 <= len(machine.failures) <= 3  # found in the first step, not in every one
     assert figures(tmp_path / "tight", "micro_batch_tokens")[-1] <= MOST[stage]
     assert figures(tmp_path / "plain", "micro_batch_tokens") == []
@@ -165,8 +166,24 @@ def test_ranks_that_wait_for_each_other_get_the_error_itself(tmp_path, monkeypat
         lambda self, asked, fixed: vars(self).update(asked=asked, tokens=asked),
     )
     Machine(most=100).install(monkeypatch, "sft")
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(ConfigError, match=r"^CUDA out of memory") as error:
         train(tmp_path / "r", *words("sft"), "data.eval_rows=0")
+    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_memory_that_runs_out_elsewhere_is_explained(tmp_path, monkeypatch):
+    """As where the optimiser makes its state, in the first step."""
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    monkeypatch.setattr(loop, "take_step", full)
+    with pytest.raises(ConfigError) as error:
+        train(tmp_path / "r", *words("sft"), "data.eval_rows=0")
+    (told,) = str(error.value).splitlines()
+    assert told.startswith("CUDA out of memory. Tried to allocate 9 GiB. Lower ")
+    for remedy in ("train.micro_batch_tokens", "lora=qlora", "optim=adamw8bit"):
+        assert remedy in told
 
 
 @pytest.mark.parametrize("stage", ["dpo", "sft", "reward"])

@@ -46,6 +46,11 @@ def compile_rows(model: PreTrainedModel) -> None:
     """Compile the model's forward of packed rows, of any length, when the first one comes.
 
     Sampling stays as it is: a cache that grows by a token would compile anew for ever.
+
+    Rows are not padded to a round length. Their number of tokens is never the fastest-varying
+    axis of a matrix, so none is misaligned; a last tile of 128 is a hundredth of 16,384 tokens;
+    varlen computes what its offsets say, FlexAttention's masks are rounded to blocks anyway;
+    and lengths as sizes of a graph, not constants, are compiled once.
     """
     # The function, not the module: that would become a part of the model with weights to save.
     function = torch.compile(model.base_model.forward, dynamic=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -82,6 +83,22 @@ def too_large(tokens: int | None) -> ConfigError:
 def ran_out(error: RuntimeError) -> bool:
     """Whether an allocation failed; other errors are none of our business."""
     return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in SIGNS)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """ConfigError for an allocation that fails where nothing can be made smaller."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        (first, *_) = str(error).splitlines()
+        raise ConfigError(
+            f"{first} Lower train.micro_batch_tokens (stage.batch_size where it samples), train "
+            "fewer weights (lora=lora, lora=qlora) or keep less beside them (optim=adamw8bit, "
+            "hardware.activation_checkpointing=1)"
+        ) from error
 
 
 def free_memory(device: torch.device) -> None:

@@ -39,7 +39,8 @@ def build_optimizer(
         betas = (config.betas[0], config.betas[1])
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True)
     if config.name == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=lr, alpha=config.alpha, eps=config.eps)
+        # foreach, CUDA's default, would hold another copy of the whole state during the step.
+        return torch.optim.RMSprop(groups, lr=lr, alpha=config.alpha, eps=config.eps, foreach=False)
     return _adamw_8bit(groups, config, lr)
 
 

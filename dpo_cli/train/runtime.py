@@ -41,9 +41,9 @@ class Runtime:
         return configured or MICRO_BATCH_TOKENS[self.device.type]
 
     def peak_memory_mb(self) -> float:
-        """High-water mark of the run, which tells how much larger a device has to be: of the
-        device's allocator on CUDA, of resident memory on the CPU. A step's own would hide in it
-        on a CPU, so it means the same on both."""
+        """High-water mark of the run (on CUDA since memory last ran out), the room it needs: of
+        the device's allocator on CUDA, of resident memory on the CPU, where a step has none of
+        its own."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         unit = 2**10 if sys.platform == "linux" else 2**20
