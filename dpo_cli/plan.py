@@ -30,8 +30,15 @@ from dpo_cli.config import (
 from dpo_cli.config.endpoint import endpoint_from_environment
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import StepPlan, plan_steps
-from dpo_cli.memory.estimate import Facts, Texts
-from dpo_cli.memory.facts import Lengths, capacity, lengths_of, sampled_lengths, texts_of
+from dpo_cli.memory.facts import (
+    Facts,
+    Lengths,
+    Texts,
+    capacity,
+    lengths_of,
+    sampled_lengths,
+    texts_of,
+)
 from dpo_cli.memory.shape import Shape, shape_of
 from dpo_cli.memory.table import Row, memory_rows
 from dpo_cli.model.attention import Placement

@@ -51,7 +51,7 @@ def own_parser() -> argparse.ArgumentParser:
                       help="of " + "; ".join(CASES))  # fmt: skip
     what.add_argument("--precisions", type=names, default=PRECISIONS, metavar="A,B")
     what.add_argument("--length", type=int, default=512, help="tokens of prompt and response kept")
-    add_measurement(p, steps=3, rounds=1, precision=False)
+    add_measurement(p, steps=1, rounds=1, precision=False)
     add_output(p)
     return p
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+from dpo_cli.checks import TRAINING
 from dpo_cli.config import DpoConfig, RunConfig
-from dpo_cli.memory.estimate import TRAINED, Facts, estimate, token_budget
+from dpo_cli.memory.estimate import estimate
+from dpo_cli.memory.facts import Facts
+from dpo_cli.memory.parts import token_budget
 
 LEAST_TOKENS = 512  # of a micro-batch: below it matrices are too small to be worth it
 RANKS = (2, 4, 8)  # devices of a node
@@ -57,7 +60,7 @@ def advise(config: RunConfig, facts: Facts, capacity: float) -> list[Advice]:
 
 def candidates(config: RunConfig, facts: Facts) -> Iterator[Change]:
     """What the run could do otherwise, mildest first."""
-    if isinstance(config.stage, TRAINED):
+    if config.stage.name in TRAINING:
         yield from _tokens(config, facts)
         if not config.hardware.activation_checkpointing:
             yield _set("hardware", "activation_checkpointing", 1)
@@ -65,7 +68,7 @@ def candidates(config: RunConfig, facts: Facts) -> Iterator[Change]:
             yield _set("stage", "reference_logprobs", "cached")
         yield from _optimisers(config, facts.device)
     yield from _sequences(config)
-    if isinstance(config.stage, TRAINED):
+    if config.stage.name in TRAINING:
         yield from _fewer_weights(config, facts)
 
 

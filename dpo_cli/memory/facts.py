@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dpo_cli.config import HardwareConfig
-from dpo_cli.memory.estimate import Texts
+from dpo_cli.memory.shape import Shape
 from dpo_cli.records import EncodedExample
 
 MEMINFO = Path("/proc/meminfo")
 Lengths = tuple[int, Sequence[int]]  # of a prompt and of its responses, in tokens
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Lengths in tokens. step: packed, of the fullest step, over all devices; longest: packed,
+    of one example; typical: of the example a token is in, on average; keys: as in `Rows`;
+    scored: share of tokens that are targets; prompt: the longest."""
+
+    step: int
+    longest: int
+    typical: int
+    keys: float
+    scored: float
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an estimate needs beside the configuration. device: cpu | cuda; half: whether it
+    computes in bf16; scorer: float32 weights of a reward model or classifier."""
+
+    shape: Shape
+    texts: Texts
+    device: str
+    half: bool
+    scorer: int = 0
 
 
 def lengths_of(examples: Sequence[EncodedExample]) -> list[Lengths]:
@@ -36,6 +63,7 @@ def texts_of(lengths: Sequence[Lengths], steps: Iterable[Sequence[int]]) -> Text
         longest=max(sizes),
         typical=sum(size * size for size in sizes) // total,
         keys=keys / total,
+        scored=sum(sum(responses) for _, responses in lengths) / total,
         prompt=max(prompt for prompt, _ in lengths),
     )
 

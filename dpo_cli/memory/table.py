@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from dpo_cli.config import RunConfig
 from dpo_cli.memory.advice import Advice, advise
-from dpo_cli.memory.estimate import Facts, estimate
+from dpo_cli.memory.estimate import estimate
+from dpo_cli.memory.facts import Facts
 
 Row = tuple[str, object]
 UNIT = {"cpu": "process", "cuda": "GPU"}
@@ -16,7 +17,7 @@ def memory_rows(config: RunConfig, facts: Facts, capacity: float | None) -> list
     """A row a part, the total, whether it fits in `capacity` bytes, and what would make it."""
     found, unit = estimate(config, facts), UNIT[facts.device]
     rows: list[Row] = [(name, gib(size)) for name, size in found.parts.items()]
-    rows.append((f"in all, a {unit}", f"{gib(found.total)}, at its peak: {found.moment}"))
+    rows.append((f"in all, a {unit}", f"{gib(found.total)}, reached in {found.moment}"))
     if capacity is None:
         return [*rows, ("fits", "set hardware.memory_gb=<GiB of one GPU> to be told")]
     has = f"a {unit} has {gib(capacity)}"
@@ -43,4 +44,4 @@ def _line(advice: Advice) -> str:
 
 
 def gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

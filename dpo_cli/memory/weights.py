@@ -29,24 +29,21 @@ class Sharing:
 
 @dataclass(frozen=True)
 class Learning:
-    """What a run trains. parameters: how many weights learn; size: bytes of one; adapted: the
-    matrices with an adapter."""
+    """What a run trains. whole: every weight, else adapters on `adapted` matrices. parameters:
+    how many weights learn; size: bytes of one."""
 
+    whole: bool
     parameters: int
     size: int
     adapted: tuple[Linear, ...] = ()
-
-    @property
-    def whole(self) -> bool:
-        return not self.adapted
 
 
 def learning(lora: LoraConfig, hardware: HardwareConfig, shape: Shape) -> Learning:
     if lora.name == "none":
         size = HALF if hardware.weights == "bf16" else FLOAT
-        return Learning(shape.parameters, size)
+        return Learning(True, shape.parameters, size)
     adapted = tuple(shape.targets(lora.target_modules))
-    return Learning(adapter_parameters(lora, shape), FLOAT, adapted)
+    return Learning(False, adapter_parameters(lora, shape), FLOAT, adapted)
 
 
 def adapter_parameters(lora: LoraConfig, shape: Shape) -> int:
