@@ -25,6 +25,7 @@ TABLES: dict[str, Mapping[str, type]] = {
     "judge": JUDGE_SCHEMAS,
 }
 
+PRESET = "preset"  # the group whose options set other groups: it has no keys of its own
 
 ENVIRONMENT = {  # keys that would be written to files -> where they are read
     "judge.api_key": "OPENAI_API_KEY",
@@ -74,6 +75,11 @@ def groups() -> list[str]:
     return [
         f.name for f in dataclasses.fields(RunConfig) if dataclasses.is_dataclass(hints[f.name])
     ]
+
+
+def choosable() -> list[str]:
+    """Groups that take an option on the command line."""
+    return [*groups(), PRESET]
 
 
 def root_keys() -> list[str]:

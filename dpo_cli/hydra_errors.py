@@ -11,7 +11,15 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.hints import did_you_mean, groups, root_keys, unknown_key, valid_keys
+from dpo_cli.hints import (
+    PRESET,
+    choosable,
+    did_you_mean,
+    groups,
+    root_keys,
+    unknown_key,
+    valid_keys,
+)
 from dpo_cli.paths import recipes_dir
 
 DEFAULT_OPTIONS = {  # as in conf/config.yaml
@@ -20,6 +28,7 @@ DEFAULT_OPTIONS = {  # as in conf/config.yaml
     "reward_fn": "sentiment",
     "judge": "reward_fn",
 }
+LAUNCHER = "hydra/launcher"
 
 
 @contextmanager
@@ -59,7 +68,9 @@ def _missing_option(error: MissingConfigException) -> str:
     if not group:
         return f"{option}: no such config; see dpo-run --info searchpath"
     options = sorted(error.options or [])
-    if not options and group in groups():
+    if group == LAUNCHER and option.startswith("submitit"):
+        return f"{group}={option}: needs hydra-submitit-launcher; pip install 'dpo-run[slurm]'"
+    if not options and group in choosable():
         return f"{group}/{option}: no such YAML file, but another one names it in its defaults"
     if not options:
         return _unknown_group(group, overrides=())
@@ -75,6 +86,8 @@ def _unknown(key: str, overrides: Sequence[str]) -> str:
         if name in chosen:
             chosen[name] = option
     group = key.partition(".")[0]
+    if group == PRESET:
+        return f"{key}: a preset has no keys; it sets those of other groups, see dpo-run --cfg job"
     if key in groups():
         return f"{key}: choose an option, {key}=<name>, or set its keys one by one, {key}.x=..."
     if group == "hydra":
@@ -84,7 +97,7 @@ def _unknown(key: str, overrides: Sequence[str]) -> str:
             f"{key}: the YAML of the chosen {group} leaves this key out; "
             f"write +{key}=... or add it there"
         )
-    hint = did_you_mean(key, [*groups(), *root_keys(), "recipe", "resume"])
+    hint = did_you_mean(key, [*choosable(), *root_keys(), "recipe", "resume"])
     leaves = {valid.rpartition(".")[2] for valid in valid_keys(chosen)}
     if not hint or "." in key or key in leaves:  # lr means optim.lr, not lora
         return unknown_key(key, chosen)
@@ -119,7 +132,7 @@ def _nothing_to_delete(key: str, overrides: Sequence[str]) -> str:
 
 
 def _unknown_group(group: str, overrides: Sequence[str]) -> str:
-    return f"{group}: unknown group{did_you_mean(group, groups())}"
+    return f"{group}: unknown group{did_you_mean(group, choosable())}"
 
 
 ANSWERS: list[tuple[str, Callable[[str, Sequence[str]], str]]] = [  # what Hydra says -> we say

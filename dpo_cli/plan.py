@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -18,18 +18,30 @@ from dpo_cli.config import (
     EvaluateConfig,
     ExportConfig,
     FrontierConfig,
+    HardwareConfig,
     HttpJudgeConfig,
     ModelConfig,
     PpoConfig,
     RewardConfig,
     RewardModelFn,
     RunConfig,
+    SampleConfig,
     SftConfig,
 )
 from dpo_cli.config.endpoint import endpoint_from_environment
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
-from dpo_cli.data.loader import plan_steps
-from dpo_cli.logprobs import BLOCK_BYTES, CHUNK_BYTES
+from dpo_cli.data.loader import StepPlan, plan_steps
+from dpo_cli.memory.facts import (
+    Facts,
+    Lengths,
+    Texts,
+    capacity,
+    lengths_of,
+    sampled_lengths,
+    texts_of,
+)
+from dpo_cli.memory.shape import Shape, shape_of
+from dpo_cli.memory.table import Row, memory_rows
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.classifier import classifier_config
 from dpo_cli.model.load import (
@@ -48,47 +60,43 @@ from dpo_cli.stage_checks import unread, value_at
 from dpo_cli.stages.policies import find_policies
 from dpo_cli.stages.ppo_baseline import plan_rollouts, steps_of_rollout
 from dpo_cli.stages.sample import distinct_prompts
-from dpo_cli.train.runtime import MICRO_BATCH_TOKENS, Runtime, start_runtime
+from dpo_cli.train.runtime import Runtime, start_runtime
 
 SCORER_KEY = "reward_fn.path"
-OPTIMIZER_BYTES = {"adamw": 8, "rmsprop": 4, "adamw8bit": 2}  # of state, a weight
-ACTIVATIONS_A_LAYER = 18  # hidden-width values kept for the backward, a token and layer
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Estimated bytes of a training step. Attention scores are not counted."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return sum(vars(self).values())
-
-    def line(self) -> str:
-        parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in vars(self).items())
-        return f"about {self.total / 2**30:.2f} GiB: {parts}"
+LOOKED_AT = 200  # steps: the fullest of them stands for all
 
 
 def print_plan(config: RunConfig) -> None:
     """Print the plan of a run. Reads the tokenizer and the rows, writes nothing but a cache."""
     console = Console()
-    console.print(summary_table("plan", plan_rows(config)))
+    rows, memory = plan_tables(config)
+    console.print(summary_table("plan", rows))
+    if memory:
+        console.print(summary_table("memory, estimated", memory))
 
 
-def plan_rows(config: RunConfig) -> list[tuple[str, object]]:
-    """(name, value) lines of the plan."""
-    runtime = start_runtime(config.hardware, config.seed)
-    rows: list[tuple[str, object]] = [("stage", stage_line(config))]
+def planned_runtime(hardware: HardwareConfig, seed: int) -> Runtime:
+    """Where the run will compute: a GPU that is asked for need not be here to be planned for."""
+    if hardware.device != "cuda" or torch.cuda.is_available():
+        return start_runtime(hardware, seed)
+    precision = "bf16" if hardware.precision == "auto" else hardware.precision
+    return Runtime(torch.device("cuda"), precision)
+
+
+def plan_rows(config: RunConfig) -> list[Row]:
+    """(name, value) lines of the plan, without those on memory."""
+    return plan_tables(config)[0]
+
+
+def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
+    """(name, value) lines of the plan, and those on memory."""
+    runtime = planned_runtime(config.hardware, config.seed)
+    rows: list[Row] = [("stage", stage_line(config))]
     rows += scoring_rows(config)
     if isinstance(config.stage, FrontierConfig):
         rows += frontier_rows(config.stage)
     if config.stage.name in WITHOUT_DATA:
-        return [*rows, ("writes", config.run_dir)]
+        return [*rows, ("writes", config.run_dir)], []
     if isinstance(config.stage, EvaluateConfig) and config.stage.policies:
         points = find_policies(config, lambda line: rows.append(("", line)))
         rows.append(("policies", f"{len(points):,}, the first of them:"))
@@ -100,27 +108,33 @@ def plan_rows(config: RunConfig) -> list[tuple[str, object]]:
     half = runtime.precision == "bf16"
     on = Placement(runtime.device, torch.bfloat16 if half else torch.float32)
     refuse_unavailable(config.model.attention, on)
+    found = hf_config(config.model, tokenizer)
     if reward and (config.model.path or config.model.architecture is None):
-        check_kind(hf_config(config.model, tokenizer), config.model)
-    parameters = count_parameters(config.model, tokenizer, auto)
-    made_of = f"{source_of(config)}, {parameters / 1e6:,.1f}M weights"
+        check_kind(found, config.model)
+    shape = shape_of(found, auto)
+    made_of = f"{source_of(config)}, {shape.parameters / 1e6:,.1f}M weights"
     rows.append(("reward model" if reward else "policy", made_of))
     if isinstance(stage, ExportConfig):
         rows.append(("export", f"{stage.dtype}, {stage.push_to_hub or 'not on the hub'}"))
-        return [*rows, ("writes", config.run_dir)]
+        return [*rows, ("writes", config.run_dir)], []
     if config.lora.name != "none" and stage.name in TRAINING:
         trained = count_trained(config.model, tokenizer, config.lora, auto)
-        rows.append(("trained", adapter_line(config, trained, parameters)))
+        rows.append(("trained", adapter_line(config, trained, shape.parameters)))
     if isinstance(stage, (DpoConfig, PpoConfig, EvaluateConfig)):
         rows.append(("reference", stage.reference or "the policy as loaded"))
     context = configured_context(config.model, tokenizer)
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
     rows += data_rows(config, splits)
     if isinstance(stage, (SftConfig, DpoConfig, RewardConfig)):
-        rows += training_rows(config, targets(config, splits.train), runtime, parameters, tokenizer)
+        rows += training_rows(config, lengths_of(targets(config, splits.train)))
     if isinstance(stage, PpoConfig):
         rows += rollout_rows(config, len(distinct_prompts(splits.train)))
-    return [*rows, ("device", f"{runtime.device}, {runtime.precision}"), ("writes", config.run_dir)]
+    facts = facts_of(config, runtime, shape, splits)
+    memory: list[Row] = []
+    if facts is not None:
+        memory = memory_rows(config, facts, capacity(config.hardware, facts.device))
+    where = f"{runtime.device}, {runtime.precision}"
+    return [*rows, ("device", where), ("writes", config.run_dir)], memory
 
 
 def adapter_line(config: RunConfig, trained: int, parameters: int) -> str:
@@ -132,7 +146,64 @@ def adapter_line(config: RunConfig, trained: int, parameters: int) -> str:
     return f"{trained:,} weights {made}, {parameters / 1e6:,.1f}M frozen{stored}"
 
 
-def rollout_rows(config: RunConfig, prompts: int) -> list[tuple[str, object]]:
+def plan_facts(config: RunConfig) -> Facts | None:
+    """What `memory.estimate` needs of a run that trains, as a dry run finds it."""
+    tokenizer = load_tokenizer(config.model)
+    auto = AutoModelForSequenceClassification if config.stage.name == "reward" else None
+    shape = shape_of(hf_config(config.model, tokenizer), auto or AutoModelForCausalLM)
+    context = configured_context(config.model, tokenizer)
+    splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
+    return facts_of(config, planned_runtime(config.hardware, config.seed), shape, splits)
+
+
+def facts_of(
+    config: RunConfig, runtime: Runtime, shape: Shape, splits: EncodedSplits
+) -> Facts | None:
+    """None for a stage that runs no model."""
+    texts = planned_texts(config, splits)
+    if texts is None:
+        return None
+    half = runtime.precision == "bf16"
+    return Facts(shape, texts, runtime.device.type, half, scorer_parameters(config))
+
+
+def planned_texts(config: RunConfig, splits: EncodedSplits) -> Texts | None:
+    """Lengths of what the stage trains on or samples; None where it runs no model."""
+    stage = config.stage
+    if isinstance(stage, (SftConfig, DpoConfig, RewardConfig)):
+        lengths = lengths_of(targets(config, splits.train))
+        plan = steps_of(config, len(lengths))
+        return texts_of(lengths, map(plan.indices, range(min(plan.steps, LOOKED_AT))))
+    if not isinstance(stage, (PpoConfig, SampleConfig, EvaluateConfig)):
+        return None
+    prompts = distinct_prompts(splits.train + splits.eval)
+    lengths = sampled_lengths(prompts, stage.completions, stage.max_new_tokens)
+    if not isinstance(stage, PpoConfig):
+        return texts_of(lengths, ())
+    longest = sorted(range(len(lengths)), key=lambda i: lengths[i][0])
+    return texts_of(lengths, [longest[-(config.train.batch_size // stage.completions) :]])
+
+
+def scorer_parameters(config: RunConfig) -> int:
+    """Weights of a local reward model or classifier; one on the hub is not counted."""
+    reward = config.reward_fn
+    if unread(config, "reward_fn") or not isinstance(reward, (RewardModelFn, ClassifierRewardFn)):
+        return 0
+    if reward.path is None:
+        return 0
+    source = ModelConfig(path=reward.path)
+    tokenizer = load_tokenizer(source, SCORER_KEY)
+    return count_parameters(source, tokenizer, AutoModelForSequenceClassification)
+
+
+def steps_of(config: RunConfig, rows: int) -> StepPlan:
+    train = config.train
+    return plan_steps(
+        rows, train.batch_size, train.epochs, train.max_steps, train.shuffle, config.seed
+    )
+
+
+def rollout_rows(config: RunConfig, prompts: int) -> list[Row]:
     stage = cast(PpoConfig, config.stage)
     plan, steps = plan_rollouts(config, prompts), steps_of_rollout(config)
     samples = f"{plan.steps:,} of {stage.rollout_samples:,} completions"
@@ -144,20 +215,18 @@ def rollout_rows(config: RunConfig, prompts: int) -> list[tuple[str, object]]:
     ]
 
 
-def frontier_rows(stage: FrontierConfig) -> list[tuple[str, object]]:
+def frontier_rows(stage: FrontierConfig) -> list[Row]:
     """The evaluations and their points. ConfigError where they cannot be drawn together."""
     from dpo_cli.stages import frontier  # matplotlib is slow to import
 
     folders = frontier.distinct_folders(stage.evaluations)
     frontier.refuse_mixed(folders)
     found = {folder: len(frontier.read_points(folder)) for folder in folders}
-    rows: list[tuple[str, object]] = [
-        ("evaluations", f"{len(found):,}, {sum(found.values()):,} points")
-    ]
+    rows: list[Row] = [("evaluations", f"{len(found):,}, {sum(found.values()):,} points")]
     return rows + [("", f"{folder}: {points:,}") for folder, points in found.items()]
 
 
-def scoring_rows(config: RunConfig) -> list[tuple[str, object]]:
+def scoring_rows(config: RunConfig) -> list[Row]:
     """What rates completions, and what compares them. ConfigError for a model that cannot."""
     stage, reward = config.stage, config.reward_fn
     if unread(config, "reward_fn"):
@@ -168,13 +237,13 @@ def scoring_rows(config: RunConfig) -> list[tuple[str, object]]:
         if reward.path is not None:
             source = ModelConfig(path=reward.path)
             classifier_config(source, load_tokenizer(source, SCORER_KEY), SCORER_KEY)
-    rows: list[tuple[str, object]] = [("reward", named)]
+    rows: list[Row] = [("reward", named)]
     return rows + (evaluation_rows(config, stage) if isinstance(stage, EvaluateConfig) else [])
 
 
-def evaluation_rows(config: RunConfig, stage: EvaluateConfig) -> list[tuple[str, object]]:
+def evaluation_rows(config: RunConfig, stage: EvaluateConfig) -> list[Row]:
     """What each policy writes, and what a judge is asked."""
-    rows: list[tuple[str, object]] = [
+    rows: list[Row] = [
         ("samples", f"up to {stage.prompts:,} prompts x {stage.completions:,} of a policy")
     ]
     if stage.reference_samples:
@@ -206,8 +275,8 @@ def source_of(config: RunConfig) -> str:
     return f"{model.hub_id} (from the hub)"
 
 
-def data_rows(config: RunConfig, splits: EncodedSplits) -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = [
+def data_rows(config: RunConfig, splits: EncodedSplits) -> list[Row]:
+    rows: list[Row] = [
         ("data", splits.origin),
         ("rows", f"{len(splits.train):,} to train on, {len(splits.eval):,} held out"),
     ]
@@ -221,45 +290,13 @@ def targets(config: RunConfig, examples: list[EncodedExample]) -> list[EncodedEx
     return [replace(e, response_ids=e.response_ids[:1]) for e in examples]
 
 
-def training_rows(
-    config: RunConfig,
-    examples: Sequence[EncodedExample],
-    runtime: Runtime,
-    parameters: int,
-    tokenizer: object,
-) -> list[tuple[str, object]]:
-    train, optim = config.train, config.optim
-    plan = plan_steps(
-        len(examples), train.batch_size, train.epochs, train.max_steps, train.shuffle, config.seed
-    )
-    tokens = sum(e.packed_tokens for e in examples)
-    per_step = tokens / len(examples) * plan.batch_size
-    budget = train.micro_batch_tokens or MICRO_BATCH_TOKENS[runtime.device.type]
-    memory = estimate(config, runtime, parameters, min(budget, int(per_step)), tokenizer)
+def training_rows(config: RunConfig, lengths: Sequence[Lengths]) -> list[Row]:
+    plan, optim = steps_of(config, len(lengths)), config.optim
+    tokens = sum(prompt + sum(responses) for prompt, responses in lengths)
+    per_step = tokens / len(lengths) * plan.batch_size
+    examples = f"{plan.batch_size} examples{plan.left_out(config.train.epochs)}"
     return [
-        ("steps", f"{plan.steps:,} of {plan.batch_size} examples{plan.left_out(train.epochs)}"),
+        ("steps", f"{plan.steps:,} of {examples}"),
         ("tokens", f"{per_step:,.0f} a step, {per_step * plan.steps:,.0f} in all (packed)"),
         ("optimiser", f"{optim.name}, lr {optim.lr:g}, {optim.schedule} after warm-up"),
-        ("memory", memory.line()),
     ]
-
-
-def estimate(
-    config: RunConfig, runtime: Runtime, parameters: int, tokens: int, tokenizer: object
-) -> Memory:
-    """Bytes of a step of float32 weights over a micro-batch of `tokens` packed tokens."""
-    shape = hf_config(config.model, tokenizer).get_text_config()  # type: ignore[arg-type]
-    width, layers = int(shape.hidden_size), int(shape.num_hidden_layers)
-    return Memory(
-        weights=4 * parameters,
-        gradients=4 * parameters,
-        optimizer=OPTIMIZER_BYTES[config.optim.name] * parameters,
-        activations=4 * ACTIVATIONS_A_LAYER * width * layers * tokens,
-        logits=0 if config.stage.name == "reward" else head_bytes(runtime.device.type),
-    )
-
-
-def head_bytes(device: str) -> int:
-    """What `fused_loss` holds: a chunk's slopes, and a block's logits and their softmax while
-    the next one's logits are made."""
-    return CHUNK_BYTES[device] + 3 * BLOCK_BYTES[device]

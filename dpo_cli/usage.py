@@ -23,6 +23,7 @@ key=value words.
   dpo-run stage=ppo-baseline model=gpt2 model.path=runs/my-sft data=hh \\
       reward_fn=reward_model reward_fn.path=runs/my-reward              PPO, to compare with
   dpo-run stage=dpo data=jsonl data.path=pairs.jsonl model.path=my-model dry_run=true
+  dpo-run stage=dpo data=hh preset=qwen3-8b-qlora-24gb dry_run=true     a model, set for a GPU
   dpo-run -m stage=dpo stage.beta=0.05,0.1,0.5 optim.lr=1e-6,5e-6      a sweep of 6 runs
 """
 
@@ -41,7 +42,7 @@ Keys used most (all of them with their values: dpo-run --cfg job, also after sta
 Ways to run
   dry_run=true              print the plan, write nothing
   resume=DIR                continue a run from its newest checkpoint
-  -m                        sweep over values separated by commas; hydra/launcher=submitit_slurm
+  -m                        sweep over values separated by commas; on Slurm: hydra/launcher=slurm
   recipe=NAME vars.x=...    ordered steps; run again, it goes on where it stopped
   --config-dir DIR          your own YAML files: DIR/model/mine.yaml is then model=mine
   --cfg job | --info | --hydra-help | --shell-completion | --version
@@ -69,7 +70,8 @@ def help_text() -> str:
 
 
 def _choices() -> str:
-    rows = {path.name: _options(path) for path in sorted(conf_dir().iterdir()) if path.is_dir()}
+    folders = [path for path in sorted(conf_dir().iterdir()) if path.is_dir()]
+    rows = {path.name: _options(path) for path in folders if path.name != "hydra"}
     rows["recipe"] = _options(recipes_dir())
     return "".join(
         textwrap.fill(

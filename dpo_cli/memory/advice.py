@@ -1,0 +1,148 @@
+"""Which change of the configuration makes a run fit, as words to type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from dpo_cli.checks import TRAINING
+from dpo_cli.config import DpoConfig, RunConfig
+from dpo_cli.memory.estimate import estimate
+from dpo_cli.memory.facts import Facts
+from dpo_cli.memory.parts import token_budget
+
+LEAST_TOKENS = 512  # of a micro-batch: below it matrices are too small to be worth it
+RANKS = (2, 4, 8)  # devices of a node
+ROUNDED = "rounds most small updates away"
+
+
+@dataclass(frozen=True)
+class Change:
+    """words: overrides that make it; apply: the same to a configuration."""
+
+    words: str
+    apply: Callable[[RunConfig], RunConfig]
+    caveat: str = ""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """total: bytes of one device with the change; capacity: those it has."""
+
+    change: Change
+    total: float
+    capacity: float
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.capacity
+
+
+def advise(config: RunConfig, facts: Facts, capacity: float) -> list[Advice]:
+    """The single changes that make the run fit, mildest first; else the best pair of changes,
+    which may not fit either; nothing where no change is known."""
+    changes = list(candidates(config, facts))
+    singles = [_try(change, config, facts, capacity) for change in changes]
+    if fitting := [advice for advice in singles if advice.fits]:
+        return _mildest(fitting)
+    # By the harsher of the two, so that no pair is taken where a milder one would do.
+    places = sorted(combinations(range(len(changes)), 2), key=lambda pair: pair[::-1])
+    pairs = [
+        _try(_both(changes[i], changes[j]), config, facts, capacity)
+        for i, j in places
+        if _key(changes[i]) != _key(changes[j])
+    ]
+    fitting = [advice for advice in pairs if advice.fits]
+    return fitting[:1] or sorted([*singles, *pairs], key=lambda advice: advice.total)[:1]
+
+
+def candidates(config: RunConfig, facts: Facts) -> Iterator[Change]:
+    """What the run could do otherwise, mildest first."""
+    if config.stage.name in TRAINING:
+        yield from _tokens(config, facts)
+        if not config.hardware.activation_checkpointing:
+            yield _set("hardware", "activation_checkpointing", 1)
+        if isinstance(config.stage, DpoConfig) and config.stage.reference_logprobs == "live":
+            yield _set("stage", "reference_logprobs", "cached")
+        yield from _optimisers(config, facts.device)
+    yield from _sequences(config)
+    if config.stage.name in TRAINING:
+        yield from _fewer_weights(config, facts)
+
+
+def _tokens(config: RunConfig, facts: Facts) -> Iterator[Change]:
+    """Half as many tokens, and again, as long as an example fits in."""
+    tokens = min(token_budget(config, facts.device), facts.texts.step) // 2
+    while tokens >= max(LEAST_TOKENS, facts.texts.longest):
+        yield _set("train", "micro_batch_tokens", tokens)
+        tokens //= 2
+
+
+def _optimisers(config: RunConfig, device: str) -> Iterator[Change]:
+    order = ("adamw", "rmsprop", "adamw8bit")  # by what they keep
+    for name in reversed(order[order.index(config.optim.name) + 1 :]):
+        if name != "adamw8bit" or device == "cuda":
+            yield _choose("optim", name)
+
+
+def _sequences(config: RunConfig) -> Iterator[Change]:
+    size = getattr(config.stage, "batch_size", 1)
+    while size > 1:
+        size //= 2
+        yield _set("stage", "batch_size", size)
+
+
+def _fewer_weights(config: RunConfig, facts: Facts) -> Iterator[Change]:
+    now = config.hardware.devices
+    if facts.device == "cuda":
+        yield from (_set("hardware", "devices", count) for count in RANKS if count > now)
+    if config.lora.name == "none":
+        yield _choose("lora", "lora")
+    if config.lora.quantization != "nf4":
+        yield _choose("lora", "qlora", quantization="nf4")
+    half = facts.half and config.lora.name == "none" and config.hardware.weights == "fp32"
+    if half:
+        yield replace(_set("hardware", "weights", "bf16"), caveat=ROUNDED)
+
+
+def _set(group: str, key: str, value: Any) -> Change:
+    def apply(config: RunConfig) -> RunConfig:
+        return replace(config, **{group: replace(getattr(config, group), **{key: value})})
+
+    return Change(f"{group}.{key}={value}", apply)
+
+
+def _choose(group: str, name: str, **keys: Any) -> Change:
+    """An option of a group: what its YAML sets beside the name."""
+
+    def apply(config: RunConfig) -> RunConfig:
+        return replace(config, **{group: replace(getattr(config, group), name=name, **keys)})
+
+    return Change(f"{group}={name}", apply)
+
+
+def _key(change: Change) -> str:
+    """Changes of one key exclude each other."""
+    return change.words.partition("=")[0]
+
+
+def _both(first: Change, second: Change) -> Change:
+    caveats = "; ".join(filter(None, (first.caveat, second.caveat)))
+    words = f"{first.words} {second.words}"
+    return Change(words, lambda config: second.apply(first.apply(config)), caveats)
+
+
+def _try(change: Change, config: RunConfig, facts: Facts, capacity: float) -> Advice:
+    return Advice(change, estimate(change.apply(config), facts).total, capacity)
+
+
+def _mildest(fitting: Sequence[Advice]) -> list[Advice]:
+    """Of the values of one number that fit, the first: half the tokens, not a quarter as well."""
+    kept: list[Advice] = []
+    for advice in fitting:
+        key = _key(advice.change)
+        if "." not in key or key not in [_key(other.change) for other in kept]:
+            kept.append(advice)
+    return kept

@@ -1,0 +1,127 @@
+"""Memory of one device at each moment of a run, and so at its peak.
+
+Parts that never live at once are never added: rollouts need a cache of keys and values, and
+steps gradients and activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dpo_cli.checks import TRAINING
+from dpo_cli.config import (
+    EvaluateConfig,
+    RewardConfig,
+    RunConfig,
+)
+from dpo_cli.memory.activations import working_bytes
+from dpo_cli.memory.facts import Facts
+from dpo_cli.memory.parts import (
+    Parts,
+    Run,
+    activations_of,
+    copies_of,
+    embedding_gradient,
+    forward_of,
+    head_gradient,
+    output_layer,
+    reference_of,
+    sampling_of,
+    sequences_of,
+    update_memory,
+    weights_of,
+)
+from dpo_cli.memory.weights import FLOAT, state_bytes
+
+HEAD, BACKWARD, BACKWARD_END = "the output layer", "the backward", "the backward's end"
+UPDATE = "the optimiser's step"
+SAMPLING, SCORING, REFERENCE = "sampling", "scoring a micro-batch", "the reference's pass"
+LOADING, SAVING = "loading", "saving"
+# Beside tensors. cpu: Python with its libraries; cuda: the context, kernels, workspaces.
+PROGRAM = {"cpu": 600 * 2**20, "cuda": 900 * 2**20}
+SLACK = {"cpu": 0.10, "cuda": 0.05}  # of the rest: what an allocator holds and cannot use
+ONEDNN = 150 * 2**20  # of a CPU's bf16 matrix products, which lay out their operands anew
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one device: `moments` of a run, each the sum of its parts."""
+
+    moments: Mapping[str, Parts]
+
+    @property
+    def moment(self) -> str:
+        """The one that needs most."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def parts(self) -> Parts:
+        return {name: size for name, size in self.moments[self.moment].items() if size}
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def estimate(config: RunConfig, facts: Facts) -> Estimate:
+    """Of a run that trains, samples or evaluates. Pure: reads nothing but its arguments."""
+    run = Run(config, facts)
+    moments = _training(run) if config.stage.name in TRAINING else _using(run)
+    return Estimate({name: {**parts, **_around(parts, facts)} for name, parts in moments.items()})
+
+
+def _around(parts: Parts, facts: Facts) -> Parts:
+    """What is there beside tensors."""
+    products = ONEDNN if facts.half and facts.device == "cpu" else 0
+    allocator = SLACK[facts.device] * sum(parts.values()) + products
+    return {"allocator": allocator, "program": PROGRAM[facts.device]}
+
+
+def _training(run: Run) -> dict[str, Parts]:
+    config, facts, learnt = run.config, run.facts, run.learnt
+    shards = run.sharing.shards
+    held: Parts = {
+        "weights": weights_of(run),
+        "optimiser state": state_bytes(config.optim, learnt) / shards,
+        "reference": reference_of(run) / shards,
+        "reward model": float(FLOAT * facts.scorer),
+    }
+    gradients = {"gradients": learnt.size * learnt.parameters / shards}
+    # In a step of one micro-batch gradients come as activations go.
+    meanwhile = gradients if run.step > run.rows.tokens else {}
+    kept = {**held, **activations_of(run), **meanwhile}
+    working = working_bytes(facts.shape, run.numbers, run.rows)
+    moments: dict[str, Parts] = {
+        BACKWARD: {**kept, "working memory": working, **head_gradient(run)},
+        BACKWARD_END: {**held, **gradients, "working memory": embedding_gradient(run)},
+        UPDATE: {**held, **gradients, "working memory": update_memory(run)},
+    }
+    if not isinstance(config.stage, RewardConfig):
+        moments[HEAD] = {**kept, **output_layer(run)}
+    if sequences := sequences_of(config):
+        moments[SAMPLING] = {**held, **sampling_of(run, sequences), **copies_of(run)}
+    if named := reference_of(run, passing=True):
+        moments[REFERENCE] = {
+            "weights": weights_of(run), "reference": named / shards, **forward_of(run)
+        }  # fmt: skip
+    if facts.device == "cpu":
+        moments[LOADING] = {"weights": float(FLOAT * facts.shape.parameters)}
+        moments[SAVING] = {**held, "copy of the state": held["optimiser state"]}
+    return moments
+
+
+def _using(run: Run) -> dict[str, Parts]:
+    """Stages that train nothing."""
+    config, shape = run.config, run.facts.shape
+    evaluates = isinstance(config.stage, EvaluateConfig)
+    held: Parts = {
+        "weights": weights_of(run),
+        "reference": float(FLOAT * shape.parameters) if evaluates else 0.0,
+        "reward model": float(FLOAT * run.facts.scorer),
+    }
+    sampling = sampling_of(run, sequences_of(config))
+    moments: dict[str, Parts] = {SAMPLING: {**held, **sampling, **copies_of(run)}}
+    if evaluates:
+        moments[SCORING] = {**held, **forward_of(run), **copies_of(run)}
+    return moments

@@ -1,0 +1,86 @@
+"""What an estimate reads beside the configuration: lengths of the rows, memory of the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dpo_cli.config import HardwareConfig
+from dpo_cli.memory.shape import Shape
+from dpo_cli.records import EncodedExample
+
+MEMINFO = Path("/proc/meminfo")
+Lengths = tuple[int, Sequence[int]]  # of a prompt and of its responses, in tokens
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Lengths in tokens. step: packed, of the fullest step, over all devices; longest: packed,
+    of one example; typical: of the example a token is in, on average; keys: as in `Rows`;
+    scored: share of tokens that are targets; prompt: the longest."""
+
+    step: int
+    longest: int
+    typical: int
+    keys: float
+    scored: float
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an estimate needs beside the configuration. device: cpu | cuda; half: whether it
+    computes in bf16; scorer: float32 weights of a reward model or classifier."""
+
+    shape: Shape
+    texts: Texts
+    device: str
+    half: bool
+    scorer: int = 0
+
+
+def lengths_of(examples: Sequence[EncodedExample]) -> list[Lengths]:
+    return [(len(e.prompt_ids), [len(r) for r in e.response_ids]) for e in examples]
+
+
+def sampled_lengths(
+    examples: Sequence[EncodedExample], completions: int, new_tokens: int
+) -> list[Lengths]:
+    """As if every completion took all the tokens it may."""
+    return [(len(e.prompt_ids), [new_tokens] * completions) for e in examples]
+
+
+def texts_of(lengths: Sequence[Lengths], steps: Iterable[Sequence[int]]) -> Texts:
+    """Of packed rows, whose prompts come once. steps: the examples of each optimiser step."""
+    sizes = [prompt + sum(responses) for prompt, responses in lengths]
+    keys = sum(prompt * len(responses) + sum(responses) for prompt, responses in lengths)
+    total = sum(sizes)
+    return Texts(
+        step=max((sum(sizes[i] for i in step) for step in steps), default=total),
+        longest=max(sizes),
+        typical=sum(size * size for size in sizes) // total,
+        keys=keys / total,
+        scored=sum(sum(responses) for _, responses in lengths) / total,
+        prompt=max(prompt for prompt, _ in lengths),
+    )
+
+
+def capacity(hardware: HardwareConfig, device: str) -> float | None:
+    """Bytes of one device: `hardware.memory_gb` (GiB), else as found; None if neither says.
+
+    Processes on a CPU share its memory.
+    """
+    if hardware.memory_gb is not None:
+        return hardware.memory_gb * 2**30
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            return None
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    if not MEMINFO.is_file():
+        return None
+    lines = MEMINFO.read_text().splitlines()
+    total = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal:"))
+    return total * 2**10 / hardware.devices

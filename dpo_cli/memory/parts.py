@@ -1,0 +1,196 @@
+"""The parts of a run's memory on one device, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_cli.checks import TRAINING
+from dpo_cli.config import (
+    DpoConfig,
+    EvaluateConfig,
+    PpoConfig,
+    RewardConfig,
+    RunConfig,
+    SampleConfig,
+)
+from dpo_cli.logprobs import BLOCK_BYTES, CHUNK_BYTES
+from dpo_cli.memory.activations import Numbers, Rows, Trained, kept_bytes, working_bytes
+from dpo_cli.memory.facts import Facts
+from dpo_cli.memory.weights import (
+    FLOAT,
+    HALF,
+    Learning,
+    Sharing,
+    cast_bytes,
+    dequantised_bytes,
+    frozen_bytes,
+    gathered_bytes,
+    learning,
+)
+from dpo_cli.model.attention import MOST_TOKENS
+from dpo_cli.train.runtime import MICRO_BATCH_TOKENS
+
+SAMPLED_LOGITS = 4  # copies of (sequences, vocabulary) floats: logits, sorted, sums, kept
+Parts = Mapping[str, float]  # name -> bytes
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration with what follows from it."""
+
+    config: RunConfig
+    facts: Facts
+
+    @property
+    def learnt(self) -> Learning:
+        return learning(self.config.lora, self.config.hardware, self.facts.shape)
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing.of(self.config.hardware)
+
+    @property
+    def kernel(self) -> str:
+        if not self.facts.shape.packed:
+            return "dense"
+        fastest = "grouped" if self.facts.device == "cpu" else "varlen"
+        chosen = self.config.model.attention
+        return fastest if chosen == "auto" else chosen
+
+    @property
+    def step(self) -> int:
+        """Packed tokens a device computes a step."""
+        ranks = self.config.hardware.devices * self.config.hardware.nodes
+        return max(-(-self.facts.texts.step // ranks), self.facts.texts.longest)
+
+    @property
+    def rows(self) -> Rows:
+        texts, kernel = self.facts.texts, self.kernel
+        budget = token_budget(self.config, self.facts.device)
+        budget = min(budget, MOST_TOKENS.get(kernel, budget))
+        tokens = max(min(budget, self.step), texts.longest)
+        keys = texts.keys if kernel == "varlen" else 1.0
+        return Rows(tokens, texts.typical, keys)
+
+    @property
+    def numbers(self) -> Numbers:
+        compute = HALF if self.facts.half else FLOAT
+        kept_half = self.facts.half and not (self.learnt.whole and self.learnt.size == FLOAT)
+        half_stream = kept_half or (self.facts.half and self.sharing.shards > 1)
+        return Numbers(compute, HALF if half_stream else FLOAT)
+
+
+def token_budget(config: RunConfig, device: str) -> int:
+    return config.train.micro_batch_tokens or MICRO_BATCH_TOKENS[device]
+
+
+def weights_of(run: Run) -> float:
+    config, shape, learnt = run.config, run.facts.shape, run.learnt
+    own = float(learnt.size * learnt.parameters)
+    if learnt.whole:
+        return own / run.sharing.shards
+    frozen = frozen_bytes(config.lora, shape, run.facts.half)
+    shards = run.sharing.shards if config.lora.quantization is None else 1
+    return own / run.sharing.shards + frozen / shards
+
+
+def reference_of(run: Run, passing: bool = False) -> float:
+    """A frozen copy beside the policy, of its shape; under an adapter it is the policy without.
+
+    passing: in the pass that fills the cache, where a named reference is loaded, too.
+    """
+    stage: Any = run.config.stage
+    if not isinstance(stage, (DpoConfig, PpoConfig)):
+        return 0.0
+    kept = isinstance(stage, PpoConfig) or stage.reference_logprobs == "live"
+    another = stage.reference is not None or (kept and run.learnt.whole)
+    if not another or not (kept or passing):
+        return 0.0
+    size = HALF if run.facts.half and not run.learnt.whole else FLOAT
+    return float(size * run.facts.shape.parameters)
+
+
+def copies_of(run: Run) -> Parts:
+    """What is there in another dtype, or whole instead of sharded, while a forward computes."""
+    config, shape, learnt, half = run.config, run.facts.shape, run.learnt, run.facts.half
+    sharded = run.sharing.shards > 1 and config.stage.name in TRAINING
+    return {
+        "bf16 copies": cast_bytes(learnt, shape, half, run.sharing),
+        "gathered blocks": gathered_bytes(learnt, config.lora, shape, half) if sharded else 0.0,
+        "dequantised matrix": dequantised_bytes(config.lora, shape, half),
+    }
+
+
+def activations_of(run: Run) -> Parts:
+    """What a forward leaves for its backward."""
+    config, learnt, lora = run.config, run.learnt, run.config.lora
+    trained = Trained(learnt.whole, learnt.adapted, lora.dropout > 0, lora.quantization == "int8")
+    every = config.hardware.activation_checkpointing
+    shape = run.facts.shape
+    kept = kept_bytes(shape, run.numbers, trained, run.rows, run.kernel, every)
+    return {"activations": kept, **copies_of(run)}
+
+
+def output_layer(run: Run) -> Parts:
+    """The output layer at work (`logprobs.fused_loss`): slopes of a chunk, and either logits and
+    softmax of a block while the next one's logits are made, or a chunk's part of the weight's
+    gradient; the weight's copy and its gradient."""
+    shape, numbers, device = run.facts.shape, run.numbers, run.facts.device
+    scored = run.facts.texts.scored * run.rows.tokens
+    slopes = min(CHUNK_BYTES[device], numbers.compute * scored * shape.vocab)
+    logits = 3 * min(BLOCK_BYTES[device], FLOAT * scored * shape.vocab)
+    copy = shape.head * numbers.compute if numbers.casts else 0
+    part = shape.head * numbers.compute if run.learnt.whole else 0
+    return {"output layer": float(slopes + max(logits, part) + copy), **head_gradient(run)}
+
+
+def head_gradient(run: Run) -> Parts:
+    """Formed in the forward. FSDP's is among what it has gathered."""
+    size = run.learnt.size if run.learnt.whole and run.sharing.shards == 1 else 0
+    return {"output layer's gradient": float(size * run.facts.shape.head)}
+
+
+def forward_of(run: Run) -> Parts:
+    """Without gradients."""
+    return {
+        "activations": working_bytes(run.facts.shape, run.numbers, run.rows),
+        "output layer": 4.0 * BLOCK_BYTES[run.facts.device],
+    }
+
+
+def embedding_gradient(run: Run) -> float:
+    """The gradient of the embeddings, before it is added to that of an output layer tied to it."""
+    tied = run.learnt.whole and run.facts.shape.tied
+    return float(run.learnt.size * run.facts.shape.head) if tied else 0.0
+
+
+def update_memory(run: Run) -> float:
+    """Roots of squared gradients, all at once, of PyTorch's RMSprop on CUDA."""
+    if run.config.optim.name != "rmsprop" or run.facts.device == "cpu":
+        return 0.0
+    return run.learnt.size * run.learnt.parameters / run.sharing.shards
+
+
+def sequences_of(config: RunConfig) -> int:
+    """Decoded together."""
+    stage: Any = config.stage
+    if isinstance(stage, (PpoConfig, SampleConfig, EvaluateConfig)):
+        return stage.batch_size
+    return 0 if isinstance(stage, RewardConfig) else config.train.sample_prompts
+
+
+def sampling_of(run: Run, sequences: int) -> Parts:
+    """Keys and values of prompts, which a prompt's samples share, and of what is sampled."""
+    config, shape, stage = run.config, run.facts.shape, run.config.stage
+    new = getattr(stage, "max_new_tokens", config.train.sample_max_new_tokens)
+    prompts = -(-sequences // getattr(stage, "completions", 1))
+    tokens = prompts * run.facts.texts.prompt + sequences * new
+    cache = 2 * shape.layers * shape.keys * run.numbers.compute * tokens
+    prefill = Rows(prompts * run.facts.texts.prompt, run.facts.texts.prompt)
+    return {
+        "keys and values": float(cache),
+        "working memory": working_bytes(shape, run.numbers, prefill),
+        "output layer": float(FLOAT * SAMPLED_LOGITS * sequences * shape.vocab),
+    }

@@ -1,0 +1,98 @@
+"""Bytes of weights, gradients and optimiser state on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpo_cli.config import HardwareConfig, LoraConfig, OptimConfig
+from dpo_cli.memory.shape import Linear, Shape
+
+FLOAT, HALF = 4, 2
+# NF4, double-quantised: half a byte, a byte of scale for 64 weights, and for 256 of those
+# scales a float32 one (arXiv 2305.14314, section 3).
+NF4 = 0.5 + 1 / 64 + FLOAT / (64 * 256)
+STATES = {"adamw": 2, "rmsprop": 1}  # numbers of a weight, in its dtype
+STATES_8BIT = 2 * (1 + FLOAT / 256)  # bytes: two of 8 bits, a float32 scale for 256 of each
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """FSDP over ranks. shards: parts that weights, gradients and state are cut into."""
+
+    shards: int = 1
+
+    @classmethod
+    def of(cls, hardware: HardwareConfig) -> Sharing:
+        nodes = hardware.nodes if hardware.sharding == "full" else 1
+        return cls(hardware.devices * nodes)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What a run trains. whole: every weight, else adapters on `adapted` matrices. parameters:
+    how many weights learn; size: bytes of one."""
+
+    whole: bool
+    parameters: int
+    size: int
+    adapted: tuple[Linear, ...] = ()
+
+
+def learning(lora: LoraConfig, hardware: HardwareConfig, shape: Shape) -> Learning:
+    if lora.name == "none":
+        size = HALF if hardware.weights == "bf16" else FLOAT
+        return Learning(True, shape.parameters, size)
+    adapted = tuple(shape.targets(lora.target_modules))
+    return Learning(False, adapter_parameters(lora, shape), FLOAT, adapted)
+
+
+def adapter_parameters(lora: LoraConfig, shape: Shape) -> int:
+    """Weights that learn beside a frozen base: r (in + out) a matrix, with DoRA also its
+    magnitudes, and `modules_to_save` whole."""
+    adapted = shape.targets(lora.target_modules)
+    low_rank = sum(lora.r * (x.inputs + x.outputs) + lora.use_dora * x.outputs for x in adapted)
+    return low_rank + sum(x.weights for x in shape.targets(lora.modules_to_save))
+
+
+def frozen_bytes(lora: LoraConfig, shape: Shape, half: bool) -> float:
+    """The base under an adapter. half: computed in bf16, so it is kept in it. Embeddings, norms
+    and the output layer are never quantised."""
+    size = HALF if half else FLOAT
+    if lora.quantization is None:
+        return float(size * shape.parameters)
+    matrices = sum(x.weights for x in shape.linears)
+    scales = FLOAT * sum(x.outputs for x in shape.linears)
+    quantised = NF4 * matrices if lora.quantization == "nf4" else matrices + scales
+    return quantised + size * (shape.parameters - matrices)
+
+
+def state_bytes(optim: OptimConfig, learnt: Learning) -> float:
+    if optim.name == "adamw8bit":
+        return STATES_8BIT * learnt.parameters
+    return float(STATES[optim.name] * learnt.size * learnt.parameters)
+
+
+def cast_bytes(learnt: Learning, shape: Shape, half: bool, sharing: Sharing) -> float:
+    """Half-precision copies of float32 weights, which autocast keeps until the backward has
+    used them. FSDP casts what it gathers, a block at a time."""
+    if not (half and learnt.whole and learnt.size == FLOAT) or sharing.shards > 1:
+        return 0.0
+    return float(HALF * sum(x.weights for x in shape.linears))
+
+
+def gathered_bytes(learnt: Learning, lora: LoraConfig, shape: Shape, half: bool) -> float:
+    """What FSDP has whole at its peak: the root's weights, and those of two blocks, one at
+    work and the next, in the dtype they compute in; of what learns, their float32 gradients."""
+    size = HALF if half else FLOAT
+    whole = shape.block.parameters + shape.root_parameters
+    gradients = FLOAT * whole if learnt.whole else 0
+    quantised = lora.name != "none" and lora.quantization is not None  # a copy on every rank
+    weights = 0 if quantised else size * (whole + shape.block.parameters)
+    return float(weights + gradients)
+
+
+def dequantised_bytes(lora: LoraConfig, shape: Shape, half: bool) -> float:
+    """The largest quantised matrix as it is multiplied by."""
+    if lora.name == "none" or lora.quantization is None:
+        return 0.0
+    return float((HALF if half else FLOAT) * max(x.weights for x in shape.linears))
