@@ -114,7 +114,7 @@ def test_restore_continues_bit_for_bit(saved, tokenizer, tmp_path):
     torch.manual_seed(99)
     other = GPT2LMHeadModel.from_pretrained(snapshot.folder).train()  # dropout on
     other_optimizer = build_optimizer(other, OptimConfig(), 1e-3)
-    checkpoint.restore(snapshot, other_optimizer)
+    checkpoint.restore(snapshot, other, other_optimizer)
     train_step(other, other_optimizer)
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)

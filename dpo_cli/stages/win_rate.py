@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -108,7 +108,7 @@ class WinRates:
         others = self._others[temperature]
         matches = [Match(a, b) for a, b in zip(ours, others, strict=True)]
         with self.session.progress.phase("judging", len(matches)) as tick:
-            decisions = self.judge(matches, tick)
+            decisions = self._decide(matches, tick)
         where = {
             "policy": label, "opponent": str(self.stage.opponent), "judge": self.judge.name,
             "temperature": temperature,
@@ -128,6 +128,12 @@ class WinRates:
             "errors": counts[Verdict.ERROR], "unasked": counts[Verdict.UNASKED],
             "win_rate": rate.value, "low": rate.low, "high": rate.high,
         }  # fmt: skip
+
+    def _decide(self, matches: Sequence[Match], tick: Callable[[int], None]) -> list[Decision]:
+        """By the judge: a server is asked by one rank alone, a reward is worked out by all."""
+        if isinstance(self.session.config.judge, HttpJudgeConfig):
+            return self.session.ranks.from_first(lambda: self.judge(matches, tick))
+        return self.judge(matches, tick)
 
     def _tell(self, decisions: Sequence[Decision]) -> None:
         """Verdicts that are missing, and why the first of each kind is."""

@@ -1,0 +1,176 @@
+"""Real launches of two ranks: by the plain command, by torchrun; signals, errors, Slurm's names."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from dpo_cli import elastic
+from dpo_cli.config import HardwareConfig
+from dpo_cli.errors import ConfigError, DataError
+from small_runs import TINY, configure, metrics
+
+DPO_RUN = [sys.executable, "-m", "dpo_cli"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+SFT = (*TINY, "stage=sft", "data.rows=64", "train.sample_prompts=0", "logger.progress=plain")
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DPO_RUN_LAUNCHED")
+
+
+def run(command: Sequence[str], *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*command, *words], cwd=cwd, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def errors(told: str) -> list[str]:
+    return [line for line in told.splitlines() if line.startswith("error:")]
+
+
+def test_a_signal_stops_all_ranks_after_a_step_and_one_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = (*SFT, "hardware.devices=2", "train.max_steps=400", "train.save_every_steps=0",
+             "train.eval_every_steps=0", f"run_dir={folder}")  # fmt: skip
+    started = subprocess.Popen([*DPO_RUN, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 4:
+        assert started.poll() is None, started.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    told = started.communicate(timeout=60)[1]
+    assert started.returncode == 75, told
+    (line,) = errors(told)
+    stopped = int(line.split("after step ")[1].split()[0])
+    assert line.startswith(f"error: stopped by SIGTERM after step {stopped} of 400, state saved")
+    assert (folder / "checkpoints" / f"step-{stopped}" / "shards").is_dir()
+
+    words = (f"resume={folder}", "hardware.devices=1", f"train.max_steps={stopped + 2}")
+    refused = run(DPO_RUN, *words, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "train.max_steps: 400 ->" in refused.stderr
+
+
+def test_the_error_of_all_ranks_is_told_once(tmp_path: Path) -> None:
+    words = (*SFT, "hardware.devices=2", "train.max_steps=5", "optim.lr=1e20", "run_dir=run")
+    done = run(DPO_RUN, *words, cwd=tmp_path)
+    assert done.returncode == 4, done.stderr
+    (line,) = errors(done.stderr)
+    assert "is nan" in line and "optim.lr" in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_torchrun_evaluates_as_one_process_does(tmp_path: Path) -> None:
+    """Also: the folder's name, which each rank would make up for itself, is one."""
+    words = ("stage=evaluate", *TINY[:7], "reward_fn=length", "stage.prompts=6",
+             "stage.completions=3", "stage.batch_size=6", "stage.max_new_tokens=8", "hardware=cpu",
+             "logger.report=false", "stage.reference={base}", "model.path={base}")  # fmt: skip
+    base = tmp_path / "base"
+    done = run(DPO_RUN, *SFT, "train.max_steps=1", f"run_dir={base}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = tuple(word.format(base=base) for word in words if not word.startswith("model.arch"))
+    words = tuple(word for word in words if not word.startswith("train."))
+    one = run(DPO_RUN, *words, "run_dir=one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    two = run([*TORCHRUN, "-m", "dpo_cli"], *words, cwd=tmp_path)
+    assert two.returncode == 0, two.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    found, truth = (json.loads((f / "points.jsonl").read_text())
+                    for f in (folder, tmp_path / "one"))  # fmt: skip
+    assert found == pytest.approx(truth, abs=1e-6)
+    samples = [(f / "samples.jsonl").read_text() for f in (folder, tmp_path / "one")]
+    assert samples[0] == samples[1]
+    assert len(samples[0].splitlines()) == 18
+
+
+def test_torchrun_starts_one_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = run([*TORCHRUN, "-m", "dpo_cli"], "recipe=quickstart", cwd=tmp_path)
+    assert two.returncode == 1  # torchrun's own
+    assert errors(two.stderr) == [
+        "error: torchrun: starts one run, not a recipe; use dpo-run hardware.devices="
+    ]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_a_rank_knows_itself(alone: pytest.MonkeyPatch) -> None:
+    assert elastic.rank() is None
+    alone.setenv("WORLD_SIZE", "1")  # some machines set it for every process
+    alone.setenv("RANK", "0")
+    assert elastic.rank() is None
+    alone.setenv("WORLD_SIZE", "2")
+    assert elastic.rank() == 0
+
+
+def test_ranks_end_with_the_code_of_the_first(alone: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    alone.setattr(elastic, "_store", lambda: store)
+    elastic.lead(None, 3)
+    assert elastic.follow() == (None, 3)
+
+
+def test_what_is_wanted(tmp_path: Path) -> None:
+    words = (*TINY, f"run_dir={tmp_path}")
+    assert not elastic.wanted(configure(*words, "stage=sft"))
+    assert elastic.wanted(configure(*words, "stage=sft", "hardware.devices=2"))
+    assert not elastic.wanted(configure(*words, "stage=inspect", "hardware.devices=2"))
+
+
+def test_nodes_of_slurm_meet_at_the_first(tmp_path: Path, alone: pytest.MonkeyPatch) -> None:
+    names = tmp_path / "scontrol"
+    names.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"\n')
+    names.chmod(0o755)
+    alone.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    hardware = HardwareConfig(devices=8, nodes=2)
+    with pytest.raises(ConfigError, match=r"hardware.nodes=2: on each node start torchrun"):
+        elastic.meeting_point(hardware)
+    alone.setenv("SLURM_JOB_ID", "40017")
+    alone.setenv("SLURM_JOB_NODELIST", "n[3-4]")
+    assert elastic.meeting_point(hardware) == {
+        "rdzv_endpoint": "n3:20017", "run_id": "dpo-run-40017"
+    }  # fmt: skip
+
+
+def test_the_first_error_is_told_but_a_stop_before_all(
+    tmp_path: Path, alone: pytest.MonkeyPatch
+) -> None:
+    assert elastic.last_words(tmp_path) is None
+    for number, error in enumerate([DataError("late"), DataError("first"), DataError("last")]):
+        path = tmp_path / str(number) / "error.json"
+        path.parent.mkdir()
+        alone.setenv(elastic.ERROR_FILE, str(path))
+        elastic.record(error)
+        os.utime(path, (10 - 5 * (number == 1), 10 - 5 * (number == 1)))
+    found = elastic.last_words(tmp_path)
+    assert (str(found), found.exit_code) == ("first", 3)
+    path = tmp_path / "3" / "error.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"message": {"message": "saved", "errorCode": 75}}))
+    assert str(elastic.last_words(tmp_path)) == "saved"
+    (tmp_path / "4").mkdir()  # what torch itself writes of an exception
+    (tmp_path / "4" / "error.json").write_text('{"message": {"message": "ValueError"}}')
+    assert str(elastic.last_words(tmp_path)) == "saved"
+
+
+def test_ranks_share_the_cores(alone: pytest.MonkeyPatch) -> None:
+    alone.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    alone.delenv("OMP_NUM_THREADS", raising=False)
+    alone.setattr(os, "environ", dict(os.environ))
+    elastic.share_cores(HardwareConfig(devices=4))
+    assert os.environ["OMP_NUM_THREADS"] == "4"
+    elastic.share_cores(HardwareConfig(devices=2))  # someone has said
+    assert os.environ["OMP_NUM_THREADS"] == "4"
