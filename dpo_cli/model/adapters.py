@@ -110,11 +110,13 @@ def scalings(model: PreTrainedModel) -> list[float]:
 def round_base(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """The frozen float32 weights in another dtype; adapters and modules to save stay as they are.
 
-    Buffers, too: rotary frequencies need their digits.
+    Buffers, too: rotary frequencies need their digits; and what the family keeps in float32.
     """
     kept = {id(p) for layer in layers(model) for p in _own_parameters(layer)}
-    for weight in model.parameters():
-        if id(weight) not in kept and weight.dtype == torch.float32:
+    exact = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, weight in model.named_parameters():
+        own = id(weight) in kept or any(part in name for part in exact)
+        if not own and weight.dtype == torch.float32:
             weight.data = weight.data.to(dtype)
 
 

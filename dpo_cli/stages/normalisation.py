@@ -59,11 +59,9 @@ def _base(session: Session, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
     elif any(n.endswith(CLASSIFIER) for n in hf_config(source, tokenizer).architectures or ()):
         why = "a reward model"
     else:
-        settings = session.config.lora
+        settings = session.config.lora  # quantised, it takes no more memory than in training
         adaptation = None if settings.name == "none" else Adaptation(settings)
-        model = load(
-            session, source, tokenizer, adaptation=adaptation
-        )  # as small as it was trained
+        model = load(session, source, tokenizer, adaptation=adaptation)
         model.to(session.runtime.device)  # type: ignore[arg-type]
         return model
     session.note(f"rewards are not normalised: the run started from {why}, which samples nothing")
