@@ -41,7 +41,7 @@ LOADING, SAVING = "loading", "saving"
 # Beside tensors. cpu: Python with its libraries; cuda: the context, kernels, workspaces.
 PROGRAM = {"cpu": 600 * 2**20, "cuda": 900 * 2**20}
 SLACK = {"cpu": 0.10, "cuda": 0.05}  # of the rest: what an allocator holds and cannot use
-ONEDNN = 150 * 2**20  # of a CPU's bf16 matrix products, which lay out their operands anew
+ONEDNN = 100 * 2**20  # of a CPU's bf16 matrix products, which lay out their operands anew
 
 
 @dataclass(frozen=True)

@@ -99,14 +99,14 @@ def weights_of(run: Run) -> float:
 def reference_of(run: Run, passing: bool = False) -> float:
     """A frozen copy beside the policy, of its shape; under an adapter it is the policy without.
 
-    passing: in the pass that fills the cache, where a named reference is loaded, too.
+    passing: while the cache is filled, for which a named reference is loaded, and never else.
     """
     stage: Any = run.config.stage
     if not isinstance(stage, (DpoConfig, PpoConfig)):
         return 0.0
-    kept = isinstance(stage, PpoConfig) or stage.reference_logprobs == "live"
-    another = stage.reference is not None or (kept and run.learnt.whole)
-    if not another or not (kept or passing):
+    cached = isinstance(stage, DpoConfig) and stage.reference_logprobs == "cached"
+    another = stage.reference is not None or (run.learnt.whole and not cached)
+    if not another or passing != cached:
         return 0.0
     size = HALF if run.facts.half and not run.learnt.whole else FLOAT
     return float(size * run.facts.shape.parameters)
