@@ -45,16 +45,35 @@ def wanted(config: RunConfig) -> bool:
     return hardware.devices * hardware.nodes > 1 and config.stage.name in PARALLEL
 
 
-def launch(config: RunConfig, words: Sequence[str]) -> int:
-    """Start the ranks of this node, `dpo-run <words>` each, and wait: the run's exit code."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def worker() -> list[str]:
+    """What the launcher's Python runs as a rank; tests put a faulty one in its place."""
+    return ["-m", "dpo_cli"]
 
+
+def launch(config: RunConfig, words: Sequence[str]) -> int:
+    """Start the ranks of this node, `dpo-run <words>` each, and wait for their end.
+
+    Ranks that run out of memory start again where they were, with smaller rows. Raises the
+    UserError of the rank that failed first.
+    """
     hardware = config.hardware
     share_cores(hardware)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in a line
     os.environ[LAUNCHED] = "1"
+    while (error := _once(hardware, words)) is not None:
+        if error.run_dir is None or hardware.nodes > 1:
+            raise error
+        print(error, file=sys.stderr)
+        words = [f"resume={error.run_dir}"]
+    return 0
+
+
+def _once(hardware: HardwareConfig, words: Sequence[str]) -> Failed | None:
+    """One start: how it failed, if it did."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     with tempfile.TemporaryDirectory(prefix="dpo-run-ranks-") as logs:
         settings = LaunchConfig(
             min_nodes=hardware.nodes, max_nodes=hardware.nodes,
@@ -63,9 +82,8 @@ def launch(config: RunConfig, words: Sequence[str]) -> int:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
             signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         )  # fmt: skip
-        code = 0
         try:
-            elastic_launch(settings, sys.executable)("-m", "dpo_cli", *words)
+            elastic_launch(settings, sys.executable)(*worker(), *words)
         except ChildFailedError as error:
             number, first = error.get_first_failure()
             code = 128 - first.exitcode if first.exitcode < 0 else first.exitcode
@@ -74,25 +92,19 @@ def launch(config: RunConfig, words: Sequence[str]) -> int:
                 told = f"rank {number} was killed by {first.signal_name()}"
         except SignalException as error:
             code, told = 128 + error.sigval, f"stopped by {error.sigval.name}"
-        if code:
-            raise last_words(Path(logs)) or Failed(told, code)
-    return code
+        else:
+            return None
+        return last_words(Path(logs)) or Failed(
+            f"{told}; where checkpoints were saved, resume=<run folder> goes on", code
+        )
 
 
 class Failed(UserError):
-    """A rank that ended without saying why in a line; its traceback, if any, is above."""
+    """How ranks ended. run_dir: where they can start again, having run out of memory."""
 
-    def __init__(self, told: str, code: int) -> None:
-        super().__init__(f"{told}; where checkpoints were saved, resume=<run folder> goes on")
-        self.exit_code = code
-
-
-class Reported(UserError):
-    """The error of a rank, as it told it."""
-
-    def __init__(self, message: str, code: int) -> None:
+    def __init__(self, message: str, code: int, run_dir: str | None = None) -> None:
         super().__init__(message)
-        self.exit_code = code
+        self.exit_code, self.run_dir = code, run_dir
 
 
 def meeting_point(hardware: HardwareConfig) -> dict[str, Any]:
@@ -196,19 +208,20 @@ def record(error: UserError) -> None:
     path = os.environ.get(ERROR_FILE)
     if path:
         facts = {"timestamp": str(int(time.time())), "py_callstack": str(error)}
-        message = {"message": str(error), "errorCode": error.exit_code, "extraInfo": facts}
+        message: dict[str, Any] = {"message": str(error), "errorCode": error.exit_code}
+        message |= {"extraInfo": facts, "run_dir": getattr(error, "run_dir", None)}
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
-def last_words(logs: Path) -> UserError | None:
+def last_words(logs: Path) -> Failed | None:
     """What the ranks recorded: the oldest, or the one of a run that was stopped and saved."""
     found = []
     for path in logs.rglob("error.json"):
         body = json.loads(path.read_text(encoding="utf-8")).get("message")
         if isinstance(body, dict) and "errorCode" in body:
             order = body["errorCode"] != Preempted.exit_code, path.stat().st_mtime_ns
-            found.append((order, str(body["message"]), int(body["errorCode"])))
+            found.append((order, body))
     if not found:
         return None
-    _, message, code = min(found)
-    return Reported(message, code)
+    _, first = min(found, key=lambda entry: entry[0])
+    return Failed(str(first["message"]), int(first["errorCode"]), first.get("run_dir"))

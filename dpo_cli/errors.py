@@ -41,6 +41,19 @@ class RunLockedError(UserError):
     exit_code = 6
 
 
+class OutOfMemory(UserError):
+    """Ranks that ran out of memory, and may start again in `run_dir` with smaller rows."""
+
+    exit_code = 75  # start again to go on
+
+    def __init__(self, message: str, run_dir: str) -> None:
+        super().__init__(message, run_dir)
+        self.run_dir = run_dir
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class DiskError(UserError):
     """A write failed: disk full, permission, I/O error."""
 

@@ -26,7 +26,7 @@ from dpo_cli.stages import load_stage
 from dpo_cli.stages.session import Session
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import run_lock
-from dpo_cli.train.memory import explained
+from dpo_cli.train.memory import explained, smaller_next_time
 from dpo_cli.train.runtime import start_runtime
 
 REPORTED = (*TRAINING, "evaluate", "frontier")  # stages whose figures people read
@@ -62,7 +62,7 @@ def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
                 progress.note(f"resuming after step {step} from {snapshot.folder}")
             with sinks_of(config, run_dir, step) as sinks:
                 session = Session(config, run_dir, runtime, progress, sinks, snapshot)
-                with explained():
+                with explained(), smaller_next_time(session.budget, run_dir):
                     figures = load_stage(config.stage.name)(session)
             return finish(config, run_dir, figures, argv, session)
 
@@ -73,7 +73,8 @@ def help_out(config: RunConfig) -> None:
     runtime = start_runtime(config.hardware, config.seed)
     with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch, Progress("off") as progress:
         session = Session(config, Path(scratch), runtime, progress, [], snapshot)
-        load_stage(config.stage.name)(session)
+        with explained(), smaller_next_time(session.budget, Path(config.run_dir)):
+            load_stage(config.stage.name)(session)
 
 
 def finish(

@@ -32,12 +32,7 @@ NEEDS = {  # what an option cannot do without
     "stage/label": ["stage.samples=."],
     "stage/frontier": ["stage.evaluations=[.]"],
     "reward_fn/reward_model": ["reward_fn.path=."],
-<<<<<<< HEAD
     **{f"lora/{name}": ["model=gpt2"] for name in ("lora", "dora", "qlora", "int8")},
-=======
-    "hardware/gpus-8x80gb": ["hardware.devices=1"],  # several are not supported yet
-    "hardware/slurm": ["hardware.devices=1"],
->>>>>>> 43b4d8b05965d23159355962da1b6a48cf9bc1b4
 }
 
 

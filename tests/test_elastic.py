@@ -17,7 +17,7 @@ import torch.distributed as dist
 from dpo_cli import elastic
 from dpo_cli.config import HardwareConfig
 from dpo_cli.errors import ConfigError, DataError
-from small_runs import TINY, configure, metrics
+from small_runs import TINY, configure, metrics, train
 
 DPO_RUN = [sys.executable, "-m", "dpo_cli"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -64,7 +64,8 @@ def test_the_error_of_all_ranks_is_told_once(tmp_path: Path) -> None:
     done = run(DPO_RUN, *words, cwd=tmp_path)
     assert done.returncode == 4, done.stderr
     (line,) = errors(done.stderr)
-    assert "is nan" in line and "optim.lr" in line
+    assert "is nan" in line
+    assert "optim.lr" in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "final").exists()
 
@@ -98,6 +99,30 @@ def test_torchrun_starts_one_run_only(tmp_path: Path, monkeypatch: pytest.Monkey
     assert errors(two.stderr) == [
         "error: torchrun: starts one run, not a recipe; use dpo-run hardware.devices="
     ]
+
+
+def test_ranks_out_of_memory_go_on_with_smaller_rows(
+    tmp_path: Path, alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And end where a process with enough memory does."""
+    alone.setattr(os, "environ", os.environ.copy())
+    alone.setattr(
+        elastic, "worker", lambda: [str(Path(__file__).with_name("rank_short_of_memory.py"))]
+    )
+    words = (*SFT, "train.max_steps=6", "train.micro_batch_tokens=100", "data.eval_rows=0",
+             "train.save_every_steps=2", f"cache_dir={tmp_path}")  # fmt: skip
+    config = configure(*words, "hardware.devices=2", f"run_dir={tmp_path / 'two'}")
+    assert (
+        elastic.launch(config, [*words, "hardware.devices=2", f"run_dir={tmp_path / 'two'}"]) == 0
+    )
+    told = capsys.readouterr().err
+    assert "out of memory with 100 tokens at once: from now on at most 50" in told
+    train(tmp_path / "one", *words)
+    ours, truth = (
+        {r["step"]: r["loss"] for r in metrics(tmp_path / n) if "loss" in r} for n in ("two", "one")
+    )
+    assert ours == pytest.approx(truth, abs=1e-5)
+    assert len(ours) == 6
 
 
 @pytest.fixture

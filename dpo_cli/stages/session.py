@@ -26,7 +26,7 @@ from dpo_cli.report.sinks import Sink
 from dpo_cli.shard import make_mesh, shard
 from dpo_cli.stages.precision import hold_as_trained, refuse_rounding
 from dpo_cli.train.checkpoint import Snapshot, load_provenance
-from dpo_cli.train.memory import TokenBudget, within
+from dpo_cli.train.memory import TokenBudget, read_budget, within
 from dpo_cli.train.runtime import Runtime
 from dpo_cli.train.sharded import is_sharded
 
@@ -57,6 +57,7 @@ class Session:
         configured = self.config.train.micro_batch_tokens
         tokens = self.runtime.micro_batch_tokens(configured)
         self.budget = TokenBudget(tokens, fixed=self.ranks.size > 1)
+        self.budget.restore(read_budget(Path(self.config.run_dir)))
 
     @property
     def ranks(self) -> Ranks:

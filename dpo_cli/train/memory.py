@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from dpo_cli.errors import ConfigError
+from dpo_cli.durable import write_json
+from dpo_cli.errors import ConfigError, OutOfMemory
 from dpo_cli.records import Batch
 
 T = TypeVar("T")
 Note = Callable[[str], None]
 
+BUDGET = "micro_batch_tokens.json"  # in the run folder
 SIGNS = (  # of allocators that raise a plain RuntimeError
     "DefaultCPUAllocator: can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS finds no room for its handle or workspace
@@ -44,6 +48,11 @@ class TokenBudget:
     def mends(self, error: RuntimeError) -> bool:
         """Whether smaller rows may help."""
         return not self.fixed and ran_out(error)
+
+    def refuse_single(self, error: RuntimeError, failed: Batch) -> None:
+        """ConfigError where an example alone was too large: no smaller rows will help."""
+        if ran_out(error) and len(failed.example_ids) == 1:
+            raise too_large(failed.input_ids.numel()) from error
 
     def limit(self, most: int) -> None:
         """What is asked for is no more than this, whatever memory there is."""
@@ -83,6 +92,37 @@ def too_large(tokens: int | None) -> ConfigError:
 def ran_out(error: RuntimeError) -> bool:
     """Whether an allocation failed; other errors are none of our business."""
     return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in SIGNS)
+
+
+@contextmanager
+def smaller_next_time(budget: TokenBudget, run_dir: Path) -> Iterator[None]:
+    """Where ranks run out of memory, which cannot do a step again: those that wait for the one
+    that failed are in the middle of an exchange. Leaves half the budget for the next start.
+
+    Raises OutOfMemory, or ConfigError where smaller rows are impossible.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (budget.fixed and ran_out(error)):
+            raise
+        tokens = budget.tokens
+        if tokens == 1:
+            raise too_large(None) from error
+        write_json(run_dir / BUDGET, {"asked": budget.asked, "tokens": tokens // 2})
+        raise OutOfMemory(
+            f"out of memory with {tokens:,} tokens at once: from now on at most {tokens // 2:,}; "
+            f"go on with: dpo-run resume={run_dir}", str(run_dir),
+        ) from error  # fmt: skip
+
+
+def read_budget(run_dir: Path) -> dict[str, int] | None:
+    """What `smaller_next_time` left."""
+    path = run_dir / BUDGET
+    if not path.is_file():
+        return None
+    found: dict[str, int] = json.loads(path.read_text())
+    return found
 
 
 @contextmanager

@@ -55,6 +55,7 @@ def accumulate(
                 sums.add(task, batch, runtime)
             except RuntimeError as error:
                 if not task.budget.mends(error):
+                    task.budget.refuse_single(error, batch)
                     raise
                 failed = batch
             if failed is not None:
