@@ -208,6 +208,8 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
     folder = Path(chosen) if chosen else run_folder.default_run_dir(config)
     if config.resume and not chosen:
         raise ConfigError("resume=true: which run? give resume=<run folder>")
+    if not leading and elastic.on_several_nodes(config):
+        return elastic.launch(config, words)  # the folder is for the first rank to look at
     run_folder.check_free(folder, config.resume)
     asked, config.run_dir = config.resume, str(folder)
     config.resume = asked and not run_folder.is_bare(folder)  # else it never got going

@@ -45,6 +45,16 @@ def wanted(config: RunConfig) -> bool:
     return hardware.devices * hardware.nodes > 1 and config.stage.name in PARALLEL
 
 
+def on_several_nodes(config: RunConfig) -> bool:
+    """Whether others like this process start ranks of the same run on their nodes."""
+    return wanted(config) and config.hardware.nodes > 1 and not config.dry_run
+
+
+def helps_another_node() -> bool:
+    """Whether this task of a Slurm job only starts ranks: one that is the first keeps the books."""
+    return int(os.environ.get("SLURM_PROCID", "0")) > 0
+
+
 def worker() -> list[str]:
     """What the launcher's Python runs as a rank; tests put a faulty one in its place."""
     return ["-m", "dpo_cli"]

@@ -22,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dpo_cli.durable import disk_errors, write_json, write_text
+from dpo_cli.elastic import helps_another_node
 from dpo_cli.errors import ConfigError
 from dpo_cli.launch import as_override, run_child, shell_status
 from dpo_cli.recipe_state import identity
@@ -102,6 +103,10 @@ def run_job(cfg: DictConfig) -> float:
     run_dir, folder = Path(hydra.runtime.output_dir), Path(hydra.sweep.dir)
     whole = cast(DictConfig, HydraConfig.instance().cfg)
     words = task_overrides(whole)
+    start = [*words, as_override("run_dir", str(run_dir)), *composed_with(whole)]
+    if helps_another_node():
+        run_child(start)
+        return math.nan
     path = folder / JOBS / f"{hydra.job.num}.json"
     left = left_to_do(read_json(path), words, run_dir)
     print(f"[job {hydra.job.num}] {' '.join(words)} -> {run_dir}{SAID[left]}", flush=True)
@@ -112,7 +117,6 @@ def run_job(cfg: DictConfig) -> float:
     if left == "start" and not is_bare(run_dir):
         set_aside(run_dir, folder / "old" / run_dir.name)
         make(run_dir)
-    start = [*words, as_override("run_dir", str(run_dir)), *composed_with(whole)]
     code, stopped = run_child([f"resume={run_dir}"] if left == "resume" else start)
     summary = read_json(run_dir / "summary.json")
     record = {

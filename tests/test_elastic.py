@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dpo_cli import elastic
+from dpo_cli import cli, elastic, sweep
 from dpo_cli.config import HardwareConfig
 from dpo_cli.errors import ConfigError, DataError
 from small_runs import TINY, configure, metrics, train
@@ -168,6 +168,32 @@ def test_nodes_of_slurm_meet_at_the_first(tmp_path: Path, alone: pytest.MonkeyPa
     assert elastic.meeting_point(hardware) == {
         "rdzv_endpoint": "n3:20017", "run_id": "dpo-run-40017"
     }  # fmt: skip
+
+
+def test_a_later_node_of_slurm_starts_ranks_and_keeps_no_books(
+    tmp_path: Path, alone: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+    alone.setattr(sweep, "run_child", lambda words: started.append(list(words)) or (0, False))
+    alone.setenv("SLURM_PROCID", "1")
+    alone.chdir(tmp_path)
+    cli.main(["-m", "stage=sft", "hardware.nodes=2", "seed=1,2", "hydra.sweep.dir=s"])
+    assert [words[-1] for words in started] == [f"run_dir={tmp_path}/s/{n}" for n in (0, 1)]
+    assert not list((tmp_path / "s" / "jobs").iterdir())
+
+
+def test_nodes_leave_the_folder_to_the_first_rank(
+    tmp_path: Path, alone: pytest.MonkeyPatch
+) -> None:
+    launched: list[list[str]] = []
+    alone.setattr(elastic, "launch", lambda config, words: launched.append(words) or 0)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "by-the-first-rank").touch()
+    words = ["stage=sft", "hardware.nodes=2", f"run_dir={tmp_path / 'used'}"]
+    cli.main(words)
+    assert launched == [words]
+    with pytest.raises(SystemExit):
+        cli.main([words[0], "hardware.devices=2", words[2]])
 
 
 def test_the_first_error_is_told_but_a_stop_before_all(
