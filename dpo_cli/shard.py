@@ -132,3 +132,8 @@ def settle(model: PreTrainedModel) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor with all its values; every rank must ask. Others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The values of a sharded tensor that this rank holds. Others as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dpo_cli.config import OptimConfig
 from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.ranks import Ranks
+from dpo_cli.shard import local_part
 
 LR_SCALE = "lr_scale"  # the key of a group of weights that learn at another rate
 
@@ -105,11 +106,6 @@ def sum_over_ranks(model: torch.nn.Module, ranks: Ranks) -> None:
     for weight in model.parameters():
         if weight.grad is not None and not isinstance(weight.grad, DTensor):
             dist.all_reduce(weight.grad)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """The values that this rank holds."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def take_step(

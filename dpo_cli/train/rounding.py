@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpo_cli.shard import local_part
+
 SAMPLED = 2**16  # values of a weight that are looked at: a copy of all would not fit
 FEW = 0.5  # share of changed weights below which the user is told
 
@@ -36,7 +38,7 @@ class Watched:
 
 
 def _sample(values: Tensor) -> Tensor:
-    flat = values.detach().flatten()
+    flat = local_part(values.detach()).flatten()
     return flat[:: 1 + len(flat) // SAMPLED]
 
 
