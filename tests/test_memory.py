@@ -208,17 +208,20 @@ def test_activations_are_those_that_autograd_keeps(family: str, half: bool) -> N
     assert found == pytest.approx(saved_bytes(model, batch, half), rel=0.12)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["", "dora"])
 @pytest.mark.parametrize(
     ("family", "half"),  # a CPU's own layer norm keeps bf16 where CUDA's keeps float32
     [("gpt2", False), ("llama", False), ("llama", True), ("qwen3", False), ("qwen3", True)],
 )
-def test_activations_of_adapters_are_those_that_autograd_keeps(family: str, half: bool) -> None:
+def test_activations_of_adapters_are_those_that_autograd_keeps(
+    family: str, half: bool, dora: bool
+) -> None:
     model, shape = built(family)
     batch = batch_of_pairs()
     use(model, "grouped")
     model.requires_grad_(False)
     names = [linear.name for linear in shape.linears]
-    peft = PeftConfig(r=4, target_modules=names, fan_in_fan_out=family == "gpt2")
+    peft = PeftConfig(r=4, target_modules=names, fan_in_fan_out=family == "gpt2", use_dora=dora)
     model = inject_adapter_in_model(peft, model)
     for weight in model.parameters():
         if half and not weight.requires_grad:
@@ -226,6 +229,7 @@ def test_activations_of_adapters_are_those_that_autograd_keeps(family: str, half
     size = 2 if half else 4
     rows = Rows(batch.input_ids.numel(), 62)
     found = kept_bytes(
-        shape, Numbers(size, size), Trained(False, shape.linears), rows, "grouped", 0
+        shape, Numbers(size, size), Trained(False, shape.linears, dora=dora), rows, "grouped", 0
     )
-    assert found == pytest.approx(saved_bytes(model, batch, half), rel=0.05)
+    tolerance = 0.08 if dora else 0.05
+    assert found == pytest.approx(saved_bytes(model, batch, half), rel=tolerance)

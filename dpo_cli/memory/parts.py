@@ -126,7 +126,9 @@ def copies_of(run: Run) -> Parts:
 def activations_of(run: Run) -> Parts:
     """What a forward leaves for its backward."""
     config, learnt, lora = run.config, run.learnt, run.config.lora
-    trained = Trained(learnt.whole, learnt.adapted, lora.dropout > 0, lora.quantization == "int8")
+    trained = Trained(
+        learnt.whole, learnt.adapted, lora.dropout > 0, lora.use_dora, lora.quantization == "int8"
+    )
     every = config.hardware.activation_checkpointing
     shape = run.facts.shape
     kept = kept_bytes(shape, run.numbers, trained, run.rows, run.kernel, every)
