@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -166,24 +167,35 @@ def batch_of_pairs() -> Batch:
     return pack([EncodedExample(ids(30), (ids(17), ids(17)), i) for i in range(6)], range(6))
 
 
+class Saved:
+    """What autograd holds in place of a tensor, for as long as it needs it."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
 def saved_bytes(model: Any, batch: Batch, half: bool) -> int:
     """Of everything that the forward leaves for the backward, weights and their copies aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {tuple(p.shape) for p in model.parameters()}
-    stores: dict[int, int] = {}
+    alive: weakref.WeakSet[Saved] = weakref.WeakSet()
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        store = x.untyped_storage()
-        copy = tuple(x.shape) in shapes or tuple(x.t().shape if x.ndim == 2 else ()) in shapes
-        if store.data_ptr() not in weights and not copy:
-            stores[store.data_ptr()] = store.nbytes()
-        return x
+    def keep(x: torch.Tensor) -> Saved:
+        saved = Saved(x)
+        alive.add(saved)
+        return saved
+
+    def is_weight(x: torch.Tensor) -> bool:
+        transposed = x.t() if x.ndim == 2 else x
+        copy = tuple(x.shape) in shapes or tuple(transposed.shape) in shapes
+        return copy or x.untyped_storage().data_ptr() in weights
 
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if half else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.x), autocast:
         states = forward.hidden_states(model, batch)
-    del states
-    return sum(stores.values())
+    stores = [saved.x.untyped_storage() for saved in alive if not is_weight(saved.x)]
+    del states  # until here it holds the graph
+    return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
 
 
 def built(family: str) -> tuple[Any, Any]:
