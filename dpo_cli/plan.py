@@ -129,10 +129,7 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
         rows += training_rows(config, lengths_of(targets(config, splits.train)))
     if isinstance(stage, PpoConfig):
         rows += rollout_rows(config, len(distinct_prompts(splits.train)))
-    facts = facts_of(config, runtime, shape, splits)
-    memory: list[Row] = []
-    if facts is not None:
-        memory = memory_rows(config, facts, capacity(config.hardware, facts.device))
+    memory = planned_memory(config, runtime, shape, splits)
     where = f"{runtime.device}, {runtime.precision}"
     return [*rows, ("device", where), ("writes", config.run_dir)], memory
 
@@ -165,6 +162,15 @@ def facts_of(
         return None
     half = runtime.precision == "bf16"
     return Facts(shape, texts, runtime.device.type, half, scorer_parameters(config))
+
+
+def planned_memory(
+    config: RunConfig, runtime: Runtime, shape: Shape, splits: EncodedSplits
+) -> list[Row]:
+    facts = facts_of(config, runtime, shape, splits)
+    if facts is None:
+        return []
+    return memory_rows(config, facts, capacity(config.hardware, facts.device))
 
 
 def planned_texts(config: RunConfig, splits: EncodedSplits) -> Texts | None:

@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {  # name -> overrides, beside a DPO run's
     "rmsprop": {"optim": "rmsprop", "optim.betas": "[0.9,0.999]"},
     "checkpointing": {"hardware.activation_checkpointing": 1},
     "LoRA": {"lora": "lora"},
-    "LoRA, checkpointing": {"lora": "lora", "hardware.activation_checkpointing": 1},
+    "LoRA with checkpointing": {"lora": "lora", "hardware.activation_checkpointing": 1},
     "QLoRA": {"lora": "qlora"},
 }
 PRECISIONS = ("fp32", "bf16")

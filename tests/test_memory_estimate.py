@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -166,24 +167,35 @@ def batch_of_pairs() -> Batch:
     return pack([EncodedExample(ids(30), (ids(17), ids(17)), i) for i in range(6)], range(6))
 
 
+class Saved:
+    """What autograd holds in place of a tensor, for as long as it needs it."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
 def saved_bytes(model: Any, batch: Batch, half: bool) -> int:
     """Of everything that the forward leaves for the backward, weights and their copies aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {tuple(p.shape) for p in model.parameters()}
-    stores: dict[int, int] = {}
+    alive: weakref.WeakSet[Saved] = weakref.WeakSet()
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        store = x.untyped_storage()
-        copy = tuple(x.shape) in shapes or tuple(x.t().shape if x.ndim == 2 else ()) in shapes
-        if store.data_ptr() not in weights and not copy:
-            stores[store.data_ptr()] = store.nbytes()
-        return x
+    def keep(x: torch.Tensor) -> Saved:
+        saved = Saved(x)
+        alive.add(saved)
+        return saved
+
+    def is_weight(x: torch.Tensor) -> bool:
+        transposed = x.t() if x.ndim == 2 else x
+        copy = tuple(x.shape) in shapes or tuple(transposed.shape) in shapes
+        return copy or x.untyped_storage().data_ptr() in weights
 
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if half else contextlib.nullcontext()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.x), autocast:
         states = forward.hidden_states(model, batch)
-    del states
-    return sum(stores.values())
+    stores = [saved.x.untyped_storage() for saved in alive if not is_weight(saved.x)]
+    del states  # until here it holds the graph
+    return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
 
 
 def built(family: str) -> tuple[Any, Any]:
@@ -208,17 +220,20 @@ def test_activations_are_those_that_autograd_keeps(family: str, half: bool) -> N
     assert found == pytest.approx(saved_bytes(model, batch, half), rel=0.12)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["", "dora"])
 @pytest.mark.parametrize(
     ("family", "half"),  # a CPU's own layer norm keeps bf16 where CUDA's keeps float32
     [("gpt2", False), ("llama", False), ("llama", True), ("qwen3", False), ("qwen3", True)],
 )
-def test_activations_of_adapters_are_those_that_autograd_keeps(family: str, half: bool) -> None:
+def test_activations_of_adapters_are_those_that_autograd_keeps(
+    family: str, half: bool, dora: bool
+) -> None:
     model, shape = built(family)
     batch = batch_of_pairs()
     use(model, "grouped")
     model.requires_grad_(False)
     names = [linear.name for linear in shape.linears]
-    peft = PeftConfig(r=4, target_modules=names, fan_in_fan_out=family == "gpt2")
+    peft = PeftConfig(r=4, target_modules=names, fan_in_fan_out=family == "gpt2", use_dora=dora)
     model = inject_adapter_in_model(peft, model)
     for weight in model.parameters():
         if half and not weight.requires_grad:
@@ -226,6 +241,7 @@ def test_activations_of_adapters_are_those_that_autograd_keeps(family: str, half
     size = 2 if half else 4
     rows = Rows(batch.input_ids.numel(), 62)
     found = kept_bytes(
-        shape, Numbers(size, size), Trained(False, shape.linears), rows, "grouped", 0
+        shape, Numbers(size, size), Trained(False, shape.linears, dora=dora), rows, "grouped", 0
     )
-    assert found == pytest.approx(saved_bytes(model, batch, half), rel=0.05)
+    tolerance = 0.08 if dora else 0.05
+    assert found == pytest.approx(saved_bytes(model, batch, half), rel=tolerance)

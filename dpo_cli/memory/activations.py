@@ -36,11 +36,13 @@ class Numbers:
 @dataclass(frozen=True)
 class Trained:
     """What learns. whole: every weight, norms too; adapted: matrices with an adapter, each of
-    which keeps its own input, and with lora.dropout a mask."""
+    which keeps its own input, with lora.dropout a mask, with DoRA both outputs, which the
+    magnitudes multiply."""
 
     whole: bool
     adapted: Sequence[Linear] = ()
     dropout: bool = False
+    dora: bool = False
     int8: bool = False  # bitsandbytes keeps the input of the frozen matrix as well
 
 
@@ -82,7 +84,8 @@ def _matrices(shape: Shape, numbers: Numbers, trained: Trained) -> float:
         return numbers.compute * shared
     adapted = sum(x.inputs for x in trained.adapted) / layers
     kept = adapted if numbers.compute == 2 else min(adapted, shared)
-    kept += sum(x.inputs for x in shape.block.linears) if trained.int8 else 0.0
+    kept += shared if trained.int8 else 0.0
+    kept += 2 * sum(x.outputs for x in trained.adapted) / layers if trained.dora else 0.0
     return numbers.compute * kept + (adapted if trained.dropout else 0.0)
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from dpo_cli.checks import TRAINING
+from dpo_cli.checks import TRAINING, check
 from dpo_cli.config import DpoConfig, RunConfig
+from dpo_cli.errors import ConfigError
 from dpo_cli.memory.estimate import estimate
 from dpo_cli.memory.facts import Facts
 from dpo_cli.memory.parts import token_budget
@@ -43,16 +44,17 @@ class Advice:
 def advise(config: RunConfig, facts: Facts, capacity: float) -> list[Advice]:
     """The single changes that make the run fit, mildest first; else the best pair of changes,
     which may not fit either; nothing where no change is known."""
-    changes = list(candidates(config, facts))
+    changes = [change for change in candidates(config, facts) if _allowed(change, config)]
     singles = [_try(change, config, facts, capacity) for change in changes]
     if fitting := [advice for advice in singles if advice.fits]:
         return _mildest(fitting)
     # By the harsher of the two, so that no pair is taken where a milder one would do.
     places = sorted(combinations(range(len(changes)), 2), key=lambda pair: pair[::-1])
     pairs = [
-        _try(_both(changes[i], changes[j]), config, facts, capacity)
+        _try(both, config, facts, capacity)
         for i, j in places
         if _key(changes[i]) != _key(changes[j])
+        and _allowed(both := _both(changes[i], changes[j]), config)
     ]
     fitting = [advice for advice in pairs if advice.fits]
     return fitting[:1] or sorted([*singles, *pairs], key=lambda advice: advice.total)[:1]
@@ -132,6 +134,15 @@ def _both(first: Change, second: Change) -> Change:
     caveats = "; ".join(filter(None, (first.caveat, second.caveat)))
     words = f"{first.words} {second.words}"
     return Change(words, lambda config: second.apply(first.apply(config)), caveats)
+
+
+def _allowed(change: Change, config: RunConfig) -> bool:
+    """Whether the run would start so."""
+    try:
+        check(change.apply(config))
+    except ConfigError:
+        return False
+    return True
 
 
 def _try(change: Change, config: RunConfig, facts: Facts, capacity: float) -> Advice:

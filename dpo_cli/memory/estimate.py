@@ -25,17 +25,16 @@ from dpo_cli.memory.parts import (
     embedding_gradient,
     forward_of,
     head_gradient,
+    loading_bytes,
     output_layer,
     reference_of,
     sampling_of,
     sequences_of,
-    update_memory,
     weights_of,
 )
 from dpo_cli.memory.weights import FLOAT, state_bytes
 
 HEAD, BACKWARD, BACKWARD_END = "the output layer", "the backward", "the backward's end"
-UPDATE = "the optimiser's step"
 SAMPLING, SCORING, REFERENCE = "sampling", "scoring a micro-batch", "the reference's pass"
 LOADING, SAVING = "loading", "saving"
 # Beside tensors. cpu: Python with its libraries; cuda: the context, kernels, workspaces.
@@ -95,18 +94,18 @@ def _training(run: Run) -> dict[str, Parts]:
     moments: dict[str, Parts] = {
         BACKWARD: {**kept, "working memory": working, **head_gradient(run)},
         BACKWARD_END: {**held, **gradients, "working memory": embedding_gradient(run)},
-        UPDATE: {**held, **gradients, "working memory": update_memory(run)},
     }
     if not isinstance(config.stage, RewardConfig):
         moments[HEAD] = {**kept, **output_layer(run)}
     if sequences := sequences_of(config):
-        moments[SAMPLING] = {**held, **sampling_of(run, sequences), **copies_of(run)}
+        moments[SAMPLING] = {**held, **sampling_of(run, sequences)}
     if named := reference_of(run, passing=True):
         moments[REFERENCE] = {
             "weights": weights_of(run), "reference": named / shards, **forward_of(run)
         }  # fmt: skip
+    if facts.device == "cpu" or shards > 1:  # else they come to the device as they stay there
+        moments[LOADING] = {"weights": loading_bytes(run)}
     if facts.device == "cpu":
-        moments[LOADING] = {"weights": float(FLOAT * facts.shape.parameters)}
         moments[SAVING] = {**held, "copy of the state": held["optimiser state"]}
     return moments
 
@@ -121,7 +120,7 @@ def _using(run: Run) -> dict[str, Parts]:
         "reward model": float(FLOAT * run.facts.scorer),
     }
     sampling = sampling_of(run, sequences_of(config))
-    moments: dict[str, Parts] = {SAMPLING: {**held, **sampling, **copies_of(run)}}
+    moments: dict[str, Parts] = {SAMPLING: {**held, **sampling}}
     if evaluates:
         moments[SCORING] = {**held, **forward_of(run), **copies_of(run)}
     return moments

@@ -10,6 +10,7 @@ from dpo_cli.checks import TRAINING
 from dpo_cli.config import (
     DpoConfig,
     EvaluateConfig,
+    LoraConfig,
     PpoConfig,
     RewardConfig,
     RunConfig,
@@ -44,12 +45,22 @@ class Run:
     facts: Facts
 
     @property
+    def trains(self) -> bool:
+        return self.config.stage.name in TRAINING
+
+    @property
+    def lora(self) -> LoraConfig:
+        """Other stages merge an adapter into its base."""
+        return self.config.lora if self.trains else LoraConfig()
+
+    @property
     def learnt(self) -> Learning:
-        return learning(self.config.lora, self.config.hardware, self.facts.shape)
+        return learning(self.lora, self.config.hardware, self.facts.shape)
 
     @property
     def sharing(self) -> Sharing:
-        return Sharing.of(self.config.hardware)
+        """Other stages have the whole model on every device."""
+        return Sharing.of(self.config.hardware) if self.trains else Sharing()
 
     @property
     def kernel(self) -> str:
@@ -87,13 +98,23 @@ def token_budget(config: RunConfig, device: str) -> int:
 
 
 def weights_of(run: Run) -> float:
-    config, shape, learnt = run.config, run.facts.shape, run.learnt
-    own = float(learnt.size * learnt.parameters)
+    """What learns is sharded, and so is the base under an adapter unless it is quantised."""
+    shape, learnt, shards = run.facts.shape, run.learnt, run.sharing.shards
+    if not run.trains:
+        return float(FLOAT * shape.parameters)
+    own = learnt.size * learnt.parameters / shards
     if learnt.whole:
-        return own / run.sharing.shards
-    frozen = frozen_bytes(config.lora, shape, run.facts.half)
-    shards = run.sharing.shards if config.lora.quantization is None else 1
-    return own / run.sharing.shards + frozen / shards
+        return own
+    frozen = frozen_bytes(run.lora, shape, run.facts.half)
+    return own + (frozen / shards if run.lora.quantization is None else frozen)
+
+
+def loading_bytes(run: Run) -> float:
+    """Weights as they come, float32 and whole, before they are cast or sharded."""
+    shape = run.facts.shape
+    if run.learnt.whole or run.lora.quantization is None:
+        return float(FLOAT * shape.parameters)
+    return frozen_bytes(run.lora, shape, run.facts.half)
 
 
 def reference_of(run: Run, passing: bool = False) -> float:
@@ -114,19 +135,21 @@ def reference_of(run: Run, passing: bool = False) -> float:
 
 def copies_of(run: Run) -> Parts:
     """What is there in another dtype, or whole instead of sharded, while a forward computes."""
-    config, shape, learnt, half = run.config, run.facts.shape, run.learnt, run.facts.half
-    sharded = run.sharing.shards > 1 and config.stage.name in TRAINING
+    shape, learnt, half = run.facts.shape, run.learnt, run.facts.half
+    sharded = run.sharing.shards > 1
     return {
         "bf16 copies": cast_bytes(learnt, shape, half, run.sharing),
-        "gathered blocks": gathered_bytes(learnt, config.lora, shape, half) if sharded else 0.0,
-        "dequantised matrix": dequantised_bytes(config.lora, shape, half),
+        "gathered blocks": gathered_bytes(learnt, run.lora, shape, half) if sharded else 0.0,
+        "dequantised matrix": dequantised_bytes(run.lora, shape, half),
     }
 
 
 def activations_of(run: Run) -> Parts:
     """What a forward leaves for its backward."""
-    config, learnt, lora = run.config, run.learnt, run.config.lora
-    trained = Trained(learnt.whole, learnt.adapted, lora.dropout > 0, lora.quantization == "int8")
+    config, learnt, lora = run.config, run.learnt, run.lora
+    trained = Trained(
+        learnt.whole, learnt.adapted, lora.dropout > 0, lora.use_dora, lora.quantization == "int8"
+    )
     every = config.hardware.activation_checkpointing
     shape = run.facts.shape
     kept = kept_bytes(shape, run.numbers, trained, run.rows, run.kernel, every)
@@ -166,13 +189,6 @@ def embedding_gradient(run: Run) -> float:
     return float(run.learnt.size * run.facts.shape.head) if tied else 0.0
 
 
-def update_memory(run: Run) -> float:
-    """Roots of squared gradients, all at once, of PyTorch's RMSprop on CUDA."""
-    if run.config.optim.name != "rmsprop" or run.facts.device == "cpu":
-        return 0.0
-    return run.learnt.size * run.learnt.parameters / run.sharing.shards
-
-
 def sequences_of(config: RunConfig) -> int:
     """Decoded together."""
     stage: Any = config.stage
@@ -189,7 +205,11 @@ def sampling_of(run: Run, sequences: int) -> Parts:
     tokens = prompts * run.facts.texts.prompt + sequences * new
     cache = 2 * shape.layers * shape.keys * run.numbers.compute * tokens
     prefill = Rows(prompts * run.facts.texts.prompt, run.facts.texts.prompt)
+    quantised = run.lora.name != "none" and run.lora.quantization is not None
+    whole = run.sharing.shards > 1 and not quantised  # ranks decode at their own pace
     return {
+        **copies_of(run),
+        "gathered blocks": float(run.numbers.compute * shape.parameters) if whole else 0.0,
         "keys and values": float(cache),
         "working memory": working_bytes(shape, run.numbers, prefill),
         "output layer": float(FLOAT * SAMPLED_LOGITS * sequences * shape.vocab),
