@@ -27,6 +27,7 @@ def write_base(folder: Path, family: str) -> Path:
     special = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
+    special["pad_token_id"] = special["eos_token_id"]  # as many do; the tokenizer has another
     shape = {**SHAPES[family], **special, "vocab_size": 1024, LENGTHS[family]: 128}
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))

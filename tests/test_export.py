@@ -86,7 +86,8 @@ def test_a_reward_model_keeps_its_score_padding_and_spread(base, runs, tmp_path)
     adapter = peft.AutoPeftModelForSequenceClassification.from_pretrained(
         runs / "reward" / "final", num_labels=1
     ).eval()
-    tokenizer = AutoTokenizer.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(runs / "reward" / "final")  # as it was trained
+    assert tokenizer.pad_token_id != dense.config.eos_token_id
     assert dense.config.pad_token_id == tokenizer.pad_token_id
     adapter.config.pad_token_id = tokenizer.pad_token_id
     for example in rows(base, tmp_path / "c")[:3]:

@@ -109,12 +109,9 @@ def adapt(
 
     origin = origin_of(config, key)
     made = lora.adapter_config(adaptation.settings, origin, task, key)
-    weights = adaptation.weights or origin.adapter
-    lora.put_in(model, made, weights, seed)
+    lora.put_in(model, made, adaptation.weights or origin.adapter, seed)
     if on is not None and on.dtype != torch.float32:
         adapters.round_base(model, on.dtype)
-    if weights is None:
-        lora.start_magnitudes(model)
 
 
 def make_ready(

@@ -185,22 +185,6 @@ def read_adapter(model: PreTrainedModel, folder: Path, name: str = TRAINED) -> N
         )
 
 
-def start_magnitudes(model: PreTrainedModel) -> None:
-    """DoRA's magnitudes as the norms of the weights that are there now: a new adapter then changes
-    nothing, also where the base was rounded after it was put in."""
-    for layer in model.modules():
-        vectors = getattr(layer, "lora_magnitude_vector", None)
-        if isinstance(layer, BaseTunerLayer) and vectors is not None and TRAINED in vectors:
-            own: Any = layer
-            with torch.no_grad():
-                vectors[TRAINED].update_layer(
-                    base_layer=own.get_base_layer(),
-                    lora_A=own.lora_A[TRAINED].weight,
-                    lora_B=own.lora_B[TRAINED].weight,
-                    scaling=own.scaling[TRAINED],
-                )
-
-
 def add_reference(model: PreTrainedModel, origin: Origin) -> None:
     """A second adapter, frozen, beside the one that is trained and stays active."""
     assert origin.adapter is not None
