@@ -13,7 +13,7 @@ from bench_job import Job, peak_memory_mb, resident_mb, work
 from bench_ours import compose, training_overrides
 
 from dpo_cli.memory.estimate import Estimate, estimate
-from dpo_cli.plan import plan_facts
+from dpo_cli.plan_facts import plan_facts
 from dpo_cli.report.console import Progress
 from dpo_cli.stages import load_stage
 from dpo_cli.stages.session import Session

@@ -12,7 +12,8 @@ from dpo_cli.config import HardwareConfig, LoraConfig
 from dpo_cli.memory.estimate import Estimate, estimate
 from dpo_cli.memory.facts import capacity, texts_of
 from dpo_cli.memory.weights import adapter_parameters
-from dpo_cli.plan import plan_tables, scorer_parameters
+from dpo_cli.plan import plan_tables
+from dpo_cli.plan_facts import scorer_parameters
 from memory_runs import LLAMA, configured, facts, of
 from small_runs import TINY, configure, train
 
