@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -72,19 +72,16 @@ def adapter_config(
 
 
 def _agree(settings: LoraConfig, made: peft.LoraConfig, origin: Origin) -> None:
-    defaults = {f.name: getattr(LoraConfig(), f.name) for f in fields(LoraConfig)}
+    """What differs from a key's default was asked for."""
     for key, name in SAME.items():
         wanted, has = getattr(settings, key), getattr(made, name)
         if key == "modules_to_save":
             has = [n for n in has or () if n != REWARD_HEAD]
-        has = sorted(has) if isinstance(has, (set, list)) else has
-        if (
-            wanted != defaults[key]
-            and (sorted(wanted) if isinstance(wanted, list) else wanted) != has
-        ):
+        if wanted != getattr(LoraConfig(), key) and _listed(wanted) != _listed(has):
             raise ConfigError(
-                f"lora.{key}={wanted}: the adapter in {origin.adapter} has {has}, and training "
-                f"goes on with it: leave lora.{key} out, or merge the adapter first (stage=export)"
+                f"lora.{key}={wanted}: the adapter in {origin.adapter} has {_listed(has)}, and "
+                f"training goes on with it: leave lora.{key} out, or merge the adapter first "
+                "(stage=export)"
             )
 
 
