@@ -100,7 +100,9 @@ def page(record: dict[str, Any], rows: Sequence[Sequence[str]]) -> str:
         "What `dry_run=true` foretells against the peak of the same run, DPO on synthetic pairs of "
         f"HH's lengths, batch {record['settings']['batch']}, from loading to the saved model; what "
         "the process held before it loaded anything is left out. The estimate is "
-        f"{min(ratios):.2f} to {max(ratios):.2f} of the peak; the worst is {worst:.2f}. Written by "
+        f"{min(ratios):.2f} to {max(ratios):.2f} of the peak; the worst is {worst:.2f}. A run is "
+        f"{record['settings']['steps']} steps: on a CPU in bf16 the heap, which is never given "
+        "back, grows for some more as rows of new lengths come. Written by "
         "`scripts/bench_memory.py`.", "",
         *table(rows), "", *where_and_when(record), f"<!-- record: {json_line(record)} -->", "",
     ]  # fmt: skip
@@ -114,6 +116,7 @@ def main(argv: Sequence[str]) -> int:
         found = measure(args, Path(folder))
     facts = facts_of({"runs": found}, "bench_memory.py", argv)
     settings = {key: getattr(args, key) for key in ("batch", "length", "threads", "seed")}
+    settings["steps"] = args.warmup + args.steps
     record = {"device": args.device, "settings": settings, "runs": found, **facts}
     rows = rows_of(found)
     print("\n".join(table(rows)), end="\n\n")

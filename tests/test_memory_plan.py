@@ -14,7 +14,7 @@ from dpo_cli.memory.facts import capacity, texts_of
 from dpo_cli.memory.weights import adapter_parameters
 from dpo_cli.plan import plan_tables
 from dpo_cli.plan_facts import scorer_parameters
-from memory_runs import LLAMA, configured, facts, of
+from memory_runs import GPT2_XL, LLAMA, configured, facts, of
 from small_runs import TINY, configure, train
 
 # ---------------------------------------------------------------- whole runs
@@ -98,6 +98,12 @@ def test_sharded_weights_are_whole_while_they_load_and_sample() -> None:
     assert eight.moments["loading"]["weights"] == 4 * LLAMA.parameters
     assert eight.moments["sampling"]["gathered blocks"] == 2 * LLAMA.parameters
     assert "loading" not in of("stage=dpo").moments
+
+
+def test_a_base_that_is_cast_on_a_cpu_is_there_twice_meanwhile() -> None:
+    for half, size in ((False, 4), (True, 4 + 2)):
+        found = of("stage=sft", "lora=lora", shape=GPT2_XL, device="cpu", half=half)
+        assert found.moments["loading"]["weights"] == size * GPT2_XL.parameters
 
 
 def test_what_trains_nothing_has_the_whole_model_on_every_device() -> None:

@@ -110,11 +110,13 @@ def weights_of(run: Run) -> float:
 
 
 def loading_bytes(run: Run) -> float:
-    """Weights as they come, float32 and whole, before they are cast or sharded."""
-    shape = run.facts.shape
-    if run.learnt.whole or run.lora.quantization is None:
-        return float(FLOAT * shape.parameters)
-    return frozen_bytes(run.lora, shape, run.facts.half)
+    """Weights as they come, float32 and whole, before they are sharded; on a CPU with the bf16
+    ones that frozen ones become."""
+    shape, half, device = run.facts.shape, run.facts.half, run.facts.device
+    if not run.learnt.whole and run.lora.quantization is not None:
+        return frozen_bytes(run.lora, shape, half)
+    casts = half and not run.learnt.whole and device == "cpu"
+    return float((FLOAT + casts * HALF) * shape.parameters)
 
 
 def reference_of(run: Run, passing: bool = False) -> float:

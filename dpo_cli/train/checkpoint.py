@@ -217,7 +217,7 @@ def _write_optimizer(folder: Path, optimizer: Optimizer) -> None:
     scalars: dict[str, Any] = {}
     for name, value in _leaves(packed["state"], ""):
         if isinstance(value, torch.Tensor):
-            tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         else:
             scalars[name] = value
     save_file(tensors, folder / "optimizer.safetensors")
