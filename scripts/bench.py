@@ -116,7 +116,8 @@ def compare_sides(
     prepare(plan, args.threads, launch)
     sides, results, searched, why = measure(args, job, measured_in(folder, job), launch)
     record = summary(name, job, plan, sides, results, searched, argv, why)
-    for rows in (*step_tables(record), side_rows(record), ratio_rows(record)):
+    ratios = [ratio_rows(record)] if record["ratios"] else []
+    for rows in (*step_tables(record), side_rows(record), *ratios):
         print("\n".join(table(rows)), end="\n\n")
     agree = record["losses_agree"]
     if not agree["agree"]:

@@ -42,8 +42,9 @@ def save_start(model_folder: str, r: int, folder: Path) -> None:
 
     settings = LoraConfig(name="lora", r=r, alpha=float(alpha(r)))
     origin = origin_of(ModelConfig(path=model_folder))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+    config = AutoConfig.from_pretrained(model_folder)
+    with torch.device("meta"):  # in float32, as PEFT rounds A to what is under it
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.to_empty(device="cpu")
     lora.put_in(model, lora.adapter_config(settings, origin, POLICY_TASK), None, SEED)
     lora.save_adapter(model, folder)

@@ -86,12 +86,16 @@ def section(record: Record) -> list[str]:
     ]  # fmt: skip
     if any("tflops_per_second" in side for side in record["sides"].values()):
         facts.append(WORK)
+    if settings.get("devices", 1) > 1:
+        facts.append("Peak memory is that of the device that needs most.")
     if machine["others_cpu"] > 0.1:
         facts.append(f"**Other processes kept up to {machine['others_cpu']:.1f} cores busy.**")
     paragraphs = [line for fact in facts for line in (fact, "")]
     steps = [line for rows in step_tables(record) for line in (*table(rows), "")]
     folded = ["<details><summary>What the sides logged in each step</summary>", "", *steps]
-    tables = [*table(side_rows(record)), "", *table(ratio_rows(record)), ""]
+    tables = [*table(side_rows(record)), ""]
+    if record["ratios"]:
+        tables += [*table(ratio_rows(record)), ""]
     if record["searched"]:
         tables += ["Settings tried, one process each:", "", *table(search_rows(record)), ""]
     return [*tables, *paragraphs, *folded, "</details>"]

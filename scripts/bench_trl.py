@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from bench_job import UNAVAILABLE, Job, Window, synchronise, work
 from bench_lora import start_equal, trainer_arguments
 
 try:
     import datasets
+    import torch
     import transformers
     import trl
 
