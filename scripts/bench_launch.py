@@ -82,7 +82,7 @@ def run_python(
     """A worker script; exits with the end of what it wrote if it fails or takes too long."""
     seconds = launch.seconds_left()
     scratch.mkdir(parents=True)
-    env = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | os.environ | OFFLINE | {
+    env = os.environ | OFFLINE | allocator() | {
         "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "HF_HOME": str(scratch / "hf"),
         "DPO_RUN_CACHE": str(scratch / "cache"), "TMPDIR": str(scratch),
     }  # fmt: skip
@@ -98,6 +98,13 @@ def run_python(
         if code:
             log.seek(0)
             raise failure(script, code, log.read())
+
+
+def allocator() -> dict[str, str]:
+    """The CUDA allocator as `dpo-run` sets it, on all sides."""
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        return {}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def stop(worker: subprocess.Popen[bytes]) -> None:

@@ -100,11 +100,15 @@ def measure(job: Job, sink: Callable[[Window], ClockSink] = ClockSink) -> dict[s
     run_dir = Path(f"{config.run_dir}-{runtime.ranks.rank}")
     run_dir.mkdir(parents=True)
     window, progress = Window(job), PhaseClock(job.device)
+    session = Session(config, run_dir, runtime, progress, [sink(window)])
     try:
-        stage(Session(config, run_dir, runtime, progress, [sink(window)]))
+        stage(session)
     except Measured:
-        peak = peak_tflops(runtime.device, runtime.precision)
-        return window.result(reference_seconds=progress.reference_seconds, peak_tflops=peak)
+        return window.result(
+            reference_seconds=progress.reference_seconds, attention=session.kernel,
+            peak_tflops=peak_tflops(runtime.device, runtime.precision),
+            micro_batch_tokens=session.token_budget,
+        )  # fmt: skip
     raise AssertionError("the run ended before its last step was logged")
 
 

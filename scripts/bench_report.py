@@ -84,6 +84,9 @@ def section(record: Record) -> list[str]:
         "Settings: " + "; ".join(f"{name}: `{facts['settings'] or 'defaults'}`"
                                  for name, facts in record["sides"].items()) + ".",
     ]  # fmt: skip
+    if (ours := record["sides"].get("ours", {})).get("attention"):
+        facts.append(f"dpo-run: attention={ours['attention']}, at most "
+                     f"{ours['micro_batch_tokens']:,} tokens a micro-batch.")  # fmt: skip
     if any("tflops_per_second" in side for side in record["sides"].values()):
         facts.append(WORK)
     if settings.get("devices", 1) > 1:
@@ -106,8 +109,9 @@ def compared(record: Record) -> str:
         return f"**{record['peer_missing']}: dpo-run alone, compared with nothing.**"
     allowed = record["losses_agree"]["allowed"]
     return (
-        f"Both sides logged the same in every step (allowed: losses {allowed['loss']:g}, "
-        f"log-probabilities {allowed['logps_relative']:g} of their value): {agreed(record)}."
+        f"Losses may differ by {allowed['loss']:g}, log-probabilities by "
+        f"{allowed['logps_relative']:g} of their value. Both sides logged the same in every step: "
+        f"{agreed(record)}."
     )
 
 

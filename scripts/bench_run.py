@@ -121,12 +121,9 @@ def search(
     table: list[dict[str, Any]] = []
     first: dict[str, Any] = {}
     for index, side in enumerate(sides):
-        try:
-            result = run_side(side, job, folder / str(index), launch)
-        except Unavailable:
-            raise
-        except Failed:
-            say(f"search  {side.name:44} failed, see above: left out")
+        result = tried(side, job, folder / str(index), launch)
+        if result is None:
+            say(f"search  {side.name:44} failed: left out")
             table.append({"name": side.name, "failed": True, "agrees": False})
             continue
         first = first or result
@@ -140,6 +137,20 @@ def search(
     if not usable:
         raise SystemExit("--search: none of the other side's settings runs here, see above")
     return max(usable, key=lambda row: row["per_second"])["name"], table
+
+
+def tried(side: Side, job: Job, scratch: Path, launch: Launch) -> dict[str, Any] | None:
+    """A candidate's answer, None where it fails: once, and a later command does not try again."""
+    failed = scratch / "failed"
+    if failed.exists():
+        return None
+    try:
+        return run_side(side, job, scratch, launch)
+    except Unavailable:
+        raise
+    except Failed:
+        failed.touch()
+        return None
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], precision: str) -> dict[str, Any]:

@@ -59,6 +59,9 @@ def side_facts(job: Job, side: Side, rows: Results) -> dict[str, Any]:
         "peak_memory_mb": spread([r["peak_memory_mb"] for r in results]),
         "memory_before_the_model_mb": spread([r["start_memory_mb"] for r in results]),
         "others_cpu": max(r["others_cpu"] for r in results),
+        **{
+            key: results[0][key] for key in ("attention", "micro_batch_tokens") if key in results[0]
+        },
         "figures_by_step": results[0]["figures"],
     }
     if job.task == "dpo":

@@ -69,10 +69,12 @@ def test_adapters_do_the_same_work_as_trls(bench: Bench, lora: str, tmp_path: Pa
     assert changes == pytest.approx(others, rel=1e-3, abs=1e-6)
     speeds = [side["tflops_per_second"]["median"] for side in (ours, theirs)]
     assert speeds[0] / speeds[1] == pytest.approx(record["ratio_vs_trl_best"])
+    assert ours["attention"] == "grouped"
     assert "mfu" not in ours  # a CPU's peak is not known
     text = (tmp_path / f"dpo-{lora}-{NAME}.md").read_text()
+    assert "\ndpo-run: attention=grouped, at most 4,096 tokens a micro-batch.\n" in text
     assert "\n## LoRA rank 4, fp32, batch 4, " in text
-    assert "(allowed: losses 0.001, log-probabilities 0.0001 of their value)" in text
+    assert "Losses may differ by 0.001, log-probabilities by 0.0001 of their value." in text
 
 
 @needs_trl
@@ -151,8 +153,11 @@ def test_settings_that_fail_are_left_out_of_the_search(
         precision="fp32", device="cpu", threads=1, length=0, samples=0, new_tokens=0,
     )  # fmt: skip
 
+    asked: list[float | None] = []
+
     def worker(script: str, files: list[Path], *_: Any) -> None:
         settings = json.loads(files[0].read_text())["settings"]
+        asked.append(settings["seconds"])
         if settings["seconds"] is None:
             raise launch.Failed("out of memory")
         result = {"seconds": settings["seconds"], "peak_memory_mb": 1.0, "figures": {"loss": [0.7]}}
@@ -163,8 +168,10 @@ def test_settings_that_fail_are_left_out_of_the_search(
     best, table = run.search(job, tried, tmp_path / "search")
     assert best == "1.0"
     assert [row.get("failed", False) for row in table] == [True, False, False]
+    assert run.search(job, tried, tmp_path / "search")[1] == table  # nothing is asked again
+    assert asked == [None, 2.0, 1.0]
     with pytest.raises(SystemExit, match="none of the other side's settings runs here"):
-        run.search(job, tried[:1], tmp_path / "again")
+        run.search(job, tried[:1], tmp_path / "other")
 
 
 def test_a_worker_is_stopped_when_time_is_up(
