@@ -11,18 +11,22 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import bench_args
 from bench_grow import grow, keep_curve
 from bench_job import Job
+from bench_keep import made_in, measured_in
+from bench_launch import Launch, Unavailable, say
 from bench_prepare import Plan
 from bench_report import keep, ratio_rows, side_rows, step_tables, table
-from bench_run import prepare, refuse_if_busy, run_rounds, say, search
+from bench_run import Results, prepare, refuse_if_busy, run_rounds, search
 from bench_shapes import CHANGEABLE, Shape, resized
-from bench_sides import BEST, BEST_OF, Side, best_side, candidates, sides_of
+from bench_sides import BEST, BEST_OF, PEER, Side, best_side, candidates, select, sides_of
 from bench_summary import circumstances, json_line, summary
 
 GROW_RESPONSE = 64  # tokens
@@ -37,13 +41,15 @@ def make_plan(args: argparse.Namespace, shape: Shape, folder: Path) -> Plan:
     elif args.prompt_length and response:
         length = args.prompt_length + response
     generated = args.new_tokens if args.task == "decode" else 0
-    return Plan(
-        folder=str(folder / "made"), shape=shape, context=max(shape.context, length + generated),
+    plan = Plan(
+        folder="", shape=shape, context=max(shape.context, length + generated),
         pairs=(args.warmup + args.steps) * args.batch, length=length, seed=args.seed,
         data=args.data, adapter=args.adapter, tokenizer=args.tokenizer,
         prompt_length=args.prompt_length, response_length=response,
-        reward_model=args.task == "reward",
+        reward_model=args.task == "reward", r=None if args.lora == "none" else args.r,
+        device=args.device,
     )  # fmt: skip
+    return replace(plan, folder=str(made_in(folder, plan)))
 
 
 def make_job(args: argparse.Namespace, plan: Plan) -> Job:
@@ -51,24 +57,53 @@ def make_job(args: argparse.Namespace, plan: Plan) -> Job:
         task=args.task, model=str(plan.model), ids=str(plan.ids),
         overrides=plan.data_overrides(str(plan.rows)), batch=args.batch, warmup=args.warmup,
         steps=args.steps, lr=args.lr, precision=args.precision, device=args.device,
-        threads=args.threads, length=plan.length, samples=args.samples,
-        new_tokens=args.new_tokens,
+        threads=max(1, args.threads // args.devices), length=plan.length, samples=args.samples,
+        new_tokens=args.new_tokens, lora=args.lora, r=args.r, devices=args.devices,
+        adapter="" if args.lora == "none" else str(plan.adapter_start),
     )  # fmt: skip
 
 
-def chosen_sides(args: argparse.Namespace, job: Job, folder: Path) -> tuple[list[Side], list]:
+def chosen_sides(
+    args: argparse.Namespace, job: Job, folder: Path, launch: Launch
+) -> tuple[list[Side], list]:
     """The sides to measure, and the table of the search if there was one."""
-    known = candidates(args.task, args.device, args.precision)
+    known = candidates(args.task, args.device, args.precision, args.lora, args.devices, args.batch)
     best, searched = BEST_OF.get((args.task, args.preset), BEST[args.task]), []
-    if args.search:
+    sides = select(sides_of(args.task, known[best]), args.sides)
+    if args.search and peers(args.task, sides):
         tried = [replace(best_side(args.task, s), name=name) for name, s in known.items()]
-        best, searched = search(job, tried, folder / "search", args.trl_python)
-    sides = sides_of(args.task, known[best])
-    wanted = args.sides.split(",") if args.sides else [side.name for side in sides]
-    if unknown := set(wanted) - {side.name for side in sides}:
-        there = ", ".join(side.name for side in sides)
-        raise SystemExit(f"--sides: no {', '.join(sorted(unknown))}; there are {there}")
-    return [side for side in sides if side.name in wanted], searched
+        best, searched = search(job, tried, folder / "search", launch)
+        sides = select(sides_of(args.task, known[best]), args.sides)
+    return [with_settings(side, args.ours) for side in sides], searched
+
+
+def with_settings(side: Side, words: Sequence[str]) -> Side:
+    """dpo-run's sides with `--ours`."""
+    if side.worker != "bench_ours.py":
+        return side
+    return replace(side, settings=side.settings | dict(word.split("=", 1) for word in words))
+
+
+def peers(task: str, sides: Sequence[Side]) -> list[Side]:
+    return [side for side in sides if side.name.startswith(PEER[task])]
+
+
+def measure(
+    args: argparse.Namespace, job: Job, folder: Path, launch: Launch
+) -> tuple[list[Side], Results, list, str | None]:
+    """The sides, their results, the search's table, and why the other side is missing."""
+    try:
+        sides, searched = chosen_sides(args, job, folder, launch)
+        return sides, run_rounds(job, sides, args.rounds, folder, launch), searched, None
+    except Unavailable as error:
+        why = str(error)
+    args.search = False
+    sides, _ = chosen_sides(args, job, folder, launch)
+    ours = [side for side in sides if side not in peers(args.task, sides)]
+    if not ours:
+        raise SystemExit(why)
+    say(f"WARNING: {why}: dpo-run alone")
+    return ours, run_rounds(job, ours, args.rounds, folder, launch), [], why
 
 
 def compare_sides(
@@ -76,17 +111,22 @@ def compare_sides(
 ) -> int:
     """All sides, all rounds; 1 if they do not compute the same."""
     job = make_job(args, plan)
-    prepare(plan, args.threads)
-    sides, searched = chosen_sides(args, job, folder)
-    results = run_rounds(job, sides, args.rounds, folder / "rounds", args.trl_python)
-    record = summary(name, job, plan, sides, results, searched, argv)
-    for rows in (*step_tables(record), side_rows(record), ratio_rows(record)):
+    until = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    launch = Launch(args.trl_python, until=until)
+    prepare(plan, args.threads, launch)
+    sides, results, searched, why = measure(args, job, measured_in(folder, job), launch)
+    record = summary(name, job, plan, sides, results, searched, argv, why)
+    ratios = [ratio_rows(record)] if record["ratios"] else []
+    for rows in (*step_tables(record), side_rows(record), *ratios):
         print("\n".join(table(rows)), end="\n\n")
     agree = record["losses_agree"]
-    if agree["agree"]:
+    if not agree["agree"]:
+        say(f"ERROR: the sides do not compute the same, nothing was written: {agree}")
+    elif why or 0 < len(peers(args.task, sides)) < len(sides):
         print(f"written: {keep(record, args.out)} and .png")
     else:
-        say(f"ERROR: the sides do not compute the same, nothing was written: {agree}")
+        say("one side alone is no comparison: nothing was written (with --keep FOLDER a command "
+            "without --sides takes it from there)")  # fmt: skip
     if args.json:
         print(json_line(record))
     return 0 if agree["agree"] else 1
@@ -122,7 +162,9 @@ def main(argv: Sequence[str]) -> int:
         f"{args.task}, {name}, {args.precision} on {args.device}, {args.threads} threads; "
         f"others keep {busy:.2f} cores busy"
     )
-    with tempfile.TemporaryDirectory(prefix="dpo-run-bench-", dir=args.work) as folder:
+    kept: AbstractContextManager[str] = nullcontext(args.keep)
+    made = tempfile.TemporaryDirectory(prefix="dpo-run-bench-", dir=args.work)
+    with kept if args.keep else made as folder:
         plan = make_plan(args, shape, Path(folder))
         act = grow_prompts if args.grow else compare_sides
         return act(args, name, plan, Path(folder), argv)

@@ -6,7 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from bench_run import ROOT
+from bench_launch import ROOT
+from bench_lora import LORA
 from bench_shapes import CHANGEABLE, PRESETS
 
 GROW_LENGTHS = (32, 64, 128, 256, 512, 1024)
@@ -32,6 +33,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     out.add_argument("--json", action="store_true", help="end with one line of JSON")
     out.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="FOLDER")
     out.add_argument("--work", metavar="FOLDER", help="where weights and rows lie meanwhile")
+    out.add_argument(
+        "--keep",
+        metavar="FOLDER",
+        help="where they stay, with all answers, for later commands",
+    )
     return p
 
 
@@ -40,6 +46,10 @@ def add_model_and_data(p: argparse.ArgumentParser) -> None:
     model.add_argument("--preset", choices=PRESETS, default="tiny4x256")
     for name in CHANGEABLE:
         model.add_argument(f"--{name}", type=int, help="instead of the preset's")
+    model.add_argument(
+        "--lora", choices=LORA, default="none", help="of every linear layer; --task dpo"
+    )
+    model.add_argument("--r", type=int, default=16, help="rank of the adapter; alpha is twice that")
     model.add_argument("--tokenizer", metavar="FOLDER", help="default: see data")
     data = p.add_argument_group("data")
     data.add_argument("--data", metavar="FILE", help="real pairs; default: synthetic ones")
@@ -62,7 +72,14 @@ def add_measurement(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--seed", type=int, default=0, help="of weights and data")
     how.add_argument("--samples", type=int, default=16, help="decode: completions of a prompt")
     how.add_argument("--new-tokens", type=int, default=64, help="decode: tokens of a completion")
-    how.add_argument("--sides", metavar="A,B", help="only these, such as ours,trl-best")
+    how.add_argument("--devices", type=int, default=1, help="processes that share a step")
+    how.add_argument(
+        "--minutes", type=float, help="stop by then; the next command goes on (--keep)"
+    )
+    how.add_argument("--sides", metavar="A,B", help="only these: ours,trl-best, or trl, or both")
+    how.add_argument(
+        "--ours", action="append", default=[], metavar="KEY=VALUE", help="of dpo-run's sides"
+    )
     how.add_argument("--search", action="store_true", help="try the other side's settings first")
     how.add_argument("--trl-python", metavar="FILE", default="", help="Python with another TRL")
     how.add_argument("--busy-ok", action="store_true", help="measure on a busy machine")
@@ -78,14 +95,31 @@ def lengths(text: str) -> tuple[int, ...]:
 
 def check(args: argparse.Namespace) -> None:
     """Exit with what is wrong with the arguments."""
-    if args.grow and args.task != "dpo":
-        raise SystemExit(f"--grow: measures --task dpo, not {args.task}")
-    if args.grow and args.data:
-        raise SystemExit("--grow: takes synthetic pairs, leave out --data")
-    if args.data and (args.prompt_length or args.response_length):
-        raise SystemExit("--prompt-length, --response-length: of synthetic pairs; leave out --data")
+    fixed = args.prompt_length or args.response_length
+    alone = args.task == "decode" or args.grow
+    refused = {
+        f"--grow: measures --task dpo, not {args.task}": args.grow and args.task != "dpo",
+        "--grow: takes synthetic pairs, leave out --data": args.grow and args.data,
+        "--prompt-length, --response-length: of synthetic pairs; leave out --data": (
+            args.data and fixed
+        ),
+        "--lora: measures --task dpo, without --grow": (
+            args.lora != "none" and (args.task != "dpo" or args.grow)
+        ),
+        "--devices: measures training without --grow": args.devices > 1 and alone,
+        "--minutes: needs --keep FOLDER, where the next command finds what is done": (
+            args.minutes is not None and not args.keep
+        ),
+        "--keep: is also where weights and rows lie; leave out --work": args.keep and args.work,
+        "--ours: write KEY=VALUE, as for dpo-run": not all("=" in word for word in args.ours),
+    }  # fmt: skip
     for path in (args.data, args.tokenizer, args.trl_python):
-        if path and not Path(path).exists():
-            raise SystemExit(f"{path}: no such file or folder")
-    if min(args.warmup, args.steps, args.rounds, args.batch, args.threads) < 1:
-        raise SystemExit("--warmup, --steps, --rounds, --batch, --threads: must be at least 1")
+        refused[f"{path}: no such file or folder"] = path and not Path(path).exists()
+    counts = ("warmup", "steps", "rounds", "batch", "threads", "devices", "r")
+    low = [f"--{name}" for name in counts if getattr(args, name) < 1]
+    refused[f"{', '.join(low)}: must be at least 1"] = low
+    for why, is_so in refused.items():
+        if is_so:
+            raise SystemExit(why)
+    if args.batch % args.devices:
+        raise SystemExit(f"--batch {args.batch}: must be a multiple of --devices {args.devices}")

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import bench_args
+from bench_launch import ROOT
 from bench_report import INK, KEPT, Record
-from bench_run import ROOT, Results
+from bench_run import Results
 from bench_summary import circumstances, json_line
 
 

@@ -15,6 +15,7 @@ from typing import Any
 # What both sides log, by our names.
 COMPARED = ("loss", "logps/chosen", "logps/rejected")
 COMPARED_REWARDS = ("loss", "rewards/margins")
+UNAVAILABLE = "TRL cannot be imported: "  # how a worker that lacks it ends what it writes
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Job:
 
     model: folder of weights and tokenizer. ids: the rows as token ids. overrides: how
     dpo-run reads the same rows. settings: of this side, its own names. scratch: a folder
-    that this process alone writes to.
+    that this process alone writes to. lora: none, lora or qlora; adapter: folder of the adapter
+    of rank `r` that every side starts from. devices: processes that share the work of this one.
     """
 
     task: str
@@ -40,6 +42,10 @@ class Job:
     length: int
     samples: int
     new_tokens: int
+    lora: str = "none"
+    r: int = 16
+    adapter: str = ""
+    devices: int = 1
     scratch: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -50,8 +56,8 @@ class Job:
     def rows(self) -> list[dict[str, list[int]]]:
         return [json.loads(line) for line in Path(self.ids).read_text().splitlines()]
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
+    def text(self) -> str:
+        return json.dumps(asdict(self))
 
 
 @dataclass
@@ -67,6 +73,7 @@ class Window:
     start_memory_mb: float = field(default_factory=lambda: resident_mb("VmRSS"))
     seconds: float = 0.0
     others_cpu: float = 0.0  # cores that other processes kept busy meanwhile
+    flops: float = 0.0  # model FLOPs of the timed steps, of sides that log them
     _started: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def end_of_step(self, number: int, values: Mapping[str, float]) -> bool:
@@ -74,6 +81,10 @@ class Window:
         for name in COMPARED_REWARDS if self.job.task == "reward" else COMPARED:
             if name in values:
                 self.figures.setdefault(name, []).append(float(values[name]))
+        if number > self.job.warmup:
+            self.flops += (
+                values.get("tflops_per_second", 0.0) * values.get("step_seconds", 0.0) * 1e12
+            )
         if number == self.job.warmup:
             synchronise(self.job.device)
             self._started = (time.perf_counter(), own_cpu_seconds(), busy_cpu_seconds())
@@ -92,7 +103,8 @@ class Window:
         return {
             "seconds": self.seconds,
             "figures": self.figures,
-            "peak_memory_mb": peak_memory_mb(self.job.device),
+            "flops": self.flops,
+            "peak_memory_mb": highest_of_ranks(peak_memory_mb(self.job.device)),
             "start_memory_mb": self.start_memory_mb,
             "others_cpu": self.others_cpu,
             "threads": torch.get_num_threads(),
@@ -106,6 +118,17 @@ def synchronise(device: str) -> None:
         import torch
 
         torch.cuda.synchronize()
+
+
+def highest_of_ranks(value: float) -> float:
+    """The largest of all processes that share the work."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return value
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return max(found)
 
 
 def peak_memory_mb(device: str) -> float:
@@ -142,9 +165,18 @@ def busy_cpu_seconds() -> float:
 
 
 def work(measure: Callable[[Job], dict[str, Any]]) -> None:
-    """A worker's main: `worker.py job.json result.json`."""
+    """A worker's main: `worker.py job.json result.json`; the first of several ranks answers."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     import torch
 
     torch.set_num_threads(job.threads)
-    Path(sys.argv[2]).write_text(json.dumps(measure(job)))
+    result = measure(job)
+    if os.environ.get("RANK", "0") == "0":
+        write_whole(Path(sys.argv[2]), json.dumps(result))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is there when all of it is: a worker may be stopped at any moment."""
+    half = path.with_name(f"{path.name}.half")
+    half.write_text(text)
+    half.replace(path)

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch.distributed as dist
 from bench_job import Job, Window, synchronise, work
+from bench_lora import lora_overrides
 
+from dpo_cli import ranks
 from dpo_cli.compose import prepare
 from dpo_cli.config import RunConfig
 from dpo_cli.paths import conf_dir
 from dpo_cli.report.console import Progress
 from dpo_cli.stages import load_stage
 from dpo_cli.stages.session import Session
+from dpo_cli.train.flops import peak_tflops
 from dpo_cli.train.runtime import start_runtime
 
 
@@ -35,7 +39,7 @@ class ClockSink:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if "loss" in values and self.window.end_of_step(step, values):
-            raise Measured
+            raise Measured  # on every rank: all of them log the same
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -75,23 +79,36 @@ def training_overrides(job: Job) -> list[str]:
         f"train.max_steps={job.total_steps}", "train.shuffle=false", "train.eval_every_steps=0",
         "train.save_every_steps=0", "train.sample_prompts=0", "logger=none",
         f"hardware.device={job.device}", f"hardware.precision={job.precision}",
-        f"hardware.threads={job.threads}", f"run_dir={job.scratch}/run",
-        f"cache_dir={job.scratch}/cache", *(f"{k}={v}" for k, v in job.settings.items()),
+        f"hardware.threads={job.threads}", f"hardware.devices={job.devices}",
+        f"run_dir={job.scratch}/run", f"cache_dir={job.scratch}/cache", *lora_overrides(job),
+        *(f"{k}={v}" for k, v in job.settings.items()),
     ]  # fmt: skip
+
+
+def join_ranks(job: Job) -> None:
+    """Of a process that torch's launcher has started: meet the others."""
+    if job.devices > 1 and ranks.current().size == 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if job.device == "cuda" else "gloo")
 
 
 def measure(job: Job, sink: Callable[[Window], ClockSink] = ClockSink) -> dict[str, Any]:
     """`run.run` without its lock, files and summary: the same stage, session and loop."""
     config = compose(training_overrides(job))
     stage = load_stage(config.stage.name)
+    join_ranks(job)
     runtime = start_runtime(config.hardware, config.seed)
-    run_dir = Path(config.run_dir)
+    run_dir = Path(f"{config.run_dir}-{runtime.ranks.rank}")
     run_dir.mkdir(parents=True)
     window, progress = Window(job), PhaseClock(job.device)
+    session = Session(config, run_dir, runtime, progress, [sink(window)])
     try:
-        stage(Session(config, run_dir, runtime, progress, [sink(window)]))
+        stage(session)
     except Measured:
-        return window.result(reference_seconds=progress.reference_seconds)
+        return window.result(
+            reference_seconds=progress.reference_seconds, attention=session.kernel,
+            peak_tflops=peak_tflops(runtime.device, runtime.precision),
+            micro_batch_tokens=session.token_budget,
+        )  # fmt: skip
     raise AssertionError("the run ended before its last step was logged")
 
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench_job import write_whole
+from bench_lora import save_start
 from bench_shapes import Shape, hf_config
 
 END, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
@@ -36,7 +40,8 @@ class Plan:
     data: a file of real pairs, read by `adapter`; None: synthetic pairs, whose lengths are
     `prompt_length` and `response_length` (EOS included) or, where None, drawn as in HH.
     context: positions of the model. length: tokens of prompt and response that are kept.
-    reward_model: a sequence classifier of one label instead of a language model.
+    reward_model: a sequence classifier of one label instead of a language model. r: rank of an
+    adapter to start from, made beside the model. device: where random weights are drawn.
     """
 
     folder: str
@@ -51,6 +56,8 @@ class Plan:
     prompt_length: int | None = None
     response_length: int | None = None
     reward_model: bool = False
+    r: int | None = None
+    device: str = "cpu"
 
     @property
     def model(self) -> Path:
@@ -58,11 +65,15 @@ class Plan:
 
     @property
     def ids(self) -> Path:
-        return Path(self.folder) / f"ids-{self.pairs}x{self.prompt_length}.jsonl"
+        return Path(self.folder) / f"ids-{self.pairs}x{self.prompt_length}-{self.length}.jsonl"
 
     @property
     def rows(self) -> Path:
-        return Path(self.folder) / f"rows-{self.pairs}x{self.prompt_length}.jsonl"
+        return Path(self.folder) / f"rows-{self.pairs}x{self.prompt_length}-{self.length}.jsonl"
+
+    @property
+    def adapter_start(self) -> Path:
+        return Path(self.folder) / f"adapter-r{self.r}"
 
     def data_overrides(self, path: str) -> list[str]:
         """How `dpo-run` reads the pairs: in the file's order, none held out."""
@@ -82,7 +93,7 @@ class Plan:
 
 
 def prepare(plan: Plan) -> None:
-    """Write the model folder, `plan.rows` and `plan.ids`."""
+    """Write the model folder, the adapter to start from, `plan.rows` and, last, `plan.ids`."""
     if plan.data is None:
         tokenizer = load_folder(plan.tokenizer) if plan.tokenizer else word_tokenizer(plan)
         write_lines(plan.rows, synthetic_rows(plan, tokenizer))
@@ -90,7 +101,11 @@ def prepare(plan: Plan) -> None:
         tokenizer = load_folder(plan.tokenizer) if plan.tokenizer else trained_tokenizer(plan)
         write_lines(plan.rows, real_rows(plan, tokenizer))
     if not (plan.model / "config.json").is_file():
-        save_model(plan, tokenizer)
+        with publishing(plan.model) as folder:
+            save_model(plan, tokenizer, folder)
+    if plan.r is not None and not plan.adapter_start.is_dir():
+        with publishing(plan.adapter_start) as folder:
+            save_start(str(plan.model), plan.r, folder)
     encoded = encode(plan, str(plan.rows), tokenizer)
     if len(encoded) < plan.pairs:
         raise SystemExit(f"{plan.data}: {len(encoded)} pairs can be used, {plan.pairs} are needed")
@@ -99,8 +114,17 @@ def prepare(plan: Plan) -> None:
 
 
 def write_lines(path: Path, rows: Sequence[Any] | Iterator[Any]) -> None:
-    with path.open("w") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when it is full."""
+    half = folder.with_name(f"{folder.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir()
+    yield half
+    half.replace(folder)
 
 
 def load_folder(folder: str) -> Any:
@@ -211,7 +235,7 @@ def encode(plan: Plan, path: str, tokenizer: Any) -> list[Any]:
     return load_encoded(data_config(plan, path), tokenizer, plan.context, plan.seed, None).train
 
 
-def save_model(plan: Plan, tokenizer: Any) -> None:
+def save_model(plan: Plan, tokenizer: Any, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -222,14 +246,16 @@ def save_model(plan: Plan, tokenizer: Any) -> None:
     )  # fmt: skip
     if len(tokenizer) > config.vocab_size:
         raise SystemExit(f"the tokenizer has {len(tokenizer)} tokens: give --vocab at least that")
-    if plan.reward_model:  # with its head, so that both sides start from the same rewards
-        config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config)
-        torch.nn.init.normal_(model.score.weight, std=(plan.shape.width + 1) ** -0.5)
-    else:
-        model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(plan.model)
-    tokenizer.save_pretrained(plan.model)
+    dtype = getattr(torch, plan.shape.stored)
+    with torch.device(plan.device):
+        if plan.reward_model:  # with its head, so that both sides start from the same rewards
+            config.num_labels = 1
+            model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+            torch.nn.init.normal_(model.score.weight, std=(plan.shape.width + 1) ** -0.5)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def main() -> None:

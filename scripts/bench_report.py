@@ -18,6 +18,11 @@ from bench_summary import json_line
 Record = dict[str, Any]
 KEPT = re.compile(r"^<!-- record: (\{.*\}) -->$", re.MULTILINE)
 BLUE, GREY, INK = "#0072B2", "#9A9A9A", "#222222"
+WORK = (
+    "TFLOP/s and MFU are of the work that a step needs, the same for all sides: each prompt once, "
+    "no padding, logits of response tokens alone, no gradient of frozen weights, and no reference "
+    "in the loop; MFU is its share of the dense peak of the devices' datasheet."
+)
 RATIO_NAMES = {
     "ratio_vs_trl_best": "speed, ours / {peer} best",
     "memory_ratio_vs_trl_best": "peak memory, ours / {peer} best",
@@ -30,9 +35,11 @@ RATIO_NAMES = {
 
 
 def keep(record: Record, folder: Path) -> Path:
-    """Write or update `<task>-<preset>-<device>.md` and `.png`."""
+    """Write or update `<task>[-<lora>]-<preset>-<device>.md` and `.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{record['task']}-{record['preset']}-{record['device']}.md"
+    lora = [record["lora"]["name"]] if record.get("lora") else []
+    name = "-".join([record["task"], *lora, record["preset"], record["device"]])
+    path = folder / f"{name}.md"
     old = KEPT.findall(path.read_text()) if path.is_file() else []
     records = {heading(r): r for r in map(json.loads, old)} | {heading(record): record}
     path.write_text(markdown(path.stem, list(records.values())))
@@ -43,10 +50,16 @@ def keep(record: Record, folder: Path) -> Path:
 def heading(record: Record) -> str:
     """The conditions that make two measurements comparable."""
     settings, data = record["settings"], record["data"]["label"]
-    trl = "" if record["task"] == "decode" else f", TRL {record['versions']['trl']}"
+    trl = f", TRL {record['versions']['trl']}"
+    if record["task"] == "decode":
+        trl = ""
+    elif record.get("peer_missing"):
+        trl = ", without TRL"
+    rank = f"LoRA rank {record['lora']['r']}, " if record.get("lora") else ""
+    many = f", {settings['devices']} devices" if settings.get("devices", 1) > 1 else ""
     plural = "" if settings["threads"] == 1 else "s"
     threads = f", {settings['threads']} thread{plural}" if record["device"] == "cpu" else ""
-    return f"{record['precision']}, batch {settings['batch']}, {data}{threads}{trl}"
+    return f"{rank}{record['precision']}, batch {settings['batch']}, {data}{many}{threads}{trl}"
 
 
 def markdown(name: str, records: Sequence[Record]) -> str:
@@ -67,20 +80,39 @@ def section(record: Record) -> list[str]:
         f"`{record['command']}`",
         f"{record['date']}, commit {record['commit']}, {where}, {machine['system']}; {versions}.",
         f"{settings['rounds']} rounds of {settings['steps']} steps after {settings['warmup']} to "
-        f"warm up, every side in a process of its own. Both sides logged the same in every step: "
-        f"{agreed(record)}.",
+        f"warm up, every side in a process of its own. {compared(record)}",
         "Settings: " + "; ".join(f"{name}: `{facts['settings'] or 'defaults'}`"
                                  for name, facts in record["sides"].items()) + ".",
     ]  # fmt: skip
+    if (ours := record["sides"].get("ours", {})).get("attention"):
+        facts.append(f"dpo-run: attention={ours['attention']}, at most "
+                     f"{ours['micro_batch_tokens']:,} tokens a micro-batch.")  # fmt: skip
+    if any("tflops_per_second" in side for side in record["sides"].values()):
+        facts.append(WORK)
+    if settings.get("devices", 1) > 1:
+        facts.append("Peak memory is that of the device that needs most.")
     if machine["others_cpu"] > 0.1:
         facts.append(f"**Other processes kept up to {machine['others_cpu']:.1f} cores busy.**")
     paragraphs = [line for fact in facts for line in (fact, "")]
     steps = [line for rows in step_tables(record) for line in (*table(rows), "")]
     folded = ["<details><summary>What the sides logged in each step</summary>", "", *steps]
-    tables = [*table(side_rows(record)), "", *table(ratio_rows(record)), ""]
+    tables = [*table(side_rows(record)), ""]
+    if record["ratios"]:
+        tables += [*table(ratio_rows(record)), ""]
     if record["searched"]:
         tables += ["Settings tried, one process each:", "", *table(search_rows(record)), ""]
     return [*tables, *paragraphs, *folded, "</details>"]
+
+
+def compared(record: Record) -> str:
+    if record.get("peer_missing"):
+        return f"**{record['peer_missing']}: dpo-run alone, compared with nothing.**"
+    allowed = record["losses_agree"]["allowed"]
+    return (
+        f"Losses may differ by {allowed['loss']:g}, log-probabilities by "
+        f"{allowed['logps_relative']:g} of their value. Both sides logged the same in every step: "
+        f"{agreed(record)}."
+    )
 
 
 def agreed(record: Record) -> str:
@@ -103,14 +135,16 @@ def agreed(record: Record) -> str:
 
 def side_rows(record: Record) -> list[list[str]]:
     tokens = record["data"].get("real_tokens_per_row")
-    rows = [["side", f"{record['unit']}/s", "real tokens/s", "peak memory, MB",
+    rows = [["side", f"{record['unit']}/s", "real tokens/s", "TFLOP/s", "MFU", "peak memory, MB",
              "reference pass / epoch", f"{record['unit']}/s over one epoch"]]  # fmt: skip
     for name, side in record["sides"].items():
         share, epoch = side.get("reference_share_of_epoch"), side.get("per_second_one_epoch")
         real = f"{side['per_second']['median'] * tokens:,.0f}" if tokens else ""
         rows.append([
-            name, ranged(side["per_second"]), real, ranged(side["peak_memory_mb"]),
-            ranged(share) if share else "", ranged(epoch) if epoch else "",
+            name, ranged(side["per_second"]), real,
+            *(ranged(side[key]) if key in side else "" for key in ("tflops_per_second", "mfu")),
+            ranged(side["peak_memory_mb"]), ranged(share) if share else "",
+            ranged(epoch) if epoch else "",
         ])  # fmt: skip
     filled = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     return [[row[i] for i in filled] for row in rows]
@@ -125,6 +159,9 @@ def ratio_rows(record: Record) -> list[list[str]]:
 def search_rows(record: Record) -> list[list[str]]:
     rows = [["settings", f"{record['unit']}/s", "peak memory, MB", "same losses"]]
     for tried in record["searched"]:
+        if tried.get("failed"):
+            rows.append([tried["name"], "", "", "failed"])
+            continue
         figures = (short(tried[key]) for key in ("per_second", "peak_memory_mb"))
         rows.append([tried["name"], *figures, "yes" if tried["agrees"] else "no"])
     return rows

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,19 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from bench_job import Job, busy_cpu_seconds
+from bench_launch import PLAIN, Failed, Launch, Unavailable, run_python, say
 from bench_prepare import Plan
 from bench_sides import UNITS, Side
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "HF_DATASETS_OFFLINE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "WANDB_MODE": "disabled",
-}
 BUSY_SHARE = 0.15  # of the cores that others may keep busy
 # precision -> (difference of losses and rewards, relative difference of log-probabilities)
 TOLERANCE = {
@@ -35,10 +25,6 @@ TOLERANCE = {
     "bf16": (3e-2, 3e-3),
 }
 Results = dict[str, list[dict[str, Any]]]  # side -> its result in each round
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def refuse_if_busy(allowed: bool, seconds: float = 1.0) -> float:
@@ -62,39 +48,37 @@ def refuse_if_busy(allowed: bool, seconds: float = 1.0) -> float:
     return busy
 
 
-def prepare(plan: Plan, threads: int) -> None:
+def prepare(plan: Plan, threads: int, launch: Launch = PLAIN) -> None:
     """Model and rows, unless they are there."""
+    if made(plan):
+        return
     Path(plan.folder).mkdir(parents=True, exist_ok=True)
     path = Path(plan.folder) / "plan.json"
     plan.save(path)
-    run_python("bench_prepare.py", [path], Path(plan.folder) / f"make-{plan.ids.stem}", threads)
+    scratch = Path(plan.folder) / f"make-{plan.ids.stem}"
+    shutil.rmtree(scratch, ignore_errors=True)
+    run_python("bench_prepare.py", [path], scratch, threads, launch)
 
 
-def run_python(
-    script: str, arguments: Sequence[Path], scratch: Path, threads: int, python: str = ""
-) -> None:
-    """A worker script; exits with the end of what it wrote if it fails."""
-    scratch.mkdir(parents=True)
-    env = os.environ | OFFLINE | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "HF_HOME": str(scratch / "hf"),
-        "DPO_RUN_CACHE": str(scratch / "cache"), "TMPDIR": str(scratch),
-    }  # fmt: skip
-    command = [python or sys.executable, str(HERE / script), *map(str, arguments)]
-    with (scratch / "log.txt").open("w+") as log:
-        done = subprocess.run(command, env=env, stdout=log, stderr=log, check=False)
-        if done.returncode:
-            log.seek(0)
-            say(log.read()[-4000:])
-            raise SystemExit(f"{script} failed with exit code {done.returncode}, see above")
+def made(plan: Plan) -> bool:
+    return plan.ids.is_file() and (plan.r is None or plan.adapter_start.is_dir())
 
 
-def run_side(side: Side, job: Job, scratch: Path, trl_python: str = "") -> dict[str, Any]:
-    """One side once."""
-    scratch.mkdir(parents=True)
+def run_side(
+    side: Side,
+    job: Job,
+    scratch: Path,
+    launch: Launch = PLAIN,
+) -> dict[str, Any]:
+    """One side once; or what it answered, where it has been asked exactly this before."""
     files = scratch / "job.json", scratch / "result.json"
-    replace(job, settings=side.settings, scratch=str(scratch / "own")).save(files[0])
-    python = trl_python if side.worker == "bench_trl.py" else ""
-    run_python(side.worker, files, scratch / "own", job.threads, python)
+    asked = replace(job, settings=side.settings, scratch=str(scratch / "own")).text()
+    if not (files[1].is_file() and files[0].read_text() == asked):
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        files[0].write_text(asked)
+        launch = replace(launch, devices=job.devices)
+        run_python(side.worker, files, scratch / "own", job.threads, launch)
     result: dict[str, Any] = json.loads(files[1].read_text())
     return result | {"per_second": per_second(job, result["seconds"])}
 
@@ -106,13 +90,17 @@ def per_second(job: Job, seconds: float) -> float:
 
 
 def run_rounds(
-    job: Job, sides: Sequence[Side], rounds: int, folder: Path, trl_python: str = ""
+    job: Job,
+    sides: Sequence[Side],
+    rounds: int,
+    folder: Path,
+    launch: Launch = PLAIN,
 ) -> Results:
     """Every side once a round, in turn, so that a change of the machine's mood hits all."""
     results: Results = {side.name: [] for side in sides}
     for number in range(rounds):
-        for index, side in enumerate(sides):
-            result = run_side(side, job, folder / f"{number}-{index}", trl_python)
+        for side in sides:
+            result = run_side(side, job, folder / f"{number}-{side.name}", launch)
             results[side.name].append(result)
             unit = UNITS[job.task]
             others = result["others_cpu"]
@@ -123,13 +111,21 @@ def run_rounds(
 
 
 def search(
-    job: Job, sides: Iterable[Side], folder: Path, trl_python: str = ""
+    job: Job,
+    sides: Iterable[Side],
+    folder: Path,
+    launch: Launch = PLAIN,
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Each candidate once; the name of the fastest that computes what the first one does."""
+    """Each candidate once; the name of the fastest that computes what the first one does. One
+    that fails, such as for lack of memory, is left out."""
     table: list[dict[str, Any]] = []
     first: dict[str, Any] = {}
     for index, side in enumerate(sides):
-        result = run_side(side, job, folder / str(index), trl_python)
+        result = tried(side, job, folder / str(index), launch)
+        if result is None:
+            say(f"search  {side.name:44} failed: left out")
+            table.append({"name": side.name, "failed": True, "agrees": False})
+            continue
         first = first or result
         agrees = compare(first, result, job.precision)["agree"]
         table.append({"name": side.name, "per_second": result["per_second"],
@@ -138,7 +134,23 @@ def search(
         say(f"search  {side.name:44} {result['per_second']:10.3f} {UNITS[job.task]}/s "
             f"{result['peak_memory_mb']:8.0f} MB{note}")  # fmt: skip
     usable = [row for row in table if row["agrees"]]
+    if not usable:
+        raise SystemExit("--search: none of the other side's settings runs here, see above")
     return max(usable, key=lambda row: row["per_second"])["name"], table
+
+
+def tried(side: Side, job: Job, scratch: Path, launch: Launch) -> dict[str, Any] | None:
+    """A candidate's answer, None where it fails: once, and a later command does not try again."""
+    failed = scratch / "failed"
+    if failed.exists():
+        return None
+    try:
+        return run_side(side, job, scratch, launch)
+    except Unavailable:
+        raise
+    except Failed:
+        failed.touch()
+        return None
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], precision: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of one family. kv_heads and inner (MLP width) are read by `llama` alone."""
+    """A decoder of one family. kv_heads, inner (MLP width) and tied (embedding and output layer
+    are one weight) are read by `llama` alone. stored: dtype of the published weights' files."""
 
     family: str  # gpt2 | llama
     layers: int
@@ -18,6 +19,8 @@ class Shape:
     context: int = 1024
     kv_heads: int = 0
     inner: int = 0
+    tied: bool = True
+    stored: str = "float32"
 
 
 PRESETS = {
@@ -29,6 +32,8 @@ PRESETS = {
     "llama-160m-shape": Shape("llama", 12, 768, 12, 32000, 2048, 12, 3072),
     "llama-1b-shape": Shape("llama", 16, 2048, 32, 128256, 8192, 8, 8192),
     "llama-3b-shape": Shape("llama", 28, 3072, 24, 128256, 8192, 8, 8192),
+    "llama-7b": Shape("llama", 32, 4096, 32, 32000, 4096, 32, 11008, False, "bfloat16"),
+    "mistral-7b": Shape("llama", 32, 4096, 32, 32768, 8192, 8, 14336, False, "bfloat16"),  # v0.3
 }
 CHANGEABLE = ("layers", "width", "heads", "vocab")
 
@@ -66,5 +71,5 @@ def hf_config(shape: Shape, context: int, **token_ids: int) -> Any:
         num_hidden_layers=shape.layers, hidden_size=shape.width, vocab_size=shape.vocab,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
         intermediate_size=shape.inner, max_position_embeddings=context,
-        tie_word_embeddings=True, attention_dropout=0.0, **token_ids,
+        tie_word_embeddings=shape.tied, attention_dropout=0.0, **token_ids,
     )  # fmt: skip

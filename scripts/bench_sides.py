@@ -60,8 +60,12 @@ CANDIDATES: dict[str, dict[str, Settings]] = {
         "static cache": {"cache_implementation": "static"},
     },
 }
-COMPILED: dict[str, dict[str, Settings]] = {  # on CUDA
-    "dpo": {"cached reference, compiled": CACHED | {"torch_compile": True}},
+ON_CUDA: dict[str, dict[str, Settings]] = {
+    "dpo": {
+        "cached reference, compiled": CACHED | {"torch_compile": True},
+        "cached reference, 2 micro-batches": CACHED | {"gradient_accumulation_steps": 2},
+        "cached reference, 4 micro-batches": CACHED | {"gradient_accumulation_steps": 4},
+    },
     "sft": {"padded, compiled": NO_CHECKPOINTING | {"torch_compile": True}},
     "reward": {"padded, compiled": NO_CHECKPOINTING | {"torch_compile": True}},
     "decode": {},
@@ -78,16 +82,40 @@ BEST_OF = {  # (task, preset), where another was
 }
 
 
-def candidates(task: str, device: str, precision: str) -> dict[str, Settings]:
-    """Name -> settings, those that can run here."""
+LIGER = {"use_liger_kernel": True}
+SHARDED = {"fsdp": True, "fsdp_config": {"version": 2}}
+HALF = {"dtype": "bfloat16"}
+
+
+def candidates(
+    task: str, device: str, precision: str, lora: str = "none", devices: int = 1, batch: int = 0
+) -> dict[str, Settings]:
+    """Name -> settings, those that can run here. Under an adapter the frozen weights are in bf16
+    where the run is, as on our side."""
     found = dict(CANDIDATES[task])
     if task == "decode" and precision == "bf16":
-        found["weights in bf16"] = {"dtype": "bfloat16"}
+        found["weights in bf16"] = HALF
     if device == "cuda":
-        found |= COMPILED[task]
-        if find_spec("flash_attn") and precision == "bf16":
-            found |= {f"{k}, flash attention": v | FLASH for k, v in CANDIDATES[task].items()
-                      if "attn_implementation" not in v}  # fmt: skip
+        found |= on_cuda(task, precision)
+        if devices > 1:
+            found |= {f"{k}, sharded": v | SHARDED for k, v in CANDIDATES[task].items()}
+    if lora != "none" and precision == "bf16":
+        found = {name: settings | HALF for name, settings in found.items()}
+    parts = {name: v.get("gradient_accumulation_steps", 1) * devices for name, v in found.items()}
+    return {name: settings for name, settings in found.items() if batch % parts[name] == 0}
+
+
+def on_cuda(task: str, precision: str) -> dict[str, Settings]:
+    """What is tried on a GPU alone, with the packages that are installed."""
+    found, plain = dict(ON_CUDA[task]), CANDIDATES[task]
+    if find_spec("flash_attn") and precision == "bf16":
+        found |= {f"{k}, flash attention": v | FLASH for k, v in plain.items()
+                  if "attn_implementation" not in v}  # fmt: skip
+        if task == "dpo":  # in the versions of TRL that have it: a candidate may fail
+            found["padding-free, flash attention"] = CACHED | {"padding_free": True} | FLASH
+    if find_spec("liger_kernel") and task != "decode":
+        found |= {f"{k}, Liger": v | LIGER for k, v in plain.items()
+                  if v.get("attn_implementation") != "eager"}  # fmt: skip
     return found
 
 
@@ -111,6 +139,17 @@ def sides_of(task: str, best: Settings) -> list[Side]:
         fast,
         replace(fast, name="trl-best-live", settings=live),
     ]
+
+
+def select(sides: list[Side], words: str | None) -> list[Side]:
+    """By name, `trl` for all of the other side, `both` or None for all."""
+    wanted = (words or "both").split(",")
+    known = {side.name for side in sides} | {"trl", "both"}
+    if unknown := set(wanted) - known:
+        raise SystemExit(f"--sides: no {', '.join(sorted(unknown))}; there are "
+                         f"{', '.join(s.name for s in sides)}, trl, both")  # fmt: skip
+    return [s for s in sides if s.name in wanted or "both" in wanted
+            or ("trl" in wanted and s.name.startswith("trl-"))]  # fmt: skip
 
 
 def best_side(task: str, settings: Settings) -> Side:

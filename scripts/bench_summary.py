@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from bench_job import Job
+from bench_launch import ROOT
 from bench_prepare import Plan
-from bench_run import ROOT, Results, agreement, ratio, spread
+from bench_run import Results, agreement, ratio, spread
 from bench_sides import PEER, UNITS, Side
 
-PACKAGES = ("torch", "transformers", "trl", "tokenizers", "accelerate", "datasets", "numpy")
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "tokenizers", "accelerate",
+            "datasets", "numpy")  # fmt: skip
 
 
 def row_facts(job: Job) -> dict[str, float]:
@@ -53,9 +55,13 @@ def side_facts(job: Job, side: Side, rows: Results) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "settings": side.settings,
         "per_second": spread([r["per_second"] for r in results]),
+        **compute_facts(rows, results, job.devices),
         "peak_memory_mb": spread([r["peak_memory_mb"] for r in results]),
         "memory_before_the_model_mb": spread([r["start_memory_mb"] for r in results]),
         "others_cpu": max(r["others_cpu"] for r in results),
+        **{
+            key: results[0][key] for key in ("attention", "micro_batch_tokens") if key in results[0]
+        },
         "figures_by_step": results[0]["figures"],
     }
     if job.task == "dpo":
@@ -65,6 +71,24 @@ def side_facts(job: Job, side: Side, rows: Results) -> dict[str, Any]:
         facts["reference_share_of_epoch"] = spread(
             [r["reference_seconds"] * r["per_second"] / job_rows(job) for r in results]
         )
+    return facts
+
+
+def compute_facts(
+    results: Results, rows: Sequence[dict[str, Any]], devices: int
+) -> dict[str, dict[str, float]]:
+    """Model FLOPs a second of one side, and their share of the devices' peak where it is known.
+
+    All sides are given the work that ours counts: each prompt once, no padding, logits of response
+    tokens alone, no gradient of frozen weights, and no reference, which is computed beforehand.
+    """
+    ours = next(iter(results.get("ours", ())), {})
+    if not ours.get("flops"):
+        return {}
+    speeds = [ours["flops"] / row["seconds"] / 1e12 for row in rows]
+    facts = {"tflops_per_second": spread(speeds)}
+    if peak := ours.get("peak_tflops"):
+        facts["mfu"] = spread([speed / (peak * devices) for speed in speeds])
     return facts
 
 
@@ -114,8 +138,10 @@ def summary(
     results: Results,
     searched: list[dict[str, Any]],
     argv: Sequence[str],
+    peer_missing: str | None = None,
 ) -> dict[str, Any]:
-    """The record that is printed as JSON and kept in the Markdown file."""
+    """The record that is printed as JSON and kept in the Markdown file. peer_missing: why the
+    other side could not be measured."""
     found, rows = ratios(job, results), row_facts(job)
     return {
         **{key: value["median"] for key, value in found.items()},
@@ -124,13 +150,16 @@ def summary(
         "device": job.device,
         "precision": job.precision,
         "unit": UNITS[job.task],
+        "lora": {"name": job.lora, "r": job.r} if job.lora != "none" else None,
         "losses_agree": agreement(results, job.precision),
+        "peer_missing": peer_missing,
         "ratios": found,
         "sides": {side.name: side_facts(job, side, results) for side in sides},
         "data": {"label": data_label(plan), "sha256": data_digest(plan), **rows},
         "shape": vars(plan.shape) | {"context": plan.context},
         "settings": {key: getattr(job, key) for key in (
-            "batch", "warmup", "steps", "lr", "threads", "length", "samples", "new_tokens")}
+            "batch", "warmup", "steps", "lr", "threads", "length", "samples", "new_tokens",
+            "devices")}
             | {"rounds": len(next(iter(results.values()))), "seed": plan.seed},
         "searched": searched,
         **circumstances(results, argv),

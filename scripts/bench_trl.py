@@ -11,11 +11,18 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import datasets
-import torch
-import transformers
-import trl
-from bench_job import Job, Window, synchronise, work
+from bench_job import UNAVAILABLE, Job, Window, synchronise, work
+from bench_lora import start_equal, trainer_arguments
+
+try:
+    import datasets
+    import torch
+    import transformers
+    import trl
+
+    TRAINER_CLASSES = trl.DPOTrainer, trl.SFTTrainer, trl.RewardTrainer  # imported only when named
+except (ImportError, RuntimeError) as error:  # transformers' lazy modules raise the latter
+    raise SystemExit(f"{UNAVAILABLE}{type(error).__name__}: {error}") from error
 
 NAMES = {"margin": "rewards/margins"}  # TRL's name of a figure -> ours
 
@@ -75,10 +82,14 @@ class RewardOnIds(FixedOrder, trl.RewardTrainer):
 
 
 def dpo_trainer(job: Job, **common: Any) -> Any:
-    columns = {"prompt_ids": "prompt", "chosen_ids": "chosen", "rejected_ids": "rejected"}
-    rows = [{new: row[old] for new, old in columns.items()} for row in job.rows()]
+    names = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+    # From a file, as the ranks find each other's reference log-probabilities beside it.
+    rows = datasets.Dataset.from_json(job.ids, cache_dir=f"{job.scratch}/rows")
     args = trl.DPOConfig(**arguments(job))
-    return DpoOnIds(args=args, train_dataset=datasets.Dataset.from_list(rows), **common)
+    trainer = DpoOnIds(args=args, train_dataset=rows.rename_columns(names), **common)
+    wanted, does = (getattr(of, "padding_free", False) for of in (args, trainer))
+    assert wanted == does, f"TRL {trl.__version__} pads all the same"
+    return trainer
 
 
 def sft_trainer(job: Job, **common: Any) -> Any:
@@ -114,10 +125,12 @@ TRAINERS: dict[str, Callable[..., Any]] = {
 def arguments(job: Job) -> dict[str, Any]:
     """TRL's defaults but for what must be equal on both sides, then this side's settings."""
     settings = dict(job.settings)
-    attention = settings.pop("attn_implementation", None)
+    model = {key: settings.pop(key) for key in ("attn_implementation", "dtype") if key in settings}
+    parts = job.devices * settings.get("gradient_accumulation_steps", 1)
+    assert job.batch % parts == 0, f"batches of {job.batch} cannot be cut into {parts}"
     equal = {
         "output_dir": f"{job.scratch}/trl",
-        "per_device_train_batch_size": job.batch,
+        "per_device_train_batch_size": job.batch // parts,
         "max_steps": job.total_steps,
         "learning_rate": job.lr,
         "bf16": job.precision == "bf16",
@@ -129,8 +142,8 @@ def arguments(job: Job) -> dict[str, Any]:
         "logging_steps": 1,
         "disable_tqdm": True,
     }
-    if attention is not None:
-        equal["model_init_kwargs"] = {"attn_implementation": attention}
+    if model:
+        equal["model_init_kwargs"] = model
     return equal | settings
 
 
@@ -138,11 +151,15 @@ def measure(job: Job) -> dict[str, Any]:
     window = Window(job)
     tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
     trainer = TRAINERS[job.task](
-        job, model=job.model, processing_class=tokenizer, callbacks=[Recorder(window)]
-    )
+        job, model=job.model, processing_class=tokenizer, callbacks=[Recorder(window)],
+        **trainer_arguments(job),
+    )  # fmt: skip
+    start_equal(trainer.model, job)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    assert trainer.args.gradient_accumulation_steps == 1
+    args = trainer.args
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    assert pairs == job.batch
     if job.settings.get("precompute_ref_log_probs"):
         assert trainer.reference_seconds is not None, "the reference pass was not seen"
     return window.result(

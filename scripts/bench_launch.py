@@ -1,0 +1,127 @@
+"""Starts the workers of `bench.py`, each in a process of its own, and ends them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench_job import UNAVAILABLE
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+}
+GRACE = 20  # seconds between being asked to stop and being killed
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Failed(SystemExit):
+    """A worker that ended without an answer."""
+
+
+class Unavailable(Failed):
+    """The other side cannot be imported here."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How workers are started. python: of TRL's side, where it is another one. devices:
+    processes of a worker, by torch's launcher. until: `time.monotonic()` at which work stops."""
+
+    trl_python: str = ""
+    devices: int = 1
+    until: float | None = None
+
+    def command(self, script: str) -> list[str]:
+        python = self.trl_python if script == "bench_trl.py" else ""
+        ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.devices}"]
+        start = [python or sys.executable, *(ranks if self.devices > 1 else [])]
+        return [*start, str(HERE / script)]
+
+    def seconds_left(self) -> float | None:
+        if self.until is None:
+            return None
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise time_is_up()
+        return left
+
+
+PLAIN = Launch()  # one process of this Python, however long it takes
+
+
+def time_is_up() -> SystemExit:
+    return SystemExit(
+        "time is up (--minutes); what is finished is kept in the folder of --keep: the same "
+        "command goes on (with fewer --steps, if it never gets further)"
+    )
+
+
+def run_python(
+    script: str,
+    arguments: Sequence[Path],
+    scratch: Path,
+    threads: int,
+    launch: Launch = PLAIN,
+) -> None:
+    """A worker script; exits with the end of what it wrote if it fails or takes too long."""
+    seconds = launch.seconds_left()
+    scratch.mkdir(parents=True)
+    env = os.environ | OFFLINE | allocator() | {
+        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "HF_HOME": str(scratch / "hf"),
+        "DPO_RUN_CACHE": str(scratch / "cache"), "TMPDIR": str(scratch),
+    }  # fmt: skip
+    command = [*launch.command(script), *map(str, arguments)]
+    with (scratch / "log.txt").open("w+") as log:
+        worker = subprocess.Popen(command, env=env, stdout=log, stderr=log, process_group=0)
+        try:
+            code = worker.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise time_is_up() from None
+        finally:
+            stop(worker)
+        if code:
+            log.seek(0)
+            raise failure(script, code, log.read())
+
+
+def allocator() -> dict[str, str]:
+    """The CUDA allocator as `dpo-run` sets it, on all sides."""
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        return {}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+def stop(worker: subprocess.Popen[bytes]) -> None:
+    """End a worker that still runs. Torch's launcher, when asked to, ends its ranks, which are in
+    groups of their own."""
+    if worker.poll() is None:
+        worker.terminate()
+        try:
+            worker.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+
+
+def failure(script: str, code: int, written: str) -> Failed:
+    missing = [line for line in written.splitlines() if line.startswith(UNAVAILABLE)]
+    if missing:
+        return Unavailable(missing[0])
+    say(written[-4000:])
+    return Failed(f"{script} failed with exit code {code}, see above")
