@@ -5,6 +5,7 @@ Usage: `python bench_memory_job.py job.json result.json`
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def measure(job: Job) -> dict[str, Any]:
     assert facts is not None
     runtime = start_runtime(config.hardware, config.seed)
     torch.ones(64, 64, device=runtime.device).matmul(torch.ones(64, 64, device=runtime.device))
+    if config.lora.name != "none":  # what adapters import is the program's, too
+        for name in ("dpo_cli.model.lora", *(["bitsandbytes"] if config.lora.quantization else [])):
+            import_module(name)
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True)
     before = resident_mb("VmRSS") if job.device == "cpu" else 0.0
