@@ -7,9 +7,10 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dpo_cli.errors import DiskError
 
@@ -38,8 +39,12 @@ def _free_space(path: Path) -> str:
     return f" ({shutil.disk_usage(existing).free / 2**20:,.0f} MB free)"
 
 
-def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
+def publish_folder(
+    target: Path, write: Callable[[Path], None], facts: Mapping[str, Any] | None = None
+) -> None:
     """Fill a temporary sibling with `write`, sync it, and rename it to `target`.
+
+    facts: JSON that the manifest tells beside the files, for people and other programs.
 
     An existing target is replaced only once the new folder is complete on disk, and put back
     if that fails. Raises DiskError.
@@ -50,7 +55,7 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
         temporary.mkdir()
         try:
             write(temporary)
-            _write_manifest(temporary)
+            _write_manifest(temporary, facts or {})
             _swap(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -80,14 +85,14 @@ def recover(target: Path) -> None:
         old.rename(target)
 
 
-def _write_manifest(folder: Path) -> None:
+def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     entries = {}
     for path in files:
         _sync(path)
         entries[path.relative_to(folder).as_posix()] = _entry(path)
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": entries}, indent=1))
+    manifest.write_text(json.dumps({**facts, "files": entries}, indent=1))
     _sync(manifest)
     _sync(folder)
 

@@ -177,11 +177,27 @@ class Lab:
 
 
 def kill_all(child: subprocess.Popen[str]) -> None:
-    """kill -9 of a process and all that it started."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        child.poll()
+    """kill -9 of a process and all that it started: parents first, who could start more."""
+    pids = [child.pid]
+    for pid in pids:
+        pids += children(pid)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def children(pid: int) -> list[int]:
+    """Of a process, in the order they were started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            number, _, rest = stat.read_text().partition(" ")
+        except OSError:  # it has ended
+            continue
+        if int(rest.rpartition(")")[2].split()[1]) == pid:
+            found.append(int(number))
+    return sorted(found)
 
 
 def _waited(pid: int, deadline: float) -> int:
