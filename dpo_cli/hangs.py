@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,8 +36,8 @@ def meet(seconds: int) -> Peers:
     """Every rank calls it once, when the process group is there. seconds: of its timeout."""
     store = dist.distributed_c10d._get_default_store()  # there is no public way to it
     # NCCL's watchdog ends a process that waited for too long by SIGABRT: this tells where it was.
-    faulthandler.enable(sys.__stderr__)
-    faulthandler.register(signal.SIGUSR2, sys.__stderr__, all_threads=True)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (socket.gethostname(), os.getpid()))
     pids = {rank: pid for rank, (host, pid) in enumerate(found) if host == socket.gethostname()}
@@ -51,6 +52,8 @@ def explained(peers: Peers) -> Iterator[None]:
     except RuntimeError as error:
         if not timed_out(error):
             raise
+        print(f"rank {peers.rank} waited here:", file=sys.stderr)
+        traceback.print_exception(error)
         if peers.store.add(f"hang/{socket.gethostname()}", 1) == 1:
             _end(peers)
         else:  # another one does
