@@ -28,6 +28,7 @@ TINY = (
     "logger.progress=plain", "logger.tensorboard=false", "logger.plots=false",
     "logger.report=false", "hardware=cpu", "train.sample_prompts=0",
 )  # fmt: skip
+OVER = tuple(w for w in TINY if not w.startswith("model.arch"))  # with model.path
 SFT = (*TINY, "stage=sft", "optim.lr=3e-3")
 PPO = (
     "stage=ppo-baseline", "stage.rollout_samples=8", "train.batch_size=4", "stage.ppo_epochs=1",
@@ -72,6 +73,7 @@ class Lab:
     kills: int = 20
     seed: int = 0
     selected: list[str] = field(default_factory=list)  # numbers of the cases to run
+    outcomes: dict[str, str] = field(default_factory=dict)  # of tests, see faults_tests.py
     made: dict[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

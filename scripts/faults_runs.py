@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from faults_crash import Watch, signaller
-from faults_lab import SFT, TINY, Failed, Lab, check, kill_all, rows_of, same_final, steps_of
+from faults_lab import OVER, SFT, Failed, Lab, check, kill_all, rows_of, same_final, steps_of
 from faults_saves import SAVES, operations
 
 EPOCHS = (
-    *TINY, "model.dropout=0.1", "train.max_steps=8", "train.batch_size=16", "optim.lr=1e-3",
+    *OVER, "model.dropout=0.1", "train.max_steps=8", "train.batch_size=16", "optim.lr=1e-3",
     "train.save_every_steps=1", "train.keep_checkpoints=20",
 )  # fmt: skip
 LONG = (*SFT, "train.max_steps=400", "train.save_every_steps=0", "train.eval_every_steps=0")
@@ -185,7 +185,7 @@ def used_folder(lab: Lab) -> str:
 
 def other_settings(lab: Lab) -> str:
     """Case 20."""
-    words = (*TINY, "stage=dpo", f"model.path={lab.base()}", "train.max_steps=3",
+    words = (*OVER, "stage=dpo", f"model.path={lab.base()}", "train.max_steps=3",
              "train.save_every_steps=1")  # fmt: skip
     truth, told = lab.whole("settings", *words), []
     for change in ("seed=1", "train.shuffle=false", "data.rows=47", "stage.beta=0.7",
@@ -217,10 +217,10 @@ def other_rate(lab: Lab) -> str:
 
 def own_reference(lab: Lab) -> str:
     """Case 22."""
-    words = (*TINY, "stage=dpo", f"model.path={lab.base()}", "train.max_steps=3",
+    words = (*OVER, "stage=dpo", f"model.path={lab.base()}", "train.max_steps=3",
              "train.save_every_steps=1")  # fmt: skip
     tuned = lab.whole("settings", *words) / "checkpoints" / "step-3"
-    again = (*TINY, "stage=dpo", f"model.path={tuned}", "train.max_steps=1")
+    again = (*OVER, "stage=dpo", f"model.path={tuned}", "train.max_steps=1")
     run = lab.fresh("own")
     done = lab.forked(*again, f"run_dir={run}")
     check(done.code == 2 and "stage.reference=" in done.told, f"exit {done.code}: {done.last}")
@@ -244,7 +244,7 @@ def not_finite(lab: Lab) -> str:
     weights[name].view(-1)[0] = torch.nan
     save_file(weights, bad / "model.safetensors", {"format": "pt"})
     run = lab.fresh("nan")
-    done = lab.forked(*TINY, "stage=sft", f"model.path={bad}", f"run_dir={run}")
+    done = lab.forked(*OVER, "stage=sft", f"model.path={bad}", f"run_dir={run}")
     check(done.code == 4, f"NaN weight: exit {done.code}: {done.last}")
     check(not steps_of(run) and not (run / "final").exists(), "something was saved of it")
     blown = lab.copy(lab.whole("saves", *SAVES), "blown")

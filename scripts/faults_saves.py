@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 from faults_crash import Operation, Watch, killer, recorder
-from faults_lab import PPO, SFT, TINY, Done, Failed, Lab, check, kill_all, same_final, steps_of
+from faults_lab import OVER, PPO, SFT, Done, Failed, Lab, check, kill_all, same_final, steps_of
 
 SAVES = (*SFT, "train.max_steps=3", "train.save_every_steps=1", "train.eval_every_steps=1")
+WRITES = ("open", "write")
 EVERY_STEP = ("train.save_every_steps=1", "train.eval_every_steps=0")
 
 
@@ -19,11 +20,11 @@ def loops(lab: Lab) -> dict[str, tuple[str, ...]]:
     steps, base = 8 * lab.kills, f"model.path={lab.base()}"
     common = (*EVERY_STEP, f"train.max_steps={steps}", base)
     return {
-        "sft": (*TINY, "stage=sft", *common),
-        "dpo": (*TINY, "stage=dpo", *common),
-        "reward": (*TINY, "stage=reward", *common),
-        "ppo-baseline": (*TINY, *PPO, *EVERY_STEP, f"train.max_steps={2 * steps}", base),
-        "lora (dpo)": (*TINY, "stage=dpo", "lora=lora", "lora.dropout=0.1", *common),
+        "sft": (*OVER, "stage=sft", *common),
+        "dpo": (*OVER, "stage=dpo", *common),
+        "reward": (*OVER, "stage=reward", *common),
+        "ppo-baseline": (*OVER, *PPO, *EVERY_STEP, f"train.max_steps={2 * steps}", base),
+        "lora (dpo)": (*OVER, "stage=dpo", "lora=lora", "lora.dropout=0.1", *common),
     }
 
 
@@ -93,7 +94,7 @@ def killed_at(lab: Lab, at: int, scope: str, half: bool = False) -> tuple[Path, 
 def every_operation(lab: Lab, scope: str, half: bool = False) -> str:
     ops = operations(lab, scope)
     truth = lab.whole("saves", *SAVES)
-    places = [i for i in range(len(ops)) if not half or i and ops[i - 1][0] in ("open", "write")]
+    places = [i for i in range(len(ops)) if not half or (i and ops[i - 1][0] in WRITES)]
     bad = []
     for at in places:
         run, _, resumed = killed_at(lab, at, scope, half)
@@ -127,7 +128,7 @@ def trace(lab: Lab) -> str:
     names = {path.name for path in synced}
     check(files <= names, f"not synced before the rename: {sorted(files - names)}")
     check(synced[-1].name.startswith(".tmp-step-2"), f"synced last: {synced[-1].name}")
-    written = [path for kind, path in ops[renamed:] if kind in ("open", "write")]
+    written = [path for kind, path in ops[renamed:] if kind in WRITES]
     late = [path for path in written if "/checkpoints/" in path]
     check(not late, f"written after the rename: {late}")
     after = ops[renamed + 1]
