@@ -10,6 +10,8 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 # What to measure: make bench BENCH_ARGS="--task sft --preset gpt2 --precision bf16"
 BENCH_ARGS ?= --task dpo --preset tiny4x256
+# Which faults, how often: make faults FAULTS_ARGS="--cases 1,14 --kills 3"
+FAULTS_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +21,7 @@ CHECK_PYTHON := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo bench test lint typecheck format check wheel clean distclean
+.PHONY: help install demo bench faults test lint typecheck format check wheel clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +33,9 @@ demo: $(READY) ## Tune a small model end to end on this machine (recipes/quickst
 
 bench: $(READY) ## Measure dpo-run against TRL on this machine
 	$(BIN)/python scripts/bench.py $(BENCH_ARGS)
+
+faults: $(READY) ## Kill, damage and starve runs, and print what was seen (most of an hour)
+	$(BIN)/python scripts/faults.py $(FAULTS_ARGS)
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)

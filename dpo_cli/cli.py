@@ -12,6 +12,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -190,8 +191,8 @@ def _follow(words: list[str]) -> int:
         return code
     from dpo_cli.run import run
 
-    run(config, ["dpo-run", *words])
-    elastic.leave()
+    with elastic.together(config):
+        run(config, ["dpo-run", *words])
     return 0
 
 
@@ -229,9 +230,8 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
         from dpo_cli.run import run
     if leading:
         elastic.lead(config)
-    run(config, ["dpo-run", *words])
-    if leading:
-        elastic.leave()
+    with elastic.together(config) if leading else nullcontext():
+        run(config, ["dpo-run", *words])
     return 0
 
 

@@ -7,13 +7,15 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dpo_cli.errors import DiskError
 
 MANIFEST = "MANIFEST.json"
+CHECKSUM = ".sha256"  # added to the name of a file: its checksum, as `sha256sum` writes it
 
 
 @contextmanager
@@ -22,15 +24,17 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DiskError(
-            f"{folder}: {error.strerror or error}{_free_space(folder)}: make room or choose "
-            "another disk, then resume the run"
-        ) from error
+        raise _disk_error(folder, error.strerror or str(error)) from error
     except Exception as error:
         # safetensors reports a full disk with its own exception type
         if "No space left" not in str(error) and "os error 28" not in str(error):
             raise
-        raise DiskError(f"{folder}: {error}: free some space, then resume") from error
+        raise _disk_error(folder, str(error)) from error
+
+
+def _disk_error(path: Path, why: str) -> DiskError:
+    remedy = "make room or choose another disk, then resume the run"
+    return DiskError(f"{path}: {why}{_free_space(path)}: {remedy}")
 
 
 def _free_space(path: Path) -> str:
@@ -38,8 +42,12 @@ def _free_space(path: Path) -> str:
     return f" ({shutil.disk_usage(existing).free / 2**20:,.0f} MB free)"
 
 
-def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
+def publish_folder(
+    target: Path, write: Callable[[Path], None], facts: Mapping[str, Any] | None = None
+) -> None:
     """Fill a temporary sibling with `write`, sync it, and rename it to `target`.
+
+    facts: JSON that the manifest tells beside the files, for people and other programs.
 
     An existing target is replaced only once the new folder is complete on disk, and put back
     if that fails. Raises DiskError.
@@ -50,7 +58,7 @@ def publish_folder(target: Path, write: Callable[[Path], None]) -> None:
         temporary.mkdir()
         try:
             write(temporary)
-            _write_manifest(temporary)
+            _write_manifest(temporary, facts or {})
             _swap(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -80,14 +88,14 @@ def recover(target: Path) -> None:
         old.rename(target)
 
 
-def _write_manifest(folder: Path) -> None:
+def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     entries = {}
     for path in files:
         _sync(path)
         entries[path.relative_to(folder).as_posix()] = _entry(path)
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"files": entries}, indent=1))
+    manifest.write_text(json.dumps({**facts, "files": entries}, indent=1))
     _sync(manifest)
     _sync(folder)
 
@@ -165,3 +173,25 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: object) -> None:
     """Replace a JSON file in one step."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_checked_text(path: Path, text: str) -> None:
+    """Replace a text file in one step, and write its checksum beside it."""
+    beside = path.with_name(path.name + CHECKSUM)
+    with disk_errors(path):
+        beside.unlink(missing_ok=True)  # a crash before the end leaves no wrong one
+    write_text(path, text)
+    write_text(beside, f"{file_digest(path)}  {path.name}\n")
+
+
+def mismatch(path: Path) -> str | None:
+    """Why a file cannot be what was written there; None also where no checksum is beside it."""
+    beside = path.with_name(path.name + CHECKSUM)
+    if not beside.is_file():
+        return None
+    if beside.read_text().split()[:1] == [file_digest(path)]:
+        return None
+    return (
+        f"{path}: torn or changed since it was written (its sha256 is not that of {beside.name}): "
+        f"write it again, or remove {beside.name} if the change is yours"
+    )

@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -173,14 +174,6 @@ def launched_by_us() -> bool:
     return os.environ.get(LAUNCHED) == "1"
 
 
-def leave() -> None:
-    """The end of a rank, together with the others."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def _store() -> Any:
     import torch.distributed as dist
 
@@ -200,6 +193,19 @@ def _join(store: Any, config: RunConfig) -> None:
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=config.hardware.timeout_seconds),
     )
+
+
+@contextmanager
+def together(config: RunConfig) -> Iterator[None]:
+    """Around a rank's work: HangError where others do not answer. Then all leave together."""
+    import torch.distributed as dist
+
+    from dpo_cli import hangs
+
+    peers = hangs.meet(config.hardware.timeout_seconds)
+    with hangs.explained(peers):
+        yield
+        dist.destroy_process_group()
 
 
 def as_started(config: RunConfig) -> RunConfig:

@@ -54,6 +54,12 @@ class OutOfMemory(UserError):
         return str(self.args[0])
 
 
+class HangError(UserError):
+    """A rank did not answer the others for hardware.timeout_seconds."""
+
+    exit_code = 75  # start again to go on
+
+
 class DiskError(UserError):
     """A write failed: disk full, permission, I/O error."""
 

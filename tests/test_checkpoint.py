@@ -1,6 +1,7 @@
 """Published folders: whole or absent, verified, restored exactly."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -10,7 +11,15 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpo_cli.config import OptimConfig
-from dpo_cli.durable import damage, publish_folder, recover, write_json
+from dpo_cli.durable import (
+    damage,
+    mismatch,
+    publish_folder,
+    recover,
+    replace_json,
+    write_checked_text,
+    write_json,
+)
 from dpo_cli.errors import CheckpointError, DiskError, RunLockedError
 from dpo_cli.grammar.tokenizer import build_tokenizer
 from dpo_cli.train import checkpoint
@@ -202,3 +211,44 @@ def test_one_process_a_folder(tmp_path):
 def test_copying_a_checkpoint_keeps_it_valid(saved, tmp_path):
     shutil.copytree(saved / "step-3", tmp_path / "copy")
     assert damage(tmp_path / "copy") is None
+
+
+def test_the_manifest_tells_of_what_run_it_is(saved, tmp_path):
+    """And what it tells beside the files is no reason for doubt."""
+    found = json.loads((saved / "step-3" / "MANIFEST.json").read_text())
+    assert found["world_size"] == 1
+    publish_folder(tmp_path / "x", lambda f: (f / "w").write_text("w"), {"data": "d1"})
+    assert json.loads((tmp_path / "x" / "MANIFEST.json").read_text())["data"] == "d1"
+    assert damage(tmp_path / "x") is None
+
+
+@pytest.mark.parametrize("layout", [0, checkpoint.LAYOUT + 1])
+def test_another_layout_is_refused_with_the_ways_on(saved, layout):
+    """Not passed over for an older one: that would lose steps without a word."""
+    newest = saved / "step-3"
+    replace_json(newest, "state.json", {"step": 3, "layout": layout})
+    with pytest.raises(CheckpointError, match=rf"layout {layout}, .*model\.path=") as error:
+        checkpoint.newest_valid(saved)
+    assert error.value.exit_code == 5
+
+
+def test_a_lock_that_a_dead_process_left_is_told(tmp_path, caplog):
+    (tmp_path / ".lock").write_text("123456")
+    for _ in range(2):
+        with run_lock(tmp_path):
+            assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    (record,) = caplog.records  # not of the first of the two, which ended well
+    assert "process 123456, which worked here, died" in record.message
+
+
+def test_a_file_with_its_checksum(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for text in ("{}\n", "[]\n"):
+        write_checked_text(path, text)
+        assert mismatch(path) is None
+    digest = hashlib.sha256(b"[]\n").hexdigest()
+    assert (tmp_path / "rows.jsonl.sha256").read_text() == f"{digest}  rows.jsonl\n"
+    path.write_text("[")
+    assert "torn or changed" in str(mismatch(path))
+    (tmp_path / "rows.jsonl.sha256").unlink()
+    assert mismatch(path) is None

@@ -70,6 +70,20 @@ def test_the_error_of_all_ranks_is_told_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "final").exists()
 
 
+def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parent.parent / "scripts" / "faults_rank.py"
+    words = ("launch", "hang", *SFT, "hardware.devices=2", "train.max_steps=5", "run_dir=run",
+             "hardware.timeout_seconds=4", "train.eval_every_steps=0")  # fmt: skip
+    done = run([sys.executable, str(script)], *words, cwd=tmp_path)
+    assert done.returncode == 75, done.stderr
+    (line,) = errors(done.stderr)
+    assert line.startswith("error: rank 0 waited 4 s for the others (hardware.timeout_seconds)")
+    before, _, after = done.stderr.partition("stacks of rank 1")
+    assert "stacks of rank 0" in before
+    assert "_train_step" in before.partition("rank 0 waited here")[2]
+    assert "in never_answers" in after  # where the one that hangs is
+
+
 def test_torchrun_evaluates_as_one_process_does(tmp_path: Path) -> None:
     """Also: the folder's name, which each rank would make up for itself, is one."""
     words = ("stage=evaluate", *TINY[:7], "reward_fn=length", "stage.prompts=6",

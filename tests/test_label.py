@@ -2,15 +2,18 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_cli.data.dataset import load_splits
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.report.console import Progress
 from dpo_cli.run import run
 from dpo_cli.stages.measure import pairs_config
+from dpo_cli.stages.sample import write_rows
 from small_runs import TINY, configure, metrics, train
 
 
@@ -217,3 +220,28 @@ def test_a_policy_without_another_reference(tmp_path, sft):
     with pytest.raises(ConfigError, match=r"^stage\.reference=\S+: is model\.path itself"):
         label(tmp_path, ROWS, "stage.by=implicit", f"model.path={sft}", f"stage.reference={sft}",
               f"run_dir={tmp_path / 'again'}")  # fmt: skip
+
+
+def test_torn_and_unfinished_samples_are_refused(tmp_path):
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    row = {"prompt": "a", "completions": [" x", " x y"]}
+    write_rows(samples / "train.jsonl", [row, row])
+    os.truncate(samples / "train.jsonl", (samples / "train.jsonl").stat().st_size // 2 + 1)
+    words = ("stage=label", f"stage.samples={samples}", "reward_fn=length")
+    with pytest.raises(DataError, match=r"train\.jsonl: torn or changed since it was written"):
+        train(tmp_path / "labels", *words)
+    write_rows(samples / "train.jsonl", [row, row])
+    (samples / "config.yaml").touch()
+    with pytest.raises(DataError, match=r"this run did not finish.*dpo-run resume="):
+        train(tmp_path / "labels", *words)
+
+
+def test_pairs_that_were_torn_are_not_trained_on(tmp_path):
+    rows = [{"prompt": "a", "chosen": f" b {i}", "rejected": " c"} for i in range(3)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    lines = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(lines[:2]))  # whole lines: it can be read
+    config = configure("data=jsonl", f"data.path={tmp_path / 'train.jsonl'}", "stage=dpo")
+    with pytest.raises(DataError, match=r"remove train\.jsonl\.sha256 if the change is yours"):
+        load_splits(config.data, 0)

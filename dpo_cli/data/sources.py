@@ -21,6 +21,7 @@ from dpo_cli.data.files import (
     is_saved_dataset,
     read_file,
 )
+from dpo_cli.durable import mismatch
 from dpo_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -101,6 +102,9 @@ def read_source(source: Source) -> Rows:
         return Rows(_load_from_hub(source), source.origin, source.revision)
     if source.saved is not None:
         return Rows(_load_from_disk(source.saved), source.origin, None)
+    for path in source.files:  # of stage=label, say
+        if why := mismatch(path):
+            raise DataError(why)
     rows = [row for path in source.files for row in read_file(path)]
     return Rows(rows, source.origin, None)
 

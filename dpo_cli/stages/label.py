@@ -13,6 +13,7 @@ from typing import Any, cast
 from dpo_cli.config import LabelConfig
 from dpo_cli.data.adapters.columns import as_bool, messages
 from dpo_cli.data.drops import BadRow
+from dpo_cli.durable import mismatch
 from dpo_cli.errors import DataError
 from dpo_cli.evaluation.labels import Pair, all_pairs, bradley_terry, flipped
 from dpo_cli.evaluation.scorers import Completed, Scorer
@@ -47,6 +48,11 @@ def run(session: Session) -> dict[str, Any]:
     """All pairs of a row's completions, one row a pair, for each file of stage.samples."""
     stage = cast(LabelConfig, session.config.stage)
     assert stage.samples is not None  # checked with the configuration
+    if unfinished(Path(stage.samples)):
+        raise DataError(
+            f"stage.samples={stage.samples}: this run did not finish, so samples may be missing: "
+            f"let it end with dpo-run resume={stage.samples}"
+        )
     files = {name: Path(stage.samples) / f"{name}.jsonl" for name in ("train", "eval")}
     sampled = {name: read_rows(path) for name, path in files.items() if path.is_file()}
     if not sampled:
@@ -76,6 +82,11 @@ def run(session: Session) -> dict[str, Any]:
         facts = pair_figures(scores, labelled, drawn=is_drawn(stage))
         figures |= {f"{name}_{k}": v for k, v in facts.items()}
     return figures
+
+
+def unfinished(folder: Path) -> bool:
+    """Whether it is the folder of a run that has yet to reach its end."""
+    return (folder / "config.yaml").is_file() and not (folder / "summary.json").is_file()
 
 
 def _completions(count: int, one: str, several: str) -> str:
@@ -163,6 +174,8 @@ def pair_figures(
 
 def read_rows(path: Path) -> list[Sampled]:
     """Rows of a file that stage=sample wrote. Raises DataError with file and line."""
+    if why := mismatch(path):
+        raise DataError(why)
     with path.open("rb") as lines:  # text would be split at U+2028, too, which JSON may hold
         return list(_rows(path, lines))
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from dpo_cli.config import SampleConfig
 from dpo_cli.data.dataset import load_splits
-from dpo_cli.durable import write_text
+from dpo_cli.durable import write_checked_text
 from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.model.load import context_length, load_tokenizer
 from dpo_cli.records import EncodedExample, Prompt
@@ -97,5 +97,5 @@ def distinct_prompts(examples: list[EncodedExample]) -> list[EncodedExample]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """JSON lines, written whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """JSON lines, written whole or not at all, with their checksum."""
+    write_checked_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -4,7 +4,7 @@
                            adapter alone adapter_model.safetensors adapter_config.json, PEFT's)
                            heads.safetensors   (what is trained beside the model, if anything)
                            optimizer.safetensors optimizer.json rng.safetensors state.json
-                           MANIFEST.json                               (sha256 and size of each)
+                           MANIFEST.json   (sha256 and size of each; of what run, by how many)
 
 A run of many ranks has, in place of model and optimizer.safetensors, what each of them holds
 in shards/ (`sharded.py`); the folder must be on a disk that all of them see.
@@ -38,6 +38,7 @@ from dpo_cli.ranks import ALONE, Ranks
 from dpo_cli.shard import settle, whole
 from dpo_cli.train import sharded
 
+LAYOUT = 1  # raise it when older checkpoints can no longer be read as they are
 PROVENANCE = "dpo_run.json"
 HEADS = "heads.safetensors"
 STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -67,10 +68,21 @@ def newest_valid(folder: Path) -> Snapshot:
         why = damage(candidate)
         if why is None:
             state = json.loads((candidate / "state.json").read_text())
+            _check_layout(candidate, state.get("layout", LAYOUT))
             return Snapshot(candidate, step, state, skipped)
         skipped.append(f"{candidate.name}: {why}")
     detail = "; ".join(skipped) or "there is none"
     raise CheckpointError(f"{folder}: no valid checkpoint to resume from ({detail})")
+
+
+def _check_layout(folder: Path, layout: int) -> None:
+    """Raise CheckpointError for a checkpoint that another dpo-run wrote in another way."""
+    if layout != LAYOUT:
+        raise CheckpointError(
+            f"{folder}: has layout {layout}, this dpo-run resumes from layout {LAYOUT}: finish the "
+            f"run with the version in its versions.json, or start another from its weights with "
+            f"model.path={folder}"
+        )
 
 
 def save(
@@ -83,8 +95,12 @@ def save(
     provenance: dict[str, Any],
     heads: torch.nn.Module | None = None,
     ranks: Ranks = ALONE,
+    facts: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `folder/step-N`; `state` and `provenance` must be JSON. Every rank calls it."""
+    """Write `folder/step-N`; `state` and `provenance` must be JSON. Every rank calls it.
+
+    facts: what the manifest tells of the run.
+    """
 
     def write(target: Path) -> None:
         if ranks.size == 1:
@@ -95,12 +111,13 @@ def save(
         else:
             sharded.write(ranks.from_first(lambda: target), _with(model, heads), optimizer)
         _write_rng(target)
-        (target / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        body = {"step": step, "layout": LAYOUT, **state}
+        (target / "state.json").write_text(json.dumps(body, indent=1))
 
     published = folder / f"step-{step}"
     settle(model)
     if ranks.first:
-        publish_folder(published, write)
+        publish_folder(published, write, {"world_size": ranks.size, **(facts or {})})
     else:
         sharded.write(ranks.from_first(lambda: published), _with(model, heads), optimizer)
     ranks.wait()  # a rank that went on to fail would end the one that is still writing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -16,12 +17,17 @@ from dpo_cli.errors import RunLockedError
 if TYPE_CHECKING:  # run folders are claimed before torch is imported
     from dpo_cli.ranks import Ranks
 
+log = logging.getLogger(__name__)
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder's lock. The kernel frees it when the process dies, however."""
+    """Hold the run folder's lock. The kernel frees it when the process dies, however.
+
+    Who holds it is written in it; where that was not taken out, the holder died, which is logged.
+    """
     with (run_dir / ".lock").open("a+") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -31,10 +37,16 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             raise RunLockedError(
                 f"{run_dir}: in use by process {holder}; wait for it or choose another run_dir"
             ) from None
+        stream.seek(0)
+        if left := stream.read().strip():
+            log.warning("%s: process %s, which worked here, died: taken over", run_dir, left)
         stream.truncate(0)
         stream.write(str(os.getpid()))
         stream.flush()
-        yield
+        try:
+            yield
+        finally:
+            stream.truncate(0)
 
 
 class StopRequest:

@@ -6,11 +6,13 @@ accumulates, divides once by the whole step's weight, clips, steps, evaluates, l
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -244,6 +246,7 @@ def _save(run: Fit) -> None:
     folder = checkpoint.save(
         run.checkpoints, run.step, run.task.model, run.task.tokenizer, run.optimizer,
         state, run.task.provenance, run.task.heads, run.runtime.ranks,
+        {"config_sha256": _config_digest(run.config), "data": run.task.identity.get("rows")},
     )  # fmt: skip
     if run.best is not None and run.runtime.ranks.first:
         best = {**run.best, "metric": run.config.train.best_metric,
@@ -253,3 +256,10 @@ def _save(run: Fit) -> None:
     if run.runtime.ranks.first:
         checkpoint.prune(run.checkpoints, run.step, run.config.train.keep_checkpoints, protect)
     run.reporter.note(f"saved {folder.relative_to(run.run_dir)}")
+
+
+def _config_digest(config: RunConfig) -> str:
+    """sha256 of all settings but where and how the run was started."""
+    started = ("run_dir", "resume", "dry_run", "cache_dir")
+    settings = {key: value for key, value in asdict(config).items() if key not in started}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

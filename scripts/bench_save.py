@@ -1,0 +1,167 @@
+#!/usr/bin/env python
+"""What saving costs: the whole protocol beside plain writes of the same tensors, and a step.
+
+    python scripts/bench_save.py [--layers 4 --width 256] [--repeats 15] [--folder DISK]
+
+plain: two safetensors files, weights and optimiser state, without sync or checksum. synced:
+the same with an fsync of each. protocol: a checkpoint as runs write it. They take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dpo_cli.config import OptimConfig
+from dpo_cli.durable import damage
+from dpo_cli.grammar.tokenizer import build_tokenizer
+from dpo_cli.train import checkpoint, loop
+from dpo_cli.train.optim import build_optimizer, take_step
+
+HEAD = "| way | median s | lowest | highest | times plain |\n|---|---|---|---|---|"
+RUN = (
+    "model=tiny", "hardware=cpu", "data.rows=256", "data.eval_rows=0", "stage=sft",
+    "train.eval_every_steps=0", "train.sample_prompts=0", "logger.progress=off",
+    "logger.tensorboard=false", "logger.plots=false", "logger.report=false",
+)  # fmt: skip
+
+
+def trained(layers: int, width: int, vocab: int) -> tuple[Any, Any]:
+    """A model after one step: its optimiser has state."""
+    config = GPT2Config(vocab_size=vocab, n_embd=width, n_layer=layers, n_head=4, n_positions=64,
+                        bos_token_id=0, eos_token_id=0)  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    optimizer = build_optimizer(model, OptimConfig(), 1e-3)
+    ids = torch.randint(0, vocab, (1, 16))
+    model(input_ids=ids, labels=ids).loss.backward()
+    take_step(model, optimizer, 1.0, 1.0, 1e-3)
+    return model, optimizer
+
+
+def plain_writer(model: Any, optimizer: Any, synced: bool) -> Callable[[Path], None]:
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    state = {f"{index}/{key}": value for index, entry in optimizer.state_dict()["state"].items()
+             for key, value in entry.items() if isinstance(value, torch.Tensor)}  # fmt: skip
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        for name, tensors in (("model", weights), ("optimizer", state)):
+            path = folder / f"{name}.safetensors"
+            save_file(tensors, path)
+            if synced:
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+
+    return write
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def measure(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, list[float]], float]:
+    """Seconds of each way, and the MB of a checkpoint."""
+    model, optimizer = trained(args.layers, args.width, args.vocab)
+    tokenizer = build_tokenizer(args.vocab)
+
+    def protocol(folder: Path) -> None:
+        checkpoint.save(folder, 1, model, tokenizer, optimizer, {"best": None}, {})
+
+    ways = {
+        "plain": plain_writer(model, optimizer, synced=False),
+        "synced": plain_writer(model, optimizer, synced=True),
+        "protocol": protocol,
+    }
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    size = 0.0
+    for turn in range(args.repeats + 1):  # the first is a warm-up
+        for name, write in ways.items():
+            folder = scratch / f"{name}-{turn}"
+            seconds = timed(lambda write=write, folder=folder: write(folder))
+            if turn:
+                found[name].append(seconds)
+            if name == "protocol":
+                assert damage(folder / "step-1") is None
+                size = sum(p.stat().st_size for p in (folder / "step-1").iterdir()) / 2**20
+            shutil.rmtree(folder)
+    return found, size
+
+
+def steps(scratch: Path, count: int) -> tuple[float, float, float]:
+    """Medians of a small run's steps: seconds of a step where nothing is saved, of what the loop
+    does after it, and of a step where every tenth is saved."""
+    from dpo_cli.cli import main as dpo_run
+
+    real_step, real_after, after = loop._train_step, loop._after_step, []
+    taken: list[float] = []
+
+    def train_step(run: Any) -> dict[str, float]:
+        values = real_step(run)
+        taken.append(values["step_seconds"])
+        return values
+
+    def after_step(run: Any, *rest: Any) -> None:
+        after.append(timed(lambda: real_after(run, *rest)))
+
+    loop._train_step, loop._after_step = train_step, after_step
+    medians = []
+    try:
+        for every in (0, 10):
+            taken.clear()
+            saving = (f"train.save_every_steps={every}", f"run_dir={scratch / f'run-{every}'}")
+            dpo_run([*RUN, f"train.max_steps={count}", *saving])
+            medians.append(statistics.median(taken[2:]))
+            if every == 0:
+                idle = statistics.median(after[2:-1])
+    finally:
+        loop._train_step, loop._after_step = real_step, real_after
+    return medians[0], idle, medians[1]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for name, value in (("layers", 4), ("width", 256), ("vocab", 1024), ("repeats", 15),
+                        ("steps", 60)):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary")
+    args = parser.parse_args(argv)
+    if args.repeats < 1 or args.steps < 10:
+        parser.error("--repeats: at least 1; --steps: at least 10")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    with tempfile.TemporaryDirectory(prefix="dpo-run-save-", dir=args.folder) as name:
+        found, size = measure(args, Path(name))
+        plain = statistics.median(found["plain"])
+        print(f"A checkpoint of {size:.1f} MB, {args.repeats} times each:\n\n{HEAD}")
+        for way, seconds in found.items():
+            median = statistics.median(seconds)
+            print(f"| {way} | {median:.4f} | {min(seconds):.4f} | {max(seconds):.4f} "
+                  f"| {median / plain:.1f} |")  # fmt: skip
+        step, idle, between = steps(Path(name), args.steps)
+    print(f"\nA step of the tiny model: {step * 1e3:.1f} ms; what the loop does after one that is "
+          f"not saved: {idle * 1e6:.0f} µs. With a save every ten steps a step takes "
+          f"{between * 1e3:.1f} ms.")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Cases beyond one run: recipes, sweeps, caches, checkpoints of another layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from faults_damage import flip_bit, truncate, zero
+from faults_lab import OVER, TINY, Lab, check, final_digest, kill_all, same_final, steps_of
+
+DPO = (*OVER, "stage=dpo", "train.max_steps=3", "train.save_every_steps=1")
+
+
+def recipe_of(lab: Lab, name: str) -> Path:
+    """SFT, then DPO on it, in tiny steps; a word of each step can be changed by a variable."""
+    common, over = (", ".join(f"'{word}'" for word in (*words, "train.save_every_steps=2"))
+                    for words in (TINY, OVER))  # fmt: skip
+    path = lab.folder / f"{name}.yaml"
+    path.write_text(
+        "description: two tiny steps\n"
+        "vars: {lr: 0.003, beta: 0.1}\n"
+        "steps:\n"
+        f"  - name: sft\n    overrides: [{common}, 'stage=sft', 'train.max_steps=30',"
+        " 'optim.lr=${vars.lr}']\n"
+        f"  - name: dpo\n    overrides: [{over}, 'stage=dpo', 'train.max_steps=30',"
+        " 'stage.beta=${vars.beta}', 'model.path=${steps.sft.dir}']\n"
+    )
+    return path
+
+
+def finished_recipe(lab: Lab) -> Path:
+    """Its folder, never interrupted."""
+    if "recipe" not in lab.made:
+        run = lab.fresh("whole-recipe")
+        done = lab.dpo(f"recipe={recipe_of(lab, 'pair')}", f"run_dir={run}")
+        check(done.code == 0, f"no fault: exit {done.code}: {done.last}")
+        lab.made["recipe"] = run
+    return lab.made["recipe"]
+
+
+def killed_recipe(lab: Lab) -> str:
+    """Case B1: everything is killed at random moments, between steps and inside them."""
+    truth, run = finished_recipe(lab), lab.fresh("killed-recipe")
+    words = (f"recipe={recipe_of(lab, 'pair')}", f"run_dir={run}")
+    dice = random.Random(f"{lab.seed} recipe")
+    places, lives = [], max(3, lab.kills // 3)
+    for life in range(lives):
+        child, before = lab.start(*words), progress(run)
+        while progress(run) == before and child.poll() is None:
+            time.sleep(0.01)
+        time.sleep(dice.uniform(0, 0.3) if life % 3 else dice.uniform(0, 3))
+        if child.poll() is not None:
+            break
+        kill_all(child)
+        lab.wait(child)
+        places.append("-".join(map(str, progress(run))))
+    done = lab.dpo(*words)
+    check(done.code == 0, f"the last start: exit {done.code}: {done.last}")
+    check(same_final(run / "01-sft", truth / "01-sft"), "step sft: final weights differ")
+    check(same_final(run / "02-dpo", truth / "02-dpo"), "step dpo: final weights differ")
+    check(len(places) >= 3, f"only {len(places)} kills came before the end")
+    return f"{len(places)} kills (last saves: {', '.join(places)}), both steps' sha256 identical"
+
+
+def progress(run: Path) -> tuple[int, int]:
+    """The newest checkpoint of either step."""
+    sft, dpo = ((steps_of(run / step) or [0])[-1] for step in ("01-sft", "02-dpo"))
+    return sft, dpo
+
+
+def half_written_step(lab: Lab) -> str:
+    """Case B2: outputs of a finished step that were torn afterwards."""
+    truth, run = finished_recipe(lab), lab.copy(finished_recipe(lab), "torn-recipe")
+    weights = run / "01-sft" / "final" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    done = lab.dpo(f"recipe={recipe_of(lab, 'pair')}", f"run_dir={run}")
+    check(done.code == 0, f"exit {done.code}: {done.last}")
+    reason = "sft: run (again, its outputs were changed or removed)"
+    check(reason in done.told, f"no reason told: {done.told.strip()[:160]}")
+    check(same_final(run / "01-sft", truth / "01-sft"), "step sft: final weights differ")
+    return f"`{reason}`, then as good as new"
+
+
+def other_recipe(lab: Lab) -> str:
+    """Case B3."""
+    run = lab.copy(finished_recipe(lab), "two-recipes")
+    before = set(run.rglob("*"))
+    done = lab.dpo(f"recipe={recipe_of(lab, 'other')}", f"run_dir={run}")
+    check(done.code == 2 and "belongs to recipe pair" in done.told, f"{done.code}: {done.last}")
+    check(before == set(run.rglob("*")), "files came or went")
+    return f"exit 2: `{done.last}`"
+
+
+def changed_inputs(lab: Lab) -> str:
+    """Case B4."""
+    run = lab.copy(finished_recipe(lab), "changed-recipe")
+    done = lab.dpo(f"recipe={recipe_of(lab, 'pair')}", f"run_dir={run}", "vars.beta=0.3")
+    check(done.code == 0, f"exit {done.code}: {done.last}")
+    lines = [line for line in done.told.splitlines() if line.startswith("[")]
+    kept = "sft: skip" in lines[0]
+    again = "dpo: run (again, now stage.beta=0.3" in lines[-1]
+    check(kept and again, f"told: {lines}")
+    differs = final_digest(run / "02-dpo") != final_digest(finished_recipe(lab) / "02-dpo")
+    check(differs, "the step was not trained anew")
+    return f"`{lines[-1]}`; the step before it is left alone"
+
+
+def torn_caches(lab: Lab) -> str:
+    """Case B6: every file of the caches of log-probabilities and of encoded rows."""
+    words = (*DPO, f"model.path={lab.base()}")
+    truth, cache = lab.whole("caches", *words), lab.folder / "cache"
+    found = sorted(path for path in cache.rglob("*") if path.is_file())
+    kinds: dict[str, Callable[[Path], object]] = {
+        "missing": Path.unlink, "truncated": truncate, "zeroed": zero, "bit flipped": flip_bit,
+    }  # fmt: skip
+    check(any("reference" in path.parts for path in found), "there is no cache of the reference")
+    saved, bad = lab.copy(cache, "good-cache"), []
+    for kind, harm in kinds.items():
+        shutil.rmtree(cache)
+        shutil.copytree(saved, cache)
+        for path in found:
+            harm(path)
+        done = lab.forked(*words, f"run_dir={lab.fresh('cached')}")
+        if done.code or not same_final(lab.folder / "cached", truth):
+            bad.append(f"{kind}: exit {done.code}: {done.last}")
+    check(not bad, f"{len(bad)}: {'; '.join(bad[:3])}")
+    return f"{len(found)} files, {', '.join(kinds)}: made again, final sha256 identical"
+
+
+def older_layout(lab: Lab) -> str:
+    """Case B9: a whole checkpoint whose layout is not this dpo-run's."""
+    from dpo_cli.durable import replace_json
+
+    run = lab.copy(lab.whole("caches", *DPO, f"model.path={lab.base()}"), "layout")
+    shutil.rmtree(run / "final")
+    newest = run / "checkpoints" / "step-3"
+    state = json.loads((newest / "state.json").read_text())
+    replace_json(newest, "state.json", {**state, "layout": 0})
+    done = lab.forked(f"resume={run}")
+    told = "layout 0" in done.told and "model.path=" in done.told
+    check(done.code == 5 and told, f"exit {done.code}: {done.last}")
+    return "exit 5, names both layouts and the two ways on"

@@ -1,0 +1,164 @@
+"""Cases of checkpoints that were damaged, and of disks that are full."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from faults_crash import Watch, full_disk
+from faults_lab import ROOT, SFT, Lab, check, final_digest, same_final, steps_of
+from faults_saves import SAVES, operations
+
+LONG = (*SFT, "train.max_steps=6", "train.save_every_steps=1", "train.eval_every_steps=0")
+Harm = Callable[[Path], object]
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def flip_bit(path: Path, place: float = 0.5) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 1
+    path.write_bytes(data)
+
+
+def stopped_early(lab: Lab) -> Path:
+    """A run with checkpoints 2 and 3 of 3, and no final model."""
+    run = lab.copy(lab.whole("saves", *SAVES), "damaged")
+    shutil.rmtree(run / "final")
+    return run
+
+
+def falls_back(lab: Lab, harms: Iterable[tuple[str, str, Harm]]) -> str:
+    """Each harm alone, to the newest checkpoint: an earlier one is used, told, and as good."""
+    truth, bad, count = lab.whole("saves", *SAVES), [], 0
+    for what, name, harm in harms:
+        run = stopped_early(lab)
+        harm(run / "checkpoints" / "step-3" / name)
+        done, count = lab.forked(f"resume={run}"), count + 1
+        told = f"checkpoint not used: step-3: {name}" in done.told or (
+            name == "MANIFEST.json" and "checkpoint not used: step-3: " in done.told
+        )
+        after = "resuming after step 2" in done.told
+        if done.code or not told or not after or not same_final(run, truth):
+            bad.append(f"{name} {what}: exit {done.code}, told: {told}, step 2: {after}")
+    check(count and not bad, f"{len(bad)} of {count}: {'; '.join(bad[:3])}")
+    return f"{count}/{count} fell back to step 2, said which file and why, final sha256 identical"
+
+
+def damaged_files(lab: Lab) -> str:
+    """Case 6."""
+    names = [p.name for p in (stopped_early(lab) / "checkpoints" / "step-3").iterdir()]
+    kinds: dict[str, Harm] = {"missing": Path.unlink, "truncated": truncate, "zeroed": zero}
+    return falls_back(lab, [(k, n, h) for n in sorted(names) for k, h in kinds.items()])
+
+
+def flipped_bits(lab: Lab) -> str:
+    """Case 7."""
+    return falls_back(lab, [
+        (f"bit flipped at {place:.0%}", name, lambda path, place=place: flip_bit(path, place))
+        for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
+        for place in (0.1, 0.5, 0.9)
+    ])  # fmt: skip
+
+
+def leftovers(lab: Lab) -> str:
+    """Case 8."""
+    truth, run = lab.whole("saves", *SAVES), stopped_early(lab)
+    folder = run / "checkpoints"
+    shutil.rmtree(folder / "step-3")
+    (folder / "step-9").mkdir()
+    shutil.copytree(folder / "step-2", folder / ".tmp-step-3-0badcafe")
+    (folder / ".tmp-step-3-0badcafe" / "MANIFEST.json").unlink()
+    done = lab.forked(f"resume={run}")
+    check(done.code == 0, f"exit {done.code}: {done.last}")
+    check("resuming after step 2" in done.told, "not resumed after step 2")
+    check(same_final(run, truth), "final weights differ")
+    left = sorted(path.name for path in folder.iterdir())
+    check(left == ["step-2", "step-3"], f"left in checkpoints/: {left}")
+    return "empty step-9 and a half-made .tmp-step-3: ignored, then removed; final identical"
+
+
+# ---------------------------------------------------------------- full disks
+
+MOUNTED = """
+mount -t tmpfs -o size=$SIZE dpo-run "$DISK" || exit 99
+"$PYTHON" -m dpo_cli "$@" > "$OUT.1" 2>&1; echo $? > "$OUT.codes"
+ls "$DISK/run/checkpoints" >> "$OUT.codes"
+mount -o remount,size=64m "$DISK"
+"$PYTHON" -m dpo_cli resume="$DISK/run" > "$OUT.2" 2>&1; echo $? > "$OUT.resumed"
+cp -r "$DISK/run/final" "$OUT.final"
+"""
+
+
+def disk_full(lab: Lab) -> str:
+    """Case 10, on a tmpfs of its own in a mount namespace; root or user namespaces are needed."""
+    truth = lab.whole("long", *LONG)
+    one = sum(p.stat().st_size for p in (truth / "checkpoints" / "step-6").iterdir())
+    told = []
+    for share in (2.15, 2.5, 2.9):
+        # a tmpfs counts pages of 4 KiB; the other files of the run take some as well
+        pages = int(share * one / 4096) + 12
+        disk, out = lab.fresh("disk"), lab.folder / "disk-out"
+        disk.mkdir()
+        for stale in lab.folder.glob("disk-out*"):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        env = {"SIZE": str(pages * 4096), "DISK": str(disk), "OUT": str(out),
+               "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}  # fmt: skip
+        words = [*LONG, "train.keep_checkpoints=5", f"run_dir={disk / 'run'}"]
+        done = subprocess.run(
+            ["unshare", "--mount", "--map-root-user", "sh", "-c", MOUNTED, "sh", *words],
+            cwd=lab.folder, env={**os.environ, **env}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        check(done.returncode != 99 and out.with_suffix(".codes").exists(),
+              f"no small disk could be mounted: {done.stderr.strip()}")  # fmt: skip
+        code, *kept = out.with_suffix(".codes").read_text().split()
+        said = out.with_suffix(".1").read_text()
+        check(code == "74", f"{share} checkpoints: exit {code}: {said.strip()[-160:]}")
+        check("No space left" in said and "MB free" in said, f"told: {said.strip()[-160:]}")
+        again = out.with_suffix(".resumed").read_text().strip()
+        check(again == "0", f"resume with room: exit {again}")
+        shutil.copytree(out.with_suffix(".final"), lab.fresh("from-disk") / "final")
+        check(same_final(lab.folder / "from-disk", truth), "final weights differ")
+        told.append(f"{share}: exit 74 beside {len(kept)} whole")
+    return f"tmpfs of {'; '.join(told)}; resumed with room: 3/3, final sha256 identical"
+
+
+def disk_full_at_the_end(lab: Lab) -> str:
+    """Case 11: a finished run that publishes again, with no room at each operation in turn."""
+    count, run = len(operations(lab, "final", call=1)), lab.copy(lab.folder / "traced", "finished")
+    good, bad = final_digest(run), []
+    for at in range(count):
+        fault = Watch(full_disk(at), "final", call=1)
+        done = lab.forked(f"resume={run}", fault=fault.install)
+        if not (run / "final").is_dir() or final_digest(run) != good:
+            bad.append(f"operation {at}: final/ is not the good one (exit {done.code})")
+        elif done.code != 74 and at < count - 1:
+            bad.append(f"operation {at}: exit {done.code}: {done.last}")
+    check(not bad, f"{len(bad)} of {count}: {'; '.join(bad[:3])}")
+    left = [path.name for path in run.iterdir() if path.name.startswith(".tmp")]
+    check(not left, f"left behind: {left}")
+    return f"no space at each of {count} operations: exit 74, the old final/ intact"
+
+
+def prune_with_skewed_times(lab: Lab) -> str:
+    """Case 12."""
+    run = lab.copy(lab.whole("saves", *SAVES), "skewed")
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step-3")
+    os.utime(run / "checkpoints" / "step-2", (0, 0))
+    shutil.copytree(run / "checkpoints" / "step-2", run / "checkpoints" / "step-1")
+    os.utime(run / "checkpoints" / "step-1", (4e9, 4e9))
+    done = lab.forked(f"resume={run}")
+    check(done.code == 0, f"exit {done.code}: {done.last}")
+    check(steps_of(run) == [2, 3], f"kept {steps_of(run)} of 1, 2, 3")
+    return "step-1 dated to 2096, step-2 to 1970, keep 2: steps 2 and 3 kept"

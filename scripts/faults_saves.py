@@ -1,0 +1,152 @@
+"""Cases of kills: at random, before every operation of a save, in the middle of a file."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+from faults_crash import Operation, Watch, killer, recorder
+from faults_lab import OVER, PPO, SFT, Done, Failed, Lab, check, kill_all, same_final, steps_of
+
+SAVES = (*SFT, "train.max_steps=3", "train.save_every_steps=1", "train.eval_every_steps=1")
+WRITES = ("open", "write")
+EVERY_STEP = ("train.save_every_steps=1", "train.eval_every_steps=0")
+
+
+def loops(lab: Lab) -> dict[str, tuple[str, ...]]:
+    """The words of a run of each kind, long enough for all kills."""
+    steps, base = 8 * lab.kills, f"model.path={lab.base()}"
+    common = (*EVERY_STEP, f"train.max_steps={steps}", base)
+    return {
+        "sft": (*OVER, "stage=sft", *common),
+        "dpo": (*OVER, "stage=dpo", *common),
+        "reward": (*OVER, "stage=reward", *common),
+        "ppo-baseline": (*OVER, *PPO, *EVERY_STEP, f"train.max_steps={2 * steps}", base),
+        "lora (dpo)": (*OVER, "stage=dpo", "lora=lora", "lora.dropout=0.1", *common),
+    }
+
+
+def kill_loop(lab: Lab) -> str:
+    """Case 1: fresh processes, killed at random moments after the first save."""
+    told = []
+    for name, words in loops(lab).items():
+        slug = name.partition(" ")[0]
+        truth = lab.whole(f"loop-{slug}", *words)
+        kills, resumed = killed_until_done(lab, slug, words)
+        run = lab.folder / f"killed-{slug}"
+        check(same_final(run, truth), f"{name}: after {kills} kills the final weights differ")
+        check(kills >= lab.kills, f"{name}: ended after {kills} kills of {lab.kills}")
+        told.append(f"{name} {resumed}/{kills}")
+    return f"resumed/killed: {', '.join(told)}; final sha256 identical"
+
+
+def killed_until_done(lab: Lab, name: str, words: tuple[str, ...]) -> tuple[int, int]:
+    """Kills and resumes. A quarter of the kills come at any moment since the start, import and
+    restore included, the others within a few steps of a life's first save."""
+    dice = random.Random(f"{lab.seed} {name}")
+    run, lives, startup = lab.fresh(f"killed-{name}"), 0, 1.0
+    while lives < lab.kills:
+        start = [*words, f"run_dir={run}"] if lives == 0 else [f"resume={run}"]
+        child = lab.start(*start)
+        early = lives > 0 and dice.random() < 0.25
+        if early:
+            time.sleep(dice.uniform(0, startup))
+        else:
+            before, began = steps_of(run)[-1:], time.monotonic()
+            while steps_of(run)[-1:] == before and child.poll() is None:
+                time.sleep(0.005)
+            startup = time.monotonic() - began
+            time.sleep(dice.uniform(0, 0.25))
+        if child.poll() is not None:
+            done = lab.wait(child)
+            if done.code == 0:
+                return lives, lives
+            raise Failed(f"{name}: start {lives + 1} ended with {done.code}: {done.last}")
+        kill_all(child)
+        lab.wait(child)
+        lives += 1
+    done = lab.dpo(f"resume={run}")
+    check(done.code == 0, f"{name}: the last resume ended with {done.code}: {done.last}")
+    return lives, lives
+
+
+def operations(lab: Lab, scope: str, call: int = 2) -> list[Operation]:
+    """What a save does, in order."""
+    found, run = lab.folder / "operations.json", lab.fresh("traced")
+    found.unlink(missing_ok=True)
+    done = lab.forked(*SAVES, f"run_dir={run}", fault=Watch(recorder(found), scope, call).install)
+    check(done.code == 0, f"the traced run ended with {done.code}: {done.last}")
+    return [tuple(entry) for entry in json.loads(found.read_text())]
+
+
+def killed_at(lab: Lab, at: int, scope: str, half: bool = False) -> tuple[Path, Done, Done]:
+    """A run killed before one operation of its second save, and resumed."""
+    run = lab.fresh("cut")
+    fault = Watch(killer(at, half), scope)
+    cut = lab.forked(*SAVES, f"run_dir={run}", fault=fault.install)
+    check(cut.code == -9, f"operation {at} was never reached: exit {cut.code}")
+    check(steps_of(run), f"killed before operation {at}: no checkpoint is left")
+    return run, cut, lab.forked(f"resume={run}")
+
+
+def every_operation(lab: Lab, scope: str, half: bool = False) -> str:
+    ops = operations(lab, scope)
+    truth = lab.whole("saves", *SAVES)
+    places = [i for i in range(len(ops)) if not half or (i and ops[i - 1][0] in WRITES)]
+    bad = []
+    for at in places:
+        run, _, resumed = killed_at(lab, at, scope, half)
+        if resumed.code or not same_final(run, truth):
+            kind, path = ops[at]
+            bad.append(f"{kind} {Path(path).name}: exit {resumed.code}")
+    check(not bad, f"{len(bad)} of {len(places)} resumes wrong: {'; '.join(bad[:3])}")
+    kinds = ", ".join(f"{sum(k == kind for k, _ in ops)} {kind}" for kind in dict(ops))
+    what = "files cut in half" if half else f"operations ({kinds})"
+    return f"{len(places)} {what}: {len(places)}/{len(places)} resumed, final sha256 identical"
+
+
+def operations_of_a_save(lab: Lab) -> str:
+    """Case 2."""
+    return every_operation(lab, "save")
+
+
+def half_written(lab: Lab) -> str:
+    """Case 3."""
+    return every_operation(lab, "save", half=True)
+
+
+def trace(lab: Lab) -> str:
+    """Case 9: what is synced, and what comes last."""
+    ops = operations(lab, "save")
+    renamed = next(i for i, (kind, path) in enumerate(ops)
+                   if kind == "rename" and path.endswith("step-2"))  # fmt: skip
+    folder = lab.folder / "traced" / "checkpoints"
+    files = {path.name for path in (folder / "step-2").iterdir()}
+    synced = [Path(path) for kind, path in ops[:renamed] if kind == "fsync"]
+    names = {path.name for path in synced}
+    check(files <= names, f"not synced before the rename: {sorted(files - names)}")
+    check(synced[-1].name.startswith(".tmp-step-2"), f"synced last: {synced[-1].name}")
+    written = [path for kind, path in ops[renamed:] if kind in WRITES]
+    late = [path for path in written if "/checkpoints/" in path]
+    check(not late, f"written after the rename: {late}")
+    after = ops[renamed + 1]
+    check(after == ("fsync", str(folder)), f"after the rename comes {after}")
+    return f"{len(files)} files and their folder synced, then the rename, then the parent synced"
+
+
+def killed_in_a_prune(lab: Lab) -> str:
+    """Case 13."""
+    ops = operations(lab, "prune", call=3)
+    truth, bad = lab.whole("saves", *SAVES), []
+    for at in range(len(ops)):
+        run = lab.fresh("cut")
+        fault = Watch(killer(at), "prune", call=3)
+        cut = lab.forked(*SAVES, f"run_dir={run}", fault=fault.install)
+        resumed = lab.forked(f"resume={run}")
+        from_newest = "resuming after step 3" in resumed.told
+        if cut.code != -9 or resumed.code or not from_newest or not same_final(run, truth):
+            bad.append(f"{ops[at][0]} {Path(ops[at][1]).name}: exit {resumed.code}")
+    check(not bad and ops, f"{len(bad)} of {len(ops)}: {'; '.join(bad[:3])}")
+    return f"killed before each of {len(ops)} operations: the newest checkpoint was used each time"
