@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dpo_cli import elastic
-from dpo_cli.errors import ConfigError, UserError
+from dpo_cli.errors import ConfigError, PeerLost, UserError
 from dpo_cli.paths import conf_dir
 from dpo_cli.usage import quick_answer
 
@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def fail_together(error: UserError) -> int:
     """Of many ranks that end for one reason, the launcher speaks; alone, the first one does."""
+    if isinstance(error, PeerLost):
+        return error.exit_code
     elastic.record(error)
     if elastic.rank() == 0:
         if not elastic.launched_by_us():
@@ -72,7 +74,10 @@ def dispatch(words: list[str]) -> int:
     from dpo_cli.overrides import composed, quiet_hydra
 
     quiet_hydra()
+    if elastic.rank() is not None:
+        elastic.end_with_the_launcher()
     if elastic.rank():
+        _let_segments_grow()
         return _follow(words)
     if any(word.startswith("recipe=") for word in words):
         from dpo_cli.recipe import run_recipe

@@ -7,29 +7,35 @@ run folder, and tells the others: what each composed for itself could differ.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import HardwareConfig, RunConfig
-from dpo_cli.errors import ConfigError, Preempted, UserError
+from dpo_cli.errors import ConfigError, PeerLost, Preempted, UserError
 
 PARALLEL = ("sft", "dpo", "reward", "ppo-baseline", "sample", "label", "evaluate")  # stages
 CONFIG = "dpo_run_config"  # the key under which the first rank leaves the configuration
 COMPOSE_SECONDS = 300.0
 SAVE_SECONDS = 600  # from a signal to the end: a step and a checkpoint
+GOES_ON = "; where checkpoints were saved, resume=<run folder> goes on"
+FOLLOWED = (PeerLost.exit_code, -signal.SIGTERM)  # how ranks end because another one did
 LAUNCHED = "DPO_RUN_LAUNCHED"
+OWN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK")  # of the environment: each rank's own
+PR_SET_PDEATHSIG = 1  # sys/prctl.h
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where the launcher looks for a rank's last words
 
 
@@ -69,13 +75,15 @@ def launch(config: RunConfig, words: Sequence[str]) -> int:
     """
     hardware = config.hardware
     share_cores(hardware)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in a line
     os.environ[LAUNCHED] = "1"
     while (error := _once(hardware, words)) is not None:
         if error.run_dir is None or hardware.nodes > 1:
             raise error
         print(error, file=sys.stderr)
-        words = [f"resume={error.run_dir}"]
+        # What was added to a resumed run counts on; a first command is in the run's folder.
+        added = [word for word in words if not word.startswith("resume=")] \
+            if any(word.startswith("resume=") for word in words) else []  # fmt: skip
+        words = [f"resume={error.run_dir}", *added]
     return 0
 
 
@@ -85,6 +93,8 @@ def _once(hardware: HardwareConfig, words: Sequence[str]) -> Failed | None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    _hush()
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVE_SECONDS)  # its own 30 s are no save
     with tempfile.TemporaryDirectory(prefix="dpo-run-ranks-") as logs:
         settings = LaunchConfig(
             min_nodes=hardware.nodes, max_nodes=hardware.nodes,
@@ -96,18 +106,31 @@ def _once(hardware: HardwareConfig, words: Sequence[str]) -> Failed | None:
         try:
             elastic_launch(settings, sys.executable)(*worker(), *words)
         except ChildFailedError as error:
-            number, first = error.get_first_failure()
-            code = 128 - first.exitcode if first.exitcode < 0 else first.exitcode
-            told = f"rank {number} ended with exit code {first.exitcode}"
-            if first.exitcode < 0:
-                told = f"rank {number} was killed by {first.signal_name()}"
+            return last_words(Path(logs)) or _failure(error.failures)
         except SignalException as error:
-            code, told = 128 + error.sigval, f"stopped by {error.sigval.name}"
-        else:
-            return None
-        return last_words(Path(logs)) or Failed(
-            f"{told}; where checkpoints were saved, resume=<run folder> goes on", code
-        )
+            said = last_words(Path(logs))
+            if said is not None and said.run_dir is None:
+                return said
+            return Failed(f"stopped by {error.sigval.name}{GOES_ON}", 128 + error.sigval)
+        return None
+
+
+def _hush() -> None:
+    """Silence torch's launcher, which has a logger a module: we say what happened in a line."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _failure(failures: Mapping[int, Any]) -> Failed:
+    """Of ranks that left no word: not one of those that only lost another."""
+    number, first = min(
+        failures.items(), key=lambda item: (item[1].exitcode in FOLLOWED, item[1].timestamp)
+    )
+    if first.exitcode < 0:
+        told = f"rank {number} was killed by {first.signal_name()}"
+        return Failed(f"{told}{GOES_ON}", 128 - first.exitcode)
+    return Failed(f"rank {number} ended with exit code {first.exitcode}{GOES_ON}", first.exitcode)
 
 
 class Failed(UserError):
@@ -143,10 +166,18 @@ def share_cores(hardware: HardwareConfig) -> None:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (cores or 1) // hardware.devices))
 
 
+def end_with_the_launcher() -> None:
+    """Linux tells this rank when the launcher dies, however; else it would train on alone."""
+    if launched_by_us() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def lead(config: RunConfig | None, code: int = 0) -> None:
-    """The first rank's part: tell the others the configuration, or an exit code without one."""
+    """The first rank's part: tell the others configuration and environment, or an exit code
+    without one."""
     store = _store()
-    store.set(CONFIG, pickle.dumps((config, code)))
+    environment = {k: v for k, v in os.environ.items() if k not in OWN}
+    store.set(CONFIG, pickle.dumps((config, code, environment)))
     if config is not None:
         _join(store, config)
 
@@ -155,7 +186,8 @@ def follow() -> tuple[RunConfig | None, int]:
     """Another rank's part: the configuration, or the exit code with which all of them end."""
     store = _store()
     store.wait([CONFIG], timedelta(seconds=COMPOSE_SECONDS))
-    config, code = pickle.loads(store.get(CONFIG))  # from our own first rank
+    config, code, environment = pickle.loads(store.get(CONFIG))  # from our own first rank
+    os.environ.update({k: v for k, v in environment.items() if k not in os.environ})
     if config is not None:
         _join(store, config)
     return config, code
@@ -200,8 +232,9 @@ def together(config: RunConfig) -> Iterator[None]:
     """Around a rank's work: HangError where others do not answer. Then all leave together."""
     import torch.distributed as dist
 
-    from dpo_cli import hangs
+    from dpo_cli import hangs, ranks
 
+    ranks.start_patient_group()
     peers = hangs.meet(config.hardware.timeout_seconds)
     with hangs.explained(peers):
         yield

@@ -60,6 +60,12 @@ class HangError(UserError):
     exit_code = 75  # start again to go on
 
 
+class PeerLost(UserError):
+    """A rank without the others, one of which ended: that one's error is the one to tell."""
+
+    exit_code = 76
+
+
 class DiskError(UserError):
     """A write failed: disk full, permission, I/O error."""
 

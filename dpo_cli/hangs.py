@@ -16,9 +16,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dpo_cli.errors import HangError
+from dpo_cli.errors import HangError, PeerLost
 
 SIGNS = ("Timed out waiting", "timed out", "Timeout(ms)=", "wait timeout")  # of Gloo, store, NCCL
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process")
 TELLING_SECONDS = 2.0  # for stacks to be written
 
 
@@ -46,10 +47,13 @@ def meet(seconds: int) -> Peers:
 
 @contextmanager
 def explained(peers: Peers) -> Iterator[None]:
-    """HangError where a rank waited for the others for too long, and the end of the others."""
+    """HangError where a rank waited for the others for too long, and the end of the others;
+    PeerLost where one of them has ended."""
     try:
         yield
     except RuntimeError as error:
+        if any(sign in str(error) for sign in LOST):
+            raise PeerLost(f"rank {peers.rank}: another rank has ended") from error
         if not timed_out(error):
             raise
         print(f"rank {peers.rank} waited here:", file=sys.stderr)

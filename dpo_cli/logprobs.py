@@ -216,8 +216,8 @@ class _Gradients:
 
     def _accumulate(self, index: int, part: Tensor) -> None:
         total = self.sums[index]
-        if total is None:
-            self.sums[index] = part.to(cast(Tensor, self.leaves[index]).dtype)
+        if total is None:  # a leaf in bf16, as FSDP gathers it, would lose digits chunk by chunk
+            self.sums[index] = part.to(promoted(cast(Tensor, self.leaves[index]).dtype))
         else:
             total += part
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,21 @@ from dpo_cli.errors import UserError
 
 Item = TypeVar("Item")
 T = TypeVar("T")
+
+
+PATIENCE = timedelta(hours=4)
+
+
+class _Patient:
+    """Where ranks wait for what the first one does alone: gathering and hashing a large model, or
+    asking a judge, may take longer than any exchange in a step."""
+
+    group: dist.ProcessGroup | None = None  # None: the one of all exchanges
+
+
+def start_patient_group() -> None:
+    """Every rank calls it once."""
+    _Patient.group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class Ranks:
                 answer[0] = make()
             except UserError as error:
                 answer[1] = error
-        dist.broadcast_object_list(answer)
+        dist.broadcast_object_list(answer, group=_Patient.group)
         if answer[1] is not None:
             raise answer[1]
         made: T = answer[0]
@@ -84,7 +100,7 @@ class Ranks:
     def wait(self) -> None:
         """Until every rank is here."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=_Patient.group)
 
 
 ALONE = Ranks()

@@ -55,8 +55,9 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """
     device = torch.device(mesh.device_type, torch.cuda.current_device()) \
         if mesh.device_type == "cuda" else torch.device("cpu")  # fmt: skip
-    model.to(device)  # type: ignore[arg-type]
     ignored = {p for p in model.parameters() if not p.is_floating_point()}
+    for weight in ignored:  # the others are moved by FSDP, block by block
+        weight.data = weight.data.to(device)
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -46,7 +46,8 @@ def measure(job: Job) -> dict[str, Any]:
         "estimated_mb": compared(found, job.device) / 2**20,
         "moment": found.moment,
         "parts_mb": {name: size / 2**20 for name, size in found.parts.items()},
-        "peak_memory_mb": peak_memory_mb(job.device) - before,
+        # A tiny run may fit into what importing has freed: not less than can be told apart.
+        "peak_memory_mb": max(1.0, peak_memory_mb(job.device) - before),
         "device_name": torch.cuda.get_device_name() if job.device == "cuda" else None,
         "seconds": 1.0,  # nothing is timed
         "others_cpu": 0.0,

@@ -107,6 +107,40 @@ def test_torchrun_evaluates_as_one_process_does(tmp_path: Path) -> None:
     assert len(samples[0].splitlines()) == 18
 
 
+def test_a_killed_rank_is_told_in_a_line_and_a_killed_launcher_takes_its_ranks(
+    tmp_path: Path,
+) -> None:
+    for victim in ("rank", "launcher"):
+        folder = tmp_path / victim
+        words = (*SFT, "hardware.devices=2", "train.max_steps=4000", "train.eval_every_steps=0",
+                 f"run_dir={folder}")  # fmt: skip
+        started = subprocess.Popen(
+            [*DPO_RUN, *words], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 60
+        while not (folder / "metrics.jsonl").exists() or len(metrics(folder)) < 4:
+            assert started.poll() is None, started.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        ranks = subprocess.run(
+            ["pgrep", "-P", str(started.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        assert len(ranks) == 2
+        os.kill(int(ranks[1]) if victim == "rank" else started.pid, signal.SIGKILL)
+        if victim == "rank":
+            told = started.communicate(timeout=60)[1]
+            assert started.returncode == 128 + 9
+            (line,) = errors(told)
+            assert "was killed by SIGKILL; where checkpoints were saved" in line
+            assert "Traceback" not in told
+        else:
+            started.wait()
+        while any(Path(f"/proc/{rank}").exists() for rank in ranks):
+            assert time.monotonic() < deadline + 60
+            time.sleep(0.1)
+    assert len(list((tmp_path / "launcher" / "checkpoints").iterdir())) == 1  # saved, as told
+
+
 def test_torchrun_starts_one_run_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two = run([*TORCHRUN, "-m", "dpo_cli"], "recipe=quickstart", cwd=tmp_path)
     assert two.returncode == 1  # torchrun's own

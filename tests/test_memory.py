@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, OutOfMemory
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 from dpo_cli.stages import dpo, ppo_baseline, reference, reward, rollout, sft
@@ -158,17 +158,46 @@ def test_one_example_that_is_too_large_is_an_error(tmp_path, monkeypatch):
     assert "\n" not in told
 
 
-def test_ranks_that_wait_for_each_other_get_the_error_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(TokenBudget, "fixed", True)
+def among_ranks(monkeypatch):
+    """Budgets as those of ranks, which wait for each other and cannot do a step again."""
+    real = TokenBudget.__init__
     monkeypatch.setattr(
-        TokenBudget,
-        "__init__",
-        lambda self, asked, fixed: vars(self).update(asked=asked, tokens=asked),
+        TokenBudget, "__init__", lambda self, asked, fixed: real(self, asked, fixed=True)
     )
-    Machine(most=100).install(monkeypatch, "sft")
-    with pytest.raises(ConfigError, match=r"^CUDA out of memory") as error:
+
+
+def test_ranks_leave_half_the_budget_for_the_next_start(tmp_path, monkeypatch):
+    among_ranks(monkeypatch)
+    machine = Machine(most=100)
+    machine.install(monkeypatch, "sft")
+    start = (*words("sft"), "data.eval_rows=0", "train.micro_batch_tokens=190")
+    with pytest.raises(OutOfMemory, match="190 tokens at once: from now on at most 95") as error:
+        train(tmp_path / "r", *start)
+    assert error.value.run_dir == str(tmp_path / "r")
+    train(tmp_path / "r", *start, "resume=true")
+    assert max(machine.tried[-3:]) <= 95
+    assert metrics(tmp_path / "r")[-1]["step"] == 6
+
+
+def test_ranks_remember_a_budget_that_attention_limits(monkeypatch):
+    """The limit is known once the model is loaded, after the file was read."""
+    budget = TokenBudget(4096, fixed=True)
+    budget.restore({"asked": 2048, "tokens": 1024})
+    assert budget.tokens == 4096
+    budget.limit(2048)
+    assert (budget.asked, budget.tokens) == (2048, 1024)
+
+
+def test_ranks_do_not_start_again_for_what_smaller_rows_cannot_mend(tmp_path, monkeypatch):
+    among_ranks(monkeypatch)
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(loop, "build_optimizer", full)
+    with pytest.raises(ConfigError, match=r"Lower train\.micro_batch_tokens"):
         train(tmp_path / "r", *words("sft"), "data.eval_rows=0")
-    assert isinstance(error.value.__cause__, torch.OutOfMemoryError)
+    assert not (tmp_path / "r" / "micro_batch_tokens.json").exists()
 
 
 def test_memory_that_runs_out_elsewhere_is_explained(tmp_path, monkeypatch):

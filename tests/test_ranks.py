@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
+from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.packing import deal, pack_share
 from dpo_cli.ranks import Ranks
 from dpo_cli.records import EncodedExample
+from dpo_cli.train import loop, sharded
+from dpo_cli.train.memory import TokenBudget
 from small_adapters import write_base
 from small_runs import metrics, train
 
@@ -193,6 +198,33 @@ def test_checkpoints_hold_shards_and_nothing_pickled(two: Path) -> None:
     assert all(name.endswith((".safetensors", ".json")) for name in names)
     sizes = [(step / name).stat().st_size for name in names if name.startswith("shards/")]
     assert max(sizes) < 1.2 * min(sizes)
+
+
+def test_a_disk_error_of_any_rank_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch.distributed.checkpoint gathers them."""
+    cause = (OSError(27, "File too large"), None)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise CheckpointException("save", {1: cause})  # type: ignore[dict-item]
+
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setattr(sharded.dcp, "save", full)
+    with pytest.raises(DiskError) as error:
+        sharded.write(tmp_path, model, torch.optim.AdamW(model.parameters()))
+    assert "rank 1 cannot write its shard: [Errno 27] File too large" in str(error.value)
+
+
+def test_ranks_that_would_part_are_stopped() -> None:
+    class Apart(Ranks):
+        def gather(self, value: Any) -> Any:
+            return [value, {**value, "rows": "others"}]
+
+    task = SimpleNamespace(identity={"rows": "mine"}, steps=3, budget=TokenBudget(8))
+    with pytest.raises(ConfigError, match="rank 1 has another rows than rank 0"):
+        loop.agree(Apart(0, 2), task)  # type: ignore[arg-type]
+    loop.agree(Ranks(), task)  # type: ignore[arg-type]
 
 
 def test_only_the_first_rank_writes(two: Path) -> None:

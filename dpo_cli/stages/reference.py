@@ -127,6 +127,14 @@ def reference_key(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def place_of(session: Session, key: str) -> str:
+    """Where the cache has them: half-precision weights that are gathered round more than those
+    that autocast rounds for a multiplication alone. The run is the same (`key`)."""
+    if session.ranks.size == 1 or session.runtime.precision == "fp32":
+        return key
+    return hashlib.sha256(f"{key} sharded".encode()).hexdigest()
+
+
 @torch.no_grad()
 def compute(
     session: Session, model: PreTrainedModel, examples: Sequence[EncodedExample], name: str
@@ -150,7 +158,7 @@ def cached(
     """As `compute`, read from or written to the cache folder; and the cache's key."""
     with reference.active() as model:
         key = reference_key(session, model, examples)
-        folder = Path(session.config.cache_dir) / "reference" / key[:32]
+        folder = Path(session.config.cache_dir) / "reference" / place_of(session, key)[:32]
         found = session.ranks.from_first(lambda: read(folder))
         if found is not None:
             session.note(f"{name}: read from cache {key[:12]}")

@@ -62,10 +62,15 @@ def over_rows(
     The ranks share the work: what is computed is sent to all of them, its tensors on the CPU.
     """
 
+    left = len(examples)
+
     def computed(row: Batch) -> T:
+        nonlocal left
         with session.runtime.autocast():
             made = compute(row.to(session.runtime.device))
-        tick(len(row.example_ids) * session.ranks.size)
+        done = min(left, len(row.example_ids) * session.ranks.size)  # the others have as many
+        left -= done
+        tick(done)
         return made
 
     rows = pack_sorted(examples, session.token_budget, keep_last)

@@ -175,8 +175,9 @@ def gathered_weights(model: PreTrainedModel, ranks: Ranks) -> dict[str, torch.Te
         for name, value in model.named_parameters(remove_duplicate=False)
         if once[id(value)] != name
     }
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
     for name, value in model.state_dict().items():
-        if name in tied:
+        if name in tied or (hasattr(model, "save_adapter") and name not in trained):
             continue
         full = whole(value.detach())
         if ranks.first:

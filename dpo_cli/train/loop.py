@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from dpo_cli.config import BEST_METRICS, RunConfig
 from dpo_cli.durable import recover, write_json
 from dpo_cli.errors import ConfigError, NonFiniteError, Preempted
+from dpo_cli.ranks import Ranks
 from dpo_cli.records import Batch
 from dpo_cli.shard import settle
 from dpo_cli.train import checkpoint
@@ -96,15 +97,28 @@ def fit(
         checkpoint.restore(snapshot, task.model, optimizer, task.heads)
         run.step, run.best = snapshot.step, snapshot.state["best"]
         task.budget.restore(snapshot.state.get("micro_batch_tokens"))
+    agree(ranks, task)
     on_policy = task.before_step is not None  # nothing to make ahead of time
     ahead = fed(task.batches, task.steps, runtime.device, task.budget)
     made = nullcontext(task.batches) if on_policy else ahead
-    with StopRequest().watching() as stop, made as run.batches:
+    with StopRequest(ranks.size == 1).watching() as stop, made as run.batches:
         if run.step == 0:
             _evaluate(run)
         while run.step < task.steps:
             _after_step(run, _train_step(run), stop)
     checkpoint.save_final(run_dir / "final", task.model, task.tokenizer, task.provenance, ranks)
+
+
+def agree(ranks: Ranks, task: TrainTask) -> None:
+    """ConfigError where ranks are about to do different things, and would wait for ever."""
+    told = ranks.gather({**task.identity, "steps": task.steps, "budget": task.budget.tokens})
+    for rank, own in enumerate(told):
+        for name, value in own.items():
+            if value != told[0][name]:
+                raise ConfigError(
+                    f"rank {rank} has another {name} than rank 0 ({value} against "
+                    f"{told[0][name]}): do all nodes read the same files and packages?"
+                )
 
 
 def _check_identity(snapshot: checkpoint.Snapshot, task: TrainTask) -> None:
@@ -128,6 +142,7 @@ def _train_step(run: Fit) -> dict[str, float]:
     started = time.perf_counter()
     lr = learning_rate(config.optim, config.optim.lr or 0.0, run.step, task.steps)
     task.model.train()
+    run.runtime.own_random_numbers(config.seed, run.step)
     sums = accumulate(task, lambda: run.batches(run.step), run.runtime, run.reporter.note)
     ranks = run.runtime.ranks
     values = sums.totals.means(ranks)
@@ -214,6 +229,7 @@ def _evaluate(run: Fit) -> bool:
         return False
     sign = 1.0 if BEST_METRICS[run.config.stage.name][name] == "lowest" else -1.0
     better = run.best is None or sign * figures[name] < sign * run.best["value"]
+    better = run.runtime.ranks.from_first(lambda: better)
     if better:
         run.best = {"step": run.step, "value": figures[name]}
     return better

@@ -37,6 +37,8 @@ class TokenBudget:
     asked: int
     fixed: bool = False
     tokens: int = field(init=False)
+    at_work: bool = field(init=False, default=False)  # a pass is running whose rows can be smaller
+    found: dict[str, int] | None = field(init=False, default=None)  # by an earlier start
 
     def __post_init__(self) -> None:
         self.tokens = self.asked
@@ -57,6 +59,7 @@ class TokenBudget:
     def limit(self, most: int) -> None:
         """What is asked for is no more than this, whatever memory there is."""
         self.asked, self.tokens = min(self.asked, most), min(self.tokens, most)
+        self.restore(self.found)
 
     def lower(self, failed: Batch | None, note: Note) -> None:
         """Halve: no row like `failed` again. ConfigError where one example alone is too large."""
@@ -76,6 +79,7 @@ class TokenBudget:
 
     def restore(self, state: dict[str, int] | None) -> None:
         """What an earlier start found, unless another budget is asked for since."""
+        self.found = state
         if state is not None and state["asked"] == self.asked:
             self.tokens = min(self.tokens, state["tokens"])
 
@@ -104,7 +108,7 @@ def smaller_next_time(budget: TokenBudget, run_dir: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (budget.fixed and ran_out(error)):
+        if not (budget.fixed and budget.at_work and ran_out(error)):
             raise
         tokens = budget.tokens
         if tokens == 1:
@@ -154,8 +158,11 @@ def within(budget: TokenBudget, device: torch.device, note: Note, work: Callable
     """`work()`, a pass that packs its rows by the budget and changes nothing; begun again in
     smaller rows where memory runs out. Such passes start with their longest rows."""
     while True:
+        budget.at_work = True
         try:
-            return work()
+            made = work()
+            budget.at_work = False
+            return made
         except RuntimeError as error:
             if not budget.mends(error):
                 raise

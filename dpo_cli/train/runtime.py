@@ -40,6 +40,13 @@ class Runtime:
     def micro_batch_tokens(self, configured: int | None) -> int:
         return configured or MICRO_BATCH_TOKENS[self.device.type]
 
+    def own_random_numbers(self, seed: int, step: int) -> None:
+        """Among several ranks, draws of dropout that are this rank's and this step's: no state
+        of theirs must be saved, and a step done by another number of ranks draws anew."""
+        if self.ranks.size > 1:
+            words = np.random.SeedSequence([seed, step, self.ranks.rank]).generate_state(1)
+            torch.manual_seed(int(words[0]))
+
     def peak_memory_mb(self) -> float:
         """High-water mark of the run (on CUDA since memory last ran out), the room it needs: of
         the device's allocator on CUDA, of resident memory on the CPU, where a step has none of

@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+
+from dpo_cli.errors import DiskError
 
 SHARDS = "shards"
 OF = "//"  # between a weight's name and a key of its optimiser state
@@ -30,10 +33,19 @@ def is_sharded(folder: Path) -> bool:
 
 
 def write(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
-    """Every rank's part, to the same folder; all ranks must call it."""
+    """Every rank's part, to the same folder; all ranks must call it. Raises DiskError."""
     writer = HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
-    with _quiet():
-        dcp.save(tensors_of(model, optimizer), storage_writer=writer)
+    try:
+        with _quiet():
+            dcp.save(tensors_of(model, optimizer), storage_writer=writer)
+    except CheckpointException as error:  # of all ranks, whatever any of them ran into
+        for number, (cause, _) in error.failures.items():
+            if isinstance(cause, OSError) or "os error" in str(cause):
+                raise DiskError(
+                    f"{folder}: rank {number} cannot write its shard: {cause}: make room or "
+                    "choose another disk, then resume the run"
+                ) from error
+        raise
 
 
 def read(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:

@@ -48,6 +48,7 @@ def accumulate(
     summation.
     """
     before = RandomStates.of(runtime.device)
+    task.budget.at_work = True
     while True:
         sums, failed = StepSums(), None
         for batch in batches():
@@ -61,6 +62,7 @@ def accumulate(
             if failed is not None:
                 break
         if failed is None:
+            task.budget.at_work = False
             return sums
         for weight in task.trained.parameters():
             weight.grad = None
