@@ -43,8 +43,11 @@ def kill_loop(lab: Lab) -> str:
 
 
 def killed_until_done(lab: Lab, name: str, words: tuple[str, ...]) -> int:
-    """Kills and resumes; how many kills came before the end. A quarter of the kills come at any moment since the start, import and
-    restore included, the others within a few steps of a life's first save."""
+    """Kills and resumes; how many kills came before the end.
+
+    A quarter of them come at any moment since the start, import and restore included, the others
+    within a few steps of a life's first save.
+    """
     dice = random.Random(f"{lab.seed} {name}")
     run, lives, startup = lab.fresh(f"killed-{name}"), 0, 1.0
     while lives < lab.kills:
