@@ -33,6 +33,7 @@ from dpo_cli.train import checkpoint, loop
 from dpo_cli.train.optim import build_optimizer, take_step
 
 HEAD = "| way | median s | lowest | highest | times plain |\n|---|---|---|---|---|"
+ROUNDS, WARM_UP = 3, 2  # of the small runs, in turn; steps not counted
 RUN = (
     "model=tiny", "hardware=cpu", "data.rows=256", "data.eval_rows=0", "stage=sft",
     "train.eval_every_steps=0", "train.sample_prompts=0", "logger.progress=off",
@@ -108,30 +109,31 @@ def steps(scratch: Path, count: int) -> tuple[float, float, float]:
     does after it, and of a step where every tenth is saved."""
     from dpo_cli.cli import main as dpo_run
 
-    real_step, real_after, after = loop._train_step, loop._after_step, []
-    taken: list[float] = []
+    real_step, real_after = loop._train_step, loop._after_step
+    taken: dict[int, list[float]] = {0: [], 10: []}
+    idle: list[float] = []
 
     def train_step(run: Any) -> dict[str, float]:
         values = real_step(run)
-        taken.append(values["step_seconds"])
+        if run.step > WARM_UP:
+            taken[run.config.train.save_every_steps].append(values["step_seconds"])
         return values
 
     def after_step(run: Any, *rest: Any) -> None:
-        after.append(timed(lambda: real_after(run, *rest)))
+        seconds = timed(lambda: real_after(run, *rest))
+        if run.config.train.save_every_steps == 0 and run.step < count:
+            idle.append(seconds)
 
     loop._train_step, loop._after_step = train_step, after_step
-    medians = []
     try:
-        for every in (0, 10):
-            taken.clear()
-            saving = (f"train.save_every_steps={every}", f"run_dir={scratch / f'run-{every}'}")
-            dpo_run([*RUN, f"train.max_steps={count}", *saving])
-            medians.append(statistics.median(taken[2:]))
-            if every == 0:
-                idle = statistics.median(after[2:-1])
+        for turn in range(ROUNDS):
+            for every in taken:
+                folder = scratch / f"run-{turn}-{every}"
+                saving = (f"train.save_every_steps={every}", f"run_dir={folder}")
+                dpo_run([*RUN, f"train.max_steps={count}", *saving])
     finally:
         loop._train_step, loop._after_step = real_step, real_after
-    return medians[0], idle, medians[1]
+    return tuple(map(statistics.median, (taken[0], idle, taken[10])))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

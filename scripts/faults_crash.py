@@ -85,7 +85,7 @@ class Watch:
             self.fault(operation, self.done)
         finally:
             self.inside = True
-        self.done.append(operation)
+            self.done.append(operation)
 
 
 def _path(value: Any) -> bool:
@@ -121,10 +121,10 @@ def killer(at: int, half: bool = False) -> Fault:
 
 
 def full_disk(at: int) -> Fault:
-    """Operation `at` finds no space."""
+    """From operation `at` on, nothing can be written; renames and removals work."""
 
     def refuse(operation: Operation, earlier: list[Operation]) -> None:
-        if len(earlier) == at:
+        if len(earlier) >= at and operation[0] in ("open", "write", "mkdir", "fsync"):
             raise OSError(errno.ENOSPC, "No space left on device", operation[1])
 
     return refuse

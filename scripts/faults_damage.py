@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,9 +10,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from faults_crash import Watch, full_disk
+from faults_crash import Watch, full_disk, recorder
 from faults_lab import ROOT, SFT, Lab, check, final_digest, same_final, steps_of
-from faults_saves import SAVES, operations
+from faults_saves import SAVES
 
 LONG = (*SFT, "train.max_steps=6", "train.save_every_steps=1", "train.eval_every_steps=0")
 Harm = Callable[[Path], object]
@@ -134,20 +135,25 @@ def disk_full(lab: Lab) -> str:
 
 
 def disk_full_at_the_end(lab: Lab) -> str:
-    """Case 11: a finished run that publishes again, with no room at each operation in turn."""
-    count, run = len(operations(lab, "final", call=1)), lab.copy(lab.folder / "traced", "finished")
-    good, bad = final_digest(run), []
+    """Case 11: a finished run that publishes again, its disk full from each operation on."""
+    from dpo_cli.durable import damage
+
+    run, found = lab.copy(lab.whole("saves", *SAVES), "finished"), lab.folder / "operations.json"
+    good = final_digest(run)
+    traced = lab.forked(f"resume={run}", fault=Watch(recorder(found), "final", 1).install)
+    check(traced.code == 0, f"without a fault: exit {traced.code}: {traced.last}")
+    count, bad, codes = len(json.loads(found.read_text())), [], []
     for at in range(count):
         fault = Watch(full_disk(at), "final", call=1)
         done = lab.forked(f"resume={run}", fault=fault.install)
-        if not (run / "final").is_dir() or final_digest(run) != good:
-            bad.append(f"operation {at}: final/ is not the good one (exit {done.code})")
-        elif done.code != 74 and at < count - 1:
-            bad.append(f"operation {at}: exit {done.code}: {done.last}")
+        codes.append(done.code)
+        if not (run / "final").is_dir() or final_digest(run) != good or damage(run / "final"):
+            bad.append(f"full from operation {at}: final/ is not whole (exit {done.code})")
     check(not bad, f"{len(bad)} of {count}: {'; '.join(bad[:3])}")
-    left = [path.name for path in run.iterdir() if path.name.startswith(".tmp")]
+    check(set(codes) <= {0, 74} and codes[0] == 74, f"exit codes {sorted(set(codes))}")
+    left = [path.name for path in run.iterdir() if path.name.startswith((".tmp", ".old"))]
     check(not left, f"left behind: {left}")
-    return f"no space at each of {count} operations: exit 74, the old final/ intact"
+    return f"full from each of {count} operations on: exit 74 {codes.count(74)} times, final/ whole"
 
 
 def prune_with_skewed_times(lab: Lab) -> str:

@@ -151,9 +151,15 @@ class Lab:
         self.made["preload"] = run
 
         def list_modules() -> None:
-            import atexit
+            from dpo_cli import run
 
-            atexit.register(lambda: names.write_text(json.dumps(sorted(sys.modules))))
+            real = run.finish
+
+            def finish(*args: Any) -> Any:
+                names.write_text(json.dumps(sorted(sys.modules)))
+                return real(*args)
+
+            run.finish = finish
 
         words = [*SFT, "train.max_steps=1", f"run_dir={run}"]
         done = self._fork(words, list_modules, 300)
@@ -232,12 +238,11 @@ def _child(words: list[str], fault: Callable[[], None] | None, out: Path, cwd: P
     except BaseException:  # noqa: BLE001 - a child must not go on as its parent
         traceback.print_exc()
     finally:
-        import atexit
-
         sys.stdout.flush()
         sys.stderr.flush()
-        atexit._run_exitfuncs()
-        os._exit(code)
+        os._exit(
+            code
+        )  # what its parent registered for the end, such as removing the lab, is not due
 
 
 # ---------------------------------------------------------------- what is left of a run

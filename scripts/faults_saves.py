@@ -34,17 +34,20 @@ def kill_loop(lab: Lab) -> str:
     for name, words in loops(lab).items():
         slug = name.partition(" ")[0]
         truth = lab.whole(f"loop-{slug}", *words)
-        kills, resumed = killed_until_done(lab, slug, words)
+        kills = killed_until_done(lab, slug, words)
         run = lab.folder / f"killed-{slug}"
         check(same_final(run, truth), f"{name}: after {kills} kills the final weights differ")
         check(kills >= lab.kills, f"{name}: ended after {kills} kills of {lab.kills}")
-        told.append(f"{name} {resumed}/{kills}")
-    return f"resumed/killed: {', '.join(told)}; final sha256 identical"
+        told.append(f"{name} {kills}")
+    return f"kills, each resumed: {', '.join(told)}; final sha256 identical"
 
 
-def killed_until_done(lab: Lab, name: str, words: tuple[str, ...]) -> tuple[int, int]:
-    """Kills and resumes. A quarter of the kills come at any moment since the start, import and
-    restore included, the others within a few steps of a life's first save."""
+def killed_until_done(lab: Lab, name: str, words: tuple[str, ...]) -> int:
+    """Kills and resumes; how many kills came before the end.
+
+    A quarter of them come at any moment since the start, import and restore included, the others
+    within a few steps of a life's first save.
+    """
     dice = random.Random(f"{lab.seed} {name}")
     run, lives, startup = lab.fresh(f"killed-{name}"), 0, 1.0
     while lives < lab.kills:
@@ -62,14 +65,14 @@ def killed_until_done(lab: Lab, name: str, words: tuple[str, ...]) -> tuple[int,
         if child.poll() is not None:
             done = lab.wait(child)
             if done.code == 0:
-                return lives, lives
+                return lives
             raise Failed(f"{name}: start {lives + 1} ended with {done.code}: {done.last}")
         kill_all(child)
         lab.wait(child)
         lives += 1
     done = lab.dpo(f"resume={run}")
     check(done.code == 0, f"{name}: the last resume ended with {done.code}: {done.last}")
-    return lives, lives
+    return lives
 
 
 def operations(lab: Lab, scope: str, call: int = 2) -> list[Operation]:

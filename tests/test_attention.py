@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.model import attention, forward, grouped, probe
 from dpo_cli.model.attention import Placement, kernel_of, use
 from dpo_cli.model.grouped import Group, GroupedLayout
@@ -177,6 +177,17 @@ def test_gradients_that_are_not_numbers_are_found(monkeypatch):
     monkeypatch.setattr(probe._Trial, "_figures", spoiled)
     with pytest.raises(ConfigError, match=r"its gradients are nan% away"):
         choose_attention(build("llama"), "sdpa")
+
+
+@pytest.mark.parametrize("kernel", ["auto", "dense"])
+def test_weights_that_are_not_numbers_are_named(kernel):
+    """They are no kernel's fault, and exit code 4."""
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+        model.model.norm.weight[3] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"weight model\.layers\.1\.mlp\.up_proj\.weight is"):
+        choose_attention(model, kernel)
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])

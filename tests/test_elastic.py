@@ -51,7 +51,9 @@ def test_a_signal_stops_all_ranks_after_a_step_and_one_goes_on(tmp_path: Path) -
     (line,) = errors(told)
     stopped = int(line.split("after step ")[1].split()[0])
     assert line.startswith(f"error: stopped by SIGTERM after step {stopped} of 400, state saved")
-    assert (folder / "checkpoints" / f"step-{stopped}" / "shards").is_dir()
+    saved = folder / "checkpoints" / f"step-{stopped}"
+    assert (saved / "shards").is_dir()
+    assert json.loads((saved / "MANIFEST.json").read_text())["world_size"] == 2
 
     words = (f"resume={folder}", "hardware.devices=1", f"train.max_steps={stopped + 2}")
     refused = run(DPO_RUN, *words, cwd=tmp_path)

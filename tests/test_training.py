@@ -176,6 +176,13 @@ def test_a_signal_saves_and_resumes(sft, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_train_step", real)
     train(tmp_path / "cut", *common, "resume=true")
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    whole, cut = (
+        json.loads((tmp_path / name / "checkpoints" / "step-5" / "MANIFEST.json").read_text())
+        for name in ("whole", "cut")
+    )
+    for key in ("config_sha256", "data"):  # the folders have other names
+        assert whole[key] == cut[key]
+        assert len(whole[key]) == 64
 
 
 def test_resume_refuses_another_run(sft, tmp_path):

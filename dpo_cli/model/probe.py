@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.logprobs import logits_of
 from dpo_cli.model import attention, forward, kernels
 from dpo_cli.model.attention import MOST_TOKENS, PACKED, Placement, Seen
@@ -66,7 +66,7 @@ def choose_attention(
     What is compared are log-probabilities of tokens, unless other functions are given.
 
     choice: `auto` or a kernel. on: where the model will compute. Raises ConfigError for a
-    choice that cannot be used, and where nothing can.
+    choice that cannot be used, and where nothing can; NonFiniteError for weights that are not.
     """
     on = on or Placement()
     refuse_unavailable(choice, on)
@@ -135,6 +135,7 @@ class _Trial:
             with torch.enable_grad():
                 self.model.set_attn_implementation("eager")
                 self.truth = self._figures(self._plainly())
+                _refuse_non_finite(self.model, self.truth.values)
                 self.interface = self._packed(self.exact)
                 yield self
         finally:
@@ -191,6 +192,19 @@ class _Trial:
             EncodedExample(ids[:3], (ids[3:7], ids[7:9]), 0),
             EncodedExample(ids[9:10], (ids[10:11], ids[11:16]), 1),
         ]
+
+
+def _refuse_non_finite(model: PreTrainedModel, values: Tensor) -> None:
+    """No kernel is to blame where the plain forward is NaN. Raises NonFiniteError."""
+    if torch.isfinite(values).all():
+        return
+    bad = (name for name, weight in model.named_parameters() if not torch.isfinite(weight).all())
+    name = next(bad, None)
+    why = f"its weight {name} is not finite" if name else "it overflows in this precision"
+    raise NonFiniteError(
+        f"{type(model).__name__}: its own forward gives values that are not finite: {why}; take "
+        "other weights (model.path)"
+    )
 
 
 def _difference(found: _Figures, truth: _Figures) -> str | None:
