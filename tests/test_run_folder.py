@@ -186,6 +186,7 @@ def test_foreign_code_is_allowed_anew_at_each_start(
 
 def test_another_machine_goes_on_but_not_with_another_computation(tmp_path: Path) -> None:
     write_run_files(tmp_path, asdict(configure("hardware=cpu")), ["dpo-run"])
-    assert resume_point(configure("hardware=cuda"), tmp_path) is None  # nothing saved as yet
+    again = ("hardware=cuda", "resume=true")
+    assert resume_point(configure(*again), tmp_path) is None  # nothing saved as yet
     with pytest.raises(ConfigError, match=r": hardware\.compile: False -> True$"):
-        resume_point(configure("hardware=cuda", "hardware.compile=true"), tmp_path)
+        resume_point(configure(*again, "hardware.compile=true"), tmp_path)
