@@ -211,7 +211,7 @@ def test_a_reward_model_on_an_sft_adapter(sft, tmp_path):
     final = tmp_path / "r" / "final"
     card = (final / "README.md").read_text()
     assert "library_name: peft" in card
-    assert "from_pretrained(folder, num_labels=1)" in card
+    assert "num_labels=1" in card
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(final, num_labels=1)
     plain = AutoModelForSequenceClassification.from_pretrained(final, num_labels=1)
     tokenizer = AutoTokenizer.from_pretrained(final)
