@@ -262,8 +262,11 @@ def _unadapted(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
         if chosen != "none" and stage not in TRAINING:
             yield no_effect(key, value, f"stage={stage}, which trains nothing")
         elif chosen == "none" and name and value != getattr(LoraConfig(), name):
-            hint = ", whose weights are all trained; or use lora=qlora" * (name == "quantization")
-            yield no_effect(key, value, f"lora=none{hint}")
+            option = {"quantization": "qlora", "use_dora": "dora"}.get(name, "lora")
+            yield (
+                f"{key}={value}: has no effect with lora=none, which trains all weights; add "
+                f"lora={option}"
+            )
 
 
 def _alone(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
