@@ -27,6 +27,7 @@ from dpo_cli.stage_checks import READERS, no_effect, stage_problems, unread, val
 TRAINING = ("sft", "dpo", "reward", "ppo-baseline")
 WITHOUT_DATA = ("label", "frontier")  # stages that read the files of others
 ROWLESS = (*WITHOUT_DATA, "export")
+ONE_PROCESS = ("inspect", "frontier", "export")  # stages that compute too little for several
 ALL_LINEAR = "all-linear"
 GENERATED_IGNORES = ("hub_id", "hub_config", "revision", "path", "eval_path", "eval_split")
 SETTINGS = {"optim": OptimConfig(), "train": TrainConfig()}  # of training
@@ -38,6 +39,7 @@ OF_TRAINING = {  # keys of the hardware that stages without training do not read
     f"hardware.{name}": getattr(HARDWARE, name)
     for name in ("compile", "weights", "activation_checkpointing")
 }
+SHARING = ("hardware.devices", "hardware.nodes", "hardware.sharding")
 OPTIM_OPTIONS = {"adamw": {"betas"}, "rmsprop": {"alpha"}, "adamw8bit": {"betas"}}
 
 
@@ -59,7 +61,7 @@ def check(config: RunConfig, typed: Sequence[str] = (), coming: Sequence[Path] =
         for line in part(config)
     ]
     keys = sorted({word.lstrip("+").partition("=")[0] for word in typed})
-    parts_of_keys = (_without_effect, _unadapted, _trust)
+    parts_of_keys = (_without_effect, _unadapted, _alone, _trust)
     problems += [line for part in parts_of_keys for line in part(config, keys)]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -260,8 +262,22 @@ def _unadapted(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
         if chosen != "none" and stage not in TRAINING:
             yield no_effect(key, value, f"stage={stage}, which trains nothing")
         elif chosen == "none" and name and value != getattr(LoraConfig(), name):
-            hint = ", whose weights are all trained; or use lora=qlora" * (name == "quantization")
-            yield no_effect(key, value, f"lora=none{hint}")
+            option = {"quantization": "qlora", "use_dora": "dora"}.get(name, "lora")
+            yield (
+                f"{key}={value}: has no effect with lora=none, which trains all weights; add "
+                f"lora={option}"
+            )
+
+
+def _alone(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
+    """Keys of the hardware that a stage in one process, or without a forward, does not read."""
+    stage = f"stage={config.stage.name}"
+    for key in keys if config.stage.name in ONE_PROCESS else ():
+        value = value_at(config, key)
+        if key in SHARING and value != getattr(HARDWARE, key.partition(".")[2]):
+            yield no_effect(key, value, f"{stage}, which runs in one process")
+        elif key == "hardware.precision" and stage == "stage=export" and value != "auto":
+            yield no_effect(key, value, f"{stage}, whose dtype is stage.dtype")
 
 
 def _trust(config: RunConfig, keys: Sequence[str]) -> list[str]:

@@ -178,12 +178,18 @@ def _fit(
                 arguments[name] = _convert(value, kind)
             except Mismatch as mismatch:
                 null = " or null" if nullable else ""
-                problems.append(f"{full}={value}: expected {mismatch}{null}")
+                problems.append(f"{full}={value}: expected {mismatch}{null}{_many(full, value)}")
     missing = _required(schema) - arguments.keys()
     if missing:
         problems += [f"{prefix}{name}: missing" for name in sorted(missing - values.keys())]
         return None
     return schema(**arguments)
+
+
+def _many(key: str, value: Any) -> str:
+    """`hardware.device=2` asks for two of them."""
+    counted = key == "hardware.device" and type(value) is int
+    return f"; did you mean hardware.devices={value}?" if counted else ""
 
 
 def _required(schema: Any) -> set[str]:
@@ -193,9 +199,12 @@ def _required(schema: Any) -> set[str]:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """`value` as `kind`; numbers may come as text (from the environment, or 1e-5 in YAML)."""
+    """`value` as `kind`; numbers may come as text (from the environment, or 1e-5 in YAML), a list
+    of one text as that text."""
     if get_origin(kind) is list:
         (item,) = get_args(kind)
+        if item is str and isinstance(value, str):
+            value = [value]
         if not isinstance(value, list):
             raise Mismatch(f"a list such as [{NAMES[item]}, ...]")
         return [_convert(entry, item) for entry in value]

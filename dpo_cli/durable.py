@@ -90,8 +90,10 @@ def recover(target: Path) -> None:
 
 def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries = {}
+    entries, allowed = {}, folder.stat().st_mode & 0o666  # by the umask, as mkdir heeded it
     for path in files:
+        if (mode := path.stat().st_mode) != mode | allowed:
+            path.chmod(mode | allowed)  # safetensors' files are for their owner alone
         _sync(path)
         entries[path.relative_to(folder).as_posix()] = _entry(path)
     manifest = folder / MANIFEST

@@ -33,14 +33,22 @@ ENVIRONMENT = {  # keys that would be written to files -> where they are read
     "judge.url": "OPENAI_BASE_URL",
 }
 
+ALIASES = {  # what other tools call a key -> its name here
+    "lora.rank": "lora.r",
+    "lora.lora_r": "lora.r",
+    "lora.lora_alpha": "lora.alpha",
+    "lora.lora_dropout": "lora.dropout",
+    "lora.quantisation": "lora.quantization",
+}
+
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`; did you mean x?`, or nothing where no choice is close: the only one that begins so,
-    else the nearest."""
+    """`; did you mean x?`, or nothing where no choice is close: those that begin so, else the
+    nearest."""
     known = list(choices)
     begun = [choice for choice in known if len(word) > 2 and choice.startswith(word)]
-    close = begun if len(begun) == 1 else difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
+    close = begun or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def optional(hint: Any) -> tuple[Any, bool]:
@@ -97,6 +105,8 @@ def unknown_key(path: str, options: Mapping[str, str]) -> str:
     holders = _holders(options)
     if path in ENVIRONMENT:
         return f"{path}: unknown key; set the environment variable {ENVIRONMENT[path]}"
+    if path in ALIASES:
+        return f"{path}: unknown key; did you mean {ALIASES[path]}?"
     if path in holders:
         group = path.partition(".")[0]
         return f"{path}: not a key of {group}={options.get(group)}; it belongs to {holders[path]}"

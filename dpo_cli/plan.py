@@ -96,8 +96,7 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
     made_of = f"{source_of(config)}, {shape.parameters / 1e6:,.1f}M weights"
     rows.append(("reward model" if reward else "policy", made_of))
     if isinstance(stage, ExportConfig):
-        rows.append(("export", f"{stage.dtype}, {stage.push_to_hub or 'not on the hub'}"))
-        return [*rows, ("writes", config.run_dir)], []
+        return [*rows, export_row(stage), ("writes", config.run_dir)], []
     if config.lora.name != "none" and stage.name in TRAINING:
         trained = count_trained(config.model, tokenizer, config.lora, auto)
         rows.append(("trained", adapter_line(config, trained, shape.parameters)))
@@ -131,6 +130,11 @@ def planned_memory(
     if facts is None:
         return []
     return memory_rows(config, facts, capacity(config.hardware, facts.device))
+
+
+def export_row(stage: ExportConfig) -> Row:
+    dtype = "as the base is stored" if stage.dtype == "auto" else stage.dtype
+    return "export", f"{dtype}, {stage.push_to_hub or 'not on the hub'}"
 
 
 def rollout_rows(config: RunConfig, prompts: int) -> list[Row]:

@@ -52,7 +52,7 @@ metrics.jsonl, summary.json, checkpoints/, plots/, report.html. A used folder is
 
 Exit codes: 0 done, 2 configuration, 3 data, 4 not finite, 5 no valid checkpoint,
             6 folder in use, 74 disk, 75 stopped by a signal and saved (resume to go on),
-            130 interrupted
+            130 interrupted, else 128 + the signal that ended it
 """
 
 

@@ -59,6 +59,21 @@ def test_newest_is_found_and_is_a_hugging_face_folder(saved):
     GPT2LMHeadModel.from_pretrained(snapshot.folder)
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_files_are_readable_as_the_umask_says(tmp_path, tokenizer, umask, mode):
+    model = small_model()
+    optimizer = build_optimizer(model, OptimConfig(), 1e-3)
+    train_step(model, optimizer)
+    before = os.umask(umask)
+    try:
+        step = checkpoint.save(tmp_path, 1, model, tokenizer, optimizer, {"best": None}, {})
+        checkpoint.save_final(tmp_path / "final", model, tokenizer, {})
+    finally:
+        os.umask(before)
+    files = [*step.iterdir(), *(tmp_path / "final").iterdir()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
+
+
 FILES = ["model.safetensors", "optimizer.safetensors", "optimizer.json", "rng.safetensors",
          "state.json", "config.json", "tokenizer.json", "MANIFEST.json"]  # fmt: skip
 

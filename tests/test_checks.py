@@ -12,6 +12,7 @@ import pytest
 import dpo_cli.config as schemas
 from composing import composed, problems
 from dpo_cli import bounds
+from dpo_cli.checks import ONE_PROCESS
 from dpo_cli.compose import prepare
 from dpo_cli.config import (
     CHOICES,
@@ -136,6 +137,10 @@ def test_what_cannot_work_is_refused(overrides: str, expected: str) -> None:
             "stage=label stage.samples=. stage.by=implicit model.path=. reward_fn=length",
             "reward_fn=length: has no effect with stage.by=implicit; remove it",
         ),
+        (
+            "stage=inspect hardware.devices=2",
+            "hardware.devices=2: has no effect with stage=inspect, which runs in one process; rem",
+        ),
         ("stage=dpo stage.loss=dpo", "stage.loss=dpo: DPO's own loss is called sigmoid"),
     ],
 )
@@ -153,6 +158,8 @@ def test_typed_keys_that_nothing_reads(overrides: str, expected: str) -> None:
         "stage=dpo train.max_steps=3 optim.lr=1",
         "model.architecture.layers=2 model.lr_scale=3",
         "stage=inspect optim=rmsprop",
+        "stage=inspect hardware=gpus-8x80gb",
+        "stage=sample hardware.devices=2 hardware.precision=fp32",
     ],
 )
 def test_typed_keys_that_are_read_or_change_nothing(overrides: str) -> None:
@@ -256,8 +263,10 @@ def test_losses_read_the_options_they_are_said_to_read() -> None:
 
 
 def test_choices_are_those_of_the_code() -> None:
+    from dpo_cli.elastic import PARALLEL
     from dpo_cli.evaluation.scorers import SCORERS
     from dpo_cli.stages import STAGES
 
     assert set(STAGES) == set(STAGE_SCHEMAS)
+    assert set(ONE_PROCESS) == set(STAGES) - set(PARALLEL)
     assert set(REWARD_FN_SCHEMAS) == {*SCORERS, "classifier", "reward_model", "lexicon"}

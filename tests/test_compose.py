@@ -35,6 +35,14 @@ def test_defaults_give_a_small_run_that_needs_no_file() -> None:
         ("train.max_steps=x", "train.max_steps=x: expected a whole number or null"),
         ("train.shuffle=1", "train.shuffle=1: expected true or false"),
         ("optim.betas=0.9", "optim.betas=0.9: expected a list such as [a number, ...]"),
+        (
+            "hardware.device=2",
+            "hardware.device=2: expected text; put it in quotes; did you mean hardware.devices=2?",
+        ),
+        ("lora=lora +lora.rank=8", "lora.rank: unknown key; did you mean lora.r?"),
+        ("lora=lora +lora.lora_alpha=8", "lora.lora_alpha: unknown key; did you mean lora.alpha?"),
+        ("+lora.lora_dropout=0.1", "lora.lora_dropout: unknown key; did you mean lora.dropout?"),
+        ("+lora.quantisation=x", "lora.quantisation: unknown key; did you mean lora.quantization?"),
         ("logger.progress=false", "logger.progress=False: expected text; put it in quotes"),
         (
             "reward_fn=classifier reward_fn.label=1.5",
@@ -47,6 +55,13 @@ def test_defaults_give_a_small_run_that_needs_no_file() -> None:
 )
 def test_a_wrong_type_is_told_with_its_full_path(override: str, expected: str) -> None:
     assert problems(override.split()) == [expected]
+
+
+def test_one_text_is_a_list_of_it() -> None:
+    assert build(composed("lora=lora", "lora.target_modules=q_proj")).lora.target_modules == [
+        "q_proj"
+    ]
+    assert build(composed("stage=evaluate", "stage.policies=runs/a")).stage.policies == ["runs/a"]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """stage=export: one dense folder out of an adapter or another model, and the hub."""
 
 import json
+import shutil
 
 import peft
 import pytest
 import torch
 from huggingface_hub.errors import LocalTokenNotFoundError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from composing import problems
@@ -60,7 +61,9 @@ def test_an_adapter_is_merged_over_its_unquantised_base(base, runs, tmp_path, ki
 
 
 def test_bf16_is_the_rounded_float32(runs, tmp_path):
-    half = load_file(exported(tmp_path / "half", runs / "dora") / "model.safetensors")
+    half = load_file(
+        exported(tmp_path / "half", runs / "dora", "stage.dtype=bf16") / "model.safetensors"
+    )
     full = load_file(
         exported(tmp_path / "full", runs / "dora", "stage.dtype=fp32") / "model.safetensors"
     )
@@ -70,8 +73,41 @@ def test_bf16_is_the_rounded_float32(runs, tmp_path):
         assert torch.equal(half[name], value.to(torch.bfloat16)), name
 
 
+def stored(final):
+    return {value.dtype for value in load_file(final / "model.safetensors").values()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_is_that_of_the_base(base, runs, tmp_path, dtype):
+    own = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(base, dtype=dtype).save_pretrained(own)
+    AutoTokenizer.from_pretrained(base).save_pretrained(own)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(runs / "dora" / "final", adapter)
+    facts = json.loads((adapter / "adapter_config.json").read_text())
+    facts["base_model_name_or_path"] = str(own)
+    (adapter / "adapter_config.json").write_text(json.dumps(facts))
+    save_file({"state": torch.zeros(10**6)}, own / "optimizer.safetensors")  # of a checkpoint
+    for source in (own, adapter):
+        assert stored(exported(tmp_path / f"e-{source.name}", source)) == {dtype}
+
+
+def test_a_base_in_float32_stays_so_but_for_a_quantised_run(base, runs, tmp_path, capsys):
+    train(tmp_path / "a", "stage=export", f"model.path={runs / 'dora'}", "logger.progress=plain")
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"{runs / 'dora' / 'final'} merged into {base} in fp32" in told
+    assert "trained over" not in told
+    assert stored(tmp_path / "a" / "final") == {torch.float32}
+    train(tmp_path / "b", "stage=export", f"model.path={runs / 'qlora'}", "logger.progress=plain")
+    told = " ".join(capsys.readouterr().err.split())
+    assert "in bf16" in told
+    assert "it was trained over that base in nf4" in told
+    assert "close to what was trained, not the same" in told
+    assert stored(tmp_path / "b" / "final") == {torch.bfloat16}
+
+
 def test_of_a_dense_model_only_the_dtype_changes(base, tmp_path):
-    final = exported(tmp_path / "e", base)
+    final = exported(tmp_path / "e", base, "stage.dtype=bf16")
     before = load_file(base / "model.safetensors")
     after = load_file(final / "model.safetensors")
     assert before.keys() == after.keys()
@@ -159,7 +195,9 @@ def test_without_a_network_it_is_one_line(base, tmp_path):
     ("words", "message"),
     [
         ("stage.push_to_hub=mine", "stage.push_to_hub=mine: must be owner/name"),
-        ("stage.dtype=fp16", "stage.dtype=fp16: must be one of bf16, fp32"),
+        ("stage.dtype=fp16", "stage.dtype=fp16: must be one of auto, bf16, fp32"),
+        ("hardware.precision=bf16", "hardware.precision=bf16: has no effect with stage=export"),
+        ("hardware.devices=2", "hardware.devices=2: has no effect with stage=export"),
         ("optim.lr=1", "optim.lr=1.0: has no effect with stage=export, which trains nothing"),
         ("train.epochs=2", "train.epochs=2.0: has no effect with stage=export"),
     ],

@@ -211,7 +211,7 @@ def test_a_reward_model_on_an_sft_adapter(sft, tmp_path):
     final = tmp_path / "r" / "final"
     card = (final / "README.md").read_text()
     assert "library_name: peft" in card
-    assert "from_pretrained(folder, num_labels=1)" in card
+    assert "num_labels=1" in card
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(final, num_labels=1)
     plain = AutoModelForSequenceClassification.from_pretrained(final, num_labels=1)
     tokenizer = AutoTokenizer.from_pretrained(final)
@@ -273,8 +273,8 @@ def test_the_plan_counts_what_is_trained(base, sft, tmp_path):
         ("lora=lora model=gpt2 lora.r=0", "lora.r=0: must be at least 1"),
         ("lora=lora model=gpt2 lora.lr_scale=0", "lora.lr_scale=0.0: must be above 0"),
         ("lora=lora model=gpt2 lora.quantization=fp4", "must be one of nf4, int8"),
-        ("lora.r=8", "lora.r=8: has no effect with lora=none; remove it"),
-        ("lora.quantization=nf4", "has no effect with lora=none, whose weights are all trained"),
+        ("lora.r=8", "no effect with lora=none, which trains all weights; add lora=lora"),
+        ("lora.quantization=nf4", "with lora=none, which trains all weights; add lora=qlora"),
         ("stage=sample lora=lora", "lora=lora: has no effect with stage=sample, which trains no"),
         ("stage=export model=gpt2 lora=lora lora.r=2", "lora.r=2: has no effect with stage=export"),
     ],

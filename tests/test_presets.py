@@ -156,6 +156,7 @@ def test_a_preset_reaches_its_run_folder_and_resumes(
     [
         ("presett=none", "error: presett: unknown group or key; did you mean preset?"),
         ("preset=qwen3-8b-qlora-24g", "did you mean qwen3-8b-qlora-24gb? (available: "),
+        ("preset=qwen3-8b", "mean qwen3-8b-full-8x80gb or qwen3-8b-lora-80gb or qwen3-8b-q"),
         ("preset.lora=none", "error: preset.lora: a preset has no keys; it sets those of other "),
     ],
 )

@@ -242,7 +242,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # key -> the values it may have
     "stage.loss": tuple(LOSS_OPTIONS),
     "stage.reference_logprobs": ("cached", "live"),
     "stage.split": ("train", "eval"),
-    "stage.dtype": ("bf16", "fp32"),
+    "stage.dtype": ("auto", "bf16", "fp32"),
     "stage.labels": ("deterministic", "bradley_terry"),
     "stage.by": ("reward_fn", "implicit"),
     "stage.kl_control": ("adaptive", "fixed"),

@@ -154,7 +154,7 @@ class ExportConfig(StageConfig):
     """The model as a dense Hugging Face folder: an adapter merged, the dtype as asked."""
 
     name: str = "export"
-    dtype: str = "bf16"  # bf16 | fp32
+    dtype: str = "auto"  # auto: as the base is stored | bf16 | fp32
     push_to_hub: str | None = None  # owner/name
 
 

@@ -21,6 +21,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_s
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.config import LoraConfig
 from dpo_cli.errors import ConfigError
@@ -100,14 +101,15 @@ def put_in(
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of a second adapter, and of GPT-2's transposed layers
         torch.manual_seed(seed)
+        there = _adaptable(model)
         try:
             peft.inject_adapter_in_model(config, model, name)
         except (ValueError, TypeError) as error:
             first = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"lora.target_modules={_listed(config.target_modules)}: {first}"
+                f"lora.target_modules={_listed(config.target_modules)}: {first} ({there})"
             ) from error
-    _refuse_unmatched(model, config)
+    _refuse_unmatched(model, config, there)
     _refuse_heads(model, config)
     cast_adapter_dtype(model, name)  # quantised layers give theirs the dtype they compute in
     cast(Any, model).save_adapter = partial(save_adapter, model)  # what a checkpoint keeps
@@ -119,7 +121,18 @@ def _listed(names: Any) -> Any:
     return sorted(names) if isinstance(names, (set, list)) else names
 
 
-def _refuse_unmatched(model: PreTrainedModel, config: peft.LoraConfig) -> None:
+def _adaptable(model: PreTrainedModel) -> str:
+    """Last names of the linear layers that can be adapted, for an error."""
+    head = model.get_output_embeddings()
+    names = {
+        place.rpartition(".")[2]: None
+        for place, part in model.named_modules()
+        if isinstance(part, (torch.nn.Linear, Conv1D)) and part is not head
+    }
+    return f"its linear layers are {', '.join(list(names)[:12])}"
+
+
+def _refuse_unmatched(model: PreTrainedModel, config: peft.LoraConfig, there: str) -> None:
     """PEFT is content with one layer that has one of the names."""
     kinds = {"target_modules": BaseTunerLayer, "modules_to_save": AuxiliaryTrainingWrapper}
     for key, kind in kinds.items():
@@ -127,7 +140,9 @@ def _refuse_unmatched(model: PreTrainedModel, config: peft.LoraConfig) -> None:
         found = [f".{place}" for place, part in model.named_modules() if isinstance(part, kind)]
         for name in names if isinstance(names, (set, list)) else ():
             if not any(place.endswith(f".{name}") for place in found):
-                raise ConfigError(f"lora.{key}={_listed(names)}: no layer that fits is a {name}")
+                raise ConfigError(
+                    f"lora.{key}={_listed(names)}: no layer that fits is a {name} ({there})"
+                )
 
 
 def _refuse_heads(model: PreTrainedModel, config: peft.LoraConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,31 @@ folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 """
+# Not AutoPeftModel: it cuts an embedding with rows to spare down to the tokenizer's size.
+_ADAPTER_USAGE = """\
+{torch}from peft import PeftConfig, PeftModel
+from transformers import {auto}, AutoTokenizer{quantised}
+
+folder = "path/to/this/folder"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+adapter = PeftConfig.from_pretrained(folder)  # it names its base
+base = {auto}.from_pretrained(
+    adapter.base_model_name_or_path,
+    revision=adapter.revision,
+{options})
+model = PeftModel.from_pretrained(base, folder)
+"""
+_BITS = {  # as the base was stored in training, see model/quantise.py
+    "nf4": """\
+    quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ),
+""",
+    "int8": "    quantization_config=BitsAndBytesConfig(load_in_8bit=True),\n",
+}
 _TEXT_PROMPT = """\
 inputs = tokenizer("Your prompt", return_tensors="pt")
 """
@@ -46,10 +72,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 folder = "path/to/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder{labels})
-{padding}answers = [" One answer.", " Another."]
+model = AutoModelForSequenceClassification.from_pretrained(folder)
 """
 _PADDING = "model.config.pad_token_id = tokenizer.pad_token_id\n"
+_ANSWERS = 'answers = [" One answer.", " Another."]\n'
 _REWARD_TEXTS = """\
 texts = ["Your prompt" + answer + tokenizer.eos_token for answer in answers]
 """
@@ -90,7 +116,7 @@ def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
 
     facts (all but `stage` may be left out):
         stage: "sft", "dpo" or "reward"; name: title of the model; chat: whether prompts are chats
-        adapter: whether the folder holds an adapter, which transformers reads with PEFT installed
+        adapter: whether the folder holds an adapter, whose own files name its base
         model, data: where they came from; of each `hub_id`, `revision`, `path` and `name`,
             and of the data whatever else describes it (`fingerprint`, `train_rows`, ...)
         command: the arguments of the command line, in a list
@@ -100,12 +126,43 @@ def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
     Hub ids go into the metadata only where no local `path` was used instead. Secrets are
     taken out, and the home folder is written `~`.
     """
+    facts = _as_saved(folder, facts)
     clean = without_home(redact({**facts, "command": command_line(facts.get("command", ()))}))
     write_bytes(folder / "README.md", encode(_front_matter(clean) + _body(clean)))
 
 
+def _as_saved(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts with what the saved files know better: an adapter's base, which is not always
+    what `model` names, and the reference; learning rates without the noise of their product."""
+    config, model = facts.get("config") or {}, facts.get("model") or {}
+    reference = _read(folder / "dpo_run.json").get("reference")
+    if reference and "reference" in config.get("stage", {}):
+        config = {**config, "stage": {**config["stage"], "reference": reference}}
+    made = _read(folder / "adapter_config.json") if facts.get("adapter") else {}
+    if named := made.get("base_model_name_or_path"):
+        where = "path" if Path(named).is_absolute() else "hub_id"
+        model = {"name": model.get("name"), where: named, "revision": made.get("revision")}
+    return {**facts, "model": model, "config": _round_rates(config)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _round_rates(config: Mapping[str, Any]) -> dict[str, Any]:
+    """1e-5 for 9.999999999999999e-06."""
+    return {
+        key: _round_rates(value) if isinstance(value, Mapping)
+        else float(f"{value:g}") if key.endswith("lr") and isinstance(value, float)
+        else value
+        for key, value in config.items()
+    }  # fmt: skip
+
+
 def _front_matter(facts: Mapping[str, Any]) -> str:
     base, data = _hub_id(facts.get("model")), _hub_id(facts.get("data"))
+    if facts.get("adapter"):
+        base = base or (facts.get("model") or {}).get("path")
     fields = {
         "base_model": base,
         "datasets": [data] if data else None,
@@ -126,6 +183,9 @@ def _hub_id(source: Mapping[str, Any] | None) -> str | None:
 def _body(facts: Mapping[str, Any]) -> str:
     method = _METHODS.get(facts["stage"], facts["stage"])
     base = _origin(facts.get("model"))
+    if facts.get("adapter"):
+        path = (facts.get("model") or {}).get("path")
+        base = f"An adapter (PEFT) of {_inline(path) if path else base}"
     sections = [
         f"# {_inline(facts.get('name') or 'A model of dpo-run')}\n",
         f"{base} after {method} on {_origin(facts.get('data'))}, trained with `dpo-run`.\n",
@@ -144,14 +204,25 @@ def _body(facts: Mapping[str, Any]) -> str:
 
 def _usage(facts: Mapping[str, Any]) -> str:
     chat = bool(facts.get("chat"))
+    adapter = facts.get("adapter")
     if facts["stage"] == "reward":
-        texts = _REWARD_CHATS if chat else _REWARD_TEXTS
-        usage = _REWARD_USAGE.format(
-            labels=", num_labels=1" if facts.get("adapter") else "",
-            padding=_PADDING if facts.get("adapter") else "",
-        )
-        return usage + texts + _SCORE.format(special=not chat)
-    return _USAGE + (_CHAT_PROMPT if chat else _TEXT_PROMPT) + _GENERATE
+        loaded = _adapter_usage(facts) + _PADDING if adapter else _REWARD_USAGE
+        texts = _ANSWERS + (_REWARD_CHATS if chat else _REWARD_TEXTS)
+        return loaded + texts + _SCORE.format(special=not chat)
+    loaded = _adapter_usage(facts) if adapter else _USAGE
+    return loaded + (_CHAT_PROMPT if chat else _TEXT_PROMPT) + _GENERATE
+
+
+def _adapter_usage(facts: Mapping[str, Any]) -> str:
+    """The base as it was in training, and the adapter on it."""
+    reward, lora = facts["stage"] == "reward", (facts.get("config") or {}).get("lora") or {}
+    bits = _BITS.get(str(lora.get("quantization")), "")
+    return _ADAPTER_USAGE.format(
+        torch="import torch\n" if reward or "torch." in bits else "",
+        auto="AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM",
+        quantised=", BitsAndBytesConfig" if bits else "",
+        options="    num_labels=1,\n" * reward + bits,
+    )
 
 
 def _origin(source: Mapping[str, Any] | None) -> str:

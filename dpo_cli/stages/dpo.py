@@ -19,6 +19,7 @@ from dpo_cli.model.adapters import is_adapted
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages import reference
+from dpo_cli.stages.precision import quantised_base
 from dpo_cli.stages.reference import Reference, keep_start, load_reference
 from dpo_cli.stages.rows import (
     batches_of,
@@ -62,6 +63,7 @@ def run(session: Session) -> dict[str, Any]:
             "beta": stage.beta,
             "reference": named or session.config.model.path or session.config.model.hub_id,
             "data": loaded.splits.origin,
+            **quantised_base(session.config.lora),
         },
         identity={
             "rows": loaded.splits.fingerprint,

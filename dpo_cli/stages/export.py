@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError
+from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,12 +24,15 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.model.classifier import CLASSIFIER
 from dpo_cli.model.load import hf_config, load_tokenizer, read_pretrained
 from dpo_cli.model.reward import set_padding
+from dpo_cli.model.source import Origin, origin_of, source_of
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.files import versions
+from dpo_cli.stages.precision import QUANTIZATION
 from dpo_cli.stages.session import Session, base_provenance
 from dpo_cli.train.checkpoint import save_final
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}  # safetensors' names
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -34,14 +41,50 @@ def run(session: Session) -> dict[str, Any]:
     source, final = session.config.model, session.run_dir / "final"
     tokenizer = load_tokenizer(source)
     model = load_whole(source, tokenizer)
-    model.to(DTYPES[stage.dtype])  # type: ignore[arg-type]
-    provenance = base_provenance(source)
+    provenance, origin = base_provenance(source), origin_of(source)
+    over = provenance.get(QUANTIZATION) if origin.adapter else None
+    dtype = stage.dtype
+    if dtype == "auto":
+        dtype = "bf16" if over else stored_dtype(source)
+    model.to(DTYPES[dtype])  # type: ignore[arg-type]
+    for line in told(origin, dtype, over):
+        session.note(line)
     save_final(final, model, tokenizer, provenance)
     write_model_card(final, card_facts(session, provenance))
     if stage.push_to_hub is not None:
         push(final, stage.push_to_hub)
         session.note(f"pushed to {stage.push_to_hub}")
-    return {"weights": sum(p.numel() for p in model.parameters()), "dtype": stage.dtype}
+    return {"weights": sum(p.numel() for p in model.parameters()), "dtype": dtype}
+
+
+def told(origin: Origin, dtype: str, over: str | None) -> Iterator[str]:
+    """What the weights are, for the console. over: how the base was quantised in training."""
+    base = origin.base.path or origin.base.hub_id
+    if origin.adapter is None:
+        yield f"{base} in {dtype}"
+        return
+    yield f"{origin.adapter} merged into {base} in {dtype}"
+    if over:
+        yield (
+            f"it was trained over that base in {over}, and is merged into the unquantised one: "
+            "close to what was trained, not the same"
+        )
+
+
+def stored_dtype(config: ModelConfig) -> str:
+    """A name of DTYPES: what most numbers of the base's files are stored in."""
+    named, pinned = source_of(config)
+    folder = Path(named)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(named, local_files_only=True, **pinned))
+    numbers: Counter[str] = Counter()
+    for path in folder.glob("model*.safetensors"):  # beside them may lie an optimiser's
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                numbers[part.get_dtype()] += math.prod(part.get_shape())
+    kinds = [kind for kind, _ in numbers.most_common() if kind in STORED]
+    return STORED[kinds[0]] if kinds else "fp32"
 
 
 def load_whole(source: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:

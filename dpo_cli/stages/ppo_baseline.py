@@ -22,6 +22,7 @@ from dpo_cli.logprobs import fused_loss, sum_by_sequence
 from dpo_cli.model.forward import head_of, target_states
 from dpo_cli.ppo_math import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.stages.precision import quantised_base
 from dpo_cli.stages.reference import keep_start, load_reference, reference_path
 from dpo_cli.stages.rollout import (
     Actors,
@@ -127,6 +128,7 @@ def run(session: Session) -> dict[str, Any]:
             "target_kl": stage.target_kl if stage.kl_control == "adaptive" else None,
             "reference": named or session.config.model.path or session.config.model.hub_id,
             "data": loaded.splits.origin,
+            **quantised_base(session.config.lora),
         },
         identity={
             "rows": loaded.splits.fingerprint,

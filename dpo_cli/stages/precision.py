@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cli.config import HardwareConfig
+from dpo_cli.config import HardwareConfig, LoraConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.train.runtime import Runtime
+
+QUANTIZATION = "quantization"  # key of an adapter's provenance: how its base was stored
+
+
+def quantised_base(lora: LoraConfig) -> dict[str, str]:
+    """Provenance of an adapter trained over quantised weights, empty of others: the unquantised
+    base with that adapter is another model."""
+    kind = lora.quantization if lora.name != "none" else None
+    return {QUANTIZATION: kind} if kind else {}
 
 
 def refuse_rounding(hardware: HardwareConfig, runtime: Runtime) -> None:

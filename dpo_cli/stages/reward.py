@@ -19,6 +19,7 @@ from dpo_cli.losses import reward_loss
 from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages.normalisation import normalise
+from dpo_cli.stages.precision import quantised_base
 from dpo_cli.stages.rows import batches_of, check_lengths, over_rows, step_plan
 from dpo_cli.stages.session import Session, load_policy_and_data
 from dpo_cli.train.loop import fit
@@ -63,6 +64,7 @@ def run(session: Session) -> dict[str, Any]:
             "stage": "reward",
             "base": session.config.model.path or session.config.model.hub_id,
             "data": loaded.splits.origin,
+            **quantised_base(session.config.lora),
         },
         identity={"rows": loaded.splits.fingerprint, "margins": digest(train.margins)},
     )

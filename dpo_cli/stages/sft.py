@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dpo_cli.config import SftConfig
 from dpo_cli.model.forward import loss_and_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.stages.precision import quantised_base
 from dpo_cli.stages.rows import (
     batches_of,
     check_lengths,
@@ -44,7 +45,11 @@ def run(session: Session) -> dict[str, Any]:
         evaluate=lambda: evaluate(session, loaded, held_out, stage.reduction),
         budget=session.budget,
         on_eval=sample_writer(session, loaded),
-        provenance={"stage": "sft", "data": loaded.splits.origin},
+        provenance={
+            "stage": "sft",
+            "data": loaded.splits.origin,
+            **quantised_base(session.config.lora),
+        },
         identity={"rows": loaded.splits.fingerprint},
     )
     fit(task, session.config, session.runtime, session, session.snapshot)
