@@ -28,6 +28,7 @@ COVERED = {
         "test_training.py::test_micro_batches_do_not_change_the_step",
         "test_training.py::test_dpo_starts_at_ln_2_and_learns",
         "test_attention.py::test_loss_and_every_gradient_equal_the_plain_forward",
+        "test_attention.py::test_the_slow_ways_are_exact_as_well",
         "test_reward_model.py::test_rewards_and_every_gradient_equal_the_padded_forward",
     ),
     "32": (
