@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dpo_cli.checks import TRAINING, WITHOUT_DATA
+from dpo_cli.checks import ONE_PROCESS, TRAINING, WITHOUT_DATA
 from dpo_cli.config import (
     ClassifierRewardFn,
     DpoConfig,
@@ -45,12 +45,12 @@ from dpo_cli.model.load import (
 )
 from dpo_cli.model.probe import refuse_unavailable
 from dpo_cli.model.reward import check_kind
-from dpo_cli.model.source import origin_of
 from dpo_cli.plan_facts import SCORER_KEY, facts_of, planned_runtime, steps_of, targets
 from dpo_cli.report.console import summary_table
 from dpo_cli.stage_checks import unread, value_at
 from dpo_cli.stages.policies import find_policies
 from dpo_cli.stages.ppo_baseline import plan_rollouts, steps_of_rollout
+from dpo_cli.stages.rows import trained_line
 from dpo_cli.stages.sample import distinct_prompts
 from dpo_cli.train.runtime import Runtime
 
@@ -99,7 +99,7 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
         return [*rows, export_row(stage), ("writes", config.run_dir)], []
     if config.lora.name != "none" and stage.name in TRAINING:
         trained = count_trained(config.model, tokenizer, config.lora, auto)
-        rows.append(("trained", adapter_line(config, trained, shape.parameters)))
+        rows.append(("trained", trained_line(config, trained, shape.parameters)))
     if isinstance(stage, (DpoConfig, PpoConfig, EvaluateConfig)):
         rows.append(("reference", stage.reference or "the policy as loaded"))
     context = configured_context(config.model, tokenizer)
@@ -110,17 +110,19 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
     if isinstance(stage, PpoConfig):
         rows += rollout_rows(config, len(distinct_prompts(splits.train)))
     memory = planned_memory(config, runtime, shape, splits)
-    where = f"{runtime.device}, {runtime.precision}"
-    return [*rows, ("device", where), ("writes", config.run_dir)], memory
+    rows += [("device", device_line(config, runtime)), ("writes", config.run_dir)]
+    return rows, memory
 
 
-def adapter_line(config: RunConfig, trained: int, parameters: int) -> str:
-    """`1,179,648 weights (LoRA r 16), 124.4M frozen in nf4`."""
-    lora = config.lora
-    own = f"{'DoRA' if lora.use_dora else 'LoRA'} r {lora.r}"
-    made = "of its adapter" if origin_of(config.model).adapter else f"({own})"
-    stored = f" in {lora.quantization}" if lora.quantization else ""
-    return f"{trained:,} weights {made}, {parameters / 1e6:,.1f}M frozen{stored}"
+def device_line(config: RunConfig, runtime: Runtime) -> str:
+    """`16 devices on 2 nodes, sharded; cuda, bf16`."""
+    hardware, where = config.hardware, f"{runtime.device}, {runtime.precision}"
+    count = hardware.devices * hardware.nodes
+    if count == 1 or config.stage.name in ONE_PROCESS:
+        return where
+    nodes = f" on {hardware.nodes} nodes" * (hardware.nodes > 1)
+    copies = " within a node, copied across nodes" * (hardware.sharding == "hybrid")
+    return f"{count} devices{nodes}, sharded{copies}; {where}"
 
 
 def planned_memory(

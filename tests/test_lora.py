@@ -320,6 +320,17 @@ def test_a_base_on_the_hub_is_asked_there(adapter, tmp_path):
         loaded(folder)
 
 
+def test_a_base_without_an_owner_is_on_the_hub(adapter, tmp_path):
+    folder = edited(adapter, tmp_path / "a", base_model_name_or_path="gpt2", revision="x")
+    origin = origin_of(ModelConfig(path=str(folder)))
+    assert (origin.base.hub_id, origin.base.revision, origin.base.path) == ("gpt2", "x", None)
+    for gone in ("./base", "../a/b", "models/a/base", "/base"):
+        folder = edited(adapter, tmp_path / "b", base_model_name_or_path=gone)
+        with pytest.raises(ConfigError, match="which are gone: put them back"):
+            origin_of(ModelConfig(path=str(folder)))
+        shutil.rmtree(folder)
+
+
 def test_an_adapter_of_an_adapter(adapter, tmp_path):
     folder = edited(adapter, tmp_path / "a", base_model_name_or_path=str(adapter))
     with pytest.raises(ConfigError, match="is an adapter of an adapter"):

@@ -243,7 +243,7 @@ def hf_config(
     if config.path is None and config.architecture is not None:
         return gpt2_config(config, tokenizer)
     source, options = source_of(config, key)
-    check_safetensors(source, key)
+    check_safetensors(source, key, needed=False)
     with loading(source, key):
         found = cast(PretrainedConfig, AutoConfig.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, **options

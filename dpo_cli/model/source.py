@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,9 @@ from dpo_cli.errors import ConfigError
 HUB_TIMEOUT_SECONDS = 5.0
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, in place of a config.json
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+SHARDS = "shards"  # in checkpoints of many ranks, see train/sharded.py
+PICKLED = ("pytorch_model*.bin", "model*.pt", "*.pth")
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # the oldest have no owner: gpt2
 
 
 def model_folder(path: str, key: str = "model.path") -> Path:
@@ -31,6 +35,11 @@ def model_folder(path: str, key: str = "model.path") -> Path:
         if any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             return folder
     folder = Path(path)
+    if (folder / SHARDS).is_dir():
+        raise ConfigError(
+            f"{key}={path}: is a checkpoint of several devices, which only resume=<run folder> "
+            "reads; give the run's final/"
+        )
     unfinished = (
         " (this run has checkpoints but no final/: resume it)" * (folder / "checkpoints").is_dir()
     )
@@ -82,7 +91,7 @@ def origin_of(config: ModelConfig, key: str = "model.path") -> Origin:
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ConfigError(f"{where}: is an adapter without {ADAPTER_WEIGHTS}; nothing else is read")
     local = Path(named)
-    if not local.is_dir() and (local.is_absolute() or named.count("/") != 1):
+    if not local.is_dir() and not HUB_ID.fullmatch(named):
         raise ConfigError(
             f"{where}: is an adapter of the weights in {named}, which are gone: put them back, or "
             f"write their new folder as base_model_name_or_path in {folder / ADAPTER_CONFIG}"
@@ -141,13 +150,21 @@ def hub_commit(hub_id: str, revision: str | None) -> str | None:
         return None
 
 
-def check_safetensors(source: str, key: str) -> None:
-    """Pickled weights can run code when they are read, so they are not."""
+def check_safetensors(source: str, key: str, needed: bool = True) -> None:
+    """Pickled weights can run code when they are read, so they are not. needed: whether a folder
+    without any weights will not do; a plan takes its configuration alone."""
     folder = Path(source)
-    if folder.is_dir() and not list(folder.glob("*.safetensors")):
+    if not folder.is_dir() or list(folder.glob("*.safetensors")):
+        return
+    if any(list(folder.glob(names)) for names in PICKLED):
         raise ConfigError(
             f"{key}={source}: no .safetensors weights; pickled weights (.bin, .pt) are not read: "
             "convert them with save_pretrained(..., safe_serialization=True)"
+        )
+    if needed:
+        raise ConfigError(
+            f"{key}={source}: has a config.json but no .safetensors weights; download them, too "
+            "(without weights there is dry_run=true)"
         )
 
 

@@ -23,6 +23,7 @@ from dpo_cli.stages.precision import quantised_base
 from dpo_cli.stages.reference import Reference, keep_start, load_reference
 from dpo_cli.stages.rows import (
     batches_of,
+    begin_training,
     check_lengths,
     distinct_responses,
     mean_figures,
@@ -45,7 +46,7 @@ def run(session: Session) -> dict[str, Any]:
     named = reference.reference_path(session.config, loaded)
     reference_of = references(session, loaded, named)
     plan = step_plan(session, len(train))
-    session.begin(plan.steps)
+    begin_training(session, loaded.model, plan.steps)
     task = TrainTask(
         model=loaded.model,
         tokenizer=loaded.tokenizer,

@@ -37,7 +37,7 @@ from dpo_cli.stages.rollout import (
     values_of,
     with_samples,
 )
-from dpo_cli.stages.rows import packed_rows
+from dpo_cli.stages.rows import begin_training, packed_rows
 from dpo_cli.stages.sample import distinct_prompts, source_prompts
 from dpo_cli.stages.sampling import sample_writer
 from dpo_cli.stages.scoring import load_scorer, scorer_digest
@@ -111,7 +111,7 @@ def run(session: Session) -> dict[str, Any]:
     )  # fmt: skip
     steps = ppo.plan.steps * ppo.steps_per_rollout
     prepare_state(session, ppo)
-    session.begin(steps)
+    begin_training(session, loaded.model, steps)
     task = TrainTask(
         model=loaded.model,
         tokenizer=loaded.tokenizer,

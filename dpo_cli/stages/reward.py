@@ -20,7 +20,7 @@ from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages.normalisation import normalise
 from dpo_cli.stages.precision import quantised_base
-from dpo_cli.stages.rows import batches_of, check_lengths, over_rows, step_plan
+from dpo_cli.stages.rows import batches_of, begin_training, check_lengths, over_rows, step_plan
 from dpo_cli.stages.session import Session, load_policy_and_data
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import Totals, TrainTask
@@ -48,7 +48,7 @@ def run(session: Session) -> dict[str, Any]:
         for rows in (loaded.splits.train, loaded.splits.eval)
     )
     plan = step_plan(session, len(train.examples))
-    session.begin(plan.steps)
+    begin_training(session, loaded.model, plan.steps)
     task = TrainTask(
         model=loaded.model,
         tokenizer=loaded.tokenizer,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.config import RunConfig
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import DataError
 from dpo_cli.model.attention import prepare
+from dpo_cli.model.source import origin_of
 from dpo_cli.packing import pack_all, pack_share, pack_sorted
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages.session import Session
@@ -25,6 +31,32 @@ def step_plan(session: Session, rows: int) -> StepPlan:
     if left := plan.left_out(train.epochs):
         session.note(f"{plan.steps:,} steps of {plan.batch_size}{left}")
     return plan
+
+
+def begin_training(session: Session, model: PreTrainedModel, steps: int) -> None:
+    """Start the clock of the loop, with a line on what is trained, and on how many devices."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(_numbers(p) for p in model.parameters() if not p.requires_grad)
+    devices = f"; {session.ranks.size} devices" * (session.ranks.size > 1)
+    session.note(f"trained: {trained_line(session.config, trained, frozen)}{devices}")
+    session.begin(steps)
+
+
+def trained_line(config: RunConfig, trained: int, frozen: int) -> str:
+    """`1,179,648 weights (LoRA r 16), 124.4M frozen in nf4`; of full training the number alone."""
+    lora = config.lora
+    if lora.name == "none":
+        return f"{trained:,} weights"
+    own = f"{'DoRA' if lora.use_dora else 'LoRA'} r {lora.r}"
+    made = "of its adapter" if origin_of(config.model).adapter else f"({own})"
+    stored = f" in {lora.quantization}" if lora.quantization else ""
+    return f"{trained:,} weights {made}, {frozen / 1e6:,.1f}M frozen{stored}"
+
+
+def _numbers(weight: Tensor) -> int:
+    """Of a weight in 4 bits, two of which share an entry, those it stands for."""
+    packed = getattr(weight, "quant_state", None)
+    return weight.numel() if packed is None else math.prod(packed.shape)
 
 
 def batches_of(

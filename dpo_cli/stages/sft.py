@@ -15,6 +15,7 @@ from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages.precision import quantised_base
 from dpo_cli.stages.rows import (
     batches_of,
+    begin_training,
     check_lengths,
     distinct_responses,
     keep_responses,
@@ -35,7 +36,7 @@ def run(session: Session) -> dict[str, Any]:
     train = targets_of(loaded.splits.train, stage.train_on_prompt)
     held_out = targets_of(loaded.splits.eval, stage.train_on_prompt)
     plan = step_plan(session, len(train))
-    session.begin(plan.steps)
+    begin_training(session, loaded.model, plan.steps)
     task = TrainTask(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
