@@ -31,6 +31,7 @@ from dpo_cli.durable import damage
 from dpo_cli.grammar.tokenizer import build_tokenizer
 from dpo_cli.train import checkpoint, loop
 from dpo_cli.train.optim import build_optimizer, take_step
+from dpo_cli.train.runtime import quiet_libraries
 
 HEAD = "| way | median s | lowest | highest | times plain |\n|---|---|---|---|---|"
 ROUNDS, WARM_UP = 3, 2  # of the small runs, in turn; steps not counted
@@ -150,6 +151,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="dpo-run-save-", dir=args.folder) as name:
         found, size = measure(args, Path(name))
         plain = statistics.median(found["plain"])

@@ -51,6 +51,7 @@ def row(case: Case, lab: Lab) -> tuple[str, bool]:
     except Exception as error:  # noqa: BLE001 - a row that breaks is a row that fails
         seen, passed = f"{type(error).__name__}: {error}", False
     took = f"{time.monotonic() - began:.0f} s"
+    seen = seen.replace(f"{lab.folder}/", "")
     cells = [case.number, case.name, case.required, f"{seen} ({took})"]
     safe = (cell.replace("|", "/").replace("\n", " ") for cell in cells)
     return f"| {' | '.join(safe)} | {'pass' if passed else 'FAIL'} |", passed

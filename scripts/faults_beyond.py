@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from faults_damage import flip_bit, truncate, zero
-from faults_lab import OVER, TINY, Lab, check, final_digest, kill_all, same_final, steps_of
+from faults_lab import OVER, TINY, Lab, check, final_digest, kill_all, same_final, steps_of, until
 
 DPO = (*OVER, "stage=dpo", "train.max_steps=3", "train.save_every_steps=1")
 
@@ -51,8 +51,7 @@ def killed_recipe(lab: Lab) -> str:
     places, lives = [], max(3, lab.kills // 3)
     for life in range(lives):
         child, before = lab.start(*words), progress(run)
-        while progress(run) == before and child.poll() is None:
-            time.sleep(0.01)
+        until(lambda before=before: progress(run) != before, child)
         time.sleep(dice.uniform(0, 0.3) if life % 3 else dice.uniform(0, 3))
         if child.poll() is not None:
             break

@@ -184,6 +184,16 @@ class Lab:
         return self.whole("base", *SFT, "train.max_steps=12")
 
 
+def until(seen: Callable[[], object], child: subprocess.Popen[str], seconds: float = 180) -> None:
+    """Wait until something is seen of a process, or it has ended."""
+    deadline = time.monotonic() + seconds
+    while not seen() and child.poll() is None:
+        if time.monotonic() > deadline:
+            kill_all(child)
+            raise Failed(f"nothing seen of a start for {seconds:.0f} s")
+        time.sleep(0.005)
+
+
 def kill_all(child: subprocess.Popen[str]) -> None:
     """kill -9 of a process and all that it started: parents first, who could start more."""
     pids = [child.pid]

@@ -9,7 +9,7 @@ import signal
 import time
 from pathlib import Path
 
-from faults_lab import ROOT, SFT, Lab, check, children, final_digest, rows_of, same_final
+from faults_lab import ROOT, SFT, Lab, check, children, final_digest, rows_of, same_final, until
 
 TWO = (*SFT, "hardware.devices=2", "train.eval_every_steps=0", "train.save_every_steps=2")
 SCRIPT = str(ROOT / "scripts" / "faults_rank.py")
@@ -29,8 +29,7 @@ def killed_rank(lab: Lab) -> str:
     """Case 23."""
     truth, run = two_ranks(lab), lab.fresh("one-dies")
     child = lab.start(*TWO, "train.max_steps=40", f"run_dir={run}")
-    while len(rows_of(run)) < 5 and child.poll() is None:
-        time.sleep(0.02)
+    until(lambda: len(rows_of(run)) >= 5, child)
     ranks = children(child.pid)
     check(len(ranks) == 2, f"{len(ranks)} ranks were running")
     os.kill(ranks[1], signal.SIGKILL)

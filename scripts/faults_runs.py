@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from faults_crash import Watch, signaller
-from faults_lab import OVER, SFT, Failed, Lab, check, kill_all, rows_of, same_final, steps_of
+from faults_lab import OVER, SFT, Failed, Lab, check, kill_all, rows_of, same_final, steps_of, until
 from faults_saves import SAVES, operations
 
 EPOCHS = (
@@ -47,8 +47,7 @@ def signals(lab: Lab) -> str:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         run = lab.fresh("signalled")
         child = lab.start(*LONG, f"run_dir={run}")
-        while len(rows_of(run)) < 3 and child.poll() is None:
-            time.sleep(0.02)
+        until(lambda run=run: len(rows_of(run)) >= 3, child)
         os.kill(child.pid, number)
         sent = time.monotonic()
         done = lab.wait(child)
@@ -131,8 +130,7 @@ def two_runs(lab: Lab) -> str:
     run = lab.fresh("locked")
     child = lab.start(*LONG, f"run_dir={run}")
     try:
-        while not rows_of(run) and child.poll() is None:
-            time.sleep(0.05)
+        until(lambda: rows_of(run), child)
         took = []
         for words in ([*LONG, f"run_dir={run}"], [f"resume={run}"], [*LONG, f"run_dir={run}"]):
             done = Lab.dpo(_beside(lab), *words)
@@ -154,8 +152,7 @@ def stale_lock(lab: Lab) -> str:
     """Case 18."""
     run = lab.fresh("stale")
     child = lab.start(*LONG, f"run_dir={run}")
-    while not rows_of(run) and child.poll() is None:
-        time.sleep(0.05)
+    until(lambda: rows_of(run), child)
     kill_all(child)
     lab.wait(child)
     check((run / ".lock").read_text() == str(child.pid), "no lock was left")

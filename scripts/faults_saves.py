@@ -8,7 +8,19 @@ import time
 from pathlib import Path
 
 from faults_crash import Operation, Watch, killer, recorder
-from faults_lab import OVER, PPO, SFT, Done, Failed, Lab, check, kill_all, same_final, steps_of
+from faults_lab import (
+    OVER,
+    PPO,
+    SFT,
+    Done,
+    Failed,
+    Lab,
+    check,
+    kill_all,
+    same_final,
+    steps_of,
+    until,
+)
 
 SAVES = (*SFT, "train.max_steps=3", "train.save_every_steps=1", "train.eval_every_steps=1")
 WRITES = ("open", "write")
@@ -58,8 +70,7 @@ def killed_until_done(lab: Lab, name: str, words: tuple[str, ...]) -> int:
             time.sleep(dice.uniform(0, startup))
         else:
             before, began = steps_of(run)[-1:], time.monotonic()
-            while steps_of(run)[-1:] == before and child.poll() is None:
-                time.sleep(0.005)
+            until(lambda before=before: steps_of(run)[-1:] != before, child)
             startup = time.monotonic() - began
             time.sleep(dice.uniform(0, 0.25))
         if child.poll() is not None:

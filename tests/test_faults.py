@@ -47,7 +47,7 @@ def test_a_row_that_goes_wrong_says_so(
     faults, lab = module("faults"), module("faults_lab")
 
     def fails(lab_: Any) -> str:
-        lab.check(False, "9 of 10 | resumed")
+        lab.check(False, f"9 of 10 | {lab_.folder}/run resumed")
         raise AssertionError
 
     def breaks(lab_: Any) -> str:
@@ -61,7 +61,7 @@ def test_a_row_that_goes_wrong_says_so(
     out = capsys.readouterr().out
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
     assert [row[-1] for row in rows] == ["pass |", "FAIL |", "FAIL |"]
-    assert rows[1][-2] == "9 of 10 / resumed (0 s)"
+    assert rows[1][-2] == "9 of 10 / run resumed (0 s)"
     assert rows[2][-2] == "ValueError: bug of ours (0 s)"
     assert (tmp_path / "table.md").read_text() == out
     assert faults.main(["--cases=1"]) == 0
