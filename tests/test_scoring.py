@@ -223,9 +223,9 @@ def test_classifiers_that_cannot_be_used(tmp_path):
         at(bert_folder, "reward_fn.max_length=2")
     with pytest.raises(ConfigError, match=r"hub as seen from here.*reward_fn\.path=/folder"):
         scorer(tmp_path, "reward_fn=classifier")
-    (tmp_path / "one" / "model.safetensors").unlink()
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"^reward_fn\.path=\S+: no \.safetensors weights"):
-        at(tmp_path / "one")
+        at(folder)
 
 
 def test_scores_that_are_no_numbers_are_refused(tmp_path):
