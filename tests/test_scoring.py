@@ -224,7 +224,7 @@ def test_classifiers_that_cannot_be_used(tmp_path):
     with pytest.raises(ConfigError, match=r"hub as seen from here.*reward_fn\.path=/folder"):
         scorer(tmp_path, "reward_fn=classifier")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"^reward_fn\.path=\S+: no \.safetensors weights"):
+    with pytest.raises(ConfigError, match=r"^reward_fn\.path=\S+: has a config\.json but no \.s"):
         at(folder)
 
 
