@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dpo_cli.config import LoraConfig, ModelConfig, OptimConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import adapters, lora
+from dpo_cli.model import adapters, lora, quantise
 from dpo_cli.model.adapters import REFERENCE, TRAINED, Adaptation, adapter_as
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.digest import model_digest
@@ -373,3 +373,22 @@ def test_nothing_is_pickled(adapter):
     assert {p.suffix for p in adapter.iterdir()} == {".json", ".safetensors"}
     assert math.isfinite(sum(float(v.sum()) for v in load_file(
         adapter / "adapter_model.safetensors").values()))  # fmt: skip
+
+
+def test_probing_a_quantised_layer_keeps_no_dense_weight():
+    """Of all layers at once they would be the model that was quantised to fit."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4").to("cpu")
+    x = torch.randn(1, 5, 64, requires_grad=True)
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    with hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        out = quantise._dense(layer, x)
+    assert all(size < 64 * 32 for size in kept)
+    weights = torch.randn_like(out)
+    found = torch.autograd.grad((out * weights).sum(), (x, layer.bias))
+    plain = torch.nn.functional.linear(x, quantise._weight(layer).float(), layer.bias)
+    truth = torch.autograd.grad((plain * weights).sum(), (x, layer.bias))
+    for ours, theirs in zip((out, *found), (plain, *truth), strict=True):
+        torch.testing.assert_close(ours, theirs)

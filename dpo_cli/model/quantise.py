@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,8 +79,24 @@ def dequantised(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _dense(layer: Any, x: Tensor) -> Tensor:
-    weight, bias = _weight(layer).to(x.dtype), layer.bias
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return cast(Tensor, _Dense.apply(x, bias, layer))
+
+
+class _Dense(torch.autograd.Function):
+    """x W^T + b, with W dequantised once more in the backward: kept until then, the weights of all
+    layers would lie dense in memory at once, which is what quantising them avoids."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
+        ctx.layer, ctx.biased = layer, bias is not None
+        return torch.nn.functional.linear(x, _weight(layer).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        weight = _weight(ctx.layer).to(grad.dtype)
+        return grad @ weight, grad.flatten(0, -2).sum(0) if ctx.biased else None, None
 
 
 def _weight(layer: Any) -> Tensor:
