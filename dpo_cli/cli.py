@@ -219,7 +219,8 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
     run_folder.check_free(folder, config.resume)
     asked, config.run_dir = config.resume, str(folder)
     config.resume = asked and not run_folder.is_bare(folder)  # else it never got going
-    os.environ.update({key: str(value) for key, value in cfg.hydra.job.env_set.items()})
+    environment = {str(key): str(value) for key, value in cfg.hydra.job.env_set.items()}
+    os.environ.update(environment)
     _let_segments_grow()
     if config.dry_run:
         from dpo_cli.plan import print_plan
@@ -234,7 +235,7 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
         # Importing torch takes seconds, in which another start must find the folder taken.
         from dpo_cli.run import run
     if leading:
-        elastic.lead(config)
+        elastic.lead(config, environment=environment)
     with elastic.together(config) if leading else nullcontext():
         run(config, ["dpo-run", *words])
     return 0

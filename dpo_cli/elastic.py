@@ -34,7 +34,6 @@ SAVE_SECONDS = 600  # from a signal to the end: a step and a checkpoint
 GOES_ON = "; where checkpoints were saved, resume=<run folder> goes on"
 FOLLOWED = (PeerLost.exit_code, -signal.SIGTERM)  # how ranks end because another one did
 LAUNCHED = "DPO_RUN_LAUNCHED"
-OWN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK")  # of the environment: each rank's own
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where the launcher looks for a rank's last words
 
@@ -172,12 +171,15 @@ def end_with_the_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def lead(config: RunConfig | None, code: int = 0) -> None:
-    """The first rank's part: tell the others configuration and environment, or an exit code
-    without one."""
+def lead(
+    config: RunConfig | None, code: int = 0, environment: Mapping[str, str] | None = None
+) -> None:
+    """The first rank's part: tell the others the configuration, or an exit code without one.
+
+    environment: what the configuration sets, not what is there: secrets and a node's own stay.
+    """
     store = _store()
-    environment = {k: v for k, v in os.environ.items() if k not in OWN}
-    store.set(CONFIG, pickle.dumps((config, code, environment)))
+    store.set(CONFIG, pickle.dumps((config, code, dict(environment or {}))))
     if config is not None:
         _join(store, config)
 
@@ -187,7 +189,7 @@ def follow() -> tuple[RunConfig | None, int]:
     store = _store()
     store.wait([CONFIG], timedelta(seconds=COMPOSE_SECONDS))
     config, code, environment = pickle.loads(store.get(CONFIG))  # from our own first rank
-    os.environ.update({k: v for k, v in environment.items() if k not in os.environ})
+    os.environ.update(environment)
     if config is not None:
         _join(store, config)
     return config, code

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 from dpo_cli.errors import ConfigError
 
 ROOT = "dpo_root"  # the attribute of a sharded model that gathers its weights
-T = TypeVar("T")
 
 
 class _Root(torch.nn.Module):

@@ -188,8 +188,11 @@ def test_a_rank_knows_itself(alone: pytest.MonkeyPatch) -> None:
 def test_ranks_end_with_the_code_of_the_first(alone: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
     alone.setattr(elastic, "_store", lambda: store)
-    elastic.lead(None, 3)
+    alone.setattr(os, "environ", {**os.environ, "HF_TOKEN": "secret"})
+    elastic.lead(None, 3, {"SET_BY_HYDRA": "1"})
+    assert b"secret" not in store.get(elastic.CONFIG)
     assert elastic.follow() == (None, 3)
+    assert os.environ["SET_BY_HYDRA"] == "1"
 
 
 def test_what_is_wanted(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import fcntl
 import logging
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,6 @@ if TYPE_CHECKING:  # run folders are claimed before torch is imported
 
 log = logging.getLogger(__name__)
 
-STEP_SECONDS = 120.0  # a rank that is told to stop comes to a step's end by then, or never
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -54,20 +52,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 class StopRequest:
     """Set by a signal; the loop looks at it between steps."""
 
-    def __init__(self, alone: bool = True) -> None:
-        """alone: no other rank is waited for, so that a step's end will come."""
+    def __init__(self) -> None:
         self.signal: str | None = None
-        self._alone = alone
-        self._end: threading.Timer | None = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
-        if not self._alone and self._end is None:
-            # The launcher also says SIGTERM where another rank has died, for which this one may
-            # be waiting in the middle of a step.
-            self._end = threading.Timer(STEP_SECONDS, os._exit, [128 + number])
-            self._end.daemon = True
-            self._end.start()
 
     def told(self, ranks: Ranks) -> str | None:
         """The signal that came to any rank so far: all of them stop after a step, or none."""
@@ -75,8 +64,6 @@ class StopRequest:
             return self.signal
         if not ranks.any(self.signal is not None):
             return None
-        if self._end is not None:
-            self._end.cancel()
         return next(filter(None, ranks.gather(self.signal)), None)
 
     @contextmanager

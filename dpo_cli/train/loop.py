@@ -101,7 +101,7 @@ def fit(
     on_policy = task.before_step is not None  # nothing to make ahead of time
     ahead = fed(task.batches, task.steps, runtime.device, task.budget)
     made = nullcontext(task.batches) if on_policy else ahead
-    with StopRequest(ranks.size == 1).watching() as stop, made as run.batches:
+    with StopRequest().watching() as stop, made as run.batches:
         if run.step == 0:
             _evaluate(run)
         while run.step < task.steps:
