@@ -4,6 +4,22 @@
 The same random weights of a published shape, the same token ids in the same order, the same
 batch size and precision; every side of every round in a process of its own, in turn. What the
 sides log in each step is compared: figures are only kept of equal work.
+
+--json ends with one line, an object; of it these stay as they are:
+  task, preset, device, precision, unit (pairs, examples or tokens)
+  results: {side: {
+    per_second            units a second, over the timed steps and devices together
+    tokens_per_second     of prompt and response, padding left out; null when decoding
+    tflops, mfu           of the work a step needs; mfu between 0 and 1
+    peak_memory_mb        of the allocator; on a CPU, of the process
+    reference_seconds     the pass over the reference before the first step
+    startup_seconds       from the start of the process until the first step is done, without
+                          the pass over the reference: imports, weights, kernels, compilation
+    failure               null, or one line; then the others are null
+  }}: medians over the rounds, null where it is not known. Sides: ours, trl-best, ...
+  losses_agree: {agree, largest_loss_difference, ...}
+  ratio_vs_trl_best, ratio_vs_trl_default: speed, ours / theirs; left out where one failed
+  versions: of the packages in the measured processes
 """
 
 from __future__ import annotations

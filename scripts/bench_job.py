@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 # What both sides log, by our names.
 COMPARED = ("loss", "logps/chosen", "logps/rejected")
 COMPARED_REWARDS = ("loss", "rewards/margins")
+STARTED = "DPO_RUN_BENCH_STARTED"  # environment: `time.time()` at which a worker was started
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "triton",
+            "flash-attn", "kernels", "tokenizers", "accelerate", "datasets", "numpy")  # fmt: skip
 UNAVAILABLE = "TRL cannot be imported: "  # how a worker that lacks it ends what it writes
 
 
@@ -72,6 +77,8 @@ class Window:
     figures: dict[str, list[float]] = field(default_factory=dict)
     start_memory_mb: float = field(default_factory=lambda: resident_mb("VmRSS"))
     seconds: float = 0.0
+    startup_seconds: float = 0.0  # until the first step was done
+    began: float = field(default_factory=lambda: float(os.environ.get(STARTED) or time.time()))
     others_cpu: float = 0.0  # cores that other processes kept busy meanwhile
     flops: float = 0.0  # model FLOPs of the timed steps, of sides that log them
     _started: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -81,6 +88,9 @@ class Window:
         for name in COMPARED_REWARDS if self.job.task == "reward" else COMPARED:
             if name in values:
                 self.figures.setdefault(name, []).append(float(values[name]))
+        if number == 1:
+            synchronise(self.job.device)
+            self.startup_seconds = time.time() - self.began
         if number > self.job.warmup:
             self.flops += (
                 values.get("tflops_per_second", 0.0) * values.get("step_seconds", 0.0) * 1e12
@@ -102,7 +112,9 @@ class Window:
 
         return {
             "seconds": self.seconds,
+            "startup_seconds": self.startup_seconds,
             "figures": self.figures,
+            "versions": versions(),
             "flops": self.flops,
             "peak_memory_mb": highest_of_ranks(peak_memory_mb(self.job.device)),
             "start_memory_mb": self.start_memory_mb,
@@ -111,6 +123,23 @@ class Window:
             "device_name": torch.cuda.get_device_name() if self.job.device == "cuda" else None,
             **more,
         }
+
+
+def versions() -> dict[str, str]:
+    """Of this process's Python, of the packages that it can import, and of CUDA."""
+    import torch
+
+    found = {name: installed(name) for name in PACKAGES}
+    cuda = torch.version.cuda if torch.cuda.is_available() else None
+    every = {"python": platform.python_version(), **found, "cuda": cuda}
+    return {name: number for name, number in every.items() if number}
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def synchronise(device: str) -> None:

@@ -7,10 +7,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from bench_job import Job
+from bench_job import PACKAGES, Job, installed
 from bench_launch import ROOT
 from bench_prepare import Plan
-from bench_summary import PACKAGES, installed
 
 ROWS = ("folder", "pairs", "length", "prompt_length", "r")  # of a plan: their files are named apart
 CODE = ("dpo_cli/**/*.py", "conf/**/*.yaml", "scripts/bench*.py")

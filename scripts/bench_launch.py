@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_job import UNAVAILABLE
+from bench_job import STARTED, UNAVAILABLE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -47,8 +47,11 @@ class Launch:
     devices: int = 1
     until: float | None = None
 
+    def other_python(self, script: str) -> str:
+        return self.trl_python if script == "bench_trl.py" else ""
+
     def command(self, script: str) -> list[str]:
-        python = self.trl_python if script == "bench_trl.py" else ""
+        python = self.other_python(script)
         ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.devices}"]
         start = [python or sys.executable, *(ranks if self.devices > 1 else [])]
         return [*start, str(HERE / script)]
@@ -83,9 +86,12 @@ def run_python(
     seconds = launch.seconds_left()
     scratch.mkdir(parents=True)
     env = os.environ | OFFLINE | allocator() | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "HF_HOME": str(scratch / "hf"),
-        "DPO_RUN_CACHE": str(scratch / "cache"), "TMPDIR": str(scratch),
+        "PYTHONPATH": import_path(), "OMP_NUM_THREADS": str(threads), STARTED: repr(time.time()),
+        "HF_HOME": str(scratch / "hf"), "DPO_RUN_CACHE": str(scratch / "cache"),
+        "TMPDIR": str(scratch),
     }  # fmt: skip
+    if launch.other_python(script):
+        env["PYTHONPATH"] = str(ROOT)  # ours may hold packages for this Python alone
     command = [*launch.command(script), *map(str, arguments)]
     with (scratch / "log.txt").open("w+") as log:
         worker = subprocess.Popen(command, env=env, stdout=log, stderr=log, process_group=0)
@@ -98,6 +104,11 @@ def run_python(
         if code:
             log.seek(0)
             raise failure(script, code, log.read())
+
+
+def import_path() -> str:
+    """PYTHONPATH of a child: this checkout, then what ours has, such as a folder of packages."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def allocator() -> dict[str, str]:

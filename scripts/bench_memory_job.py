@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_job import Job, peak_memory_mb, resident_mb, work
+from bench_job import Job, peak_memory_mb, resident_mb, versions, work
 from bench_ours import compose, training_overrides
 
 from dpo_cli.memory.estimate import Estimate, estimate
@@ -49,6 +49,7 @@ def measure(job: Job) -> dict[str, Any]:
         # A tiny run may fit into what importing has freed: not less than can be told apart.
         "peak_memory_mb": max(1.0, peak_memory_mb(job.device) - before),
         "device_name": torch.cuda.get_device_name() if job.device == "cuda" else None,
+        "versions": versions(),
         "seconds": 1.0,  # nothing is timed
         "others_cpu": 0.0,
     }

@@ -50,7 +50,7 @@ def keep(record: Record, folder: Path) -> Path:
 def heading(record: Record) -> str:
     """The conditions that make two measurements comparable."""
     settings, data = record["settings"], record["data"]["label"]
-    trl = f", TRL {record['versions']['trl']}"
+    trl = f", TRL {record['versions'].get('trl')}"
     if record["task"] == "decode":
         trl = ""
     elif record.get("peer_missing"):
@@ -74,7 +74,9 @@ def markdown(name: str, records: Sequence[Record]) -> str:
 
 def section(record: Record) -> list[str]:
     machine, settings = record["machine"], record["settings"]
-    versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items() if v)
+    versions = listed(record["versions"])
+    for name, others in record.get("other_versions", {}).items():
+        versions += f"; {name}: {listed(others)}"
     where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     facts = [
         f"`{record['command']}`",
@@ -102,6 +104,10 @@ def section(record: Record) -> list[str]:
     if record["searched"]:
         tables += ["Settings tried, one process each:", "", *table(search_rows(record)), ""]
     return [*tables, *paragraphs, *folded, "</details>"]
+
+
+def listed(versions: Mapping[str, str | None]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items() if number)
 
 
 def compared(record: Record) -> str:

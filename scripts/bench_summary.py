@@ -10,7 +10,6 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,6 @@ from bench_launch import ROOT
 from bench_prepare import Plan
 from bench_run import Results, agreement, ratio, spread
 from bench_sides import PEER, UNITS, Side
-
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "tokenizers", "accelerate",
-            "datasets", "numpy")  # fmt: skip
 
 
 def row_facts(job: Job) -> dict[str, float]:
@@ -58,6 +54,7 @@ def side_facts(job: Job, side: Side, rows: Results) -> dict[str, Any]:
         **compute_facts(rows, results, job.devices),
         "peak_memory_mb": spread([r["peak_memory_mb"] for r in results]),
         "memory_before_the_model_mb": spread([r["start_memory_mb"] for r in results]),
+        "startup_seconds": spread([startup(r) for r in results]),
         "others_cpu": max(r["others_cpu"] for r in results),
         **{
             key: results[0][key] for key in ("attention", "micro_batch_tokens") if key in results[0]
@@ -72,6 +69,29 @@ def side_facts(job: Job, side: Side, rows: Results) -> dict[str, Any]:
             [r["reference_seconds"] * r["per_second"] / job_rows(job) for r in results]
         )
     return facts
+
+
+def flat(facts: dict[str, Any], tokens: float | None) -> dict[str, float | str | None]:
+    """One side's figures, one number each. tokens: of a row, prompt and response."""
+
+    def middle(key: str) -> float | None:
+        return facts[key]["median"] if key in facts else None
+
+    return {
+        "per_second": middle("per_second"),
+        "tokens_per_second": tokens and tokens * facts["per_second"]["median"],
+        "tflops": middle("tflops_per_second"),
+        "mfu": middle("mfu"),
+        "peak_memory_mb": middle("peak_memory_mb"),
+        "reference_seconds": middle("reference_seconds"),
+        "startup_seconds": middle("startup_seconds"),
+        "failure": None,
+    }
+
+
+def startup(result: dict[str, Any]) -> float:
+    """Seconds until the first step was done, the pass over the reference left out."""
+    return float(result["startup_seconds"] - (result["reference_seconds"] or 0.0))
 
 
 def compute_facts(
@@ -143,6 +163,8 @@ def summary(
     """The record that is printed as JSON and kept in the Markdown file. peer_missing: why the
     other side could not be measured."""
     found, rows = ratios(job, results), row_facts(job)
+    facts = {side.name: side_facts(job, side, results) for side in sides}
+    tokens = rows.get("real_tokens_per_row")
     return {
         **{key: value["median"] for key, value in found.items()},
         "task": job.task,
@@ -154,7 +176,8 @@ def summary(
         "losses_agree": agreement(results, job.precision),
         "peer_missing": peer_missing,
         "ratios": found,
-        "sides": {side.name: side_facts(job, side, results) for side in sides},
+        "results": {name: flat(of_side, tokens) for name, of_side in facts.items()},
+        "sides": facts,
         "data": {"label": data_label(plan), "sha256": data_digest(plan), **rows},
         "shape": vars(plan.shape) | {"context": plan.context},
         "settings": {key: getattr(job, key) for key in (
@@ -187,14 +210,11 @@ def data_digest(plan: Plan) -> str | None:
 def circumstances(results: Results, argv: Sequence[str]) -> dict[str, Any]:
     """Command, date, code, versions and machine."""
     rows = [r for side in results.values() for r in side]
-    versions = {name: installed(name) for name in PACKAGES}
-    for row in rows:
-        versions |= row.get("versions", {})
     return {
         "command": shown_command(argv),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
-        "versions": {"python": platform.python_version(), **versions},
+        **versions_of(results),
         "machine": {
             "cpu": cpu_model(),
             "cores": os.cpu_count(),
@@ -206,11 +226,16 @@ def circumstances(results: Results, argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def versions_of(results: Results) -> dict[str, dict[str, Any]]:
+    """Of the packages in the processes that were measured: those of the first side, and what
+    other sides had another version of."""
+    versions: dict[str, str] = {}
+    others: dict[str, dict[str, str]] = {}
+    for side, rows in results.items():
+        for name, number in (pair for row in rows for pair in row["versions"].items()):
+            if versions.setdefault(name, number) != number:
+                others.setdefault(side, {})[name] = number
+    return {"versions": versions, "other_versions": others}
 
 
 def shown_command(argv: Sequence[str]) -> str:

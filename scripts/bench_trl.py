@@ -162,10 +162,7 @@ def measure(job: Job) -> dict[str, Any]:
     assert pairs == job.batch
     if job.settings.get("precompute_ref_log_probs"):
         assert trainer.reference_seconds is not None, "the reference pass was not seen"
-    return window.result(
-        reference_seconds=trainer.reference_seconds,
-        versions={"trl": trl.__version__, "transformers": transformers.__version__},
-    )
+    return window.result(reference_seconds=trainer.reference_seconds)
 
 
 if __name__ == "__main__":

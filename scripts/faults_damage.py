@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from faults_crash import Watch, full_disk, recorder
-from faults_lab import ROOT, SFT, Lab, check, final_digest, same_final, steps_of
+from faults_lab import SFT, Lab, check, final_digest, same_final, steps_of
 from faults_saves import SAVES
 
 LONG = (*SFT, "train.max_steps=6", "train.save_every_steps=1", "train.eval_every_steps=0")
@@ -114,7 +114,7 @@ def disk_full(lab: Lab) -> str:
         for stale in lab.folder.glob("disk-out*"):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         env = {"SIZE": str(pages * 4096), "DISK": str(disk), "OUT": str(out),
-               "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}  # fmt: skip
+               "PYTHON": sys.executable}  # fmt: skip
         words = [*LONG, "train.keep_checkpoints=5", f"run_dir={disk / 'run'}"]
         done = subprocess.run(
             ["unshare", "--mount", "--map-root-user", "sh", "-c", MOUNTED, "sh", *words],

@@ -80,7 +80,8 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         os.environ.update(OFFLINE)
         os.environ["DPO_RUN_CACHE"] = str(self.folder / "cache")
-        os.environ["PYTHONPATH"] = str(ROOT)
+        path = [str(ROOT), os.environ.get("PYTHONPATH")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
 
     def fresh(self, name: str) -> Path:
         """A path in the lab where nothing is."""

@@ -33,6 +33,11 @@ if "DPO_RUN_SHARED" not in os.environ and (ROOT.parent / "shared").is_dir():
 KEPT_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 
 
+def import_path() -> str:
+    """PYTHONPATH of a child: this checkout, then the caller's, which may hold what it imports."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 class Cli(Protocol):
     """See the fixture `cli`."""
 
@@ -84,7 +89,7 @@ def cli(tmp_path: Path, clean_env: dict[str, str]) -> Cli:
         return subprocess.run(
             [sys.executable, "-m", "dpo_cli", *args],
             cwd=cwd or tmp_path,
-            env=clean_env | {"PYTHONPATH": str(ROOT)} | dict(env or {}),
+            env=clean_env | {"PYTHONPATH": import_path()} | dict(env or {}),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

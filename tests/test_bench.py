@@ -72,7 +72,25 @@ def test_dpo_does_the_same_work_as_trl(bench: Any, module: Any, tmp_path: Path) 
     assert ours["reference_seconds"]["median"] > 0
     assert theirs["reference_seconds"]["median"] > 0
     assert record["shape"]["layers"] == 1
+    check_results(record)
     check_files(module("bench_report"), record, tmp_path)
+
+
+def check_results(record: dict[str, Any]) -> None:
+    """What another script reads of `--json`."""
+    assert record["results"].keys() == record["sides"].keys()
+    for name, flat in record["results"].items():
+        side, tokens = record["sides"][name], record["data"]["real_tokens_per_row"]
+        assert flat["per_second"] == side["per_second"]["median"]
+        assert flat["tokens_per_second"] == pytest.approx(tokens * flat["per_second"])
+        assert flat["peak_memory_mb"] > 0
+        assert flat["tflops"] > 0
+        assert flat["startup_seconds"] > 0
+        assert (flat["reference_seconds"] is None) == name.endswith("-live")
+        assert flat["mfu"] is None  # a CPU's peak is not known
+        assert flat["failure"] is None
+    assert record["versions"]["transformers"] == import_module("transformers").__version__
+    assert record["other_versions"] == {}
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
@@ -144,6 +162,32 @@ def test_a_worker_is_a_process(module: Any, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True,
                           check=True)  # fmt: skip
     assert "--trl-python" in done.stdout
+
+
+def test_a_worker_finds_what_the_caller_finds(
+    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Packages in a folder that PYTHONPATH names, except for the Python of another environment."""
+    launch, scratch = module("bench_launch"), tmp_path / "scratch"
+    (tmp_path / "carried.py").write_text("")
+    (tmp_path / "bench_trl.py").write_text("import carried, dpo_cli")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch, "HERE", tmp_path)
+    launch.run_python("bench_trl.py", [], scratch, 1)
+    other = launch.Launch(trl_python=sys.executable)
+    (tmp_path / "bench_trl.py").write_text("import os; print(os.environ['PYTHONPATH']); 1 / 0")
+    with pytest.raises(launch.Failed):
+        launch.run_python("bench_trl.py", [], tmp_path / "other", 1, other)
+    assert (tmp_path / "other" / "log.txt").read_text().startswith(f"{ROOT}\n")
+
+
+def test_versions_are_those_of_the_workers(module: Any) -> None:
+    rows = {"ours": {"torch": "2.13", "numpy": "2"}, "trl-best": {"torch": "2.11", "trl": "1.16"}}
+    results = {side: [{"versions": versions}] for side, versions in rows.items()}
+    found = module("bench_summary").versions_of(results)
+    assert found["versions"] == {"torch": "2.13", "numpy": "2", "trl": "1.16"}
+    assert found["other_versions"] == {"trl-best": {"torch": "2.11"}}
+    assert module("bench_report").listed(found["versions"]) == "torch 2.13, numpy 2, trl 1.16"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -224,7 +225,7 @@ def test_signals_are_handed_on_once_and_the_child_is_waited_for(
     process = subprocess.Popen(
         [sys.executable, "-c", parent],
         cwd=tmp_path,
-        env={"PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        env={"PYTHONPATH": os.pathsep.join([str(Path(cli.__file__).parents[1]), *sys.path])},
         stdout=subprocess.PIPE,
         text=True,
     )
