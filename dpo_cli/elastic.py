@@ -219,9 +219,12 @@ def _join(store: Any, config: RunConfig) -> None:
     import torch
     import torch.distributed as dist
 
+    from dpo_cli.ranks import share_gpus
+
     cuda = torch.cuda.is_available() and config.hardware.device != "cpu"
+    of_gpus = "gloo" if share_gpus() else "nccl"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        f"cpu:gloo,cuda:{of_gpus}" if cuda else "gloo",
         store=dist.PrefixStore("dpo_run", store),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),

@@ -111,6 +111,7 @@ def pack(
         branches=branches,
         counts=tuple(sum(map(len, e.response_ids)) for e in examples),
         last_index=_long(np.asarray(last)) if keep_last else None,
+        places=tuple(map(int, example_ids)),
     )
 
 

@@ -5,6 +5,7 @@ A run of one process has `Ranks()`, whose methods then cost nothing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ T = TypeVar("T")
 
 
 PATIENCE = timedelta(hours=4)
+SHARE_GPUS = "DPO_RUN_SHARE_GPUS"
 
 
 class _Patient:
@@ -27,6 +29,12 @@ class _Patient:
     asking a judge, may take longer than any exchange in a step."""
 
     group: dist.ProcessGroup | None = None  # None: the one of all exchanges
+
+
+def share_gpus() -> bool:
+    """Whether ranks may share a GPU, for tests on a machine with one: they then talk by Gloo
+    through the host's memory, as NCCL refuses two ranks on a device."""
+    return os.environ.get(SHARE_GPUS) == "1"
 
 
 def start_patient_group() -> None:

@@ -77,7 +77,8 @@ class Batch:
     source_index: (N,) row of the hidden state that predicts each target.
     targets: (N,) token ids; sequence_index: (N,) in [0, S): the branch of each target.
     sequence_lengths: (S,) targets a branch has. Branches of one example are adjacent.
-    example_ids: (E,) positions of the examples in their dataset.
+    example_ids: (E,) positions of the examples in their dataset; places: the same on the host,
+    where asking for them does not wait for the device.
     branches: K, the same for every example of the row. counts: targets of each example.
     last_index: (S,) row of each branch's last token (its prompt's if the branch is empty);
     None where last tokens are left out.
@@ -97,6 +98,7 @@ class Batch:
     counts: tuple[int, ...]
     last_index: Tensor | None = None
     filler: bool = False
+    places: tuple[int, ...] = ()
     layouts: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: Any) -> Batch:

@@ -81,7 +81,10 @@ class Classifier:
             mask[i, : len(row)] = 1
         device = self.model.device
         with torch.autocast(device.type, enabled=False):
-            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+            logits = self.model(
+                input_ids=ids.to(device, non_blocking=True),
+                attention_mask=mask.to(device, non_blocking=True),
+            ).logits
         return cast(Tensor, logits)
 
 
@@ -108,7 +111,8 @@ def load_classifier(
     limit = min(max_tokens, readable_tokens(model, tokenizer))
     if limit <= tokenizer.num_special_tokens_to_add():
         raise ConfigError(f"reward_fn.max_length={max_tokens}: leaves no room for a text")
-    model.to(device).eval().requires_grad_(False)  # type: ignore[arg-type]
+    # Float32 whatever the weights are stored in: it is the truth that policies are measured by.
+    model.to(device, torch.float32).eval().requires_grad_(False)  # type: ignore[arg-type]
     return Classifier(model, tokenizer, _padding(model, tokenizer), limit, batch_size)
 
 

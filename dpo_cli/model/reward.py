@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
@@ -177,6 +178,17 @@ def rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
     bias = None if head.bias is None else promote(head.bias)
     with torch.autocast(last.device.type, enabled=False):  # bf16 would round rewards to 3 digits
         return torch.nn.functional.linear(promote(last), promote(head.weight), bias).squeeze(1)
+
+
+def round_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """The weights of a frozen model's products in what autocast multiplies in, once and not in
+    every forward: the same rewards. The head, which is read in float32, stays."""
+    head = score_head(model)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head:
+            for weight in (layer.weight, layer.bias):
+                if weight is not None:
+                    weight.data = weight.data.to(dtype)
 
 
 def _plain_reward(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:

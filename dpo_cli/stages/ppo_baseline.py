@@ -200,9 +200,9 @@ def prepare_state(session: Session, ppo: Ppo) -> None:
 
 def ppo_loss(actors: Actors, batch: Batch, rollout: Rollout, stage: PpoConfig) -> LossOutput:
     """Clipped policy and value losses, summed over tokens; the step divides by their number."""
-    own = [rollout.tokens[i] for i in batch.example_ids.tolist()]
+    own = [rollout.tokens[i] for i in batch.places]
     old, advantages, returns, old_values = (
-        torch.cat([getattr(t, name) for t in own]).to(batch.targets.device)
+        torch.cat([getattr(t, name) for t in own])
         for name in ("logprobs", "advantages", "returns", "values")
     )
     hidden = target_states(actors.policy, batch)

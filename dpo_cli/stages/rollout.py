@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -52,7 +52,10 @@ class Actors:
 
 @dataclass
 class Tokens:
-    """One prompt's completions, token by token, (n,) each; the last two come by `estimate`."""
+    """One prompt's completions, token by token, (n,) each; the last two come by `estimate`.
+
+    On the CPU where they are worked out, then on the run's device (`on_device`).
+    """
 
     logprobs: Tensor
     reference: Tensor
@@ -168,7 +171,15 @@ def roll_out(
         "rollout/tokens_per_second": count / (sampled - started),
     }
     actors.kl.update(kl, len(flat))
-    return Rollout(full, tokens, figures)
+    return Rollout(full, on_device(tokens, session.runtime.device), figures)
+
+
+def on_device(tokens: Sequence[Tokens], device: torch.device) -> list[Tokens]:
+    """The tokens where the steps are computed, in one copy: one a step would make it wait."""
+    names = [f.name for f in fields(Tokens)]
+    columns = torch.stack([torch.cat([getattr(t, name) for t in tokens]) for name in names])
+    parts = columns.to(device).split([len(t.logprobs) for t in tokens], dim=1)
+    return [Tokens(*part) for part in parts]
 
 
 def with_samples(

@@ -31,12 +31,13 @@ from dpo_cli.model.classifier import (
 )
 from dpo_cli.model.digest import model_digest
 from dpo_cli.model.load import load_tokenizer
-from dpo_cli.model.reward import load_reward_model, rewards, without_padding
+from dpo_cli.model.reward import load_reward_model, rewards, round_products, without_padding
 from dpo_cli.model.source import model_folder
 from dpo_cli.records import Batch
 from dpo_cli.stages.completions import Encoding, values_of
 from dpo_cli.stages.session import Session
 from dpo_cli.train.checkpoint import load_provenance
+from dpo_cli.train.runtime import Runtime
 
 KEY = "reward_fn.path"
 NORMALISATION = "normalisation"  # the entry of a reward model's dpo_run.json
@@ -45,8 +46,9 @@ NORMALISATION = "normalisation"  # the entry of a reward model's dpo_run.json
 def load_scorer(session: Session, config: RewardFnConfig | None = None) -> Scorer:
     """The scorer that `config` (default: the run's reward_fn) names; its model stays loaded.
 
-    A completion's score is the same among whichever others it comes, up to rounding, and
-    exactly that of its equals in the same call. Raises ConfigError or DataError.
+    A completion's score is the same among whichever others it comes, up to rounding (of what
+    `scoring_dtype` says), and exactly that of its equals in the same call. Ground truths and
+    classifiers score in float32 everywhere. Raises ConfigError or DataError.
     """
     config = config or session.config.reward_fn
     if isinstance(config, SentimentRewardFn) and config.scale == "log_odds":
@@ -101,12 +103,17 @@ class Normalisation:
 
 @dataclass
 class RewardModelScorer:
-    """The score at the last token of prompt and completion, in float32."""
+    """The score at the last token of prompt and completion.
+
+    dtype: what the layers multiply in, under autocast as in training; the head and the score are
+    in float32.
+    """
 
     session: Session
     model: PreTrainedModel
     encoding: Encoding
     normalise: Normalisation
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, rows: Sequence[Completed]) -> list[float]:
         examples = without_padding(self.encoding(rows), self.model)
@@ -114,8 +121,16 @@ class RewardModelScorer:
         return finite(self.normalise(found))
 
     def _rewards(self, batch: Batch) -> torch.Tensor:
-        with torch.autocast(batch.input_ids.device.type, enabled=False):
+        half = self.dtype != torch.float32
+        with torch.autocast(batch.input_ids.device.type, self.dtype if half else None, half):
             return rewards(self.model, batch)
+
+
+def scoring_dtype(runtime: Runtime) -> torch.dtype:
+    """Bfloat16 on CUDA in a run that computes in it, where float32 would take as long as sampling
+    what is scored: the rounding that the reward model was trained with. Else float32."""
+    half = runtime.device.type == "cuda" and runtime.precision == "bf16"
+    return torch.bfloat16 if half else torch.float32
 
 
 def reward_model_scorer(
@@ -126,19 +141,22 @@ def reward_model_scorer(
 ) -> RewardModelScorer:
     """Of a reward model in memory, which is put on the session's device."""
     model.to(session.runtime.device).eval()  # type: ignore[arg-type]
-    if kernel_of(model) == "varlen":  # chosen for training in bf16, refuses float32
+    dtype = scoring_dtype(session.runtime)
+    if dtype == torch.float32 and kernel_of(model) == "varlen":  # refuses float32
         use(model, "sdpa")
     encoding = Encoding(session, model, tokenizer)
-    return RewardModelScorer(session, model, encoding, normalise or Normalisation())
+    return RewardModelScorer(session, model, encoding, normalise or Normalisation(), dtype)
 
 
 def _reward_model(session: Session, config: RewardModelFn) -> Scorer:
     source = ModelConfig(path=config.path)
     tokenizer = load_tokenizer(source, KEY)
     classifier_config(source, tokenizer, KEY)
-    on = replace(session.placement, dtype=torch.float32)
+    on = replace(session.placement, dtype=scoring_dtype(session.runtime))
     model = load_reward_model(source, tokenizer, session.config.seed, KEY, on)
     model.requires_grad_(False)
+    if on.dtype != torch.float32:
+        round_products(model, on.dtype)
     normalise = _normalisation(session, config) if config.normalised else None
     return reward_model_scorer(session, model, tokenizer, normalise)
 

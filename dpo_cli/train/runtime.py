@@ -18,8 +18,12 @@ import transformers
 
 from dpo_cli.config import HardwareConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.ranks import Ranks, current
+from dpo_cli.ranks import Ranks, current, share_gpus
 
+log = logging.getLogger(__name__)
+
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # where the older name wins
+GROWING = "expandable_segments:True"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
@@ -74,13 +78,48 @@ def start_runtime(config: HardwareConfig, seed: int) -> Runtime:
     if kind == "cpu":
         keep_freed_memory()
         return Runtime(torch.device("cpu"), precision, ranks)
-    if ranks.local >= torch.cuda.device_count():
+    device = torch.device(kind, own_gpu(ranks))
+    torch.cuda.set_device(device)
+    exact_float32()
+    settle_allocator(device)
+    return Runtime(device, precision, ranks)
+
+
+def own_gpu(ranks: Ranks) -> int:
+    """The GPU of this rank. ConfigError where the node has fewer than ranks."""
+    count = torch.cuda.device_count()
+    if ranks.local >= count and not share_gpus():
         raise ConfigError(
-            f"hardware.devices: a node needs more than its {torch.cuda.device_count()} GPUs for "
-            f"its ranks; use hardware.devices={torch.cuda.device_count()}"
+            f"hardware.devices: a node needs more than its {count} GPUs for its ranks; use "
+            f"hardware.devices={count}"
         )
-    torch.cuda.set_device(ranks.local)
-    return Runtime(torch.device(kind, ranks.local), precision, ranks)
+    return ranks.local % count
+
+
+def exact_float32() -> None:
+    """Float32 products in float32, whatever the environment says: TF32 has 10 bits of it, and a
+    ground-truth reward or hardware.precision=fp32 asks for all of them."""
+    torch.set_float32_matmul_precision("highest")
+
+
+def settle_allocator(device: torch.device) -> None:
+    """Fixed segments where growing ones (see cli.py) fail: they need a driver that maps memory
+    at will, which some virtual machines lack. Tried before anything is allocated."""
+    try:
+        torch.empty(1, device=device)
+        return
+    except torch.OutOfMemoryError:
+        raise  # the device is full: fixed segments would find no room either
+    except RuntimeError as error:
+        names = [name for name in ALLOCATOR if GROWING in os.environ.get(name, "")]
+        if not names:
+            raise
+        (first, *_) = str(error).splitlines()
+    settings = os.environ[names[0]].replace(GROWING, GROWING.replace("True", "False"))
+    torch._C._accelerator_setAllocatorSettings(settings)
+    torch.empty(1, device=device)
+    os.environ[names[0]] = settings  # of processes that this one starts
+    log.warning("memory in fixed segments, growing ones fail here (%s)", first)
 
 
 def keep_freed_memory() -> None:
