@@ -32,20 +32,36 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import bench_args
 from bench_grow import grow, keep_curve
 from bench_job import Job
 from bench_keep import made_in, measured_in
-from bench_launch import Launch, Unavailable, say
+from bench_launch import Failed, Launch, Unavailable, say
 from bench_prepare import Plan
-from bench_report import keep, ratio_rows, side_rows, step_tables, table
-from bench_run import Results, prepare, refuse_if_busy, run_rounds, search
+from bench_report import Record, keep, ratio_rows, side_rows, step_tables, table
+from bench_run import Failures, prepare, refuse_if_busy, run_what_runs, search
 from bench_shapes import CHANGEABLE, Shape, resized
-from bench_sides import BEST, BEST_OF, PEER, Side, best_side, candidates, select, sides_of
-from bench_summary import circumstances, json_line, summary
+from bench_sides import (
+    BEST,
+    BEST_OF,
+    PEER,
+    Settings,
+    Side,
+    best_side,
+    candidates,
+    listing,
+    named,
+    select,
+    sides_of,
+    variant,
+    with_candidates,
+)
+from bench_summary import Measured, circumstances, json_line, summary
 
 GROW_RESPONSE = 64  # tokens
+BASE = Side("ours", "bench_ours.py", {})
 
 
 def make_plan(args: argparse.Namespace, shape: Shape, folder: Path) -> Plan:
@@ -63,7 +79,7 @@ def make_plan(args: argparse.Namespace, shape: Shape, folder: Path) -> Plan:
         data=args.data, adapter=args.adapter, tokenizer=args.tokenizer,
         prompt_length=args.prompt_length, response_length=response,
         reward_model=args.task == "reward", r=None if args.lora == "none" else args.r,
-        device=args.device,
+        device=args.device, lengths=args.lengths_of,
     )  # fmt: skip
     return replace(plan, folder=str(made_in(folder, plan)))
 
@@ -80,17 +96,42 @@ def make_job(args: argparse.Namespace, plan: Plan) -> Job:
 
 
 def chosen_sides(
-    args: argparse.Namespace, job: Job, folder: Path, launch: Launch
-) -> tuple[list[Side], list]:
+    args: argparse.Namespace, job: Job, folder: Path, launch: Launch, failures: Failures
+) -> tuple[list[Side], list[dict[str, Any]]]:
     """The sides to measure, and the table of the search if there was one."""
+    searched: list[dict[str, Any]] = []
+    if args.candidate:
+        found = named(args.task, args.candidate, args.precision, args.lora)
+        sides = with_candidates(args.task, args.sides, found)
+    else:
+        best, searched = best_settings(args, job, folder, launch, failures)
+        sides = select(sides_of(args.task, best), args.sides)
+    ours = [with_settings(side, args.ours) for side in sides]
+    also = [with_settings(variant(BASE, words.split()), args.ours) for words in args.also]
+    at = sum(not is_peer(args.task, side) for side in ours)
+    return [*ours[:at], *also, *ours[at:]], searched
+
+
+def best_settings(
+    args: argparse.Namespace, job: Job, folder: Path, launch: Launch, failures: Failures
+) -> tuple[Settings, list[dict[str, Any]]]:
+    """Of the other side, as far as is known or as a search finds."""
+    start = BEST_OF.get((args.task, args.preset), BEST[args.task])
     known = candidates(args.task, args.device, args.precision, args.lora, args.devices, args.batch)
-    best, searched = BEST_OF.get((args.task, args.preset), BEST[args.task]), []
-    sides = select(sides_of(args.task, known[best]), args.sides)
-    if args.search and peers(args.task, sides):
-        tried = [replace(best_side(args.task, s), name=name) for name, s in known.items()]
+    first = named(args.task, [start], args.precision, args.lora)[start]
+    sides = select(sides_of(args.task, first), args.sides)
+    if not (args.search and any(is_peer(args.task, side) for side in sides)):
+        return first, []
+    tried = [replace(best_side(args.task, s), name=name) for name, s in known.items()]
+    try:
         best, searched = search(job, tried, folder / "search", launch)
-        sides = select(sides_of(args.task, known[best]), args.sides)
-    return [with_settings(side, args.ours) for side in sides], searched
+    except Failed as error:
+        say(f"FAILED  {error}")
+        gone = {side.name for side in sides if is_peer(args.task, side)}
+        missing = gone if isinstance(error, Unavailable) else gone - {f"{PEER[args.task]}-default"}
+        failures |= dict.fromkeys(sorted(missing), str(error))
+        return first, []
+    return known[best], searched
 
 
 def with_settings(side: Side, words: Sequence[str]) -> Side:
@@ -100,52 +141,44 @@ def with_settings(side: Side, words: Sequence[str]) -> Side:
     return replace(side, settings=side.settings | dict(word.split("=", 1) for word in words))
 
 
-def peers(task: str, sides: Sequence[Side]) -> list[Side]:
-    return [side for side in sides if side.name.startswith(PEER[task])]
-
-
-def measure(
-    args: argparse.Namespace, job: Job, folder: Path, launch: Launch
-) -> tuple[list[Side], Results, list, str | None]:
-    """The sides, their results, the search's table, and why the other side is missing."""
-    try:
-        sides, searched = chosen_sides(args, job, folder, launch)
-        return sides, run_rounds(job, sides, args.rounds, folder, launch), searched, None
-    except Unavailable as error:
-        why = str(error)
-    args.search = False
-    sides, _ = chosen_sides(args, job, folder, launch)
-    ours = [side for side in sides if side not in peers(args.task, sides)]
-    if not ours:
-        raise SystemExit(why)
-    say(f"WARNING: {why}: dpo-run alone")
-    return ours, run_rounds(job, ours, args.rounds, folder, launch), [], why
+def is_peer(task: str, side: Side) -> bool:
+    return side.name.startswith(PEER[task])
 
 
 def compare_sides(
     args: argparse.Namespace, name: str, plan: Plan, folder: Path, argv: Sequence[str]
 ) -> int:
-    """All sides, all rounds; 1 if they do not compute the same."""
-    job = make_job(args, plan)
+    """All sides, all rounds; 1 if one of ours failed or the sides do not compute the same."""
+    job, failures = make_job(args, plan), Failures()
     until = None if args.minutes is None else time.monotonic() + 60 * args.minutes
-    launch = Launch(args.trl_python, until=until)
+    launch = Launch(args.trl_python, until=until, goes_on=bool(args.keep))
     prepare(plan, args.threads, launch)
-    sides, results, searched, why = measure(args, job, measured_in(folder, job), launch)
-    record = summary(name, job, plan, sides, results, searched, argv, why)
+    here = measured_in(folder, job)
+    sides, searched = chosen_sides(args, job, here, launch, failures)
+    results = run_what_runs(job, sides, args.rounds, here, launch, failures)
+    record = summary(name, job, plan, Measured(sides, results, failures, searched), argv)
     ratios = [ratio_rows(record)] if record["ratios"] else []
-    for rows in (*step_tables(record), side_rows(record), *ratios):
+    for rows in (*step_tables(record, failed=True), side_rows(record), *ratios):
         print("\n".join(table(rows)), end="\n\n")
-    agree = record["losses_agree"]
-    if not agree["agree"]:
-        say(f"ERROR: the sides do not compute the same, nothing was written: {agree}")
-    elif why or 0 < len(peers(args.task, sides)) < len(sides):
-        print(f"written: {keep(record, args.out)} and .png")
-    else:
-        say("one side alone is no comparison: nothing was written (with --keep FOLDER a command "
-            "without --sides takes it from there)")  # fmt: skip
+    told(args, record, sides)
     if args.json:
         print(json_line(record))
-    return 0 if agree["agree"] else 1
+    if not record["sides"]:
+        raise SystemExit("nothing was measured: " + "; ".join(map(": ".join, failures.items())))
+    ours = {side.name for side in sides if not is_peer(args.task, side)}
+    return 0 if record["losses_agree"]["agree"] and not ours & failures.keys() else 1
+
+
+def told(args: argparse.Namespace, record: Record, sides: Sequence[Side]) -> None:
+    """Write the page of a comparison; say what failed."""
+    for one in record["failed"]:
+        say(f"FAILED  {one['name']}: {one['why']}")
+    theirs = sum(is_peer(args.task, side) for side in sides)
+    if record["sides"] and 0 < theirs < len(sides):
+        print(f"written: {keep(record, args.out)}")
+    elif record["sides"]:
+        say("one side alone is no comparison: no page was written (with --keep FOLDER a command "
+            "without --sides takes it from there)")  # fmt: skip
 
 
 def grow_prompts(
@@ -171,6 +204,9 @@ def grow_prompts(
 
 def main(argv: Sequence[str]) -> int:
     args = bench_args.parser(__doc__).parse_args(argv)
+    if args.list_candidates:
+        print(listing(args.task))
+        return 0
     bench_args.check(args)
     name, shape = resized(args.preset, {key: getattr(args, key) for key in CHANGEABLE})
     busy = refuse_if_busy(args.busy_ok)

@@ -11,7 +11,7 @@ from bench_job import PACKAGES, Job, installed
 from bench_launch import ROOT
 from bench_prepare import Plan
 
-ROWS = ("folder", "pairs", "length", "prompt_length", "r")  # of a plan: their files are named apart
+ROWS = ("folder", "pairs", "length", "lengths", "prompt_length", "r")  # in their files' names
 CODE = ("dpo_cli/**/*.py", "conf/**/*.yaml", "scripts/bench*.py")
 
 

@@ -29,11 +29,12 @@ from bench import make_job, make_plan
 from bench_common import Page, add_measurement, add_output, facts_of, parse, parser, threads_of
 from bench_job import Job
 from bench_prepare import Plan
+from bench_ratios import one_epoch
 from bench_report import BLUE, GREY, Record, bars, ranged, table
 from bench_run import Results, compare, prepare, ratio, refuse_if_busy, run_rounds, say, spread
 from bench_shapes import CHANGEABLE, resized
 from bench_sides import Side
-from bench_summary import data_digest, data_label, json_line, one_epoch, row_facts
+from bench_summary import data_digest, data_label, json_line, row_facts
 
 LABELS = {
     "plain": "plain padded",

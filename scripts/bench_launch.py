@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,9 @@ OFFLINE = {
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_MODE": "disabled",
 }
+ERROR = re.compile(r"error: |([A-Za-z_]\w*\.)*[A-Za-z_]\w*(Error|Exception|Interrupt)\b(:|$)")
+LAUNCHERS_ERROR = "ChildFailedError"
+LONGEST = 200  # characters of a reason
 GRACE = 20  # seconds between being asked to stop and being killed
 
 
@@ -31,21 +35,33 @@ def say(line: str) -> None:
 
 
 class Failed(SystemExit):
-    """A worker that ended without an answer."""
+    """A worker that ended without an answer: one line that says why."""
 
 
 class Unavailable(Failed):
     """The other side cannot be imported here."""
 
 
+class TimeIsUp(SystemExit):
+    """--minutes are over."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "time is up (--minutes); what is finished is kept in the folder of --keep: the same "
+            "command goes on (with fewer --steps, if it never gets further)"
+        )
+
+
 @dataclass(frozen=True)
 class Launch:
     """How workers are started. python: of TRL's side, where it is another one. devices:
-    processes of a worker, by torch's launcher. until: `time.monotonic()` at which work stops."""
+    processes of a worker, by torch's launcher. until: `time.monotonic()` at which work stops;
+    goes_on: another command may finish it (--keep)."""
 
     trl_python: str = ""
     devices: int = 1
     until: float | None = None
+    goes_on: bool = True
 
     def other_python(self, script: str) -> str:
         return self.trl_python if script == "bench_trl.py" else ""
@@ -61,18 +77,11 @@ class Launch:
             return None
         left = self.until - time.monotonic()
         if left <= 0:
-            raise time_is_up()
+            raise TimeIsUp()
         return left
 
 
 PLAIN = Launch()  # one process of this Python, however long it takes
-
-
-def time_is_up() -> SystemExit:
-    return SystemExit(
-        "time is up (--minutes); what is finished is kept in the folder of --keep: the same "
-        "command goes on (with fewer --steps, if it never gets further)"
-    )
 
 
 def run_python(
@@ -98,7 +107,7 @@ def run_python(
         try:
             code = worker.wait(seconds)
         except subprocess.TimeoutExpired:
-            raise time_is_up() from None
+            raise TimeIsUp() from None
         finally:
             stop(worker)
         if code:
@@ -135,4 +144,14 @@ def failure(script: str, code: int, written: str) -> Failed:
     if missing:
         return Unavailable(missing[0])
     say(written[-4000:])
-    return Failed(f"{script} failed with exit code {code}, see above")
+    return Failed(f"{script} failed with exit code {code}: {reason(code, written)}")
+
+
+def reason(code: int, written: str) -> str:
+    """One line: the error at the end of what a worker wrote, not the one of torch's launcher."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    lines = [line.strip() for line in written.splitlines() if line.strip()]
+    errors = [line for line in lines if ERROR.match(line) and LAUNCHERS_ERROR not in line]
+    last = [*lines[-1:], *errors[-1:]] or ["it wrote nothing"]
+    return last[-1] if len(last[-1]) <= LONGEST else f"{last[-1][: LONGEST - 3]}..."

@@ -17,20 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import bench_lengths
 from bench_job import write_whole
 from bench_lora import save_start
 from bench_shapes import Shape, hf_config
 
 END, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
+SHARD = "2GB"  # of a file of weights; memory of the host that writing them takes
 TRAINED_VOCAB = 32_000  # of the tokenizer that is trained on --data where none is given
-
-# Tokens of GPT-2's tokenizer on the 2,312 pairs of Anthropic HH harmless-base/test: mean and
-# standard deviation of the logarithm of prompt, chosen (with EOS), rejected (with EOS); the
-# correlations of the logarithms; the shortest of each.
-HH_LOG_MEAN = (4.381, 3.370, 3.561)
-HH_LOG_SD = (1.001, 0.874, 0.926)
-HH_CORRELATION = ((1.0, 0.234, 0.226), (0.234, 1.0, 0.300), (0.226, 0.300, 1.0))
-HH_SHORTEST = (13, 3, 3)
 
 
 @dataclass(frozen=True)
@@ -38,7 +32,8 @@ class Plan:
     """What to make in `folder`; an existing model there is kept.
 
     data: a file of real pairs, read by `adapter`; None: synthetic pairs, whose lengths are
-    `prompt_length` and `response_length` (EOS included) or, where None, drawn as in HH.
+    `prompt_length` and `response_length` (EOS included) or, where None, drawn as in the dataset
+    that `lengths` names.
     context: positions of the model. length: tokens of prompt and response that are kept.
     reward_model: a sequence classifier of one label instead of a language model. r: rank of an
     adapter to start from, made beside the model. device: where random weights are drawn.
@@ -58,6 +53,7 @@ class Plan:
     reward_model: bool = False
     r: int | None = None
     device: str = "cpu"
+    lengths: str = "hh"
 
     @property
     def model(self) -> Path:
@@ -65,11 +61,15 @@ class Plan:
 
     @property
     def ids(self) -> Path:
-        return Path(self.folder) / f"ids-{self.pairs}x{self.prompt_length}-{self.length}.jsonl"
+        return Path(self.folder) / f"ids-{self.shape_of_rows}.jsonl"
 
     @property
     def rows(self) -> Path:
-        return Path(self.folder) / f"rows-{self.pairs}x{self.prompt_length}-{self.length}.jsonl"
+        return Path(self.folder) / f"rows-{self.shape_of_rows}.jsonl"
+
+    @property
+    def shape_of_rows(self) -> str:
+        return f"{self.lengths}-{self.pairs}x{self.prompt_length}-{self.length}"
 
     @property
     def adapter_start(self) -> Path:
@@ -198,12 +198,8 @@ def synthetic_rows(plan: Plan, tokenizer: Any) -> Iterator[dict[str, str]]:
 
 
 def draw_lengths(plan: Plan, rng: Any) -> list[tuple[int, int, int]]:
-    """Tokens of prompt, chosen and rejected: as asked for, else log-normal as in HH."""
-    import numpy as np
-
-    normal = rng.multivariate_normal(np.zeros(3), np.array(HH_CORRELATION), plan.pairs)
-    drawn = np.exp(normal * HH_LOG_SD + HH_LOG_MEAN).round().astype(int)
-    lengths = np.maximum(drawn, HH_SHORTEST)
+    """Tokens of prompt, chosen and rejected: as asked for, else as in a dataset."""
+    lengths = bench_lengths.draw(plan.lengths, plan.pairs, rng)
     if plan.prompt_length is not None:
         lengths[:, 0] = plan.prompt_length
     if plan.response_length is not None:
@@ -254,7 +250,7 @@ def save_model(plan: Plan, tokenizer: Any, folder: Path) -> None:
             torch.nn.init.normal_(model.score.weight, std=(plan.shape.width + 1) ** -0.5)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,10 @@ def keep(record: Record, folder: Path) -> Path:
     path = folder / f"{name}.md"
     old = KEPT.findall(path.read_text()) if path.is_file() else []
     records = {heading(r): r for r in map(json.loads, old)} | {heading(record): record}
-    path.write_text(markdown(path.stem, list(records.values())))
-    draw(path.with_suffix(".png"), list(records.values()))
+    drawn = find_spec("matplotlib") is not None
+    path.write_text(markdown(path.stem, list(records.values()), drawn))
+    if drawn:
+        draw(path.with_suffix(".png"), list(records.values()))
     return path
 
 
@@ -53,7 +57,7 @@ def heading(record: Record) -> str:
     trl = f", TRL {record['versions'].get('trl')}"
     if record["task"] == "decode":
         trl = ""
-    elif record.get("peer_missing"):
+    elif record.get("peer_missing"):  # a section of its own: it replaces no comparison
         trl = ", without TRL"
     rank = f"LoRA rank {record['lora']['r']}, " if record.get("lora") else ""
     many = f", {settings['devices']} devices" if settings.get("devices", 1) > 1 else ""
@@ -62,8 +66,9 @@ def heading(record: Record) -> str:
     return f"{rank}{record['precision']}, batch {settings['batch']}, {data}{many}{threads}{trl}"
 
 
-def markdown(name: str, records: Sequence[Record]) -> str:
-    lines = [f"# {name}", "", f"![{name}]({name}.png)", "",
+def markdown(name: str, records: Sequence[Record], drawn: bool = True) -> str:
+    picture = [f"![{name}]({name}.png)", ""] if drawn else []
+    lines = [f"# {name}", "", *picture,
              "Medians over the rounds, lowest and highest in brackets. Written by "
              "`scripts/bench.py`.", ""]  # fmt: skip
     for record in records:
@@ -85,6 +90,8 @@ def section(record: Record) -> list[str]:
         f"warm up, every side in a process of its own. {compared(record)}",
         "Settings: " + "; ".join(f"{name}: `{facts['settings'] or 'defaults'}`"
                                  for name, facts in record["sides"].items()) + ".",
+        *(f"**{one['name']} failed: {one['why']}.** Its settings: "
+          f"`{one['settings'] or 'defaults'}`." for one in record.get("failed", [])),
     ]  # fmt: skip
     if (ours := record["sides"].get("ours", {})).get("attention"):
         facts.append(f"dpo-run: attention={ours['attention']}, at most "
@@ -114,11 +121,13 @@ def compared(record: Record) -> str:
     if record.get("peer_missing"):
         return f"**{record['peer_missing']}: dpo-run alone, compared with nothing.**"
     allowed = record["losses_agree"]["allowed"]
-    return (
+    limits = (
         f"Losses may differ by {allowed['loss']:g}, log-probabilities by "
-        f"{allowed['logps_relative']:g} of their value. Both sides logged the same in every step: "
-        f"{agreed(record)}."
+        f"{allowed['logps_relative']:g} of their value."
     )
+    if not record["losses_agree"]["agree"]:
+        return f"{limits} **A side differs by more: its figures are left out.**"
+    return f"{limits} Both sides logged the same in every step: {agreed(record)}."
 
 
 def agreed(record: Record) -> str:
@@ -142,7 +151,8 @@ def agreed(record: Record) -> str:
 def side_rows(record: Record) -> list[list[str]]:
     tokens = record["data"].get("real_tokens_per_row")
     rows = [["side", f"{record['unit']}/s", "real tokens/s", "TFLOP/s", "MFU", "peak memory, MB",
-             "reference pass / epoch", f"{record['unit']}/s over one epoch"]]  # fmt: skip
+             "reference pass / epoch", f"{record['unit']}/s over one epoch", "startup, s",
+             "failed"]]  # fmt: skip
     for name, side in record["sides"].items():
         share, epoch = side.get("reference_share_of_epoch"), side.get("per_second_one_epoch")
         real = f"{side['per_second']['median'] * tokens:,.0f}" if tokens else ""
@@ -151,15 +161,26 @@ def side_rows(record: Record) -> list[list[str]]:
             *(ranged(side[key]) if key in side else "" for key in ("tflops_per_second", "mfu")),
             ranged(side["peak_memory_mb"]), ranged(share) if share else "",
             ranged(epoch) if epoch else "",
+            ranged(side["startup_seconds"]) if "startup_seconds" in side else "", "",
         ])  # fmt: skip
+    for one in record.get("failed", []):
+        rows.append([one["name"], *[""] * (len(rows[0]) - 2), one["why"].replace("|", "\\|")])
     filled = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     return [[row[i] for i in filled] for row in rows]
 
 
 def ratio_rows(record: Record) -> list[list[str]]:
     peer = "generate" if record["task"] == "decode" else "TRL"
-    named = [(RATIO_NAMES[key].format(peer=peer), value) for key, value in record["ratios"].items()]
+    best = record.get("roles", {}).get("best", "")
+    peer += "" if best.endswith("-best") or not best else f" ({best})"
+    named = [(ratio_name(key, peer), value) for key, value in record["ratios"].items()]
     return [["ratio", "median [range]"], *([name, ranged(value)] for name, value in named)]
+
+
+def ratio_name(key: str, peer: str) -> str:
+    """Of a variant of ours, where it is none of the usual ones."""
+    variant = key.removeprefix("ratio_").removesuffix("_vs_trl_best")
+    return RATIO_NAMES.get(key, f"speed, {variant} / {{peer}} best").format(peer=peer)
 
 
 def search_rows(record: Record) -> list[list[str]]:
@@ -192,9 +213,14 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
 
 
-def step_tables(record: Record) -> list[list[list[str]]]:
-    """What every side logged in each step, side by side; a table for each figure."""
-    sides = record["sides"]
+def step_tables(record: Record, failed: bool = False) -> list[list[list[str]]]:
+    """What every side logged in each step, side by side; a table for each figure. failed: also of
+    those that compute something else."""
+    sides = dict(record["sides"])
+    if failed:
+        sides |= {one["name"]: one for one in record["failed"] if one["figures_by_step"]}
+    if not sides:
+        return []
     names = next(iter(sides.values()))["figures_by_step"]
     return [
         [
@@ -207,7 +233,8 @@ def step_tables(record: Record) -> list[list[list[str]]]:
 
 
 def columns_of(sides: Mapping[str, Any], name: str) -> list[tuple[float, ...]]:
-    return list(zip(*(facts["figures_by_step"][name] for facts in sides.values()), strict=True))
+    columns = [facts["figures_by_step"].get(name, []) for facts in sides.values()]
+    return list(zip_longest(*columns, fillvalue=float("nan")))
 
 
 def draw(path: Path, records: Sequence[Record]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_job import Job, busy_cpu_seconds
-from bench_launch import PLAIN, Failed, Launch, Unavailable, run_python, say
+from bench_launch import PLAIN, Failed, Launch, TimeIsUp, Unavailable, run_python, say
 from bench_prepare import Plan
 from bench_sides import UNITS, Side
 
@@ -25,6 +26,7 @@ TOLERANCE = {
     "bf16": (3e-2, 3e-3),
 }
 Results = dict[str, list[dict[str, Any]]]  # side -> its result in each round
+Failures = dict[str, str]  # side -> why it has none
 
 
 def refuse_if_busy(allowed: bool, seconds: float = 1.0) -> float:
@@ -100,14 +102,61 @@ def run_rounds(
     results: Results = {side.name: [] for side in sides}
     for number in range(rounds):
         for side in sides:
-            result = run_side(side, job, folder / f"{number}-{side.name}", launch)
+            result = run_side(side, job, folder / own_folder(number, side), launch)
             results[side.name].append(result)
-            unit = UNITS[job.task]
-            others = result["others_cpu"]
-            note = f"  (others kept {others:.1f} cores busy)" if others > 0.1 else ""
-            say(f"round {number + 1}/{rounds}  {side.name:14} {result['per_second']:10.3f} "
-                f"{unit}/s {result['peak_memory_mb']:8.0f} MB{note}")  # fmt: skip
+            tell(f"round {number + 1}/{rounds}  {side.name:14}", job, result)
     return results
+
+
+def own_folder(number: int, side: Side) -> str:
+    """A name without `=` and `,`, which mean something in dpo-run's words."""
+    return f"{number}-{re.sub(r'[^A-Za-z0-9._-]', '_', side.name)}"
+
+
+def run_what_runs(
+    job: Job, sides: Sequence[Side], rounds: int, folder: Path, launch: Launch, failures: Failures
+) -> Results:
+    """As `run_rounds`, of the sides that do not fail; why the others did is put in `failures`.
+
+    Where time is up and nothing is kept for another command, only the rounds count that every
+    side has finished; a side that has finished none has failed.
+    """
+    results: Results = {side.name: [] for side in sides}
+    try:
+        for number in range(rounds):
+            for side in sides:
+                if side.name in failures:
+                    continue
+                try:
+                    result = run_side(side, job, folder / own_folder(number, side), launch)
+                except Failed as error:
+                    note_failure(side, sides, error, failures)
+                    continue
+                results[side.name].append(result)
+                tell(f"round {number + 1}/{rounds}  {side.name:14}", job, result)
+    except TimeIsUp:
+        if launch.goes_on:
+            raise
+        failures |= {name: "time was up (--minutes)" for name, rows in results.items()
+                     if not rows and name not in failures}  # fmt: skip
+    kept = {name: rows for name, rows in results.items() if name not in failures}
+    whole = min(map(len, kept.values()), default=0)
+    return {name: rows[:whole] for name, rows in kept.items()}
+
+
+def note_failure(side: Side, sides: Sequence[Side], error: Failed, failures: Failures) -> None:
+    """Of one side; where TRL cannot be imported, of all its sides."""
+    same = [s for s in sides if s.worker == side.worker]
+    for other in same if isinstance(error, Unavailable) else [side]:
+        failures[other.name] = str(error)
+    say(f"FAILED  {side.name}: {error}")
+
+
+def tell(start: str, job: Job, result: Mapping[str, Any]) -> None:
+    others = result["others_cpu"]
+    note = f"  (others kept {others:.1f} cores busy)" if others > 0.1 else ""
+    say(f"{start} {result['per_second']:10.3f} {UNITS[job.task]}/s "
+        f"{result['peak_memory_mb']:8.0f} MB{note}")  # fmt: skip
 
 
 def search(
@@ -122,35 +171,35 @@ def search(
     first: dict[str, Any] = {}
     for index, side in enumerate(sides):
         result = tried(side, job, folder / str(index), launch)
-        if result is None:
-            say(f"search  {side.name:44} failed: left out")
-            table.append({"name": side.name, "failed": True, "agrees": False})
+        if isinstance(result, str):
+            say(f"search  {side.name:24} failed: left out")
+            table.append({"name": side.name, "failed": True, "why": result, "agrees": False})
             continue
         first = first or result
         agrees = compare(first, result, job.precision)["agree"]
         table.append({"name": side.name, "per_second": result["per_second"],
                       "peak_memory_mb": result["peak_memory_mb"], "agrees": agrees})  # fmt: skip
         note = "" if agrees else "  (other losses: left out)"
-        say(f"search  {side.name:44} {result['per_second']:10.3f} {UNITS[job.task]}/s "
+        say(f"search  {side.name:24} {result['per_second']:10.3f} {UNITS[job.task]}/s "
             f"{result['peak_memory_mb']:8.0f} MB{note}")  # fmt: skip
     usable = [row for row in table if row["agrees"]]
     if not usable:
-        raise SystemExit("--search: none of the other side's settings runs here, see above")
+        raise Failed("--search: none of the other side's settings runs here, see above")
     return max(usable, key=lambda row: row["per_second"])["name"], table
 
 
-def tried(side: Side, job: Job, scratch: Path, launch: Launch) -> dict[str, Any] | None:
-    """A candidate's answer, None where it fails: once, and a later command does not try again."""
+def tried(side: Side, job: Job, scratch: Path, launch: Launch) -> dict[str, Any] | str:
+    """A candidate's answer, or why it fails: once, and a later command does not try again."""
     failed = scratch / "failed"
     if failed.exists():
-        return None
+        return failed.read_text()
     try:
         return run_side(side, job, scratch, launch)
     except Unavailable:
         raise
-    except Failed:
-        failed.touch()
-        return None
+    except Failed as error:
+        failed.write_text(str(error))
+        return str(error)
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], precision: str) -> dict[str, Any]:
@@ -169,17 +218,49 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], precision: str) -> dict[
     return {"agree": agree, "loss": loss, "logps_relative": logps}
 
 
+def baseline_of(results: Results, precision: str) -> str:
+    """The side that computes what most others do; of several the other side's defaults, then
+    another of its sides: of two that differ, ours is the one in doubt."""
+
+    def rank(name: str) -> tuple[int, bool, bool]:
+        one = results[name][0]
+        agreeing = sum(compare(one, rows[0], precision)["agree"] for rows in results.values())
+        return agreeing, name.endswith("-default"), not name.startswith("ours")
+
+    return max(results, key=rank)
+
+
+def drop_unequal(results: Results, precision: str, failures: Failures) -> Results:
+    """Without the sides that compute something else than the baseline."""
+    if not results:
+        return {}
+    baseline = baseline_of(results, precision)
+    for name, rows in results.items():
+        worst = [c for r in rows if not (c := compare(results[baseline][0], r, precision))["agree"]]
+        if worst:
+            failures[name] = (
+                f"does not compute what {baseline} does: losses differ by {worst[0]['loss']:.2g}, "
+                f"log-probabilities by {worst[0]['logps_relative']:.2g} of their value"
+            )
+    return {name: rows for name, rows in results.items() if name not in failures}
+
+
 def agreement(results: Results, precision: str) -> dict[str, Any]:
-    """Every side and round against the other side's defaults, in the worst case."""
-    baseline = next((name for name in results if name.endswith("-default")), next(iter(results)))
-    pairs = [compare(results[baseline][0], r, precision) for rows in results.values() for r in rows]
+    """Every side and round against the baseline, in the worst case."""
+    baseline = baseline_of(results, precision) if results else None
+    every = [row for rows in results.values() for row in rows]
+    pairs = [compare(results[baseline][0], row, precision) for row in every] if baseline else []
     return {
         "agree": all(p["agree"] for p in pairs),
         "baseline": baseline,
-        "largest_loss_difference": max(p["loss"] for p in pairs),
-        "largest_relative_logps_difference": max(p["logps_relative"] for p in pairs),
-        "allowed": dict(zip(("loss", "logps_relative"), TOLERANCE[precision], strict=True)),
+        "largest_loss_difference": max((p["loss"] for p in pairs), default=0.0),
+        "largest_relative_logps_difference": max((p["logps_relative"] for p in pairs), default=0.0),
+        "allowed": allowed(precision),
     }
+
+
+def allowed(precision: str) -> dict[str, float]:
+    return dict(zip(("loss", "logps_relative"), TOLERANCE[precision], strict=True))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -9,15 +9,57 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench_job import Job
 from bench_launch import ROOT
+from bench_lengths import KNOWN
 from bench_prepare import Plan
-from bench_run import Results, agreement, ratio, spread
+from bench_ratios import job_rows, one_epoch, ratios, roles_of
+from bench_run import Failures, Results, agreement, drop_unequal, spread
 from bench_sides import PEER, UNITS, Side
+
+FIGURES = {  # of --json's `results` -> of a side's facts
+    "per_second": "per_second",
+    "tflops": "tflops_per_second",
+    "mfu": "mfu",
+    "peak_memory_mb": "peak_memory_mb",
+    "reference_seconds": "reference_seconds",
+    "startup_seconds": "startup_seconds",
+}
+NOTHING = dict.fromkeys((*FIGURES, "tokens_per_second", "failure"))
+
+
+@dataclass
+class Measured:
+    """What came of the sides. results: of those that answered; failures: why others did not, and
+    of those that answered and do not compute the same; searched: the table of a search."""
+
+    sides: list[Side]
+    results: Results
+    failures: Failures
+    searched: list[dict[str, Any]] = field(default_factory=list)
+
+    def equal(self, precision: str) -> Results:
+        """The results that count; `failures` then says why others do not."""
+        return drop_unequal(self.results, precision, self.failures)
+
+    def peer_missing(self, job: Job) -> str | None:
+        """Why none of the other side's sides could be measured, where any was asked for."""
+        peers = [side.name for side in self.sides if side.name.startswith(PEER[job.task])]
+        if not peers or set(peers) & self.results.keys() - self.failures.keys():
+            return None
+        return self.failures[peers[0]]
+
+
+def failure(side: Side, measured: Measured) -> dict[str, Any]:
+    """A side that does not count, and what it logged if it got that far."""
+    rows = measured.results.get(side.name)
+    return {"name": side.name, "why": measured.failures[side.name], "settings": side.settings,
+            "figures_by_step": rows[0]["figures"] if rows else {}}  # fmt: skip
 
 
 def row_facts(job: Job) -> dict[str, float]:
@@ -74,19 +116,10 @@ def side_facts(job: Job, side: Side, rows: Results) -> dict[str, Any]:
 def flat(facts: dict[str, Any], tokens: float | None) -> dict[str, float | str | None]:
     """One side's figures, one number each. tokens: of a row, prompt and response."""
 
-    def middle(key: str) -> float | None:
-        return facts[key]["median"] if key in facts else None
-
-    return {
-        "per_second": middle("per_second"),
-        "tokens_per_second": tokens and tokens * facts["per_second"]["median"],
-        "tflops": middle("tflops_per_second"),
-        "mfu": middle("mfu"),
-        "peak_memory_mb": middle("peak_memory_mb"),
-        "reference_seconds": middle("reference_seconds"),
-        "startup_seconds": middle("startup_seconds"),
-        "failure": None,
-    }
+    found = {name: facts[key]["median"] for name, key in FIGURES.items() if key in facts}
+    if tokens is not None:
+        found["tokens_per_second"] = tokens * found["per_second"]
+    return NOTHING | found
 
 
 def startup(result: dict[str, Any]) -> float:
@@ -112,57 +145,18 @@ def compute_facts(
     return facts
 
 
-def job_rows(job: Job) -> int:
-    return job.total_steps * job.batch
-
-
-def one_epoch(job: Job, result: dict[str, Any]) -> float:
-    """Pairs a second over one epoch, its pass over the reference included."""
-    rows = job_rows(job)
-    return rows / (rows / result["per_second"] + (result["reference_seconds"] or 0.0))
-
-
-def ratios(job: Job, results: Results) -> dict[str, dict[str, float]]:
-    """Ours to theirs: speed where more is better, memory where less is."""
-    peer, found = PEER[job.task], {}
-    for other in ("default", "best"):
-        name = f"{peer}-{other}"
-        if {"ours", name} <= results.keys():
-            found[f"ratio_vs_trl_{other}"] = ratio(results, "ours", name, "per_second")
-            found[f"memory_ratio_vs_trl_{other}"] = ratio(results, "ours", name, "peak_memory_mb")
-    for name in ("trl-default", "trl-best-live"):
-        if {"ours-live", name} <= results.keys():
-            key = f"ratio_live_vs_{name.replace('-', '_')}"
-            found[key] = ratio(results, "ours-live", name, "per_second")
-    if job.task == "dpo":
-        found |= one_epoch_ratio(job, results)
-    return found
-
-
-def one_epoch_ratio(job: Job, results: Results) -> dict[str, dict[str, float]]:
-    """Against whatever is fastest for one epoch on the other side, cached or live."""
-    theirs = [name for name in ("trl-best", "trl-best-live") if name in results]
-    if "ours" not in results or not theirs:
-        return {}
-    return {"ratio_one_epoch_vs_trl_best": spread([
-        one_epoch(job, ours) / max(one_epoch(job, results[name][i]) for name in theirs)
-        for i, ours in enumerate(results["ours"])
-    ])}  # fmt: skip
-
-
 def summary(
     name: str,
     job: Job,
     plan: Plan,
-    sides: Sequence[Side],
-    results: Results,
-    searched: list[dict[str, Any]],
+    measured: Measured,
     argv: Sequence[str],
-    peer_missing: str | None = None,
 ) -> dict[str, Any]:
-    """The record that is printed as JSON and kept in the Markdown file. peer_missing: why the
-    other side could not be measured."""
-    found, rows = ratios(job, results), row_facts(job)
+    """The record that is printed as JSON and kept in the Markdown file."""
+    results, rows = measured.equal(job.precision), row_facts(job)
+    sides = [side for side in measured.sides if side.name in results]
+    roles = roles_of(job, sides, results)
+    found = ratios(job, roles, results)
     facts = {side.name: side_facts(job, side, results) for side in sides}
     tokens = rows.get("real_tokens_per_row")
     return {
@@ -173,19 +167,23 @@ def summary(
         "precision": job.precision,
         "unit": UNITS[job.task],
         "lora": {"name": job.lora, "r": job.r} if job.lora != "none" else None,
-        "losses_agree": agreement(results, job.precision),
-        "peer_missing": peer_missing,
+        "losses_agree": agreement(measured.results, job.precision),
+        "peer_missing": measured.peer_missing(job),
         "ratios": found,
-        "results": {name: flat(of_side, tokens) for name, of_side in facts.items()},
+        "roles": roles,
+        "results": {name: flat(of_side, tokens) for name, of_side in facts.items()}
+            | {name: NOTHING | {"failure": why} for name, why in measured.failures.items()},
         "sides": facts,
+        "failed": [failure(side, measured) for side in measured.sides
+                   if side.name in measured.failures],
         "data": {"label": data_label(plan), "sha256": data_digest(plan), **rows},
         "shape": vars(plan.shape) | {"context": plan.context},
         "settings": {key: getattr(job, key) for key in (
             "batch", "warmup", "steps", "lr", "threads", "length", "samples", "new_tokens",
             "devices")}
-            | {"rounds": len(next(iter(results.values()))), "seed": plan.seed},
-        "searched": searched,
-        **circumstances(results, argv),
+            | {"rounds": len(next(iter(results.values()), [])), "seed": plan.seed},
+        "searched": measured.searched,
+        **circumstances(measured.results, argv),
     }  # fmt: skip
 
 
@@ -193,10 +191,11 @@ def data_label(plan: Plan) -> str:
     if plan.data is not None:
         own = f", {Path(plan.tokenizer).name} tokenizer" if plan.tokenizer else ""
         return f"{Path(plan.data).name} ({plan.adapter}{own}, at most {plan.length} tokens)"
-    prompt = "HH's" if plan.prompt_length is None else f"{plan.prompt_length}-token"
-    response = "HH's" if plan.response_length is None else f"{plan.response_length}-token"
-    if prompt == response:
-        return f"synthetic pairs, lengths drawn as in HH, at most {plan.length} tokens"
+    name = KNOWN[plan.lengths].name
+    if plan.prompt_length is None and plan.response_length is None:
+        return f"synthetic pairs, lengths drawn as in {name}, at most {plan.length} tokens"
+    lengths = plan.prompt_length, plan.response_length
+    prompt, response = (f"{name}'s" if n is None else f"{n}-token" for n in lengths)
     return f"synthetic pairs, {prompt} prompts, {response} responses, at most {plan.length} tokens"
 
 
@@ -219,9 +218,9 @@ def circumstances(results: Results, argv: Sequence[str]) -> dict[str, Any]:
             "cpu": cpu_model(),
             "cores": os.cpu_count(),
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
-            "gpu": rows[0]["device_name"],
+            "gpu": rows[0]["device_name"] if rows else None,
             "system": f"{platform.system()} {platform.release()}",
-            "others_cpu": max(row["others_cpu"] for row in rows),
+            "others_cpu": max((row["others_cpu"] for row in rows), default=0.0),
         },
     }
 

@@ -7,6 +7,7 @@ Imports nothing of dpo-run, so it also runs under the Python of another environm
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,12 +20,14 @@ try:
     import torch
     import transformers
     import trl
+    from trl.trainer import dpo_trainer as dpo_trainer_module
 
     TRAINER_CLASSES = trl.DPOTrainer, trl.SFTTrainer, trl.RewardTrainer  # imported only when named
 except (ImportError, RuntimeError) as error:  # transformers' lazy modules raise the latter
     raise SystemExit(f"{UNAVAILABLE}{type(error).__name__}: {error}") from error
 
 NAMES = {"margin": "rewards/margins"}  # TRL's name of a figure -> ours
+OF_MODELS = ("attn_implementation", "dtype", "use_kernels")  # settings that are the model's
 
 
 class Recorder(transformers.TrainerCallback):
@@ -124,8 +127,8 @@ TRAINERS: dict[str, Callable[..., Any]] = {
 
 def arguments(job: Job) -> dict[str, Any]:
     """TRL's defaults but for what must be equal on both sides, then this side's settings."""
-    settings = dict(job.settings)
-    model = {key: settings.pop(key) for key in ("attn_implementation", "dtype") if key in settings}
+    settings = {key: value for key, value in job.settings.items() if key != "regional"}
+    model = {key: settings.pop(key) for key in OF_MODELS if key in settings}
     parts = job.devices * settings.get("gradient_accumulation_steps", 1)
     assert job.batch % parts == 0, f"batches of {job.batch} cannot be cut into {parts}"
     equal = {
@@ -147,8 +150,25 @@ def arguments(job: Job) -> dict[str, Any]:
     return equal | settings
 
 
+def set_up(job: Job) -> None:
+    """What TRL is told by other ways than its arguments."""
+    if job.settings.get("regional"):  # as `accelerate launch --dynamo_use_regional_compilation`
+        os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
+    if job.settings.get("use_liger_kernel"):
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        family = transformers.AutoConfig.from_pretrained(job.model).model_type
+        if family not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+            raise SystemExit(f"error: Liger has no kernels for {family}")
+    if hasattr(dpo_trainer_module, "hash_module"):
+        # Names the file of the reference's log-probabilities after all weights: 28 GB through
+        # SHA-256 at 7B. The file is new in each of our processes, whatever its name.
+        dpo_trainer_module.hash_module = lambda module: "one process"
+
+
 def measure(job: Job) -> dict[str, Any]:
     window = Window(job)
+    set_up(job)
     tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
     trainer = TRAINERS[job.task](
         job, model=job.model, processing_class=tokenizer, callbacks=[Recorder(window)],

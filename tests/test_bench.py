@@ -252,7 +252,7 @@ def test_one_epoch_counts_the_reference_pass(module: Any) -> None:
         precision="fp32", device="cpu", threads=1, length=0, samples=0, new_tokens=0,
     )  # fmt: skip
     assert module("bench_run").per_second(job, seconds=3.0) == 5.0
-    one_epoch = module("bench_summary").one_epoch  # 20 pairs: 4 s of steps, 1 s of reference
+    one_epoch = module("bench_ratios").one_epoch  # 20 pairs: 4 s of steps, 1 s of reference
     assert one_epoch(job, {"per_second": 5.0, "reference_seconds": 1.0}) == 4.0
     assert one_epoch(job, {"per_second": 5.0, "reference_seconds": None}) == 5.0
 
@@ -268,6 +268,23 @@ def test_synthetic_lengths_are_those_of_hh(module: Any) -> None:
         assert np.median(drawn) == pytest.approx(median, rel=0.2)
         assert np.percentile(drawn, 95) == pytest.approx(p95, rel=0.25)
     assert columns.min(axis=1).tolist() == [13, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "means"), [("tldr", (350, 35, 35)), ("ultrafeedback", (180, 350, 350))]
+)
+def test_synthetic_lengths_of_other_datasets(
+    module: Any, name: str, means: tuple[float, float, float]
+) -> None:
+    import numpy as np
+
+    lengths = module("bench_lengths")
+    drawn = lengths.draw(name, 20_000, np.random.default_rng(0))
+    assert drawn.mean(axis=0) == pytest.approx(means, rel=0.1)
+    assert np.all(drawn >= lengths.KNOWN[name].shortest)
+    assert np.all(drawn <= lengths.KNOWN[name].longest)
+    longest = drawn[:, 0].max() / np.median(drawn[:, 0])
+    assert longest > 20 if name == "ultrafeedback" else longest < 2  # a long tail, or none
 
 
 def test_published_commands_name_no_folder(module: Any) -> None:

@@ -97,7 +97,14 @@ def test_sides_of_two_commands_make_one_page(bench: Bench, tmp_path: Path) -> No
     code, record = bench(*words, "--sides=ours,trl-best", "--steps=3")
     assert code == 1
     assert not record["losses_agree"]["agree"]
-    assert not page.exists()
+    assert record["ratios"] == {}
+    assert list(record["sides"]) == ["trl-best"]  # of two that differ, ours is in doubt
+    why = record["results"]["ours"]["failure"]
+    assert why.startswith("does not compute what trl-best does: losses differ by ")
+    text = page.read_text()
+    assert f"**ours failed: {why}.**" in text
+    assert "**A side differs by more: its figures are left out.**" in text
+    assert "ours / TRL" not in text
 
 
 def test_the_adapter_is_the_one_a_run_starts_with(bench: Bench, tmp_path: Path) -> None:
@@ -168,6 +175,7 @@ def test_settings_that_fail_are_left_out_of_the_search(
     best, table = run.search(job, tried, tmp_path / "search")
     assert best == "1.0"
     assert [row.get("failed", False) for row in table] == [True, False, False]
+    assert table[0]["why"] == "out of memory"
     assert run.search(job, tried, tmp_path / "search")[1] == table  # nothing is asked again
     assert asked == [None, 2.0, 1.0]
     with pytest.raises(SystemExit, match="none of the other side's settings runs here"):
@@ -207,9 +215,9 @@ def test_what_is_tried_on_the_other_side(monkeypatch: pytest.MonkeyPatch) -> Non
     sides = import_module("bench_sides")
     known = sides.candidates("dpo", "cuda", "bf16", "lora", devices=2, batch=4)
     assert all(settings["dtype"] == "bfloat16" for settings in known.values())
-    assert known["cached reference, sharded"]["fsdp"] is True
-    assert "cached reference, 2 micro-batches" in known
-    assert "cached reference, 4 micro-batches" not in known  # of half a pair
+    assert known["cached-sharded"]["fsdp"] is True
+    assert "cached-2" in known
+    assert "cached-4" not in known  # of half a pair
     plain = sides.candidates("dpo", "cuda", "bf16", batch=4)
     assert not any("dtype" in settings or "fsdp" in settings for settings in plain.values())
     chosen = sides.select(sides.sides_of("dpo", {}), "ours,trl")
@@ -234,7 +242,11 @@ def test_mfu_is_of_the_same_work_on_both_sides(monkeypatch: pytest.MonkeyPatch) 
     ("words", "why"),
     [
         (["--lora=lora", "--task=sft"], "--lora: measures --task dpo"),
-        (["--minutes=9"], "--minutes: needs --keep FOLDER"),
+        (["--candidate=cached", "--search"], "--candidate: names what --search would look for"),
+        (["--candidate=cached-8-2"], "--candidate cached-8-2: is none of --task dpo"),
+        (["--candidate=cached-8"], "--candidate cached-8: --batch 4 must be a multiple of 8"),
+        (["--also=compile"], '--also: write "KEY=VALUE KEY=VALUE"'),
+        (["--lengths=tldr", f"--data={__file__}"], "--lengths, .*: of synthetic pairs"),
         (["--batch=6", "--devices=4"], "--batch 6: must be a multiple of --devices 4"),
         (["--ours=compile"], "--ours: write KEY=VALUE"),
         (["--devices=2", "--task=decode"], "--devices: measures training"),

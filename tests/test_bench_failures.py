@@ -1,0 +1,230 @@
+"""A side that fails is a row; candidates and variants are sides of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench_workers import SCRIPTS, SMALL, Record, in_process
+
+NAME = "gpt2-1x32-h2-v64-cpu"
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
+MEMORY = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+class Bench:
+    """`bench.py` with workers in this process. fails(script, settings): the error of a worker, or
+    None."""
+
+    def __init__(self, capsys: Any, out: Path) -> None:
+        self.capsys, self.out = capsys, out
+        self.fails: Callable[[str, Record], BaseException | None] = lambda script, settings: None
+
+    def worker(self, script: str, files: list[Path], *others: Any) -> None:
+        settings = {}
+        if script != "bench_prepare.py":
+            settings = json.loads(files[0].read_text())["settings"]
+        if error := self.fails(script, settings):
+            raise error
+        in_process(script, files, *others)
+
+    def __call__(self, *words: str) -> tuple[int, Record, str]:
+        code = import_module("bench").main([*SMALL, f"--out={self.out}", *words])
+        printed = self.capsys.readouterr()
+        return code, json.loads(printed.out.splitlines()[-1]), printed.err
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Bench:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    made = Bench(capsys, tmp_path)
+    monkeypatch.setattr(import_module("bench_run"), "run_python", made.worker)
+    return made
+
+
+@needs_trl
+def test_candidates_are_measured_instead_of_a_search(bench: Bench, tmp_path: Path) -> None:
+    code, record, _ = bench("--candidate=cached", "--candidate=cached-2-ckpt", "--lr=1e-2",
+                            "--also=train.micro_batch_tokens=2048")  # fmt: skip
+    assert code == 0
+    variant = "ours-micro_batch_tokens=2048"
+    assert list(record["sides"]) == ["ours", variant, "trl-cached", "trl-cached-2-ckpt"]
+    settings = record["sides"]["trl-cached-2-ckpt"]["settings"]
+    assert settings == {"gradient_checkpointing": True, "precompute_ref_log_probs": True,
+                        "gradient_accumulation_steps": 2}  # fmt: skip
+    losses = [side["figures_by_step"]["loss"] for side in record["sides"].values()]
+    assert losses[0] == pytest.approx(losses[3], rel=1e-4)
+    speeds = {name: flat["per_second"] for name, flat in record["results"].items()}
+    best = max(("trl-cached", "trl-cached-2-ckpt"), key=speeds.__getitem__)
+    assert record["roles"] == {"best": best}
+    assert record["ratio_vs_trl_best"] == pytest.approx(speeds["ours"] / speeds[best])
+    assert record[f"ratio_{variant}_vs_trl_best"] == pytest.approx(speeds[variant] / speeds[best])
+    text = (tmp_path / f"dpo-{NAME}.md").read_text()
+    assert f"speed, ours / TRL ({best}) best" in text
+    assert f"speed, {variant} / TRL ({best}) best" in text
+
+
+@needs_trl
+def test_a_side_that_fails_is_a_row(bench: Bench, tmp_path: Path) -> None:
+    failed = import_module("bench_launch").Failed
+    bench.fails = lambda script, settings: (
+        failed(MEMORY) if settings.get("gradient_checkpointing") is False else None
+    )
+    code, record, told = bench("--candidate=cached", "--candidate=cached-ckpt", "--rounds=2")
+    assert code == 0  # the others are measured
+    assert list(record["sides"]) == ["ours", "trl-cached-ckpt"]
+    row = record["results"]["trl-cached"]
+    assert row.pop("failure") == MEMORY
+    assert set(row.values()) == {None}
+    assert record["roles"] == {"best": "trl-cached-ckpt"}
+    assert told.count(f"FAILED  trl-cached: {MEMORY}") == 2  # at once, and at the end
+    text = (tmp_path / f"dpo-{NAME}.md").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith("| trl-cached "))
+    assert line.rstrip(" |").endswith(MEMORY)
+    assert f"**trl-cached failed: {MEMORY}.**" in text
+
+
+def test_a_page_without_the_other_side_claims_nothing(bench: Bench, tmp_path: Path) -> None:
+    failed = import_module("bench_launch").Failed
+    bench.fails = lambda script, settings: failed(MEMORY) if script == "bench_trl.py" else None
+    code, record, _ = bench("--candidate=cached", "--candidate=cached-2")
+    assert code == 0
+    assert record["ratios"] == {}
+    assert not [key for key in record if key.startswith("ratio_")]
+    assert record["peer_missing"] == MEMORY
+    text = (tmp_path / f"dpo-{NAME}.md").read_text()
+    assert f"**{MEMORY}: dpo-run alone, compared with nothing.**" in text
+    assert "| ratio" not in text
+
+
+def test_ours_may_fail_too(bench: Bench) -> None:
+    failed = import_module("bench_launch").Failed
+    bench.fails = lambda script, settings: (
+        failed("error: no room") if settings.get("train.micro_batch_tokens") else None
+    )
+    code, record, _ = bench("--sides=ours", "--also=train.micro_batch_tokens=2048")
+    assert code == 1
+    assert list(record["sides"]) == ["ours"]
+    assert record["results"]["ours-micro_batch_tokens=2048"]["failure"] == "error: no room"
+    with pytest.raises(SystemExit, match="nothing was measured: ours: error: no room"):
+        bench("--sides=ours", "--ours=train.micro_batch_tokens=2048")
+
+
+def test_what_is_done_when_time_is_up_is_reported(bench: Bench) -> None:
+    launch = import_module("bench_launch")
+    bench.fails = lambda script, settings: launch.TimeIsUp() if settings else None
+    words = ("--sides=ours,ours-live", "--minutes=1")
+    _, record, _ = bench(*words, "--rounds=2")
+    assert record["results"]["ours-live"]["failure"] == "time was up (--minutes)"
+    assert record["sides"]["ours"]["per_second"]["median"] > 0
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        bench(*words, f"--keep={bench.out / 'kept'}")
+
+
+def result(loss: float, **more: Any) -> dict[str, Any]:
+    return {"figures": {"loss": [0.69, loss]}, "per_second": 1.0} | more
+
+
+def test_the_side_that_differs_from_the_others_is_the_failed_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    run = import_module("bench_run")
+    same, other, nan = [result(0.6)], [result(0.5)], [result(float("nan"))]
+    for results, wrong in (
+        ({"ours": same, "trl-a": other, "trl-b": same}, {"trl-a"}),
+        ({"ours": other, "trl-a": same, "trl-b": same}, {"ours"}),
+        ({"ours": same, "trl-a": nan}, {"trl-a"}),
+        ({"ours": same, "trl-a": other}, {"ours"}),
+        ({"ours": same, "trl-a": same}, set()),
+        ({"ours": [result(0.6), result(0.5)], "trl-a": [*same, *same]}, {"ours"}),
+    ):
+        failures: dict[str, str] = {}
+        kept = run.drop_unequal(results, "fp32", failures)
+        assert failures.keys() == wrong
+        assert kept.keys() == results.keys() - wrong
+
+
+def test_reasons_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    reason = import_module("bench_launch").reason
+    trace = "Traceback (most recent call last):\n  File 'x', line 1\n    boom()\n"
+    assert reason(1, f"{trace}{MEMORY}\nsome warning at exit\n") == MEMORY
+    elastic = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n====\n"
+    assert reason(1, f"{trace}KeyError: 'a'\n{trace}{elastic}") == "KeyError: 'a'"
+    assert reason(1, "error: Liger has no kernels for gpt2\n") == (
+        "error: Liger has no kernels for gpt2"
+    )
+    assert reason(-9, "half a line") == "killed by SIGKILL"
+    assert reason(1, "") == "it wrote nothing"
+    assert len(reason(1, "ValueError: " + "x" * 900)) == 200
+
+
+def test_names_of_candidates(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    sides = import_module("bench_sides")
+    for task in ("dpo", "sft", "reward", "decode"):
+        for name in (*sides.TRIED[task], *sides.TRIED_ON_CUDA[task]):
+            assert sides.settings_of(task, name) is not None
+        assert import_module("bench").main([f"--task={task}", "--list-candidates"]) == 0
+        assert sides.TRIED[task][0] in capsys.readouterr().out
+    found = sides.settings_of("dpo", "cached-4-liger-regional")
+    assert found == {"gradient_checkpointing": False, "precompute_ref_log_probs": True,
+                     "use_liger_kernel": True, "torch_compile": True, "regional": True,
+                     "gradient_accumulation_steps": 4}  # fmt: skip
+    for wrong in ("free", "cached-0", "cached-x", "", "ckpt"):
+        with pytest.raises(SystemExit, match="is none of --task dpo"):
+            sides.settings_of("dpo", wrong)
+    half = sides.named("dpo", ["cached"], "bf16", "qlora")["cached"]
+    assert half["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (None, ["ours", "trl-live"]),
+        ("both", ["ours", "trl-live"]),
+        ("trl", ["trl-live"]),
+        ("trl-live", ["trl-live"]),
+        ("ours,ours-live", ["ours", "ours-live", "trl-live"]),
+        ("ours,trl-default", ["ours", "trl-default", "trl-live"]),
+    ],
+)
+def test_candidates_beside_other_sides(
+    monkeypatch: pytest.MonkeyPatch, words: str | None, names: list[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    sides = import_module("bench_sides")
+    live = {"live": sides.settings_of("dpo", "live")}
+    assert [side.name for side in sides.with_candidates("dpo", words, live)] == names
+    with pytest.raises(SystemExit, match="--sides: no trl-best"):
+        sides.with_candidates("dpo", "trl-best", live)
+
+
+def test_the_fastest_candidate_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    sides, ratios = import_module("bench_sides"), import_module("bench_ratios")
+    job = import_module("bench_job").Job(
+        task="dpo", model="", ids="", overrides=[], batch=2, warmup=1, steps=1, lr=0.0,
+        precision="fp32", device="cpu", threads=1, length=0, samples=0, new_tokens=0,
+    )  # fmt: skip
+    speeds = {"ours": 8.0, "trl-cached": 2.0, "trl-cached-2": 4.0, "trl-live": 5.0}
+    named = sides.named("dpo", ["cached", "cached-2", "live"], "fp32", "none")
+    measured = sides.with_candidates("dpo", None, named)
+    results = {
+        name: [result(0.6, per_second=v, peak_memory_mb=v, reference_seconds=None)]
+        for name, v in speeds.items()
+    }
+    roles = ratios.roles_of(job, measured, results)
+    assert roles == {"best": "trl-cached-2", "best-live": "trl-live"}
+    found = ratios.ratios(job, roles, results)
+    assert found["ratio_vs_trl_best"]["median"] == 2.0  # not against the reference in the loop
+    assert found["ratio_one_epoch_vs_trl_best"]["median"] == pytest.approx(8 / 5)
+    del results["trl-cached-2"]
+    assert ratios.roles_of(job, measured, results)["best"] == "trl-cached"
