@@ -55,6 +55,16 @@ def isolation(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
         torch.manual_seed(0)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `cuda` where there is no GPU."""
+    if item.get_closest_marker("cuda") is None or os.environ.get("DPO_RUN_TEST_DEVICE") == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture
 def shared() -> Path:
     """Folder of real data and small real weights, which the repository does not hold."""
