@@ -115,9 +115,12 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
 def test_a_step_out_of_memory_is_done_again_in_smaller_rows(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    wide = ("model.architecture.hidden=256", "model.architecture.layers=4", "data.rows=512",
-            "train.batch_size=512", "train.micro_batch_tokens=16384") if DEVICE == "cuda" else ()  # fmt: skip
-    room = 0.6 if DEVICE == "cuda" else 300  # of what it takes; tokens
+    wide: tuple[str, ...] = ()
+    room = 300.0  # tokens
+    if DEVICE == "cuda":
+        wide = ("model.architecture.hidden=256", "model.architecture.layers=4", "data.rows=512",
+                "train.batch_size=512", "train.micro_batch_tokens=16384")  # fmt: skip
+        room = 0.6  # of what it takes
     words = [*TINY, *wide, *HERE, "stage=sft", "train.max_steps=3"]
     found = chain(tmp_path_factory, "memory", [
         (*words, "run_dir=whole"), {"words": [*words, "run_dir=short"], "room": room},

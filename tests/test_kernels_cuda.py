@@ -18,7 +18,10 @@ from small_models import (
     weighted,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 CUDA = Placement(torch.device("cuda"), torch.bfloat16)
 
 
