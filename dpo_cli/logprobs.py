@@ -1,8 +1,9 @@
 """Log-probabilities of target tokens, without ever holding logits of shape (N, V).
 
 Only the N hidden states that predict a target meet the output embedding, a block of rows
-at a time: its float32 logits stay in the processor's cache through softmax. A loss needs
-whole examples, so their slopes (n, V) are kept, in the compute dtype, for a chunk of blocks.
+at a time: on a CPU its float32 logits stay in the cache through softmax, on CUDA one kernel
+reads them (`fused_head`). A loss needs whole examples, so their slopes (n, V) are kept, in the
+compute dtype, for a chunk of blocks.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dpo_cli import fused_head
+from dpo_cli.fused_head import product
+
 BLOCK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}  # of float32 logits alive at once
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}  # of slopes alive at once
+EAGER_BLOCKS = 3  # alive at once without a kernel: logits, softmax, and the next block's logits
+TILE_ROWS = 128  # of a matmul on CUDA
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ class Head:
     """A model's output layer: logits = cap(scale * (h W^T + b)).
 
     weight: (V, D); bias: (V,) or None; scale: Cohere's logit_scale, 1/Granite's
-    logits_scaling; softcap: Gemma 2's final_logit_softcapping (cap(z) = c tanh(z/c)).
+    logits_scaling; softcap: Gemma 2's final_logit_softcapping (cap(z) = c tanh(z/c));
+    vocab: V where rows of zeros follow in the weight (`cast`), which are no tokens.
     """
 
     weight: Tensor
@@ -31,8 +38,33 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    vocab: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.weight) if self.vocab is None else self.vocab
+
+    def refused(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why no kernel computes its log-probabilities there, or None; tried once a process."""
+        shape = fused_head.Shape(
+            device, dtype, self.tokens, self.bias is not None, self.softcap is not None
+        )
+        return fused_head.refused(shape)
+
+    @property
+    def fused(self) -> bool:
+        return self.refused(self.weight.device, self.weight.dtype) is None
+
+    def rounding(self, device: torch.device, dtype: torch.dtype) -> str:
+        """What decides how its log-probabilities are rounded there, "" on a CPU."""
+        if device.type != "cuda":
+            return ""
+        kind = "eager" if self.refused(device, dtype) else "fused"
+        return f" {kind} head" + " in float32" * fused_head.unrounded(device, dtype)
+
     def rows_per_block(self) -> int:
-        return self._rows(BLOCK_BYTES, 4)
+        rows = self._rows(BLOCK_BYTES, 4)
+        return rows * EAGER_BLOCKS // TILE_ROWS * TILE_ROWS or rows if self.fused else rows
 
     def rows_per_chunk(self) -> int:
         return self._rows(CHUNK_BYTES, self.weight.element_size())
@@ -42,9 +74,16 @@ class Head:
         return max(16, limit // (size * self.weight.shape[0]))
 
     def cast(self, dtype: torch.dtype) -> Head:
-        """The same head in another dtype: once, not once a chunk."""
+        """The same head in another dtype, and aligned: once, not once a chunk."""
         bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, weight=self.weight.to(dtype), bias=bias)
+        tokens, weight = self.tokens, self.weight
+        columns = fused_head.columns(tokens, weight.device)
+        if columns == len(weight):
+            return replace(self, weight=weight.to(dtype), bias=bias, vocab=tokens)
+        padded = weight.new_empty(columns, weight.shape[1], dtype=dtype)
+        padded[:tokens] = weight[:tokens]
+        padded[tokens:] = 0.0
+        return replace(self, weight=padded, bias=bias, vocab=tokens)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -67,7 +106,13 @@ def promote(x: Tensor) -> Tensor:
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
     """(n, D) -> (n, V), float32 (float64 stays), computed in the head's dtype. For one chunk."""
     weight, bias = head.weight, head.bias
-    logits = promote(torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias))
+    hidden = hidden.to(weight.dtype)
+    if hidden.is_cuda and not torch.is_grad_enabled():
+        logits = promote(product(hidden, weight.t()))[:, : head.tokens]
+        logits = logits if bias is None else logits + bias
+    else:
+        weight = weight[: head.tokens]
+        logits = promote(torch.nn.functional.linear(hidden, weight, bias))
     if head.scale != 1.0:
         logits = logits * head.scale
     if head.softcap is not None:
@@ -92,27 +137,41 @@ def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     head = head.cast(_compute_dtype(hidden))
     rows = head.rows_per_block()
     blocks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    return torch.cat([_softmax(logits_of(h, head), t)[0] for h, t in blocks])
+    return torch.cat([_block(h, head, t) for h, t in blocks])
 
 
 @torch.no_grad()
 def _logprobs_and_slopes(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(n, D) -> (n,) log-probabilities and their slopes d logp / d logits, (n, V), in the
-    head's dtype: onehot - softmax, through the soft-capping where there is one."""
+    head's dtype: onehot - softmax, through the soft-capping where there is one; 0 in the columns
+    of a padded head's rows."""
     slopes = hidden.new_empty(len(hidden), len(head.weight), dtype=head.weight.dtype)
     rows = head.rows_per_block()
-    parts = []
-    for h, t, out in zip(hidden.split(rows), targets.split(rows), slopes.split(rows), strict=True):
-        logits = logits_of(h, head)
-        logprobs, slope = _softmax(logits, t)
-        # Not 1 - probability in a low precision: that is 0 long before the truth is.
-        at_target = 1.0 - slope.gather(1, t[:, None])
-        slope.neg_().scatter_(1, t[:, None], at_target)
-        if head.softcap is not None:
-            slope *= 1.0 - (logits / head.softcap) ** 2
-        out.copy_(slope)
-        parts.append(logprobs)
-    return torch.cat(parts), slopes
+    blocks = zip(hidden.split(rows), targets.split(rows), slopes.split(rows), strict=True)
+    return torch.cat([_block(h, head, t, out) for h, t, out in blocks]), slopes
+
+
+def _block(hidden: Tensor, head: Head, targets: Tensor, out: Tensor | None = None) -> Tensor:
+    """(n,) log-probabilities of rows whose logits may live at once; their slopes go to `out`."""
+    if head.fused:
+        from dpo_cli.head_kernel import softmax_rows
+
+        logits = product(hidden.to(head.weight.dtype), head.weight.t())
+        return softmax_rows(
+            logits.float(), targets, head.tokens, head.bias, head.scale, head.softcap, out
+        )
+    logits = logits_of(hidden, head)
+    logprobs, slope = _softmax(logits, targets)
+    if out is None:
+        return logprobs
+    # Not 1 - probability in a low precision: that is 0 long before the truth is.
+    at_target = 1.0 - slope.gather(1, targets[:, None])
+    slope.neg_().scatter_(1, targets[:, None], at_target)
+    if head.softcap is not None:
+        slope *= 1.0 - (logits / head.softcap) ** 2
+    out[:, : head.tokens] = slope
+    out[:, head.tokens :] = 0.0
+    return logprobs
 
 
 # loss_of(logprobs, examples): the summed loss of the examples in the slice, whose targets'
@@ -208,11 +267,13 @@ class _Gradients:
         """slopes: (n, V); weights: (n, 1) d loss / d log-probability, times the head's scale."""
         hidden = cast(Tensor, self.leaves[0])
         if self.wanted[0]:
-            self.hidden[rows] = (slopes @ head.weight) * weights
+            self.hidden[rows] = product(slopes, head.weight) * weights
         if self.wanted[1]:
-            self._accumulate(1, slopes.t() @ (hidden[rows] * weights).to(slopes.dtype))
+            part = product(slopes.t(), (hidden[rows] * weights).to(slopes.dtype))
+            self._accumulate(1, part[: head.tokens])
         if self.wanted[2]:
-            self._accumulate(2, (slopes.t() @ weights.to(slopes.dtype)).squeeze(1))
+            part = product(slopes.t(), weights.to(slopes.dtype))
+            self._accumulate(2, part[: head.tokens].squeeze(1))
 
     def _accumulate(self, index: int, part: Tensor) -> None:
         total = self.sums[index]

@@ -16,7 +16,7 @@ from dpo_cli.config import (
     RunConfig,
     SampleConfig,
 )
-from dpo_cli.logprobs import BLOCK_BYTES, CHUNK_BYTES
+from dpo_cli.logprobs import BLOCK_BYTES, CHUNK_BYTES, EAGER_BLOCKS
 from dpo_cli.memory.activations import Numbers, Rows, Trained, kept_bytes, working_bytes
 from dpo_cli.memory.facts import Facts
 from dpo_cli.memory.weights import (
@@ -160,14 +160,16 @@ def activations_of(run: Run) -> Parts:
 
 def output_layer(run: Run) -> Parts:
     """The output layer at work (`logprobs.fused_loss`): slopes of a chunk, and either logits and
-    softmax of a block while the next one's logits are made, or a chunk's part of the weight's
+    softmax of a block while the next one's logits are made (a kernel's block is as large as these
+    together), or a chunk's part of the weight's
     gradient; the weight's copy and its gradient."""
     shape, numbers, device = run.facts.shape, run.numbers, run.facts.device
     scored = run.facts.texts.scored * run.rows.tokens
     slopes = min(CHUNK_BYTES[device], numbers.compute * scored * shape.vocab)
-    logits = 3 * min(BLOCK_BYTES[device], FLOAT * scored * shape.vocab)
+    logits = EAGER_BLOCKS * min(BLOCK_BYTES[device], FLOAT * scored * shape.vocab)
     copy = shape.head * numbers.compute if numbers.casts else 0
-    part = shape.head * numbers.compute if run.learnt.whole else 0
+    summed = FLOAT if device == "cuda" else numbers.compute  # CUDA's products stay unrounded
+    part = shape.head * summed if run.learnt.whole else 0
     return {"output layer": float(slopes + max(logits, part) + copy), **head_gradient(run)}
 
 
@@ -181,7 +183,7 @@ def forward_of(run: Run) -> Parts:
     """Without gradients."""
     return {
         "activations": working_bytes(run.facts.shape, run.numbers, run.rows),
-        "output layer": 4.0 * BLOCK_BYTES[run.facts.device],
+        "output layer": (1.0 + EAGER_BLOCKS) * BLOCK_BYTES[run.facts.device],
     }
 
 

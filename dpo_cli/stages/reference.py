@@ -26,7 +26,7 @@ from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.model import adapters
 from dpo_cli.model.digest import model_digest
-from dpo_cli.model.forward import computed_by, sequence_logprobs
+from dpo_cli.model.forward import computed_by, head_of, sequence_logprobs
 from dpo_cli.model.source import Origin, origin_of
 from dpo_cli.records import EncodedExample
 from dpo_cli.stages.rows import over_rows
@@ -122,7 +122,8 @@ def reference_key(
 ) -> str:
     """Digest of all that the log-probabilities depend on."""
     runtime = session.runtime
-    computed = f"{runtime.device.type} {runtime.precision} {computed_by(model)}"
+    head = head_of(model).rounding(runtime.device, session.placement.dtype)
+    computed = f"{runtime.device.type} {runtime.precision} {computed_by(model)}{head}"
     text = f"{model_digest(model)} {fingerprint(examples)} {computed} v2"
     return hashlib.sha256(text.encode()).hexdigest()
 

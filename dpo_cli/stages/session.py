@@ -16,7 +16,7 @@ from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of
-from dpo_cli.model.forward import compile_rows
+from dpo_cli.model.forward import compile_rows, head_of
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
 from dpo_cli.model.recompute import recompute_blocks
 from dpo_cli.model.source import model_folder
@@ -131,9 +131,19 @@ def load(
         session.budget.limit(MOST_TOKENS[kernel_of(model)])
     if as_trained:
         hold_as_trained(model, session.config.hardware)
+    note_head(session, model, key)
     if session.ranks.size > 1:
         spread_weights(session, model, key)
     return model
+
+
+def note_head(session: Session, model: PreTrainedModel, key: str) -> None:
+    """Say so where a GPU cannot use the kernel for log-probabilities."""
+    on = session.placement
+    if on.device.type != "cuda" or model.get_output_embeddings() is None:
+        return
+    if (why := head_of(model).refused(on.device, on.dtype)) is not None:
+        session.note(f"{key}: log-probabilities by plain operations, which are slower ({why})")
 
 
 def spread_weights(session: Session, model: PreTrainedModel, key: str) -> None:
