@@ -92,13 +92,17 @@ def test_same_seed_same_samples():
     assert ids(options) != ids(SamplingOptions(completions=2, max_new_tokens=8, seed=2))
 
 
+def quiet(line):
+    """A note that nobody reads."""
+
+
 STEPS = 13  # beyond the windows of 6
 RAGGED = [np.random.default_rng(5).integers(0, 96, n).astype(np.int32) for n in (1, 9, 4, 9)]
 
 
 def ready(family, options=None):
     model = small_models.build(family, options)
-    choose_attention(model, "auto", on=Placement(note=lambda line: None))
+    choose_attention(model, "auto", on=Placement(note=quiet))
     return model
 
 
@@ -129,7 +133,7 @@ def test_shared_prompts_are_exact(family, completions, temperature, monkeypatch)
     compute_in_float64(monkeypatch)
     monkeypatch.setattr(prefix_cache, "ROOM", 2)  # the buffers must grow
     model = ready(family)
-    assert shares_prompts(model)
+    assert shares_prompts(model, quiet)
     options = SamplingOptions(completions, temperature, max_new_tokens=STEPS)
     rows, eos = sample_until_a_common_token(model, options)
     lengths = {len(c.ids) for row in rows for c in row}
@@ -143,7 +147,7 @@ def test_shared_prompts_are_exact(family, completions, temperature, monkeypatch)
 def test_other_families_are_exact_as_well(family, options, monkeypatch):
     compute_in_float64(monkeypatch)
     model = ready(family, options)
-    assert shares_prompts(model) == (family == "opt")
+    assert shares_prompts(model, quiet) == (family == "opt")
     options = SamplingOptions(3, max_new_tokens=STEPS)
     assert_the_plain_forwards(model, sample_until_a_common_token(model, options)[0])
 
@@ -162,7 +166,7 @@ def test_a_cache_that_goes_wrong_is_not_used(fault, monkeypatch):
     monkeypatch.setattr(prefix_cache._Layer, "attend", wrong)
     model = ready("llama")
     rows = sample(model, RAGGED, SamplingOptions(2, max_new_tokens=4), -1, 0)
-    assert not shares_prompts(model)
+    assert not shares_prompts(model, quiet)
     assert_the_plain_forwards(model, rows)
 
 
@@ -226,7 +230,7 @@ def test_looking_for_finished_rows_less_often_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("call", [1, 3])  # the prefill, the second new token
 def test_logits_that_are_not_finite_stop_it(call, temperature):
     model = build("gpt2")
-    assert shares_prompts(model)  # tried before calls are counted
+    assert shares_prompts(model, quiet)  # tried before calls are counted
     calls = []
 
     def spoil(module, inputs, output):

@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from itertools import islice
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.errors import ConfigError, NonFiniteError
-from dpo_cli.logprobs import promote
+from dpo_cli.device_memory import free_memory, ran_out
+from dpo_cli.errors import ConfigError
+from dpo_cli.logprobs import promoted
 from dpo_cli.model.attention import attention_as
-from dpo_cli.model.decoding import advance, shares_prompts, start
+from dpo_cli.model.decoding import Note, advance, shares_prompts, start
 from dpo_cli.model.draw import draw
+from dpo_cli.model.sampled import Completion, Sampled, SamplingOptions
+from dpo_cli.model.stepper import Stepper, can_step
 
 LOOK_EVERY = {"cpu": 1, "cuda": 4}  # steps; a look for finished rows makes the host wait
+STATIC = {"cpu": False, "cuda": True}  # steps of static shape, which CUDA graphs can record
+MOST_ROWS = 512  # decoded together on a GPU where nothing else is asked for
+KEYS_SHARE = 0.3  # of a GPU's memory, for the keys and values of those rows
+LOGITS_ALIVE = 6  # float32 copies of (R, V) while a token is drawn
 
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """temperature 0 is greedy. seed: each prompt batch draws from its own stream."""
-
-    completions: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 48
-    seed: int = 0
-    batch_size: int = 64  # sequences decoded together
-
-
-@dataclass(frozen=True)
-class Completion:
-    """ids: sampled tokens, with the EOS if it came. logprobs: (len(ids),) of the sampling
-    distribution. finished: ended by EOS, not by max_new_tokens."""
-
-    ids: np.ndarray
-    logprobs: np.ndarray
-    finished: bool
+Decode = Callable[[Sequence[np.ndarray], int, int], list[Completion]]  # prompts, steps, seed
 
 
 @torch.no_grad()
@@ -51,30 +39,114 @@ def sample(
     pad_id: int,
     tick: Callable[[int], None] = lambda prompts: None,
     share: tuple[int, int] = (0, 1),
+    note: Note = warnings.warn,
 ) -> list[list[Completion]]:
     """`options.completions` samples for each prompt, in the order of the prompts.
 
     share: (rank, ranks); only each ranks-th batch is sampled then, the other prompts get none.
     Where a prompt leaves less than max_new_tokens of the context, its completions end there,
-    whichever prompts are decoded beside it.
+    whichever prompts are decoded beside it. Where memory runs out, fewer are decoded together.
+    note: is told of that, and of a model that must be decoded in a slower way.
     """
     results: list[list[Completion]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    per_batch = max(1, options.batch_size // options.completions)
+    rooms = [room_for(model, prompts[i], options.max_new_tokens) for i in order]
+    together = options.batch_size or rows_that_fit(model, prompts, options)
+    per_batch = max(1, together // options.completions)
     was_training = model.training
     model.eval()
-    rooms = [room_for(model, prompts[i], options.max_new_tokens) for i in order]
-    for first, last in islice(_batches(rooms, per_batch), share[0], None, share[1]):
-        chosen = order[first:last]
-        generator = torch.Generator(model.device).manual_seed(options.seed * 1_000_003 + first)
-        batch, steps = [prompts[i] for i in chosen], rooms[first]
-        rows = _decode(model, batch, options, steps, eos_id, pad_id, generator)
-        for place, i in enumerate(chosen):
-            n = options.completions
-            results[i] = rows[place * n : (place + 1) * n]
-        tick(len(chosen))
+    with _casting_once(model):
+        decode = _WithinMemory(_decoder(model, options, eos_id, pad_id, note), model.device, note)
+        for first, last in islice(_batches(rooms, per_batch), share[0], None, share[1]):
+            batch = [prompts[i] for i in order[first:last]]
+            rows = decode(batch, rooms[first], options.seed * 1_000_003 + first)
+            for place, i in enumerate(order[first:last]):
+                n = options.completions
+                results[i] = rows[place * n : (place + 1) * n]
+            tick(last - first)
     model.train(was_training)
     return results
+
+
+@contextmanager
+def _casting_once(model: PreTrainedModel) -> Iterator[None]:
+    """In autocast a frozen weight is cast in every forward: the cast is kept, until the outermost
+    autocast ends, only of weights that want a gradient. So let them, where none is taken."""
+    device = model.device.type
+    frozen = [p for p in model.parameters() if p.dtype == torch.float32 and not p.requires_grad]
+    frozen = frozen if torch.is_autocast_enabled(device) else []
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
+def _decoder(
+    model: PreTrainedModel, options: SamplingOptions, eos_id: int, pad_id: int, note: Note
+) -> Decode:
+    """The fastest way of decoding that is right for the model."""
+    shared = shares_prompts(model, note)
+    if shared and STATIC[model.device.type] and can_step(model, note):
+        recorded = model.device.type == "cuda"
+        return Stepper(model, options, eos_id, pad_id, recorded, note).decode
+    return lambda prompts, steps, seed: _decode(
+        model, prompts, options, steps, eos_id, pad_id, shared,
+        torch.Generator(model.device).manual_seed(seed),
+    )  # fmt: skip
+
+
+class _WithinMemory:
+    """Decodes batches; where memory runs out, that one and later ones in smaller parts."""
+
+    def __init__(self, decode: Decode, device: torch.device, note: Note) -> None:
+        self.decode, self.device, self.note = decode, device, note
+        self.most = sys.maxsize  # prompts together
+
+    def __call__(self, prompts: Sequence[np.ndarray], steps: int, seed: int) -> list[Completion]:
+        made: list[Completion] = []
+        start = 0
+        while start < len(prompts):
+            part = prompts[start : start + self.most]
+            try:
+                made += self.decode(part, steps, seed + start)
+                start += len(part)
+                continue
+            except RuntimeError as error:
+                if len(part) == 1 or not ran_out(error):
+                    raise
+            free_memory(self.device)
+            self.most = len(part) // 2
+            self.note(
+                f"out of memory with {len(part)} prompts sampled together: from now on at most "
+                f"{self.most} (stage.batch_size)"
+            )
+        return made
+
+
+def rows_that_fit(
+    model: PreTrainedModel, prompts: Sequence[np.ndarray], options: SamplingOptions
+) -> int:
+    """Sequences to decode together where the configuration names no number: a power of two
+    whose keys, values and logits take a part of the GPU's whole memory, of what is free or
+    not, so that a run draws the same each time."""
+    if model.device.type != "cuda":
+        return SamplingOptions.batch_size or MOST_ROWS
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    half = torch.is_autocast_enabled("cuda") or model.dtype != torch.float32
+    column = 2 * config.num_hidden_layers * kept * width * (2 if half else 4)
+    longest = max((len(p) for p in prompts), default=1)
+    row = column * (longest / options.completions + options.max_new_tokens)
+    row += LOGITS_ALIVE * 4 * config.vocab_size
+    rows, room = MOST_ROWS, KEYS_SHARE * torch.cuda.mem_get_info(model.device)[1]
+    while rows > 1 and rows * row > room:
+        rows //= 2
+    return rows
 
 
 def _batches(rooms: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
@@ -98,29 +170,6 @@ def room_for(model: PreTrainedModel, prompt: np.ndarray, wanted: int) -> int:
     return min(wanted, context - len(prompt))
 
 
-class _Sampled:
-    """Tokens sampled so far, for all rows of a batch; what follows an EOS counts for nothing."""
-
-    def __init__(self, rows: int, steps: int, pad_id: int, like: Tensor) -> None:
-        self.tokens = torch.full((rows, steps), pad_id, device=like.device)
-        self.logprobs = torch.zeros(rows, steps, dtype=like.dtype, device=like.device)
-
-    def add(self, step: int, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
-        self.tokens[rows, step], self.logprobs[rows, step] = tokens, logprobs
-
-    def completions(self, eos_id: int) -> list[Completion]:
-        tokens, logprobs = self.tokens.cpu().numpy(), self.logprobs.cpu().numpy()
-        rows = []
-        for ids, logp in zip(tokens, logprobs, strict=True):
-            ends = np.flatnonzero(ids == eos_id)
-            length = int(ends[0]) + 1 if len(ends) else len(ids)
-            if not np.isfinite(logp[:length]).all():
-                raise NonFiniteError("sampling: the model's logits are not finite")
-            kept = ids[:length].astype(np.int32), logp[:length].copy()
-            rows.append(Completion(*kept, finished=len(ends) > 0))
-        return rows
-
-
 def _decode(
     model: PreTrainedModel,
     prompts: Sequence[np.ndarray],
@@ -128,13 +177,13 @@ def _decode(
     steps: int,
     eos_id: int,
     pad_id: int,
+    shared: bool,
     generator: torch.Generator,
 ) -> list[Completion]:
     """Decode one batch of prompts; returns prompts x completions rows, prompt-major."""
-    rows, position, logits = start(
-        model, prompts, options.completions, pad_id, shares_prompts(model)
-    )
-    sampled = _Sampled(len(position), steps, pad_id, promote(logits))
+    rows, position, logits = start(model, prompts, options.completions, pad_id, shared)
+    total = len(position)
+    sampled = Sampled(total, steps, promoted(logits.dtype), model.device)
     alive = torch.arange(len(position), device=model.device)  # original row of each live row
     ended = torch.zeros_like(alive, dtype=torch.bool)
     with attention_as(model, rows.attention):
@@ -155,4 +204,4 @@ def _decode(
                     )
             position = position + 1
             logits = advance(model, rows, chosen, position)
-    return sampled.completions(eos_id)
+    return sampled.completions(total, steps, eos_id)

@@ -104,10 +104,10 @@ class _Layer(DynamicLayer):
         assert kept >= 0, "the prefill dropped keys that a query sees"
         prompt_keys, prompt_values = (x[:, :, kept:] for x in self.prompt)
         own_keys, own_values = (x[:rows, :, first_own : self.length] for x in self.own)
-        to_prompt = _capped(grid.spread(q) @ prompt_keys.transpose(-1, -2), call.softcap)
+        to_prompt = capped(grid.spread(q) @ prompt_keys.transpose(-1, -2), call.softcap)
         if bias is not None:
             to_prompt = to_prompt + bias[..., first:]
-        to_own = _capped(q @ own_keys.transpose(-1, -2), call.softcap)
+        to_own = capped(q @ own_keys.transpose(-1, -2), call.softcap)
         scores = promote(torch.cat([grid.gather(to_prompt), to_own], -1))
         weights = scores.softmax(-1).to(q.dtype)  # one over both parts
         to_prompt, to_own = weights.tensor_split([prompt_keys.shape[2]], -1)
@@ -123,7 +123,7 @@ class _Layer(DynamicLayer):
         self.prompt = keys.index_select(0, kept), values.index_select(0, kept)
 
 
-def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(promote(scores) / softcap)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import TypeVar
 
 import torch
 
+from dpo_cli.device_memory import free_memory, ran_out
 from dpo_cli.durable import write_json
 from dpo_cli.errors import ConfigError, OutOfMemory
 from dpo_cli.records import Batch
@@ -20,10 +20,6 @@ T = TypeVar("T")
 Note = Callable[[str], None]
 
 BUDGET = "micro_batch_tokens.json"  # in the run folder
-SIGNS = (  # of allocators that raise a plain RuntimeError
-    "DefaultCPUAllocator: can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS finds no room for its handle or workspace
-)
 
 
 @dataclass
@@ -93,11 +89,6 @@ def too_large(tokens: int | None) -> ConfigError:
     )
 
 
-def ran_out(error: RuntimeError) -> bool:
-    """Whether an allocation failed; other errors are none of our business."""
-    return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in SIGNS)
-
-
 @contextmanager
 def smaller_next_time(budget: TokenBudget, run_dir: Path) -> Iterator[None]:
     """Where ranks run out of memory, which cannot do a step again: those that wait for the one
@@ -143,15 +134,6 @@ def explained() -> Iterator[None]:
             "fewer weights (lora=lora, lora=qlora) or keep less beside them (optim=adamw8bit, "
             "hardware.activation_checkpointing=1)"
         ) from error
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what a failed pass held. Leave its `except` block first: the traceback's frames
-    keep their tensors alive."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)  # else the peak would be the failed try's
 
 
 def within(budget: TokenBudget, device: torch.device, note: Note, work: Callable[[], T]) -> T:

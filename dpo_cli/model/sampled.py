@@ -1,0 +1,59 @@
+"""What has been sampled of a batch, and the completions that become of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_cli.errors import NonFiniteError
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """temperature 0 is greedy. seed: each prompt batch draws from its own stream."""
+
+    completions: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 48
+    seed: int = 0
+    batch_size: int | None = 64  # sequences decoded together; None: as many as a GPU holds
+
+
+@dataclass(frozen=True)
+class Completion:
+    """ids: sampled tokens, with the EOS if it came. logprobs: (len(ids),) of the sampling
+    distribution. finished: ended by EOS, not by max_new_tokens."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    finished: bool
+
+
+class Sampled:
+    """Tokens sampled so far, for all rows of a batch; what follows an EOS counts for nothing."""
+
+    def __init__(self, rows: int, steps: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.tokens = torch.zeros(rows, steps, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(rows, steps, dtype=dtype, device=device)
+
+    def add(self, step: int | Tensor, rows: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
+        """What the batch's `rows`, (R,), have drawn as their `step`-th token, (R,) each."""
+        self.tokens[rows, step], self.logprobs[rows, step] = tokens, logprobs
+
+    def completions(self, rows: int, steps: int, eos_id: int) -> list[Completion]:
+        """Of the first rows and steps. NonFiniteError where a log-probability is not finite."""
+        tokens = self.tokens[:rows, :steps].cpu().numpy()
+        logprobs = self.logprobs[:rows, :steps].cpu().numpy()
+        made = []
+        for ids, logp in zip(tokens, logprobs, strict=True):
+            ends = np.flatnonzero(ids == eos_id)
+            length = int(ends[0]) + 1 if len(ends) else len(ids)
+            if not np.isfinite(logp[:length]).all():
+                raise NonFiniteError("sampling: the model's logits are not finite")
+            kept = ids[:length].astype(np.int32), logp[:length].copy()
+            made.append(Completion(*kept, finished=len(ends) > 0))
+        return made

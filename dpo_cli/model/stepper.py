@@ -1,0 +1,203 @@
+"""Decoding in steps of static shape: all that changes from token to token is on the device.
+
+So a step can be recorded in a CUDA graph, its draw among it, and launched as a whole; the host
+looks every few tokens for rows that have ended.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from dpo_cli.device_memory import ran_out
+from dpo_cli.logprobs import promoted
+from dpo_cli.model import prefix_cache
+from dpo_cli.model.attention import attention_as
+from dpo_cli.model.decoding import (
+    Note,
+    Trial,
+    advance,
+    first_line,
+    prefill,
+    refuse_non_finite,
+    tried_once,
+    why_not,
+)
+from dpo_cli.model.draw import draw
+from dpo_cli.model.graphs import Graphs, refusing_to_wait
+from dpo_cli.model.sampled import Completion, Sampled, SamplingOptions
+from dpo_cli.model.static_cache import Room, StaticCache
+
+STEPPING = "dpo_static_steps"  # the attribute of a model that says why it cannot, or None
+LOOK_EVERY = 8  # steps; a look for finished rows makes the host wait
+WORTH_RECORDING = 6  # steps to come: recording one takes as long as about two
+
+
+class Stepper:
+    """Decodes batches of prompts one after the other in the same buffers.
+
+    record: with CUDA graphs. keep_logits: `logits` holds the last step's, (R, V).
+    Of row r: `token` its last one, `position` that one's, `alive` its place in the batch.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, options: SamplingOptions, eos_id: int, pad_id: int,
+        record: bool, note: Note = warnings.warn, keep_logits: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.options, self.eos_id, self.pad_id = model, options, eos_id, pad_id
+        self.generator = torch.Generator(model.device)
+        self.graphs = Graphs(self.generator) if record else None
+        self.note, self.keep_logits = note, keep_logits
+        self.logits: Tensor | None = None
+        self.room: Room | None = None  # of the buffers; None: there are none
+        self.cache: StaticCache
+
+    def decode(self, prompts: Sequence[np.ndarray], steps: int, seed: int) -> list[Completion]:
+        """`steps` tokens at most of each row, prompt-major."""
+        try:
+            return self._decode(prompts, steps, seed)
+        except RuntimeError as error:
+            if ran_out(error):
+                self._free()
+            raise
+
+    def _decode(self, prompts: Sequence[np.ndarray], steps: int, seed: int) -> list[Completion]:
+        self.generator.manual_seed(seed)
+        self.begin(prompts, steps)
+        with attention_as(self.model, prefix_cache.NAME):
+            for step in range(1, steps):
+                if step % LOOK_EVERY == 0 and not self.look(step):
+                    break
+                self.step(step, steps)
+        rows = len(prompts) * self.options.completions
+        return self.sampled.completions(rows, steps, self.eos_id)
+
+    def begin(self, prompts: Sequence[np.ndarray], steps: int) -> None:
+        """Prefill, and draw the first tokens."""
+        samples = self.options.completions
+        room = Room(len(prompts), samples, max(len(p) for p in prompts), steps)
+        parts = []
+        for first, cache, _, part in prefill(self.model, prompts, self.pad_id):
+            if first == 0:
+                self._make_room(cache, room)
+                self.cache.begin([len(p) for p in prompts])
+            self.cache.fill_prompts(first, cache)
+            parts.append(part)
+        logits = torch.cat(parts).repeat_interleave(samples, 0)
+        refuse_non_finite(logits)
+        self.rows = len(prompts) * samples
+        self.sampled.tokens.zero_()
+        self.alive[: self.rows] = torch.arange(self.rows, device=self.model.device)
+        self.ended.zero_()
+        lengths = np.repeat([len(p) - 1 for p in prompts], samples)
+        self.position[: self.rows] = torch.from_numpy(lengths).to(self.model.device)
+        self._draw(logits, self.cache.column)
+
+    def _make_room(self, like: DynamicCache, room: Room) -> None:
+        """Buffers for a batch, new ones only where the present ones are too small."""
+        if self.room is not None and self.room.holds(room):
+            return
+        wanted = (self.room or room).grown(room)
+        self._free()  # or there would be two
+        self.room, rows, device = wanted, wanted.rows, self.model.device
+        self.cache = StaticCache(like, wanted)
+        dtype = promoted(self.model.dtype)
+        self.sampled = Sampled(rows, self.room.tokens, dtype, device)
+        self.token, self.position, self.alive = (
+            torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3)
+        )
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    def _free(self) -> None:
+        """Let go of the buffers and of what was recorded over them."""
+        if self.graphs is not None:
+            self.graphs.forget()
+        self.room = self.logits = None
+        vars(self).pop("cache", None)
+
+    def step(self, number: int, steps: int) -> None:
+        """The number-th token behind the first of each row."""
+        self.cache.see(number)
+        if self.graphs is None:
+            self._step()
+            return
+        shape = self.cache.shape
+        if shape not in self.graphs.recorded and steps - number < WORTH_RECORDING:
+            self._step()
+            return
+        try:
+            self.graphs.run(shape, self._step)
+        except RuntimeError as error:
+            if ran_out(error):
+                raise
+            self.graphs = None
+            self.note(f"a sampling step cannot be recorded in a CUDA graph: {first_line(error)}")
+            self._step()
+
+    def _step(self) -> None:
+        """Device work alone, on the same tensors each time."""
+        rows = self.rows
+        self.cache.begin_step()
+        position = self.position[:rows]
+        position += 1
+        logits = advance(self.model, self.cache, self.token[:rows], position)
+        self.cache.column += 1
+        self._draw(logits, self.cache.column)
+        if self.keep_logits:
+            self.logits = logits
+
+    def _draw(self, logits: Tensor, step: Tensor) -> None:
+        options, rows = self.options, len(logits)
+        chosen, logp = draw(logits, options.temperature, options.top_p, self.generator)
+        self.sampled.add(step, self.alive[:rows], chosen, logp)
+        self.token[:rows] = chosen
+        self.ended[:rows] |= chosen == self.eos_id
+
+    def look(self, used: int) -> bool:
+        """Drop finished rows; returns whether any go on. used: steps done with the cache."""
+        going = ~self.ended[: self.rows].cpu().numpy()
+        if not going.any():
+            return False
+        order = self.cache.keep(going, used)
+        if order is not None:
+            index = torch.from_numpy(order).to(self.model.device)
+            for x in (self.token, self.position, self.alive, self.ended):
+                x[: len(order)] = x[index]
+            self.rows = len(order)
+        return True
+
+
+def can_step(model: PreTrainedModel, note: Note) -> bool:
+    """Whether recorded steps reproduce the model's own decoding, tried once per model."""
+    return tried_once(model, STEPPING, _why_no_steps, note, "no CUDA graphs are used")
+
+
+def _why_no_steps(model: PreTrainedModel) -> str | None:
+    """Tried as it will be used: in the caller's precision, from the second step on recorded."""
+
+    def decode(trial: Trial) -> Tensor:
+        prompts, tokens = trial
+        steps, reasons = len(tokens) + WORTH_RECORDING, []  # type: int, list[str]
+        options, record = SamplingOptions(2, max_new_tokens=steps), model.device.type == "cuda"
+        stepper = Stepper(model, options, -1, 0, record, reasons.append, keep_logits=True)
+        stepper.begin(prompts, steps)
+        found = []
+        with attention_as(model, prefix_cache.NAME):
+            for number, token in enumerate(tokens, start=1):
+                stepper.token.fill_(int(token))
+                # The first is not recorded: a wait in a recording would break CUDA's state.
+                with refusing_to_wait(model.device) if number == 1 else nullcontext():
+                    stepper.step(number, steps)
+                assert stepper.logits is not None
+                found.append(stepper.logits.clone())
+        if reasons:
+            raise RuntimeError(reasons[0])
+        return torch.stack(found).double()
+
+    return why_not(model, decode)
