@@ -33,6 +33,7 @@ from dpo_cli.config.rewards import (
     SentimentRewardFn,
 )
 from dpo_cli.config.stages import (
+    CPU_BATCH_SIZE,
     LOSS_OPTIONS,
     STAGE_SCHEMAS,
     DpoConfig,
@@ -51,6 +52,7 @@ from dpo_cli.config.stages import (
 __all__ = [
     "BEST_METRICS",
     "CHOICES",
+    "CPU_BATCH_SIZE",
     "DATA_SCHEMAS",
     "JUDGE_SCHEMAS",
     "LOSS_OPTIONS",

@@ -13,6 +13,9 @@ class StageConfig:
     default_lr: float = 1e-5
 
 
+CPU_BATCH_SIZE = {"sample": 64, "evaluate": 64, "ppo-baseline": 128}  # where batch_size is null
+
+
 @dataclass
 class SftConfig(StageConfig):
     """Supervised fine-tuning on the best response (Preferred-FT)."""
@@ -70,7 +73,7 @@ class PpoConfig(StageConfig):
     completions: int = 1  # of them, of one prompt
     max_new_tokens: int = 48
     temperature: float = 1.0
-    batch_size: int = 128  # sequences decoded together
+    batch_size: int | None = None  # sequences decoded together; null: 128, on a GPU what fits
     ppo_epochs: int = 4  # passes over a rollout, in steps of train.batch_size completions
     gamma: float = 1.0
     gae_lambda: float = 0.95
@@ -102,7 +105,7 @@ class SampleConfig(StageConfig):
     temperatures: list[float] = field(default_factory=lambda: [1.0])
     top_p: float = 1.0
     max_new_tokens: int = 48
-    batch_size: int = 64
+    batch_size: int | None = None
 
 
 @dataclass
@@ -133,7 +136,7 @@ class EvaluateConfig(StageConfig):
     completions: int = 1
     temperature: float = 1.0
     max_new_tokens: int = 48
-    batch_size: int = 64
+    batch_size: int | None = None
     reference_samples: int = 0  # a prompt: for the exact optimum and best-of-N; 0: neither
     best_of: list[int] = field(default_factory=lambda: [1, 4, 16, 64, 128])
     optimum: str | None = None  # an earlier evaluation that had reference_samples

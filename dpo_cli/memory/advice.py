@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from dpo_cli.checks import TRAINING, check
-from dpo_cli.config import DpoConfig, RunConfig
+from dpo_cli.config import CPU_BATCH_SIZE, DpoConfig, RunConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.memory.estimate import estimate
 from dpo_cli.memory.facts import Facts
@@ -90,7 +90,8 @@ def _optimisers(config: RunConfig, device: str) -> Iterator[Change]:
 
 
 def _sequences(config: RunConfig) -> Iterator[Change]:
-    size = getattr(config.stage, "batch_size", 1)
+    named = getattr(config.stage, "batch_size", None)
+    size = named or CPU_BATCH_SIZE.get(config.stage.name, 1)
     while size > 1:
         size //= 2
         yield _set("stage", "batch_size", size)

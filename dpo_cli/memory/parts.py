@@ -8,6 +8,7 @@ from typing import Any
 
 from dpo_cli.checks import TRAINING
 from dpo_cli.config import (
+    CPU_BATCH_SIZE,
     DpoConfig,
     EvaluateConfig,
     LoraConfig,
@@ -197,7 +198,7 @@ def sequences_of(config: RunConfig) -> int:
     """Decoded together."""
     stage: Any = config.stage
     if isinstance(stage, (PpoConfig, SampleConfig, EvaluateConfig)):
-        return stage.batch_size
+        return stage.batch_size or CPU_BATCH_SIZE[stage.name]  # a GPU takes more that fit
     return 0 if isinstance(stage, RewardConfig) else config.train.sample_prompts
 
 

@@ -51,7 +51,7 @@ def sample(
     results: list[list[Completion]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     rooms = [room_for(model, prompts[i], options.max_new_tokens) for i in order]
-    together = options.batch_size or rows_that_fit(model, prompts, options)
+    together = options.batch_size or rows_that_fit(model, prompts, options, share[1])
     per_batch = max(1, together // options.completions)
     was_training = model.training
     model.eval()
@@ -127,11 +127,11 @@ class _WithinMemory:
 
 
 def rows_that_fit(
-    model: PreTrainedModel, prompts: Sequence[np.ndarray], options: SamplingOptions
+    model: PreTrainedModel, prompts: Sequence[np.ndarray], options: SamplingOptions, ranks: int
 ) -> int:
     """Sequences to decode together where the configuration names no number: a power of two
     whose keys, values and logits take a part of the GPU's whole memory, of what is free or
-    not, so that a run draws the same each time."""
+    not, so that a run draws the same each time; not more than a rank's share."""
     if model.device.type != "cuda":
         return SamplingOptions.batch_size or MOST_ROWS
     config = model.config.get_text_config()
@@ -143,8 +143,12 @@ def rows_that_fit(
     longest = max((len(p) for p in prompts), default=1)
     row = column * (longest / options.completions + options.max_new_tokens)
     row += LOGITS_ALIVE * 4 * config.vocab_size
-    rows, room = MOST_ROWS, KEYS_SHARE * torch.cuda.mem_get_info(model.device)[1]
-    while rows > 1 and rows * row > room:
+    total, room = (
+        len(prompts) * options.completions,
+        KEYS_SHARE * torch.cuda.mem_get_info(model.device)[1],
+    )
+    rows = MOST_ROWS
+    while rows > 1 and (rows * row > room or (ranks > 1 and (rows // 2) * ranks >= total)):
         rows //= 2
     return rows
 

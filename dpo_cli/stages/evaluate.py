@@ -18,7 +18,7 @@ from dpo_cli.config import EvaluateConfig
 from dpo_cli.durable import write_bytes
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.scorers import Scorer, as_text
-from dpo_cli.model.generate import Completion, SamplingOptions
+from dpo_cli.model.generate import MOST_ROWS, Completion, SamplingOptions
 from dpo_cli.model.load import configured_context, load_tokenizer
 from dpo_cli.model.source import model_folder
 from dpo_cli.records import EncodedExample, Prompt
@@ -35,7 +35,7 @@ from dpo_cli.stages.measure import (
 from dpo_cli.stages.optimum import Optimum
 from dpo_cli.stages.policies import PolicyPoint, find_policies, reference_of
 from dpo_cli.stages.sample import distinct_prompts, source_prompts, write_rows
-from dpo_cli.stages.sampling import draw_samples
+from dpo_cli.stages.sampling import decoded_together, draw_samples
 from dpo_cli.stages.scoring import load_scorer, scorer_digest
 from dpo_cli.stages.session import Session, load, load_data, load_named
 from dpo_cli.stages.win_rate import WinRates, win_rates
@@ -190,7 +190,7 @@ def draw(
         temperature=stage.temperature,
         max_new_tokens=stage.max_new_tokens,
         seed=seed,
-        batch_size=stage.batch_size,
+        batch_size=decoded_together(session, stage),
     )
     prompts = [e.prompt_ids for e in bench.examples]
     return draw_samples(session, model, bench.tokenizer, prompts, options, tick)
@@ -216,10 +216,11 @@ def reference_rewards(
     """(prompts, stage.reference_samples) rewards, drawn in rounds of at most a decoded batch."""
     wanted = stage.reference_samples
     samples: list[list[Completion]] = [[] for _ in bench.examples]
-    total = len(bench.examples) * -(-wanted // stage.batch_size)
+    most = decoded_together(session, stage) or MOST_ROWS
+    total = len(bench.examples) * -(-wanted // most)
     with session.progress.phase("sampling the reference", total) as tick:
-        for number, start in enumerate(range(0, wanted, stage.batch_size)):
-            count = min(stage.batch_size, wanted - start)
+        for number, start in enumerate(range(0, wanted, most)):
+            count = min(most, wanted - start)
             # Streams of their own: the policies' samples come from the bare seed's.
             words = np.random.SeedSequence([session.config.seed, number]).generate_state(1)
             made = draw(session, bench, reference, stage, count, int(words[0]), tick)

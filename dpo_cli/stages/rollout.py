@@ -29,7 +29,7 @@ from dpo_cli.ppo_math import (
 from dpo_cli.records import Batch, EncodedExample, Prompt
 from dpo_cli.stages.reference import Reference
 from dpo_cli.stages.rows import over_rows
-from dpo_cli.stages.sampling import completion_text, draw_samples
+from dpo_cli.stages.sampling import completion_text, decoded_together, draw_samples
 from dpo_cli.stages.session import Session
 
 FALSE_KL = -3.0  # standard errors below zero at which a mean KL says that something is wrong
@@ -96,7 +96,7 @@ def draw(
         temperature=stage.temperature,
         max_new_tokens=stage.max_new_tokens,
         seed=seed,
-        batch_size=stage.batch_size,
+        batch_size=decoded_together(session, stage),
     )
     return draw_samples(session, model, actors.tokenizer, [e.prompt_ids for e in examples], options)
 

@@ -12,7 +12,7 @@ from dpo_cli.durable import write_checked_text
 from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.model.load import context_length, load_tokenizer
 from dpo_cli.records import EncodedExample, Prompt
-from dpo_cli.stages.sampling import complete
+from dpo_cli.stages.sampling import complete, decoded_together
 from dpo_cli.stages.session import Session, load, load_data
 
 
@@ -35,7 +35,7 @@ def run(session: Session) -> dict[str, Any]:
             continue
         prompts = [e.prompt_ids for e in chosen]
         found = []
-        for options in sampling_options(stage, session.config.seed):
+        for options in sampling_options(session, stage):
             at = f" at {options.temperature:g}" * (len(stage.temperatures) > 1)
             with session.progress.phase(f"sampling ({name}{at})", len(prompts)) as tick:
                 rows = complete(session, model, tokenizer, prompts, options, tick)
@@ -54,7 +54,7 @@ def run(session: Session) -> dict[str, Any]:
     return figures
 
 
-def sampling_options(stage: SampleConfig, seed: int) -> list[SamplingOptions]:
+def sampling_options(session: Session, stage: SampleConfig) -> list[SamplingOptions]:
     """One a temperature, each with random numbers of its own; greedy completions are all equal."""
     return [
         SamplingOptions(
@@ -62,8 +62,8 @@ def sampling_options(stage: SampleConfig, seed: int) -> list[SamplingOptions]:
             temperature=temperature,
             top_p=stage.top_p,
             max_new_tokens=stage.max_new_tokens,
-            seed=seed + 7919 * place,
-            batch_size=stage.batch_size,
+            seed=session.config.seed + 7919 * place,
+            batch_size=decoded_together(session, stage),
         )
         for place, temperature in enumerate(stage.temperatures)
     ]

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from dpo_cli.config import CPU_BATCH_SIZE, EvaluateConfig, PpoConfig, SampleConfig
 from dpo_cli.model.generate import Completion, SamplingOptions, sample
 from dpo_cli.report.files import append_samples
 from dpo_cli.shard import gathered
@@ -35,6 +36,15 @@ def sample_writer(session: Session, loaded: Loaded) -> Callable[[int], None]:
     return write
 
 
+def decoded_together(
+    session: Session, stage: SampleConfig | EvaluateConfig | PpoConfig
+) -> int | None:
+    """Sequences that are decoded at once; None: as many as the GPU has room for."""
+    if stage.batch_size is None and session.runtime.device.type == "cpu":
+        return CPU_BATCH_SIZE[stage.name]
+    return stage.batch_size
+
+
 def draw_samples(
     session: Session,
     model: PreTrainedModel,
@@ -48,7 +58,8 @@ def draw_samples(
     assert eos is not None and pad is not None
     ranks = session.ranks
     with session.runtime.autocast(), gathered(model):
-        mine = sample(model, prompts, options, eos, pad, tick, (ranks.rank, ranks.size))
+        share = ranks.rank, ranks.size
+        mine = sample(model, prompts, options, eos, pad, tick, share, session.note)
     if ranks.size == 1:
         return mine
     shares = ranks.gather(mine)

@@ -23,7 +23,7 @@ from dpo_cli.evaluation.statistics import win_rate
 from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.records import EncodedExample, Prompt
 from dpo_cli.report.files import encode, to_json, write_redacted_json
-from dpo_cli.stages.sampling import completion_text, draw_samples
+from dpo_cli.stages.sampling import completion_text, decoded_together, draw_samples
 from dpo_cli.stages.session import Session, load_named
 
 REFERENCE_TEMPERATURE = 1.0  # that of the distribution the KL is measured to
@@ -179,7 +179,7 @@ class WinRates:
             temperature=temperature,
             max_new_tokens=stage.max_new_tokens,
             seed=seed,
-            batch_size=stage.batch_size,
+            batch_size=decoded_together(self.session, stage),
         )
         ids = [e.prompt_ids for e in bench.examples]
         phase = f"sampling at temperature {temperature:g}"
