@@ -143,12 +143,10 @@ def rows_that_fit(
     longest = max((len(p) for p in prompts), default=1)
     row = column * (longest / options.completions + options.max_new_tokens)
     row += LOGITS_ALIVE * 4 * config.vocab_size
-    total, room = (
-        len(prompts) * options.completions,
-        KEYS_SHARE * torch.cuda.mem_get_info(model.device)[1],
-    )
+    room = KEYS_SHARE * torch.cuda.mem_get_info(model.device)[1]
+    total = len(prompts) * options.completions
     rows = MOST_ROWS
-    while rows > 1 and (rows * row > room or (ranks > 1 and (rows // 2) * ranks >= total)):
+    while rows > 1 and (rows * row > room or (ranks > 1 and rows // 2 * ranks >= total)):
         rows //= 2
     return rows
 
