@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
 from dpo_cli.model import forward, generate, static_cache, stepper
 from dpo_cli.model.decoding import shares_prompts
@@ -71,7 +72,7 @@ def test_rows_and_prompts_drop_out_by_halves(kind, completions, monkeypatch, sta
     shapes = seen_shapes(monkeypatch)
     rows = sampled(tokens.most_common(1)[0][0])
     assert len({rows for _, rows, _ in shapes}) > 1
-    assert len({prompts for prompts, *_ in shapes}) > 1
+    assert completions > 1 or len({prompts for prompts, *_ in shapes}) > 1
     model.set_attn_implementation("eager")
     for prompt, row in zip(prompts, rows, strict=True):
         for c in row[:2]:
@@ -79,6 +80,36 @@ def test_rows_and_prompts_drop_out_by_halves(kind, completions, monkeypatch, sta
                 model, torch.tensor(prompt), torch.tensor(c.ids).long()
             )
             np.testing.assert_allclose(c.logprobs, expected.detach().numpy(), atol=2e-4)
+
+
+def test_what_is_kept_of_rows_and_prompts():
+    """Eight prompts, two samples each; of 16 rows 4 stay, of three prompts, at most 4 kept."""
+    prefilled, samples = DynamicCache(), 2
+    values = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 2, 3, 4)
+    prefilled.update(values, values + 100, 0)
+    cache = static_cache.StaticCache(prefilled, static_cache.Room(8, samples, 5, 6))
+    cache.begin(range(1, 9))
+    cache.fill_prompts(0, prefilled)
+    (layer,) = cache.static
+    new = torch.arange(16.0).view(16, 1, 1, 1).expand(16, 2, 1, 4)
+    cache.update(new, new + 100, 0)
+    going = np.zeros(16, bool)
+    going[[1, 7, 14, 15]] = True
+    before, static_cache.LEAST_ROWS = static_cache.LEAST_ROWS, 4
+    try:
+        order = cache.keep(going, used=1)
+    finally:
+        static_cache.LEAST_ROWS = before
+    assert sorted(order.tolist()) == [1, 7, 14, 15]
+    assert cache.shape == (4, 4, 6)
+    own, prompt = layer.own[1][:4, 0, 0, 0] - 100, layer.prompt[0][:4, 0, -1, 0]
+    assert own.tolist() == order.tolist()
+    prompts, cells = prompt[cache.cells[:4] // samples], cache.cells[:4] % samples
+    assert prompts.tolist() == [row // samples for row in order]
+    assert cells.tolist() == [row % samples for row in order]
+    first = cache.first[:4][cache.cells[:4] // samples]
+    assert first.tolist() == [5 - (row // samples + 1) for row in order]
+    assert layer.prompt[0][0, 0].eq(0).all(1).tolist()[:2] == [True, True]  # left of the prompt
 
 
 def seen_shapes(monkeypatch):
