@@ -1,0 +1,112 @@
+"""Step 3: packed rows in bf16 on the device against transformers' own forward in float32 on a CPU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from dpo_cli.config import DpoConfig
+from dpo_cli.model import forward
+from dpo_cli.model.attention import Placement, kernel_of, prepare
+from dpo_cli.model.fuse import fuse_gelu
+from dpo_cli.model.probe import choose_attention
+from dpo_cli.packing import pack
+from dpo_cli.records import EncodedExample
+from dpo_cli.stages.dpo import dpo_loss
+from gpu_checks.facts import Fact, Setup
+
+BETA = 0.1
+# (prompt, chosen, rejected) tokens, as in HH
+LENGTHS = ((96, 40, 52), (124, 61, 33), (60, 12, 90), (181, 25, 47),
+           (33, 77, 20), (210, 45, 66), (75, 9, 14), (142, 31, 58))  # fmt: skip
+SHORT = ((9, 4, 6), (5, 7, 1))
+LARGE = {"n_embd": 1280, "n_layer": 36, "n_head": 20, "n_positions": 1024}
+SMALL = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 500,
+         "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+
+
+def check(setup: Setup) -> Iterator[Fact]:
+    device = torch.device(setup.device)
+    torch.set_num_threads(setup.threads)
+    model = random_gpt2(SMALL if setup.small else LARGE, device)
+    rows = examples(SHORT if setup.small else LENGTHS, model.config.vocab_size)
+    exact = copy.deepcopy(model).cpu()
+    fuse_gelu(model)
+    choose_attention(model, "auto", on=Placement(device, torch.bfloat16, print))
+    yield "attention", kernel_of(model)
+    found = packed(model, rows, device)
+    yield "first DPO loss", found["loss"]
+    yield "peak memory, GiB", peak(device)
+    grads = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
+    del model
+    expected = plainly(exact, rows)
+    pairs = list(zip(found["logprobs"], expected, strict=True))
+    away = torch.cat([(a - b).abs() for a, b in pairs])
+    yield "log-probability, largest difference of a token", float(away.max())
+    yield "log-probability, mean difference of a token", float(away.mean())
+    yield from gradient_facts(grads, {n: p.grad for n, p in exact.named_parameters()})
+
+
+def random_gpt2(shape: dict[str, int], device: torch.device) -> Any:
+    """No dropout; drawn on the device, where it is quick."""
+    torch.manual_seed(0)
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    with device:
+        return GPT2LMHeadModel(GPT2Config(**shape, **rates)).eval()
+
+
+def examples(lengths: Sequence[tuple[int, int, int]], vocab: int) -> list[EncodedExample]:
+    rng = np.random.default_rng(0)
+    ids = lambda n: rng.integers(0, vocab, n).astype(np.int32)  # noqa: E731
+    return [EncodedExample(ids(p), (ids(c), ids(r)), i) for i, (p, c, r) in enumerate(lengths)]
+
+
+def packed(model: Any, rows: Sequence[EncodedExample], device: torch.device) -> dict[str, Any]:
+    """One step as stage=dpo makes it, with gradients: its mean loss, and log-probabilities of
+    the tokens of each response."""
+    batch = prepare(pack(rows, range(len(rows))), kernel_of(model)).to(device)
+    stage = DpoConfig(beta=BETA)
+    with torch.autocast(device.type, torch.bfloat16):
+        with torch.no_grad():
+            tokens = forward.token_logprobs(model, batch)
+        reference = forward.sequence_logprobs(model, batch).view(-1, 2)
+        out = dpo_loss(model, batch, lambda _: reference, stage)
+    (out.loss_sum / len(rows)).backward()
+    parts = tokens.float().cpu().split(batch.sequence_lengths.tolist())
+    return {"loss": out.loss_sum.item() / len(rows), "logprobs": parts}
+
+
+def plainly(model: Any, rows: Sequence[EncodedExample]) -> list[Tensor]:
+    """The same of the model's own forward, a response at a time; gradients of the same loss by
+    hand: policy = reference, so d loss / d log p is -beta/2 of the chosen, +beta/2 of the other."""
+    found = []
+    for example in rows:
+        for ids, sign in zip(example.response_ids, (-1.0, 1.0), strict=True):
+            prompt = len(example.prompt_ids)
+            row = torch.tensor([*example.prompt_ids, *ids]).long()[None]
+            logits = model(input_ids=row, use_cache=False).logits[0, prompt - 1 : -1]
+            logprobs = logits.log_softmax(-1).gather(1, row[0, prompt:, None]).squeeze(1)
+            (sign * BETA / 2 / len(rows) * logprobs.sum()).backward()
+            found.append(logprobs.detach())
+    return found
+
+
+def gradient_facts(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Iterator[Fact]:
+    """Of all weights together, and of the matrix that is furthest away."""
+    assert found.keys() == exact.keys()
+    squares = {n: (float((found[n] - exact[n]).square().sum()), float(exact[n].square().sum()))
+               for n in exact}  # fmt: skip
+    total = [sum(values) for values in zip(*squares.values(), strict=True)]
+    yield "gradients, relative difference", (total[0] / total[1]) ** 0.5
+    worst = max((n for n in exact if exact[n].ndim > 1), key=lambda n: squares[n][0] / squares[n][1])
+    yield f"gradients, of {worst}", (squares[worst][0] / squares[worst][1]) ** 0.5
+
+
+def peak(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0

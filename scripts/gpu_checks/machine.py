@@ -1,0 +1,69 @@
+"""Which device there is, asked of a process of its own: this one never opens CUDA."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+LOOK = """
+import json, torch
+found = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+if found["device"] == "cuda":
+    p = torch.cuda.get_device_properties(0)
+    found |= {"name": p.name, "memory_gb": round(p.total_memory / 2**30, 1),
+              "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,
+              "cuda": torch.version.cuda}
+print(json.dumps(found))
+"""
+
+
+def look(wanted: str) -> dict[str, Any]:
+    """{device: cuda or cpu, and what is known of the machine}"""
+    host = {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "system": system()}
+    if wanted == "cpu":
+        return {"device": "cpu", **host}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=120, check=False
+    )
+    if done.returncode:
+        return {"device": "cpu", "why": (done.stderr.strip().splitlines() or ["?"])[-1], **host}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**found, **driver(), **host} if found["device"] == "cuda" else {**found, **host}
+
+
+def driver() -> dict[str, str]:
+    """By nvidia-smi, where it is."""
+    names = ("driver_version", "power.limit", "clocks.max.sm")
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=30, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = done.stdout.strip().splitlines()[0].split(",")
+    return {n.replace(".", "_"): v.strip() for n, v in zip(names, values, strict=False)}
+
+
+def cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def system() -> str:
+    return f"{platform.system()} {platform.release()}"
+
+
+def slug(machine: Mapping[str, Any], device: str) -> str:
+    """`gpu-check-nvidia-h100-80gb-hbm3`"""
+    name = machine["name"] if device == "cuda" else "cpu"
+    return "gpu-check-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,0 +1,158 @@
+"""What was seen, as lines, as JSON and as a page."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu_checks.facts import ROOT, judge, shown
+from gpu_checks.steps import Step
+
+TOLD = 230  # characters of a cell
+
+
+@dataclass
+class Outcome:
+    """status: ok, FAIL or skipped. why: of the last two."""
+
+    step: Step
+    status: str
+    why: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        head = f"{self.step.number:>2}  {self.step.name:26} {self.status:8} {self.seconds:5.0f} s"
+        return f"{head}  {self.told()}"[:200]
+
+    def told(self) -> str:
+        if self.status != "ok":
+            return "; ".join(self.why)
+        return "; ".join(f"{name} {shown(value)}" for name, value in self.facts.items())
+
+    def record(self) -> dict[str, Any]:
+        kept = {k: v for k, v in asdict(self).items() if k != "step"}
+        return {"step": self.step.number, "name": self.step.name, **kept}
+
+
+def outcome_of(
+    step: Step, answer: Mapping[str, Any] | None, code: int | None, seconds: float, device: str
+) -> Outcome:
+    """code: of the check's process, None if it was killed at its limit."""
+    answer = answer or {}
+    facts = answer.get("facts", {})
+    made = Outcome(step, "ok", facts=facts, versions=answer.get("versions", {}), seconds=seconds)
+    if answer.get("skipped"):
+        made.status, made.why = "skipped", [answer["skipped"]]
+        return made
+    verdict = judge(step.expected, facts, device)
+    made.why, made.notes = verdict.failures, verdict.notes
+    if code is None:
+        made.why.insert(0, f"killed after {seconds:.0f} s")
+    elif answer.get("error"):
+        made.why.insert(0, answer["error"])
+    elif code:
+        made.why.insert(0, f"its process ended with code {code}")
+    made.status = "FAIL" if made.why else "ok"
+    return made
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """Of a run of the script. machine: the device and what else is known of it."""
+
+    command: str
+    date: str
+    commit: str
+    device: str
+    machine: Mapping[str, Any]
+
+
+def page(circumstances: Circumstances, outcomes: Sequence[Outcome], steps: Sequence[Step]) -> str:
+    """Markdown of what is known so far."""
+    made = {outcome.step.number: outcome for outcome in outcomes}
+    machine = circumstances.machine
+    name = machine["name"] if circumstances.device == "cuda" else f"CPU ({machine['cpu']})"
+    versions: dict[str, str] = {}
+    for outcome in outcomes:
+        versions |= outcome.versions
+    failed = sum(o.status == "FAIL" for o in outcomes)
+    lines = [
+        f"# gpu-check: {name}", "",
+        f"`{circumstances.command}`", "",
+        f"{circumstances.date}, commit {circumstances.commit}; "
+        + ", ".join(f"{k} {v}" for k, v in machine.items() if v not in (None, "")) + ".", "",
+        "Versions in the processes that were measured: "
+        + (", ".join(f"{k} {v}" for k, v in versions.items()) or "none yet") + ".", "",
+        f"{len(outcomes)} of {len(steps)} steps made, {failed} failed.", "",
+        "Written by `scripts/gpu_check.py`. Estimates were made before any run on a GPU, for an "
+        "H100: a figure outside of one fails nothing and is pointed out.", "",
+        "| # | step | result | s | seen |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for step in steps:
+        outcome = made.get(step.number)
+        if outcome is None:
+            lines.append(row([step.number, step.name, "not made", "", ""]))
+        else:
+            told = shortened(outcome.told())
+            cells = [step.number, step.name, outcome.status, f"{outcome.seconds:.0f}", told]
+            lines.append(row(cells))
+    if circumstances.device == "cpu":
+        lines += ["", "On a CPU every step has a small form: these figures say nothing of speed."]
+    for step in steps:
+        if step.number in made:
+            lines += ["", *section(step, made[step.number])]
+    return "\n".join(lines) + "\n"
+
+
+def section(step: Step, outcome: Outcome) -> list[str]:
+    lines = [f"## {step.number}. {step.name}: {outcome.status}", "", f"{step.checks}.", ""]
+    lines += [f"- {outcome.status}: {why}" for why in outcome.why]
+    lines += [f"- outside the estimate: {note}" for note in outcome.notes]
+    expected = "; ".join(expect.told() for expect in step.expected)
+    lines += ["", f"Expected: {expected}.", ""] if expected else [""]
+    if outcome.facts:
+        lines += ["| seen | |", "|---|---|"]
+        lines += [row([name, shown(value)]) for name, value in outcome.facts.items()]
+    while lines[-1] == "":
+        lines.pop()
+    return lines
+
+
+def row(cells: Sequence[Any]) -> str:
+    safe = (str(cell).replace("|", "/").replace("\n", " ") for cell in cells)
+    return f"| {' | '.join(safe)} |"
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= TOLD else text[: TOLD - 1] + "…"
+
+
+def json_lines(circumstances: Circumstances, outcomes: Sequence[Outcome]) -> str:
+    """The circumstances, then a line a step."""
+    rows = [asdict(circumstances), *(outcome.record() for outcome in outcomes)]
+    return "".join(json.dumps(row, default=str) + "\n" for row in rows)
+
+
+def commit() -> str:
+    """Of the checkout, `+` if it has changes; `unknown` away from git."""
+    try:
+        head, status = (
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def write_whole(path: Path, text: str) -> None:
+    half = path.with_name(f"{path.name}.half")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)

@@ -1,0 +1,134 @@
+"""Runs the steps: those that measure time alone, the others side by side, all within the time."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from gpu_checks.facts import Setup
+from gpu_checks.page import Circumstances, Outcome, json_lines, outcome_of, page, write_whole
+from gpu_checks.processes import Process, environment, python
+from gpu_checks.steps import Step
+
+LOG_TAIL = 600_000  # bytes of each step that the log keeps
+MIRROR_SECONDS = 3.0
+
+
+class Report:
+    """`<folder>/<name>`.md, .jsonl and .log, written anew whenever something is known."""
+
+    def __init__(
+        self, folder: Path, name: str, circumstances: Circumstances, steps: Sequence[Step]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / name
+        self.circumstances, self.steps = circumstances, steps
+        self.outcomes: list[Outcome] = []
+        self.logs: dict[int, Path] = {}
+        self.lock = threading.Lock()
+
+    def add(self, outcome: Outcome) -> None:
+        with self.lock:
+            self.outcomes.append(outcome)
+            self.outcomes.sort(key=lambda o: o.step.number)
+            print(outcome.line(), flush=True)
+            print(json.dumps(outcome.record(), default=str), flush=True)
+            self.write()
+
+    def write(self) -> None:
+        base = str(self.path)
+        write_whole(Path(f"{base}.md"), page(self.circumstances, self.outcomes, self.steps))
+        write_whole(Path(f"{base}.jsonl"), json_lines(self.circumstances, self.outcomes))
+        self.mirror()
+
+    def mirror(self) -> None:
+        """All steps' output as far as it is written, in one file."""
+        parts = []
+        for number, log in sorted(self.logs.items()):
+            text = log.read_bytes()[-LOG_TAIL:].decode(errors="replace") if log.exists() else ""
+            parts.append(f"{'=' * 30} step {number}\n{text}\n")
+        write_whole(Path(f"{self.path}.log"), "".join(parts))
+
+
+class Run:
+    """seconds: of all steps together."""
+
+    def __init__(
+        self, device: str, work: Path, data: str | None, tokenizer: str | None, seconds: float,
+        report: Report,
+    ) -> None:  # fmt: skip
+        self.device, self.work, self.report = device, work, report
+        self.data, self.tokenizer = (p and str(Path(p).resolve()) for p in (data, tokenizer))
+        self.until = time.monotonic() + seconds
+        self.cores = len(os.sched_getaffinity(0))
+        self.running: set[Process] = set()
+
+    def all(self, steps: Sequence[Step], together: bool) -> None:
+        planned = sum(max(s.seconds for s in group) for group in in_turn(steps, together))
+        left = self.until - time.monotonic()
+        print(f"{len(steps)} steps, about {planned:.0f} s of {left:.0f} s on an H100; log: "
+              f"{self.report.path}.log", flush=True)  # fmt: skip
+        self.report.write()
+        try:
+            for group in in_turn(steps, together):
+                self.side_by_side(group)
+        finally:
+            for process in list(self.running):
+                process.end()
+            self.report.write()
+
+    def side_by_side(self, group: Sequence[Step]) -> None:
+        threads = [threading.Thread(target=self.one, args=(step, len(group))) for step in group]
+        for thread in threads:
+            thread.start()
+        while alive := [thread for thread in threads if thread.is_alive()]:
+            alive[0].join(MIRROR_SECONDS)
+            with self.report.lock:
+                self.report.mirror()
+
+    def one(self, step: Step, beside: int) -> None:
+        """A step that breaks the script itself is a step that fails."""
+        try:
+            self.report.add(self.made(step, beside))
+        except Exception as error:  # noqa: BLE001
+            self.report.add(Outcome(step, "FAIL", [f"{type(error).__name__}: {error}"]))
+
+    def made(self, step: Step, beside: int) -> Outcome:
+        left = self.until - time.monotonic()
+        if self.device == "cuda" and left < step.seconds:
+            why = f"{max(0, left):.0f} s are left (--minutes), it takes about {step.seconds}"
+            return Outcome(step, "skipped", [why])
+        limit = min(step.limit, max(1.0, left))
+        threads = max(1, self.cores // min(beside, 2))
+        setup = Setup(self.device, str(self.work), self.data, self.tokenizer, threads, limit)
+        answer = self.work / f"step-{step.number}.json"
+        log = self.work / f"step-{step.number}.log"
+        self.report.logs[step.number] = log
+        words = "-m", "gpu_checks.child", step.run, setup.text(), str(answer)
+        process = Process(python(*words), log, environment(self.work, threads))
+        self.running.add(process)
+        code = process.wait(limit)
+        self.running.discard(process)
+        return outcome_of(step, answer_of(answer), code, process.seconds, self.device)
+
+
+def in_turn(steps: Sequence[Step], together: bool) -> Iterator[list[Step]]:
+    """Groups of steps that run side by side."""
+    if not together:
+        yield from ([step] for step in steps)
+        return
+    for alone, group in groupby(steps, key=lambda step: step.alone):
+        if alone:
+            yield from ([step] for step in group)
+        else:
+            yield list(group)
+
+
+def answer_of(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None

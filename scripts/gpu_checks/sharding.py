@@ -1,0 +1,112 @@
+"""Step 6: FSDP2 in one process, a world of one rank, against the same model whole."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dpo_cli.config import DpoConfig, OptimConfig
+from dpo_cli.model.attention import kernel_of, prepare, use
+from dpo_cli.model.generate import SamplingOptions, sample
+from dpo_cli.packing import pack
+from dpo_cli.records import EncodedExample
+from dpo_cli.shard import gathered, make_mesh, settle, shard, whole
+from dpo_cli.stages.dpo import dpo_loss
+from dpo_cli.train import sharded
+from dpo_cli.train.optim import build_optimizer, take_step
+from gpu_checks.facts import Fact, Setup
+
+SHAPE = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 500,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
+STEPS, RATE = 4, 1e-3
+PROMPTS = 8
+
+
+def check(setup: Setup) -> Iterator[Fact]:
+    cuda = setup.device == "cuda"
+    join("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield "backend", dist.get_backend()
+        kernel = "varlen" if cuda else "grouped"
+        rows = examples()
+        model = build(kernel).to(setup.device)
+        expected = train(model, rows, setup.device)[0]
+        tokens = greedy(model, rows, setup.device)
+        model = build(kernel)
+        shard(model, make_mesh(setup.device, 1, 1, "full"), torch.bfloat16)
+        found, optimizer = train(model, rows, setup.device)
+        pairs = list(zip(found, expected, strict=True))
+        yield "losses", " ".join(f"{loss:.4f}" for loss, _ in found)
+        yield "losses, largest difference", max(abs(a[0] - b[0]) for a, b in pairs)
+        yield "gradient norms, relative difference", max(abs(a[1] / b[1] - 1) for a, b in pairs)
+        yield "after a checkpoint, largest difference of weights", restored(setup, model, optimizer)
+        with gathered(model):
+            again = greedy(model, rows, setup.device)
+        yield "sampled tokens that are equal", float(np.mean(np.array(again) == np.array(tokens)))
+    finally:
+        dist.destroy_process_group()
+
+
+def join(backend: str) -> None:
+    with closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1",
+                      LOCAL_RANK="0")  # fmt: skip
+    dist.init_process_group(backend)
+
+
+def examples() -> list[EncodedExample]:
+    rng = np.random.default_rng(0)
+    ids = lambda n: rng.integers(1, 500, n).astype(np.int32)  # noqa: E731
+    return [EncodedExample(ids(9), (ids(5), ids(7)), i) for i in range(PROMPTS)]
+
+
+def build(kernel: str) -> Any:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    use(model.train(), kernel)
+    return model
+
+
+def train(model: Any, rows: list[EncodedExample], device: str) -> tuple[list[Any], Any]:
+    """(mean loss, gradient norm) of each step, and the optimiser."""
+    optimizer, figures = build_optimizer(model, OptimConfig(lr=RATE), RATE), []
+    for _ in range(STEPS):
+        batch = prepare(pack(rows, range(len(rows))), kernel_of(model)).to(device)
+        reference = torch.zeros(len(rows), 2, device=device)
+        with torch.autocast(device, torch.bfloat16):
+            out = dpo_loss(model, batch, lambda _: reference, DpoConfig())  # noqa: B023
+        out.loss_sum.backward()
+        norm = take_step(model, optimizer, float(len(rows)), 1.0, RATE)
+        figures.append((out.loss_sum.item() / len(rows), float(norm)))
+    return figures, optimizer
+
+
+def greedy(model: Any, rows: list[EncodedExample], device: str) -> list[list[int]]:
+    options = SamplingOptions(max_new_tokens=4, temperature=0.0)
+    with torch.autocast(device, torch.bfloat16):
+        found = sample(model, [row.prompt_ids for row in rows], options, -1, 0)
+    return [completions[0].ids.tolist() for completions in found]
+
+
+def restored(setup: Setup, model: Any, optimizer: Any) -> float:
+    """Write a checkpoint, spoil the weights, read it back."""
+    settle(model)
+    before = {n: whole(p.detach()).clone() for n, p in model.named_parameters()}
+    folder = setup.folder("sharded")
+    sharded.write(folder, model, optimizer)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    sharded.read(folder, model, optimizer)
+    after = {n: whole(p.detach()) for n, p in model.named_parameters()}
+    return max(float((after[n] - before[n]).abs().max()) for n in before)

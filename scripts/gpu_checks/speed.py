@@ -1,0 +1,93 @@
+"""Steps 7 to 11 and 14: the benchmark's own workers, each side in a command of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from gpu_checks.facts import ROOT, Fact, Setup, Skip
+
+LARGE = ("--preset=gpt2-large", "--batch=64", "--steps=6", "--warmup=2")
+SEVEN = ("--preset=mistral-7b", "--batch=16", "--steps=5", "--warmup=2")
+SMALL = ("--preset=tiny4x256", "--layers=1", "--width=32", "--heads=2", "--vocab=64",
+         "--length=40", "--batch=2", "--steps=1", "--warmup=1")  # fmt: skip
+SIDE_OF_TRL = ("--sides=trl", "--candidate=cached-4")
+FIGURES = {  # ours -> of a side in the benchmark's answer, and what it is divided by
+    "pairs/s": ("per_second", 1.0),
+    "tokens/s": ("tokens_per_second", 1.0),
+    "TFLOP/s": ("tflops", 1.0),
+    "MFU": ("mfu", 1.0),
+    "peak memory, GiB": ("peak_memory_mb", 1024.0),
+    "reference pass, s": ("reference_seconds", 1.0),
+    "until the first step, s": ("startup_seconds", 1.0),
+}
+
+
+def ours(setup: Setup) -> Iterator[Fact]:
+    yield from measured(setup, "ours", LARGE, "--sides=ours")
+
+
+def trl(setup: Setup) -> Iterator[Fact]:
+    yield from measured(setup, "TRL", LARGE, *SIDE_OF_TRL)
+
+
+def compiled(setup: Setup) -> Iterator[Fact]:
+    compile_blocks = "--ours=hardware.compile=true"
+    words = ("--sides=ours", *(() if setup.small else (compile_blocks,)))
+    yield from measured(setup, "compiled", LARGE, *words)
+
+
+def lora(setup: Setup) -> Iterator[Fact]:
+    yield from measured(setup, "ours", SEVEN, "--lora=lora", "--sides=ours")
+
+
+def lora_trl(setup: Setup) -> Iterator[Fact]:
+    yield from measured(setup, "TRL", SEVEN, "--lora=lora", *SIDE_OF_TRL)
+
+
+def qlora(setup: Setup) -> Iterator[Fact]:
+    kind = "lora" if setup.small else "qlora"
+    yield from measured(setup, "ours", SEVEN, f"--lora={kind}", "--sides=ours")
+
+
+def measured(setup: Setup, name: str, shape: tuple[str, ...], *words: str) -> Iterator[Fact]:
+    """The figures of the one side that a command of the benchmark measures."""
+    record = bench(setup, *(SMALL if setup.small else shape), *words)
+    yield "command", record["command"]
+    ((side, figures),) = record["results"].items()
+    for fact, (key, unit) in FIGURES.items():
+        if figures.get(key) is not None:
+            yield f"{name}, {fact}", figures[key] / unit
+    for key in ("attention", "micro_batch_tokens"):
+        if key in record["sides"][side]:
+            yield key.replace("_", " "), record["sides"][side][key]
+    losses = record["sides"][side]["figures_by_step"]["loss"]
+    yield "first loss", losses[0]
+    yield "losses", " ".join(f"{loss:.4f}" for loss in losses)
+    yield "rows", record["data"]["label"]
+
+
+def bench(setup: Setup, *words: str) -> dict[str, Any]:
+    """The record that `bench.py` ends with. What it makes is kept for the next command."""
+    own = [f"--device={setup.device}", "--precision=" + ("fp32" if setup.small else "bf16"),
+           "--rounds=1", "--busy-ok", "--json", f"--keep={setup.folder('bench')}",
+           f"--out={setup.folder('pages')}", f"--threads={setup.threads}"]  # fmt: skip
+    if setup.data and not setup.small:
+        own += [f"--data={setup.data}", "--adapter=hh"]
+        own += [f"--tokenizer={setup.tokenizer}"] if setup.tokenizer else []
+    command = [sys.executable, str(ROOT / "scripts" / "bench.py"), *words, *own]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False
+    )  # fmt: skip
+    print(done.stdout, flush=True)  # its errors went to the log
+    lines = done.stdout.strip().splitlines()
+    record: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1][:1] == "{" else {}
+    missing = record.get("peer_missing") or ""
+    if missing:
+        raise Skip(missing)
+    if done.returncode or not record.get("results"):
+        raise RuntimeError(f"bench.py ended with code {done.returncode}; its output is in the log")
+    return record

@@ -1,0 +1,125 @@
+"""The steps, in the order in which they are made: what is cut off at the end matters least.
+
+Estimates were made before any run on a GPU, for one H100 of 80 GB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gpu_checks.facts import Expect
+
+
+@dataclass(frozen=True)
+class Step:
+    """run: `module:function`. seconds: what it is expected to take on one H100; limit: after how
+    many it is killed. alone: it measures time, so nothing may run beside it. The others run
+    side by side."""
+
+    number: int
+    name: str
+    run: str
+    seconds: int
+    limit: int
+    checks: str
+    expected: Sequence[Expect] = ()
+    alone: bool = True
+
+
+EXIT = Expect("*: exit code", 0, 0)
+LN2 = 0.693147
+
+STEPS = (
+    Step(
+        0, "machine", "gpu_checks.ceilings:check", 25, 60,
+        "versions; speed of copies on the device, of bf16 products, of the disk",
+        [Expect("copy, TB/s", low=0.001, about=(2.4, 3.3)),
+         Expect("bf16 matmul, TFLOP/s", low=0.001, about=(600, 900)),
+         Expect("disk write, GB/s", low=0.001)],
+    ),
+    Step(
+        1, "CUDA tests", "gpu_checks.suite:check", 70, 180,
+        "the tests that need a GPU, without FlexAttention's slow compilations",
+        [Expect("failed", 0, 0), Expect("exit code", 0, 0), Expect("passed", low=1, cuda=True)],
+        alone=False,
+    ),
+    Step(
+        2, "attention kernels", "gpu_checks.attention:check", 25, 90,
+        "result and gradients of each kernel against float32 softmax, one sequence at a time",
+        [Expect("difference, *", high=0.02, about=(0.001, 0.007))], alone=False,
+    ),
+    Step(
+        3, "gpt2-large against a CPU", "gpu_checks.exactness:check", 75, 170,
+        "random weights, 8 pairs: bf16 packed rows against transformers' own forward in float32",
+        [Expect("log-probability, largest difference of a token", high=0.05),
+         Expect("gradients, relative difference", high=0.05, about=(0.0, 0.03)),
+         Expect("first DPO loss", LN2 - 2e-3, LN2 + 2e-3)], alone=False,
+    ),
+    Step(
+        4, "the command", "gpu_checks.commands:check", 80, 200,
+        "dpo-run with small models: every stage that trains, resume, adapters, hardware choices",
+        [EXIT, Expect("*: losses, largest difference", high=2e-3, cuda=True),
+         Expect("*: first loss", LN2 - 2e-3, LN2 + 2e-3)], alone=False,
+    ),
+    Step(
+        5, "out of memory", "gpu_checks.shortage:check", 45, 120,
+        "a run that may use little memory halves its micro-batches and computes the same",
+        [Expect("times halved", low=1), Expect("losses, largest difference", high=1e-3)],
+        alone=False,
+    ),
+    Step(
+        6, "sharded", "gpu_checks.sharding:check", 35, 90,
+        "FSDP2 in one process (NCCL on a GPU): losses, gradient norms, a checkpoint, samples",
+        [Expect("losses, largest difference", high=1e-3),
+         Expect("gradient norms, relative difference", high=0.02),
+         Expect("after a checkpoint, largest difference of weights", 0, 0),
+         Expect("sampled tokens that are equal", low=0.5)], alone=False,
+    ),
+    Step(
+        7, "gpt2-large", "gpu_checks.speed:ours", 50, 110,
+        "DPO with all weights, HH pairs, 64 a step",
+        [Expect("ours, pairs/s", low=0.001, about=(230, 390)),
+         Expect("ours, MFU", low=0.0, about=(0.28, 0.36), cuda=True),
+         Expect("first loss", LN2 - 2e-3, LN2 + 2e-3)],
+    ),
+    Step(
+        8, "gpt2-large, TRL", "gpu_checks.speed:trl", 65, 130,
+        "the same in TRL with its reference cached, 4 micro-batches of 16",
+        [Expect("TRL, pairs/s", low=0.001, about=(64, 108)),
+         Expect("first loss", LN2 - 2e-2, LN2 + 2e-2)],
+    ),
+    Step(
+        9, "gpt2-large, compiled", "gpu_checks.speed:compiled", 60, 130,
+        "as ours, with hardware.compile=true",
+        [Expect("compiled, pairs/s", low=0.001, about=(340, 475)),
+         Expect("first loss", LN2 - 2e-3, LN2 + 2e-3)],
+    ),
+    Step(
+        10, "7B, LoRA", "gpu_checks.speed:lora", 70, 150,
+        "Mistral 7B's shape with random weights, LoRA of rank 16, 16 pairs a step",
+        [Expect("ours, pairs/s", low=0.001, about=(34, 56)),
+         Expect("first loss", LN2 - 2e-3, LN2 + 2e-3)],
+    ),
+    Step(
+        11, "7B, QLoRA", "gpu_checks.speed:qlora", 60, 150,
+        "the same over 4-bit weights",
+        [Expect("ours, pairs/s", low=0.001), Expect("first loss", LN2 - 2e-3, LN2 + 2e-3)],
+    ),
+    Step(
+        12, "decoding", "gpu_checks.sampling:check", 40, 100,
+        "gpt2-large in bf16: 128 and 512 rows, prompts shared and not, beside generate",
+        [Expect("ours, *, ms a token", low=0.001, about=(1.5, 15)),
+         Expect("greedy log-probabilities, relative difference", high=3e-3)],
+    ),
+    Step(
+        13, "saving and loading", "gpu_checks.saving:check", 40, 100,
+        "gpt2-large: seconds that a checkpoint stops training for, seconds to load",
+        [Expect("load, s", low=0.0), Expect("checkpoint, s of the loop", low=0.0)],
+    ),
+    Step(
+        14, "7B, TRL", "gpu_checks.speed:lora_trl", 70, 150,
+        "TRL's side of step 10",
+        [Expect("TRL, pairs/s", low=0.001)],
+    ),
+)  # fmt: skip

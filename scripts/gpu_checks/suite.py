@@ -1,0 +1,59 @@
+"""Step 1: the tests that need a CUDA device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from gpu_checks.facts import ROOT, Fact, Setup, Skip
+
+WORKERS = 6
+SLOW = "flex"  # FlexAttention compiles for each shape: minutes
+
+
+def check(setup: Setup) -> Iterator[Fact]:
+    if find_spec("pytest") is None:
+        raise Skip("pytest is not installed")
+    files = sorted(str(path) for path in (ROOT / "tests").glob("test_*cuda*.py"))
+    assert files, "no tests/test_*cuda*.py"
+    yield "files", " ".join(Path(name).name for name in files)
+    report = setup.folder("suite") / "report.xml"
+    words = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", "-k", f"not {SLOW}",
+             "-m", "not slow", "--tb=short", "-o", "addopts="]  # fmt: skip
+    if not find_spec("pytest_timeout"):  # pytest refuses an option that nothing has registered
+        words += ["-c", str(config_without_timeout(setup)), f"--rootdir={ROOT}"]
+    if find_spec("xdist") and not setup.small:
+        words += ["-n", str(WORKERS), "--dist", "worksteal"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words, *files], cwd=ROOT, check=False
+    )  # its output goes to the log
+    yield "exit code", done.returncode
+    yield from counts(report)
+
+
+def config_without_timeout(setup: Setup) -> Path:
+    path = setup.folder("suite") / "pytest.ini"
+    path.write_text("[pytest]\nmarkers =\n  cuda\n  slow\n")
+    return path
+
+
+def counts(report: Path) -> Iterator[Fact]:
+    """passed, failed, skipped, and the names of those that failed."""
+    cases = list(ET.parse(report).getroot().iter("testcase"))  # noqa: S314 - pytest's own file
+    failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skipped = [c for c in cases if c.find("skipped") is not None]
+    yield "passed", len(cases) - len(failed) - len(skipped)
+    yield "failed", len(failed)
+    yield "skipped", len(skipped)
+    for reason in sorted({str(c.find("skipped").get("message")) for c in skipped}):  # type: ignore[union-attr]
+        yield f"skipped as {reason[:100]}", sum(
+            str(c.find("skipped").get("message")) == reason for c in skipped  # type: ignore[union-attr]
+        )  # fmt: skip
+    for case in failed:
+        fault = case.find("failure")
+        fault = case.find("error") if fault is None else fault
+        yield f"failed: {case.get('name')}", str(fault.get("message"))[:300]  # type: ignore[union-attr]
