@@ -39,8 +39,10 @@ def parser() -> argparse.ArgumentParser:
                    help="where the page, its JSON lines and the log go")  # fmt: skip
     p.add_argument("--commit", help="of this code, where git cannot tell")
     p.add_argument("--work", metavar="FOLDER", help="where weights lie meanwhile (20 GB)")
-    p.add_argument("--together", action=argparse.BooleanOptionalAction,
-                   help="run steps that measure no time side by side; default: on a GPU")  # fmt: skip
+    p.add_argument(
+        "--together", action=argparse.BooleanOptionalAction,
+        help="run steps that measure no time side by side; default: on a GPU",
+    )  # fmt: skip
     return p
 
 
@@ -62,14 +64,19 @@ def numbers(text: str | None, p: argparse.ArgumentParser, option: str) -> set[in
 
 
 def listing() -> str:
-    lines = [f"{step.number:>2}  {step.name:26} about {step.seconds:3} s, at most {step.limit:3}"
-             f"{'' if step.alone else ', beside others'}: {step.checks}" for step in STEPS]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(
+        f"{step.number:>2}  {step.name:26} about {step.seconds:3} s, at most {step.limit:3}"
+        f"{'' if step.alone else ', beside others'}: {step.checks}"
+        for step in STEPS
+    )
 
 
 def shown_command(argv: Sequence[str]) -> str:
     """As typed, but paths as names."""
-    words = [Path(word).name if os.sep in word else word for word in argv]
+    words = []
+    for word in argv:
+        key, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(key + equals + (Path(value).name if os.sep in value else value))
     return shlex.join(["python", "scripts/gpu_check.py", *words])
 
 
@@ -96,7 +103,8 @@ def main(argv: Sequence[str]) -> int:
         p.error(f"--device cuda: no CUDA device here ({machine.get('why', 'none was found')})")
     device = machine.pop("device")
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    circumstances = Circumstances(shown_command(argv), date, args.commit or commit(), device, machine)
+    code = args.commit or commit()
+    circumstances = Circumstances(shown_command(argv), date, code, device, machine)
     report = Report(args.out, slug(machine, device), circumstances, chosen)
     with tempfile.TemporaryDirectory(prefix="dpo-run-gpu-check-", dir=args.work) as work:
         run = Run(device, Path(work), args.data, args.tokenizer, 60 * args.minutes, report)

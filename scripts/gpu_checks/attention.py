@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -64,10 +64,12 @@ def difference(
     return max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
 
 
-def outcome(attend: object, leaves: list[Tensor], weights: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def outcome(
+    attend: Callable[..., Tensor], leaves: list[Tensor], weights: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
     """The result, (1, T, H, d), and the gradients of q, k and v, in float32."""
     inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
-    out = attend(*inputs)  # type: ignore[operator]
+    out = attend(*inputs)
     grads = torch.autograd.grad((out.float() * weights).sum(), inputs)
     return [out.detach().float(), *(g.float() for g in grads)]
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,16 +48,15 @@ class Runs:
         return [*READ[stage], *own, *(FEW if self.setup.small else ()), *words]
 
     def start(self, name: str, words: Sequence[str]) -> subprocess.Popen[bytes]:
-        with Path(f"{self.folder / name}.log").open("ab") as log:
+        with self.log(name).open("ab") as log:
             return subprocess.Popen(
                 self.command(*words), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=os.environ | {"OMP_NUM_THREADS": "2"},
             )  # fmt: skip
 
-    def run(self, name: str, *words: str) -> None:
-        began = time.monotonic()
-        self.codes[name] = self.start(name, self.words(name, *words)).wait()
-        print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+    def log(self, name: str) -> Path:
+        """Named so that the script's own log takes it in."""
+        return Path(self.setup.work, f"step-4-{name}.log")
 
     def losses(self, name: str) -> dict[int, float]:
         path = self.folder / name / "metrics.jsonl"
@@ -84,31 +82,22 @@ def check(setup: Setup) -> Iterator[Fact]:
 
 
 def together(runs: Runs, jobs: dict[str, list[str]]) -> Iterator[Fact]:
-    """Every command at once; those named `long` then also interrupted and resumed."""
-    jobs_of = {name: words for name, words in jobs.items() if name != "interrupted"}
-    with ThreadPoolExecutor(max_workers=1 if runs.setup.small else len(jobs)) as pool:
-        waiting = [pool.submit(runs.run, name, *words) for name, words in jobs_of.items()]
-        if "interrupted" in jobs:
-            waiting.append(pool.submit(interrupt_and_resume, runs, jobs["interrupted"]))
-        for job in waiting:
-            job.result()
-    for name in jobs:
-        if name == "interrupted":
-            continue
+    """Every command at once. The one named `interrupted` is, and then resumed."""
+    running = {name: runs.start(name, runs.words(name, *words)) for name, words in jobs.items()}
+    if "interrupted" in running:
+        runs.codes["interrupted"] = interrupt(runs, running.pop("interrupted"))
+        running["resume"] = runs.start("resume", [f"resume={runs.folder / 'interrupted'}"])
+    for name, process in running.items():
+        runs.codes[name] = process.wait()
         yield f"{name}: exit code", runs.codes[name]
         if runs.codes[name]:
             yield f"{name}: said", told(runs, name)
-    if "interrupted" in jobs:
-        yield "resume: exit code", runs.codes["resume"]
-        if runs.codes["resume"]:
-            yield "resume: said", told(runs, "interrupted")
 
 
 def told(runs: Runs, name: str) -> str:
-    """The error line of a command; all of it goes to the log."""
-    lines = Path(f"{runs.folder / name}.log").read_text(errors="replace").strip().splitlines()
-    print(f"----- {name}", *lines[-80:], sep="\n", flush=True)
-    return next((line for line in lines if line.startswith("error:")), (lines or ["nothing"])[-1])[:300]
+    """The error line of a command, else its last."""
+    lines = runs.log(name).read_text(errors="replace").strip().splitlines() or ["nothing"]
+    return next((line for line in lines if line.startswith("error:")), lines[-1])[:300]
 
 
 def first_runs(setup: Setup) -> dict[str, list[str]]:
@@ -141,17 +130,14 @@ def second_runs(setup: Setup, runs: Runs) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def interrupt_and_resume(runs: Runs, words: list[str]) -> None:
-    """SIGTERM behind the first checkpoint, then `dpo-run resume=`."""
-    name, folder = "interrupted", runs.folder / "interrupted"
-    process = runs.start(name, runs.words(name, *words))
-    first = folder / "checkpoints" / f"step-{SAVE_EVERY}"
+def interrupt(runs: Runs, process: subprocess.Popen[bytes]) -> int:
+    """SIGTERM behind the first checkpoint; its exit code."""
+    first = runs.folder / "interrupted" / "checkpoints" / f"step-{SAVE_EVERY}"
     while process.poll() is None and not first.is_dir():
         time.sleep(0.01)
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-    runs.codes[name] = process.wait()
-    runs.codes["resume"] = runs.start(name, [f"resume={folder}"]).wait()
+    return process.wait()
 
 
 def apart(runs: Runs, name: str, other: str, first: int) -> float:

@@ -30,7 +30,7 @@ class Report:
         self.path = folder / name
         self.circumstances, self.steps = circumstances, steps
         self.outcomes: list[Outcome] = []
-        self.logs: dict[int, Path] = {}
+        self.logs: dict[int, Path] = {}  # step -> folder of `step-<number>*.log`
         self.lock = threading.Lock()
 
     def add(self, outcome: Outcome) -> None:
@@ -38,7 +38,8 @@ class Report:
             self.outcomes.append(outcome)
             self.outcomes.sort(key=lambda o: o.step.number)
             print(outcome.line(), flush=True)
-            print(json.dumps(outcome.record(), default=str), flush=True)
+            told = {key: value for key, value in outcome.record().items() if key != "versions"}
+            print(json.dumps(told, default=str), flush=True)
             self.write()
 
     def write(self) -> None:
@@ -50,9 +51,11 @@ class Report:
     def mirror(self) -> None:
         """All steps' output as far as it is written, in one file."""
         parts = []
-        for number, log in sorted(self.logs.items()):
-            text = log.read_bytes()[-LOG_TAIL:].decode(errors="replace") if log.exists() else ""
-            parts.append(f"{'=' * 30} step {number}\n{text}\n")
+        for number, folder in sorted(self.logs.items()):
+            own = [folder / f"step-{number}.log", *sorted(folder.glob(f"step-{number}-*.log"))]
+            for log in (path for path in own if path.is_file()):
+                text = log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
+                parts.append(f"{'=' * 30} {log.stem}\n{text}\n")
         write_whole(Path(f"{self.path}.log"), "".join(parts))
 
 
@@ -109,7 +112,7 @@ class Run:
         setup = Setup(self.device, str(self.work), self.data, self.tokenizer, threads, limit)
         answer = self.work / f"step-{step.number}.json"
         log = self.work / f"step-{step.number}.log"
-        self.report.logs[step.number] = log
+        self.report.logs[step.number] = self.work
         words = "-m", "gpu_checks.child", step.run, setup.text(), str(answer)
         process = Process(python(*words), log, environment(self.work, threads))
         self.running.add(process)

@@ -24,8 +24,10 @@ from dpo_cli.train import sharded
 from dpo_cli.train.optim import build_optimizer, take_step
 from gpu_checks.facts import Fact, Setup
 
-SHAPE = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 500,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}  # fmt: skip
+SHAPE = {
+    "num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 500,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
 STEPS, RATE = 4, 1e-3
 PROMPTS = 8
 

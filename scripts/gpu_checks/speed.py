@@ -15,6 +15,7 @@ SEVEN = ("--preset=mistral-7b", "--batch=16", "--steps=5", "--warmup=2")
 SMALL = ("--preset=tiny4x256", "--layers=1", "--width=32", "--heads=2", "--vocab=64",
          "--length=40", "--batch=2", "--steps=1", "--warmup=1")  # fmt: skip
 SIDE_OF_TRL = ("--sides=trl", "--candidate=cached-4")
+RESERVE = 5  # seconds, to tell how far the benchmark's workers have come
 FIGURES = {  # ours -> of a side in the benchmark's answer, and what it is divided by
     "pairs/s": ("per_second", 1.0),
     "tokens/s": ("tokens_per_second", 1.0),
@@ -79,15 +80,32 @@ def bench(setup: Setup, *words: str) -> dict[str, Any]:
         own += [f"--data={setup.data}", "--adapter=hh"]
         own += [f"--tokenizer={setup.tokenizer}"] if setup.tokenizer else []
     command = [sys.executable, str(ROOT / "scripts" / "bench.py"), *words, *own]
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False
-    )  # fmt: skip
-    print(done.stdout, flush=True)  # its errors went to the log
-    lines = done.stdout.strip().splitlines()
+    try:
+        code, stdout = output_of(command, setup.seconds - RESERVE)
+    except subprocess.TimeoutExpired:
+        print_worker_logs(setup)
+        raise
+    print(stdout, flush=True)  # its errors went to the log
+    lines = stdout.strip().splitlines()
     record: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1][:1] == "{" else {}
     missing = record.get("peer_missing") or ""
     if missing:
         raise Skip(missing)
-    if done.returncode or not record.get("results"):
-        raise RuntimeError(f"bench.py ended with code {done.returncode}; its output is in the log")
+    if code or not record.get("results"):
+        raise RuntimeError(f"bench.py ended with code {code}; its output is in the log")
     return record
+
+
+def output_of(command: list[str], seconds: float) -> tuple[int, str]:
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False,
+        timeout=seconds,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def print_worker_logs(setup: Setup) -> None:
+    """Of the worker that wrote last."""
+    logs = sorted(setup.folder("bench").rglob("log.txt"), key=lambda path: path.stat().st_mtime)
+    for path in logs[-1:]:
+        print(f"----- {path}", path.read_text(errors="replace")[-8000:], sep="\n", flush=True)

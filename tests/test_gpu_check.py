@@ -1,0 +1,249 @@
+"""`make gpu`: the small form of every step, and how steps that go wrong are told."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL_CHECKS = ("ceilings", "attention", "exactness", "shortage", "sharding", "sampling", "saving")
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`module("gpu_checks.facts")`: a module of scripts/."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return import_module
+
+
+@pytest.fixture
+def setup(module: Any, tmp_path: Path) -> Any:
+    return module("gpu_checks.facts").Setup("cpu", str(tmp_path / "work"), threads=1, seconds=100)
+
+
+def seen(module: Any, setup: Any, run: str) -> dict[str, Any]:
+    """The facts of a step's small form, which are as the step expects them."""
+    steps = {step.run: step for step in module("gpu_checks.steps").STEPS}
+    name, _, function = run.partition(":")
+    facts = dict(getattr(module(name), function)(setup))
+    verdict = module("gpu_checks.facts").judge(steps[run].expected, facts, "cpu")
+    assert verdict.failures == []
+    return facts
+
+
+def test_every_step_names_a_check_and_the_table_fits_into_eight_minutes(module: Any) -> None:
+    steps, in_turn = module("gpu_checks.steps").STEPS, module("gpu_checks.runner").in_turn
+    assert [step.number for step in steps] == list(range(len(steps)))
+    for step in steps:
+        name, _, function = step.run.partition(":")
+        assert callable(getattr(module(name), function))
+        assert step.seconds < step.limit
+    up_to_decoding = [step for step in steps if step.number <= 12]
+    groups = list(in_turn(up_to_decoding, True))
+    assert [len(group) for group in groups] == [1, 6, *[1] * 6]
+    assert sum(max(step.seconds for step in group) for group in groups) <= 480
+    assert all(len(group) == 1 for group in in_turn(steps, False))
+
+
+def test_what_is_expected(module: Any) -> None:
+    facts = module("gpu_checks.facts")
+    expected = [facts.Expect("loss *", low=1, high=2), facts.Expect("speed", about=(5, 6)),
+                facts.Expect("passed", low=1, cuda=True)]  # fmt: skip
+    good = {"loss a": 1.0, "loss b": 2, "speed": 5.5, "passed": 3}
+    assert facts.judge(expected, good, "cuda") == facts.Verdict([], [])
+    slow = facts.judge(expected, good | {"speed": 4.0}, "cuda")
+    assert slow == facts.Verdict([], ["speed: 4, estimated 5 to 6"])
+    assert facts.judge(expected, good | {"speed": 4.0}, "cpu") == facts.Verdict([], [])
+    for wrong in (0.9, math.nan, "text", None):
+        assert len(facts.judge(expected, good | {"loss b": wrong}, "cuda").failures) == 1
+    missing = facts.judge(expected, {"speed": 5.5}, "cuda").failures
+    assert missing == ["loss *: not seen", "passed: not seen"]
+    assert facts.judge(expected, {"speed": 5.5, "loss": 1}, "cpu").failures == ["loss *: not seen"]
+
+
+@pytest.fixture
+def toys(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """`toys("fine", "hangs")`: the report of a run of these checks, and the exit status."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    steps, facts = module("gpu_checks.steps"), module("gpu_checks.facts")
+
+    def run(*names: str, words: tuple[str, ...] = (), limit: int = 20) -> tuple[list[Any], int]:
+        made = tuple(
+            steps.Step(number, name, f"gpu_check_toys:{name}", 1, 2 if name == "hangs" else limit,
+                       "a toy", [facts.Expect("answer", 42, 42)], alone=number > 2)
+            for number, name in enumerate(names)
+        )  # fmt: skip
+        script = module("gpu_check")
+        monkeypatch.setattr(script, "STEPS", made)
+        code = script.main(
+            ["--device=cpu", f"--out={tmp_path / 'out'}", f"--work={tmp_path}", *words]
+        )
+        lines = (tmp_path / "out" / "gpu-check-cpu.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines], code
+
+    return run
+
+
+def test_a_step_that_goes_wrong_stops_no_other(
+    toys: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("hangs", "fails", "fine", "crashes", "skips")
+    (about, *rows), code = toys(*names, words=("--together",))
+    assert code == 1
+    assert about["device"] == "cpu"
+    assert "--out=out" in about["command"]
+    by_name = {row["name"]: row for row in rows}
+    assert [row["name"] for row in rows] == list(names)
+    status = {name: row["status"] for name, row in by_name.items()}
+    assert status == {"hangs": "FAIL", "fails": "FAIL", "fine": "ok", "crashes": "FAIL",
+                      "skips": "skipped"}  # fmt: skip
+    assert by_name["hangs"]["why"] == ["killed after 2 s"]
+    assert by_name["fails"]["why"] == ["ValueError: a bug | of ours",
+                                       "answer: 41, must be answer: = 42"]  # fmt: skip
+    assert by_name["crashes"]["why"] == ["its process ended with code -11"]
+    assert by_name["crashes"]["facts"] == {"answer": 42}  # what it has found out before is kept
+    assert by_name["skips"]["why"] == ["no such package"]
+    assert by_name["fine"]["versions"]["python"]
+    page = (tmp_path / "out" / "gpu-check-cpu.md").read_text()
+    assert "5 of 5 steps made, 3 failed" in page
+    assert "| 1 | fails | FAIL |" in page
+    log = (tmp_path / "out" / "gpu-check-cpu.log").read_text()
+    assert "second line" in log and "Traceback" in log and "hangs now" in log  # noqa: PT018
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith('{"step"') for line in printed) == len(names)
+
+
+def test_a_hanging_step_is_killed_with_workers_in_sessions_of_their_own(
+    toys: Any, module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pids, runner = [], module("gpu_checks.runner")
+    real = runner.outcome_of
+
+    def kept(*args: Any) -> Any:  # before the folder is removed
+        pids.extend(int(p.read_text()) for p in tmp_path.glob("dpo-run-gpu-check-*/worker"))
+        return real(*args)
+
+    monkeypatch.setattr(runner, "outcome_of", kept)
+    assert toys("hangs")[1] == 1
+    (pid,) = pids
+    stat = Path(f"/proc/{pid}/stat")
+    assert not stat.exists() or ") Z " in stat.read_text()
+
+
+def test_what_does_not_fit_into_the_minutes(toys: Any, module: Any, tmp_path: Path) -> None:
+    assert toys("fine")[1] == 0
+    run_class, step = module("gpu_checks.runner").Run, module("gpu_checks.steps").STEPS[7]
+    late = run_class("cuda", tmp_path, None, None, step.seconds - 1, SimpleNamespace())
+    outcome = late.made(step, 1)
+    assert outcome.status == "skipped"
+    assert "are left (--minutes)" in outcome.why[0]
+
+
+def test_words_that_mean_nothing(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    script = module("gpu_check")
+    for words in (["--only=99"], ["--skip=x"], ["--only=3", "--skip=0-9"], ["--data=absent"]):
+        with pytest.raises(SystemExit, match="2"):
+            script.main(words)
+    assert script.main(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(module("gpu_checks.steps").STEPS)
+
+
+@pytest.mark.parametrize("name", SMALL_CHECKS)
+def test_the_small_form_of_a_step(
+    name: str, module: Any, setup: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dpo = import_module("dpo_cli.stages.dpo")
+    monkeypatch.setattr(dpo, "dpo_loss", dpo.dpo_loss)  # a check replaces it in its own process
+    facts = seen(module, setup, f"gpu_checks.{name}:check")
+    assert len(facts) > 2
+
+
+def test_a_kernel_that_is_wrong_is_seen(
+    module: Any, setup: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = import_module("dpo_cli.model.kernels")
+    real = kernels.padded
+    monkeypatch.setattr(
+        kernels, "padded", lambda q, k, v, mask, call: 1.03 * real(q, k, v, mask, call)
+    )
+    facts = dict(module("gpu_checks.attention").check(setup))
+    assert max(v for k, v in facts.items() if k.startswith("difference, sdpa")) > 0.02
+
+
+def test_the_command_in_its_small_form(
+    module: Any, setup: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: three seconds of imports each would be most of the time."""
+    cli, commands = import_module("dpo_cli.cli"), module("gpu_checks.commands")
+
+    def start(runs: Any, name: str, words: list[str]) -> Any:
+        try:
+            cli.main(list(words))
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return SimpleNamespace(wait=lambda: code)
+
+    monkeypatch.setattr(commands.Runs, "start", start)
+    facts = seen(module, setup, "gpu_checks.commands:check")
+    assert {"sft: exit code", "dpo: exit code"} <= facts.keys()
+
+
+def test_the_suite_counts_what_failed(
+    module: Any, setup: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    suite = module("gpu_checks.suite")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_toy_cuda.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_flex_is_slow(): raise SystemError\n"
+        "@pytest.mark.skipif(True, reason='no device')\n"
+        "def test_skipped(): pass\n"
+    )
+    monkeypatch.setattr(suite, "ROOT", tmp_path)
+    facts = dict(suite.check(setup))
+    wanted = {"passed": 1, "failed": 1, "skipped": 1, "exit code": 1, "skipped as no device": 1}
+    assert wanted.items() <= facts.items()
+    assert "1 == 2" in facts["failed: test_bad"]
+
+
+@pytest.fixture
+def bench(module: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The benchmark and its workers in this process, as in `test_bench.py`."""
+
+    def worker(script: str, files: list[Path], scratch: Path, *_: Any) -> None:
+        scratch.mkdir(parents=True)
+        code = module(script.removesuffix(".py"))
+        if script == "bench_prepare.py":
+            code.prepare(code.Plan.load(files[0]))
+        else:
+            job = module("bench_job").Job(**json.loads(files[0].read_text()))
+            files[1].write_text(json.dumps(code.measure(job)))
+
+    def run(command: list[str], seconds: float) -> tuple[int, str]:
+        capsys.readouterr()
+        code = module("bench").main(command[2:])
+        return code, capsys.readouterr().out
+
+    monkeypatch.setattr(module("bench_run"), "run_python", worker)
+    monkeypatch.setattr(module("gpu_checks.speed"), "output_of", run)
+
+
+@pytest.mark.parametrize("side", ["ours", "compiled", "trl", "lora"])
+def test_the_benchmark_in_its_small_form(side: str, module: Any, setup: Any, bench: None) -> None:
+    if side == "trl" and find_spec("trl") is None:
+        pytest.skip("trl is not installed")
+    facts = seen(module, setup, f"gpu_checks.speed:{side}")
+    assert facts["losses"]
+    assert "bench.py" in facts["command"]
