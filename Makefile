@@ -10,6 +10,8 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 # What to measure: make bench BENCH_ARGS="--task sft --preset gpt2 --precision bf16"
 BENCH_ARGS ?= --task dpo --preset tiny4x256
+# Which steps, on which rows: make gpu GPU_ARGS="--only 0-6 --data hh.jsonl.gz --tokenizer gpt2"
+GPU_ARGS ?=
 # Which faults, how often: make faults FAULTS_ARGS="--cases 1,14 --kills 3"
 FAULTS_ARGS ?=
 
@@ -21,7 +23,7 @@ CHECK_PYTHON := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo bench faults test lint typecheck format check wheel clean distclean
+.PHONY: help install demo bench gpu faults test lint typecheck format check wheel clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +35,9 @@ demo: $(READY) ## Tune a small model end to end on this machine (recipes/quickst
 
 bench: $(READY) ## Measure dpo-run against TRL on this machine
 	$(BIN)/python scripts/bench.py $(BENCH_ARGS)
+
+gpu: $(READY) ## Check dpo-run on this machine's GPU, in at most eight minutes
+	$(BIN)/python scripts/gpu_check.py $(GPU_ARGS)
 
 faults: $(READY) ## Kill, damage and starve runs, and print what was seen (most of an hour)
 	$(BIN)/python scripts/faults.py $(FAULTS_ARGS)

@@ -14,7 +14,6 @@ LARGE = ("--preset=gpt2-large", "--batch=64", "--steps=6", "--warmup=2")
 SEVEN = ("--preset=mistral-7b", "--batch=16", "--steps=5", "--warmup=2")
 SMALL = ("--preset=tiny4x256", "--layers=1", "--width=32", "--heads=2", "--vocab=64",
          "--length=40", "--batch=2", "--steps=1", "--warmup=1")  # fmt: skip
-SIDE_OF_TRL = ("--sides=trl", "--candidate=cached-4")
 RESERVE = 5  # seconds, to tell how far the benchmark's workers have come
 FIGURES = {  # ours -> of a side in the benchmark's answer, and what it is divided by
     "pairs/s": ("per_second", 1.0),
@@ -32,7 +31,7 @@ def ours(setup: Setup) -> Iterator[Fact]:
 
 
 def trl(setup: Setup) -> Iterator[Fact]:
-    yield from measured(setup, "TRL", LARGE, *SIDE_OF_TRL)
+    yield from measured(setup, "TRL", LARGE, *side_of_trl(setup))
 
 
 def compiled(setup: Setup) -> Iterator[Fact]:
@@ -46,7 +45,12 @@ def lora(setup: Setup) -> Iterator[Fact]:
 
 
 def lora_trl(setup: Setup) -> Iterator[Fact]:
-    yield from measured(setup, "TRL", SEVEN, "--lora=lora", *SIDE_OF_TRL)
+    yield from measured(setup, "TRL", SEVEN, "--lora=lora", *side_of_trl(setup))
+
+
+def side_of_trl(setup: Setup) -> tuple[str, ...]:
+    """Its reference cached, the batch in micro-batches."""
+    return "--sides=trl", f"--candidate=cached-{2 if setup.small else 4}"
 
 
 def qlora(setup: Setup) -> Iterator[Fact]:

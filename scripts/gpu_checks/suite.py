@@ -12,18 +12,20 @@ from pathlib import Path
 from gpu_checks.facts import ROOT, Fact, Setup, Skip
 
 WORKERS = 6
+MARK = "pytest.mark.cuda"
 SLOW = "flex"  # FlexAttention compiles for each shape: minutes
 
 
 def check(setup: Setup) -> Iterator[Fact]:
     if find_spec("pytest") is None:
         raise Skip("pytest is not installed")
-    files = sorted(str(path) for path in (ROOT / "tests").glob("test_*cuda*.py"))
-    assert files, "no tests/test_*cuda*.py"
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    files = [str(path) for path in tests if MARK in path.read_text()]
+    assert files, f"no test has {MARK}"
     yield "files", " ".join(Path(name).name for name in files)
     report = setup.folder("suite") / "report.xml"
     words = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", "-k", f"not {SLOW}",
-             "-m", "not slow", "--tb=short", "-o", "addopts="]  # fmt: skip
+             "-m", "cuda and not slow", "--tb=short", "-o", "addopts="]  # fmt: skip
     if not find_spec("pytest_timeout"):  # pytest refuses an option that nothing has registered
         words += ["-c", str(config_without_timeout(setup)), f"--rootdir={ROOT}"]
     if find_spec("xdist") and not setup.small:
@@ -37,7 +39,7 @@ def check(setup: Setup) -> Iterator[Fact]:
 
 def config_without_timeout(setup: Setup) -> Path:
     path = setup.folder("suite") / "pytest.ini"
-    path.write_text("[pytest]\nmarkers =\n  cuda\n  slow\n")
+    path.write_text("[pytest]\nmarkers =\n  cuda\n  slow\n  timeout\n")
     return path
 
 
