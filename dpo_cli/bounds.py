@@ -95,6 +95,7 @@ BOUNDS: dict[str, Bound] = {
     "train.micro_batch_tokens": at_least(1),
     "train.eval_every_steps": at_least(0),
     "train.save_every_steps": at_least(0),
+    "train.save_every_minutes": above(0),
     "train.keep_checkpoints": at_least(1),
     "train.log_every_steps": at_least(1),
     "train.sample_prompts": at_least(0),

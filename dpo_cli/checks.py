@@ -182,6 +182,9 @@ def _train(config: RunConfig) -> Iterator[str]:
     if known and name not in known:
         hint = did_you_mean(name, known)
         yield f"train.best_metric={name}: must be one of {', '.join(known)}{hint}"
+    steps, minutes = config.train.save_every_steps, config.train.save_every_minutes
+    if steps is not None and minutes is not None:
+        yield no_effect("train.save_every_minutes", minutes, f"train.save_every_steps={steps}")
 
 
 def _optim(config: RunConfig) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import DiskError
+
+Entry = dict[str, str | int]  # of a file in a manifest: sha256, bytes
 
 MANIFEST = "MANIFEST.json"
 CHECKSUM = ".sha256"  # added to the name of a file: its checksum, as `sha256sum` writes it
@@ -43,11 +46,14 @@ def _free_space(path: Path) -> str:
 
 
 def publish_folder(
-    target: Path, write: Callable[[Path], None], facts: Mapping[str, Any] | None = None
+    target: Path,
+    write: Callable[[Path], object],
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Fill a temporary sibling with `write`, sync it, and rename it to `target`.
 
-    facts: JSON that the manifest tells beside the files, for people and other programs.
+    write: may return a dict, the entries of files that it hashed while writing; the others are
+    read again. facts: JSON that the manifest tells beside the files, for people and other programs.
 
     An existing target is replaced only once the new folder is complete on disk, and put back
     if that fails. Raises DiskError.
@@ -57,8 +63,8 @@ def publish_folder(
         temporary = target.parent / f".tmp-{target.name}-{secrets.token_hex(4)}"
         temporary.mkdir()
         try:
-            write(temporary)
-            _write_manifest(temporary, facts or {})
+            written = write(temporary)
+            _write_manifest(temporary, facts or {}, written if isinstance(written, dict) else {})
             _swap(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -88,21 +94,24 @@ def recover(target: Path) -> None:
         old.rename(target)
 
 
-def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+def _write_manifest(folder: Path, facts: Mapping[str, Any], written: Mapping[str, Entry]) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     entries, allowed = {}, folder.stat().st_mode & 0o666  # by the umask, as mkdir heeded it
     for path in files:
         if (mode := path.stat().st_mode) != mode | allowed:
             path.chmod(mode | allowed)  # safetensors' files are for their owner alone
         _sync(path)
-        entries[path.relative_to(folder).as_posix()] = _entry(path)
+        name = path.relative_to(folder).as_posix()
+        entries[name] = written.get(name) or _entry(path)
+        if (size := path.stat().st_size) != entries[name]["bytes"]:
+            raise OSError(errno.EIO, f"{name} has {size} bytes after the write")
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({**facts, "files": entries}, indent=1))
     _sync(manifest)
     _sync(folder)
 
 
-def _entry(path: Path) -> dict[str, str | int]:
+def _entry(path: Path) -> Entry:
     return {"sha256": file_digest(path), "bytes": path.stat().st_size}
 
 

@@ -37,7 +37,7 @@ MAY_CHANGE = (
     "hardware.device", "hardware.nodes", "hardware.sharding", "hardware.timeout_seconds",
     "hardware.memory_gb", "hardware.precision", "hardware.threads",
     "hardware.activation_checkpointing", "optim.lr",
-    "train.eval_every_steps", "train.save_every_steps", "train.keep_checkpoints",
+    "train.eval_every_steps", "train.save_every_", "train.keep_checkpoints",
     "train.log_every_steps", "train.micro_batch_tokens", "train.sample_", "hardware.name",
 )  # fmt: skip
 

@@ -75,7 +75,7 @@ def trained(folder, settings, pairs, **how):
 def saved(model, base, target):
     """As a checkpoint holds it."""
     target.mkdir()
-    model.save_adapter(target)
+    lora.save_adapter(model, target)
     for file in base.glob("tokenizer*"):
         shutil.copy(file, target)
     return target

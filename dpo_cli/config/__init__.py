@@ -165,7 +165,8 @@ class TrainConfig:
     batch_size: int = 32  # examples an optimiser step, over all devices
     micro_batch_tokens: int | None = None  # packed tokens a forward; null: by device
     eval_every_steps: int | None = None  # null: ten times a run; 0: only at the end
-    save_every_steps: int | None = None  # null: with every evaluation; 0: only at the end
+    save_every_steps: int | None = None  # null: by time; 0: only at the end
+    save_every_minutes: float | None = None  # null: 5, or what keeps saves to 2% of the time
     keep_checkpoints: int = 2
     log_every_steps: int = 1
     shuffle: bool = True

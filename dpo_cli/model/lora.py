@@ -7,6 +7,7 @@ packed attention, the output layer and sampling work on as before.
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, set_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +27,8 @@ from transformers.pytorch_utils import Conv1D
 from dpo_cli.config import LoraConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.model.adapters import PARTS, PREFIX, REFERENCE, REWARD_TASK, TRAINED, is_layer, layers
-from dpo_cli.model.source import ADAPTER_WEIGHTS, Origin, loading
+from dpo_cli.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Origin, loading
+from dpo_cli.tensor_file import write_tensors
 
 REWARD_HEAD = "score"
 ALL_LINEAR = "all-linear"
@@ -112,7 +114,7 @@ def put_in(
     _refuse_unmatched(model, config, there)
     _refuse_heads(model, config)
     cast_adapter_dtype(model, name)  # quantised layers give theirs the dtype they compute in
-    cast(Any, model).save_adapter = partial(save_adapter, model)  # what a checkpoint keeps
+    cast(Any, model).adapter_files = partial(adapter_files, model)  # what a checkpoint keeps
     if weights is not None:
         read_adapter(model, weights, name)
 
@@ -210,22 +212,34 @@ def add_reference(model: PreTrainedModel, origin: Origin) -> None:
                 weight.requires_grad_(False)
 
 
-def save_adapter(
-    model: PreTrainedModel, target: Path, state_dict: dict[str, Tensor] | None = None
-) -> None:
-    """The trained adapter in PEFT's layout. state_dict: of a model whose own is sharded."""
+def adapter_files(
+    model: PreTrainedModel, state_dict: dict[str, Tensor] | None = None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, bytes]]:
+    """The trained adapter in PEFT's layout: tensors by file, where they are, and other files.
+
+    state_dict: of a model whose own is sharded.
+    """
     config = cast(Any, model).peft_config[TRAINED]
     state = get_peft_model_state_dict(model, state_dict, TRAINED, save_embedding_layers=False)
     # PEFT reads DoRA's magnitudes by either name, transformers by the layer's alone.
     own = {f"{k}.weight" if k.endswith(MAGNITUDE) else k: v for k, v in state.items()}
-    named = {PREFIX + key: value.detach().contiguous() for key, value in own.items()}
-    save_file(named, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    replace(config, inference_mode=True).save_pretrained(str(target))
-    path = target / "adapter_config.json"
-    facts = json.loads(path.read_text())
+    named = {PREFIX + key: value.detach() for key, value in own.items()}
+    with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch:
+        replace(config, inference_mode=True).save_pretrained(scratch)
+        facts = json.loads(Path(scratch, ADAPTER_CONFIG).read_text())
     if isinstance(facts["target_modules"], list):  # a set, whose order is another in each process
         facts["target_modules"].sort()
-    path.write_text(json.dumps(facts, indent=2, sort_keys=True))
+    text = json.dumps(facts, indent=2, sort_keys=True)
+    return {ADAPTER_WEIGHTS: named}, {ADAPTER_CONFIG: text.encode()}
+
+
+def save_adapter(model: PreTrainedModel, target: Path) -> None:
+    """The trained adapter in PEFT's layout, into a folder that is there."""
+    tensors, texts = adapter_files(model)
+    for name, values in tensors.items():
+        write_tensors(target / name, values, {"format": "pt"})
+    for name, text in texts.items():
+        (target / name).write_bytes(text)
 
 
 def merge(model: PreTrainedModel, origin: Origin, key: str) -> None:
@@ -243,5 +257,5 @@ def merge(model: PreTrainedModel, origin: Origin, key: str) -> None:
             else:
                 unload = cast(AuxiliaryTrainingWrapper, layer).unload_and_optionally_merge_module
                 model.set_submodule(place, unload(merge=True, safe_merge=True, adapter_names=None))
-    del model.peft_config, model.save_adapter
+    del model.peft_config, model.adapter_files
     model.requires_grad_(True)

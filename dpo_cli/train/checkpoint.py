@@ -20,14 +20,13 @@ import json
 import random
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -36,11 +35,10 @@ from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import CheckpointError
 from dpo_cli.ranks import ALONE, Ranks
 from dpo_cli.shard import settle, whole
-from dpo_cli.train import sharded
+from dpo_cli.train import contents, sharded
+from dpo_cli.train.contents import HEADS, OPTIMIZER, PROVENANCE, RNG, Contents
 
 LAYOUT = 1  # raise it when older checkpoints can no longer be read as they are
-PROVENANCE = "dpo_run.json"
-HEADS = "heads.safetensors"
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -101,18 +99,14 @@ def save(
 
     facts: what the manifest tells of the run.
     """
+    if ranks.size == 1:
+        made = contents.of_model(model, contents.of_tokenizer(tokenizer), provenance)
+        made |= contents.of_training(optimizer, heads, stamped(step, state))
+        return publish(folder, step, made, facts)
 
     def write(target: Path) -> None:
-        if ranks.size == 1:
-            write_model(target, model, tokenizer, provenance)
-            _write_optimizer(target, optimizer)
-            if heads is not None:
-                save_file(heads.state_dict(), target / HEADS)
-        else:
-            sharded.write(ranks.from_first(lambda: target), _with(model, heads), optimizer)
-        _write_rng(target)
-        body = {"step": step, "layout": LAYOUT, **state}
-        (target / "state.json").write_text(json.dumps(body, indent=1))
+        sharded.write(ranks.from_first(lambda: target), _with(model, heads), optimizer)
+        contents.of_generators(stamped(step, state)).write(target)
 
     published = folder / f"step-{step}"
     settle(model)
@@ -124,23 +118,20 @@ def save(
     return published
 
 
+def publish(folder: Path, step: int, made: Contents, facts: dict[str, Any] | None = None) -> Path:
+    """`folder/step-N` of one process, complete or not there."""
+    published = folder / f"step-{step}"
+    publish_folder(published, made.write, {"world_size": 1, **(facts or {})})
+    return published
+
+
+def stamped(step: int, state: dict[str, Any]) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    return {"step": step, "layout": LAYOUT, **state}
+
+
 def _with(model: torch.nn.Module, heads: torch.nn.Module | None) -> torch.nn.Module:
     return model if heads is None else torch.nn.ModuleList([model, heads])
-
-
-def write_model(
-    target: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    provenance: dict[str, Any],
-    weights: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Weights, config and tokenizer in Hugging Face layout, and where they came from; of a model
-    with an adapter, the adapter in PEFT's. weights: of a model that is sharded, its state dict."""
-    save = getattr(model, "save_adapter", model.save_pretrained)  # see model/lora.py
-    save(target, state_dict=weights)
-    tokenizer.save_pretrained(target)
-    (target / PROVENANCE).write_text(json.dumps(provenance, indent=1))
 
 
 def load_provenance(folder: Path) -> dict[str, Any]:
@@ -159,9 +150,8 @@ def save_final(
     """The finished model, replacing an older one only when complete. Every rank calls it."""
     weights = None if ranks.size == 1 else gathered_weights(model, ranks)
     if ranks.first:
-        publish_folder(
-            target, lambda folder: write_model(folder, model, tokenizer, provenance, weights)
-        )
+        texts = contents.of_tokenizer(tokenizer)
+        publish_folder(target, contents.of_model(model, texts, provenance, weights).write)
     ranks.wait()
 
 
@@ -177,7 +167,7 @@ def gathered_weights(model: PreTrainedModel, ranks: Ranks) -> dict[str, torch.Te
     }
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     for name, value in model.state_dict().items():
-        if name in tied or (hasattr(model, "save_adapter") and name not in trained):
+        if name in tied or (hasattr(model, "adapter_files") and name not in trained):
             continue
         full = whole(value.detach())
         if ranks.first:
@@ -214,7 +204,7 @@ def restore(
     if heads is not None:
         heads.load_state_dict(load_file(snapshot.folder / HEADS))
     saved = json.loads((snapshot.folder / "optimizer.json").read_text())
-    flat = {**saved["scalars"], **load_file(snapshot.folder / "optimizer.safetensors")}
+    flat = {**saved["scalars"], **load_file(snapshot.folder / OPTIMIZER)}
     state: dict[int, dict[str, Any]] = {}
     for name, value in flat.items():
         index, *keys, last = name.split("/")
@@ -229,46 +219,8 @@ def restore(
     _read_rng(snapshot.folder)
 
 
-def _write_optimizer(folder: Path, optimizer: Optimizer) -> None:
-    packed = optimizer.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for name, value in _leaves(packed["state"], ""):
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-        else:
-            scalars[name] = value
-    save_file(tensors, folder / "optimizer.safetensors")
-    body = {"param_groups": packed["param_groups"], "scalars": scalars}
-    (folder / "optimizer.json").write_text(json.dumps(body))
-
-
-def _leaves(node: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """`3/exp_avg` -> tensor; 8-bit optimisers nest one level deeper and share tables."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _write_rng(folder: Path) -> None:
-    states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
-    states["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
-    save_file(states, folder / "rng.safetensors")
-    version, words, gauss = random.getstate()
-    other = {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, int(position), int(has_gauss), float(cached)],
-    }
-    (folder / "rng.json").write_text(json.dumps(other))
-
-
 def _read_rng(folder: Path) -> None:
-    states = load_file(folder / "rng.safetensors")
+    states = load_file(folder / RNG)
     other = json.loads((folder / "rng.json").read_text())
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():

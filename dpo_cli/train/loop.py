@@ -6,20 +6,18 @@ accumulates, divides once by the whole step's weight, clips, steps, evaluates, l
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.optim import Optimizer
 
 from dpo_cli.config import BEST_METRICS, RunConfig
-from dpo_cli.durable import recover, write_json
+from dpo_cli.durable import recover
 from dpo_cli.errors import ConfigError, NonFiniteError, Preempted
 from dpo_cli.ranks import Ranks
 from dpo_cli.records import Batch
@@ -38,6 +36,7 @@ from dpo_cli.train.optim import (
 from dpo_cli.train.prefetch import fed
 from dpo_cli.train.rounding import changed_share, rounding_note, watch
 from dpo_cli.train.runtime import Runtime
+from dpo_cli.train.saving import Best, Saves
 from dpo_cli.train.step import accumulate
 from dpo_cli.train.task import Reporter, TrainTask
 
@@ -49,20 +48,16 @@ class Fit:
     task: TrainTask
     config: RunConfig
     runtime: Runtime
-    run_dir: Path
     reporter: Reporter
     optimizer: Optimizer
+    saves: Saves
     batches: Callable[[int], Sequence[Batch]]  # the task's, made ahead of time on CUDA
     sizes: Sizes | None  # of the model, where its work is known
     peak: float | None  # TFLOP/s of the device, where known
     step: int = 0
-    best: dict[str, float] | None = None
+    best: Best | None = None
     before: dict[str, float] = field(default_factory=dict)  # figures of the last before_step
     due: set[str] = field(default_factory=set)  # evaluate, save: at the next save_multiple
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.run_dir / "checkpoints"
 
 
 def fit(
@@ -85,7 +80,8 @@ def fit(
         task.model, config.optim, config.optim.lr, task.heads, task.heads_lr_scale
     )
     run = Fit(
-        task, config, runtime, run_dir, reporter, optimizer, task.batches, sizes_of(task.model),
+        task, config, runtime, reporter, optimizer,
+        Saves(task, config, runtime, reporter, optimizer), task.batches, sizes_of(task.model),
         peak_tflops(runtime.device, runtime.precision),
     )  # fmt: skip
     ranks = runtime.ranks
@@ -96,12 +92,13 @@ def fit(
         _check_identity(snapshot, task)
         checkpoint.restore(snapshot, task.model, optimizer, task.heads)
         run.step, run.best = snapshot.step, snapshot.state["best"]
+        run.saves.kept = snapshot.state.get("best_saved", run.best)
         task.budget.restore(snapshot.state.get("micro_batch_tokens"))
     agree(ranks, task)
     on_policy = task.before_step is not None  # nothing to make ahead of time
     ahead = fed(task.batches, task.steps, runtime.device, task.budget)
     made = nullcontext(task.batches) if on_policy else ahead
-    with StopRequest().watching() as stop, made as run.batches:
+    with StopRequest().watching() as stop, run.saves, made as run.batches:
         if run.step == 0:
             _evaluate(run)
         while run.step < task.steps:
@@ -181,10 +178,11 @@ def _after_step(run: Fit, values: dict[str, float], stop: StopRequest) -> None:
     if last or run.step % train.log_every_steps == 0:
         run.reporter.write(run.step, values)
     run.reporter.advance(run.step, values)
-    saving = train.eval_every_steps if train.save_every_steps is None else train.save_every_steps
+    run.saves.look()
     if last or is_due(run.step, train.eval_every_steps, run.task.steps):
         run.due.add("evaluate")
-    if last or is_due(run.step, saving, run.task.steps):
+    every = train.save_every_steps
+    if last or (run.saves.due() if every is None else is_due(run.step, every, run.task.steps)):
         run.due.add("save")
     if not last and run.step % run.task.save_multiple:
         return
@@ -192,13 +190,13 @@ def _after_step(run: Fit, values: dict[str, float], stop: StopRequest) -> None:
     if run.due or told:
         _check_weights(run)
     improved = "evaluate" in run.due and _evaluate(run)
-    if improved or told or "save" in run.due:
-        _save(run)
+    if told or "save" in run.due or (improved and run.saves.affords(run.best)):
+        run.saves.save(run.step, run.best, last=last or told is not None)
     run.due.clear()
     if told and not last:
         raise Preempted(
             f"stopped by {told} after step {run.step} of {run.task.steps}, state saved; "
-            f"continue with: dpo-run resume={run.run_dir}"
+            f"continue with: dpo-run resume={run.config.run_dir}"
         )
 
 
@@ -249,33 +247,7 @@ def _check_weights(run: Fit) -> None:
 
 
 def _remedy(run: Fit) -> str:
-    steps = checkpoint.steps_in(run.checkpoints)
+    run.saves.settle()
+    steps = checkpoint.steps_in(Path(run.config.run_dir) / "checkpoints")
     kept = f"step-{steps[-1]} is the last checkpoint" if steps else "nothing was saved yet"
     return f"{kept}: try a lower optim.lr (now {run.config.optim.lr:g})"
-
-
-def _save(run: Fit) -> None:
-    state = {
-        "best": run.best, "steps": run.task.steps, "identity": run.task.identity,
-        "carried": run.task.carried(), "micro_batch_tokens": run.task.budget.state(),
-    }  # fmt: skip
-    folder = checkpoint.save(
-        run.checkpoints, run.step, run.task.model, run.task.tokenizer, run.optimizer,
-        state, run.task.provenance, run.task.heads, run.runtime.ranks,
-        {"config_sha256": _config_digest(run.config), "data": run.task.identity.get("rows")},
-    )  # fmt: skip
-    if run.best is not None and run.runtime.ranks.first:
-        best = {**run.best, "metric": run.config.train.best_metric,
-                "folder": f"checkpoints/step-{int(run.best['step'])}"}  # fmt: skip
-        write_json(run.run_dir / "best.json", best)
-    protect = None if run.best is None else int(run.best["step"])
-    if run.runtime.ranks.first:
-        checkpoint.prune(run.checkpoints, run.step, run.config.train.keep_checkpoints, protect)
-    run.reporter.note(f"saved {folder.relative_to(run.run_dir)}")
-
-
-def _config_digest(config: RunConfig) -> str:
-    """sha256 of all settings but where and how the run was started."""
-    started = ("run_dir", "resume", "dry_run", "cache_dir")
-    settings = {key: value for key, value in asdict(config).items() if key not in started}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
