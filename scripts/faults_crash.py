@@ -1,8 +1,8 @@
 """A patched layer under the file system: something happens before the n-th operation of a save.
 
 Python tells an audit hook of each `open`, `mkdir`, `rename`, `remove` and `rmdir` before it is
-done; `fsync` and the writer of safetensors, which is not Python, are wrapped. Installed in the
-process that is to fail, see `Lab.forked`.
+done; `fsync` is wrapped. What other threads do meanwhile is not watched: a save has one of its
+own. Installed in the process that is to fail, see `Lab.forked`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 WATCHED = {"os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "unlink", "os.rmdir": "rmdir",
            "os.link": "link", "os.truncate": "truncate"}  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-SCOPES = {"save": "_save", "prune": "prune", "final": "save_final"}  # of loop, or checkpoint
+SCOPES = {"save": "publish", "prune": "prune", "final": "save_final"}  # of saving, checkpoint
 
 Operation = tuple[str, str]  # what is about to be done, and to which path
 Fault = Callable[[Operation, list[Operation]], None]
@@ -32,35 +33,31 @@ class Watch:
     def __init__(self, fault: Fault, scope: str = "save", call: int = 2) -> None:
         self.fault, self.scope, self.call = fault, scope, call
         self.calls, self.inside = 0, False
+        self.thread = 0
         self.done: list[Operation] = []
 
     def install(self) -> None:
-        import safetensors.torch
-
         sys.addaudithook(self._hear)
-        real_sync, real_write = os.fsync, safetensors.torch.serialize_file
+        real_sync = os.fsync
 
         def fsync(handle: int) -> None:
             self._before("fsync", os.readlink(f"/proc/self/fd/{handle}"))
             real_sync(handle)
 
-        def serialize_file(tensors: Any, filename: Any, *rest: Any, **named: Any) -> None:
-            self._before("write", str(filename))
-            real_write(tensors, filename, *rest, **named)
-
-        os.fsync, safetensors.torch.serialize_file = fsync, serialize_file
+        os.fsync = fsync
         self._wrap_scope()
 
     def _wrap_scope(self) -> None:
-        from dpo_cli.train import checkpoint, loop
+        from dpo_cli.train import checkpoint, saving
 
-        place: Any = loop if self.scope == "save" else checkpoint
+        place: Any = saving if self.scope == "save" else checkpoint
         name = SCOPES[self.scope]
         real = getattr(place, name)
 
         def watched(*args: Any, **named: Any) -> Any:
             self.calls += 1
             self.inside = self.calls == self.call
+            self.thread = threading.get_ident()
             try:
                 return real(*args, **named)
             finally:
@@ -69,15 +66,18 @@ class Watch:
         setattr(place, name, watched)
 
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
-        if not self.inside:
+        if not self._is_watched():
             return
         if event == "open" and isinstance(args[0], (str, bytes)) and args[2] & WRITING:
             self._before("open", os.fsdecode(args[0]))
         elif event in WATCHED:
             self._before(WATCHED[event], " -> ".join(os.fsdecode(a) for a in args if _path(a)))
 
+    def _is_watched(self) -> bool:
+        return self.inside and threading.get_ident() == self.thread
+
     def _before(self, kind: str, path: str) -> None:
-        if not self.inside:
+        if not self._is_watched():
             return
         operation = (kind, path)
         self.inside = False  # what the fault itself does is none
@@ -112,7 +112,7 @@ def killer(at: int, half: bool = False) -> Fault:
     def kill(operation: Operation, earlier: list[Operation]) -> None:
         if len(earlier) != at:
             return
-        written = [Path(path) for kind, path in earlier if kind in ("open", "write")]
+        written = [Path(path) for kind, path in earlier if kind == "open"]
         if half and written and written[-1].is_file():
             os.truncate(written[-1], written[-1].stat().st_size // 2)
         die()
@@ -124,7 +124,7 @@ def full_disk(at: int) -> Fault:
     """From operation `at` on, nothing can be written; renames and removals work."""
 
     def refuse(operation: Operation, earlier: list[Operation]) -> None:
-        if len(earlier) >= at and operation[0] in ("open", "write", "mkdir", "fsync"):
+        if len(earlier) >= at and operation[0] in ("open", "mkdir", "fsync"):
             raise OSError(errno.ENOSPC, "No space left on device", operation[1])
 
     return refuse

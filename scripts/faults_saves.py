@@ -23,7 +23,6 @@ from faults_lab import (
 )
 
 SAVES = (*SFT, "train.max_steps=3", "train.save_every_steps=1", "train.eval_every_steps=1")
-WRITES = ("open", "write")
 EVERY_STEP = ("train.save_every_steps=1", "train.eval_every_steps=0")
 
 
@@ -108,7 +107,7 @@ def killed_at(lab: Lab, at: int, scope: str, half: bool = False) -> tuple[Path, 
 def every_operation(lab: Lab, scope: str, half: bool = False) -> str:
     ops = operations(lab, scope)
     truth = lab.whole("saves", *SAVES)
-    places = [i for i in range(len(ops)) if not half or (i and ops[i - 1][0] in WRITES)]
+    places = [i for i in range(len(ops)) if not half or (i and ops[i - 1][0] == "open")]
     bad = []
     for at in places:
         run, _, resumed = killed_at(lab, at, scope, half)
@@ -142,7 +141,7 @@ def trace(lab: Lab) -> str:
     names = {path.name for path in synced}
     check(files <= names, f"not synced before the rename: {sorted(files - names)}")
     check(synced[-1].name.startswith(".tmp-step-2"), f"synced last: {synced[-1].name}")
-    written = [path for kind, path in ops[renamed:] if kind in WRITES]
+    written = [path for kind, path in ops[renamed:] if kind == "open"]
     late = [path for path in written if "/checkpoints/" in path]
     check(not late, f"written after the rename: {late}")
     after = ops[renamed + 1]

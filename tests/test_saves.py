@@ -1,0 +1,370 @@
+"""Saves beside the training: what is written is the step's own, and nothing is told too early."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from dpo_cli.durable import damage, file_digest
+from dpo_cli.errors import DiskError, NonFiniteError, Preempted
+from dpo_cli.tensor_file import DTYPES, write_tensors
+from dpo_cli.train import checkpoint, contents, host_copy, loop, saving
+from dpo_cli.train.pace import FIRST_SECONDS, FREE_SECONDS, SHARE, Pace
+from small_runs import train
+
+SHORT = ("stage=sft", "optim.lr=3e-3", "data.eval_rows=0", "train.sample_prompts=0",
+         "logger.report=false")  # fmt: skip
+PATIENCE = 60  # seconds until a test that waits for another thread gives up
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_bytes_are_those_of_the_librarys_writer(tmp_path: Path, metadata: Any) -> None:
+    tensors = {f"ß{i}": torch.arange(6).reshape(2, 3).to(dtype) for i, dtype in enumerate(DTYPES)}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4), 'a "b"': torch.ones(5)}
+    entry = write_tensors(tmp_path / "ours", tensors, metadata)
+    save_file(tensors, tmp_path / "theirs", metadata)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert entry["sha256"] == file_digest(tmp_path / "theirs")
+    assert entry["bytes"] == (tmp_path / "theirs").stat().st_size
+
+
+def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    write_tensors(tmp_path / "x", {"t": whole.T, "part": whole[1:, 1]})
+    found = load_file(tmp_path / "x")
+    assert torch.equal(found["t"], whole.T)
+    assert torch.equal(found["part"], whole[1:, 1])
+
+
+def tied() -> Any:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=8))
+
+
+def untied() -> Any:
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32,
+                                        num_hidden_layers=1, num_attention_heads=2))  # fmt: skip
+
+
+def renamed() -> Any:  # experts are one weight in memory and many on disk
+    return MixtralForCausalLM(MixtralConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [tied, untied, renamed])
+def test_weights_are_those_of_save_pretrained(tmp_path: Path, make: Any) -> None:
+    model = make()
+    (tmp_path / "ours").mkdir()
+    contents.of_model(model, {}, {}).write(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    theirs = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    ours = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
+    del ours[contents.PROVENANCE]
+    assert ours == theirs
+
+
+def test_large_weights_are_split_as_save_pretrained_splits_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = untied()
+    monkeypatch.setattr(contents, "MOST_BYTES", "4KB")
+    (tmp_path / "ours").mkdir()
+    contents.of_model(model, {}, {}).write(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="4KB")
+    names = sorted(path.name for path in (tmp_path / "theirs").iterdir())
+    assert len(names) > 4
+    for name in names:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes()
+
+
+def test_hashed_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpo_cli import durable
+
+    read, real = [], durable.file_digest
+    monkeypatch.setattr(durable, "file_digest", lambda path: read.append(path.name) or real(path))
+    made = contents.Contents({"a.json": b"{}"}, {"w": {"x": torch.ones(3)}})
+    durable.publish_folder(tmp_path / "f", made.write)
+    assert read == ["a.json"]
+    assert damage(tmp_path / "f") is None
+
+
+def test_a_file_that_lost_bytes_is_not_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(path: Path, *rest: Any) -> Any:
+        entry = write_tensors(path, *rest)
+        os.truncate(path, path.stat().st_size - 1)
+        return entry
+
+    monkeypatch.setattr(contents, "write_tensors", short)
+    made = contents.Contents({}, {"w": {"x": torch.ones(3)}})
+    from dpo_cli.durable import publish_folder
+
+    with pytest.raises(DiskError, match="w has [0-9]+ bytes after the write"):
+        publish_folder(tmp_path / "f", made.write)
+    assert not (tmp_path / "f").exists()
+
+
+# ---------------------------------------------------------------- beside the training
+
+
+class Disk:
+    """Stops the n-th save before its first tensor, until it is told to go on, or fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: int = 1) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+        self.error: OSError | None = None
+        self.calls, self.call, self.threads = 0, call, []
+        real = saving.publish
+
+        def publish(job: Any) -> Any:
+            self.calls += 1
+            self.threads.append(threading.current_thread())
+            if self.calls == self.call:
+                self.reached.set()
+                assert self.go.wait(PATIENCE)
+                if self.error is not None:
+                    monkeypatch.setattr(contents, "write_tensors", self._fail)
+            return real(job)
+
+        monkeypatch.setattr(saving, "publish", publish)
+
+    def _fail(self, *rest: Any) -> Any:
+        assert self.error is not None
+        raise self.error
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Any]) -> None:
+    """Do something before a step is trained: number of steps done -> action."""
+    real = loop._train_step
+
+    def train_step(run: Any) -> Any:
+        if run.step in actions:
+            actions[run.step]()
+        return real(run)
+
+    monkeypatch.setattr(loop, "_train_step", train_step)
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return checkpoint.steps_in(run_dir / "checkpoints")
+
+
+def test_steps_go_on_while_a_save_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is written then is the saved step's, not the ones' that were taken since."""
+    words = (*SHORT, "train.max_steps=6", "train.save_every_steps=2", "train.keep_checkpoints=9")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving.Saves, "_has_room", lambda self, made: False)
+        train(tmp_path / "fore", *words)
+    disk, seen = Disk(monkeypatch), []
+
+    def let_go() -> None:
+        assert disk.reached.wait(PATIENCE)
+        seen.append(steps_of(tmp_path / "back"))
+        disk.go.set()
+
+    at_step(monkeypatch, {3: let_go})  # step 3 was taken since the save after step 2 began
+    train(tmp_path / "back", *words)
+    assert seen == [[]]
+    assert [thread is threading.main_thread() for thread in disk.threads] == [False, False, True]
+    assert steps_of(tmp_path / "back") == [2, 4, 6]
+    for step in (2, 4, 6):
+        fore, back = (tmp_path / name / "checkpoints" / f"step-{step}" for name in ("fore", "back"))
+        assert damage(back) is None
+        entries = [json.loads((f / "MANIFEST.json").read_text())["files"] for f in (fore, back)]
+        assert entries[0] == entries[1]
+    assert not any(t.name.startswith("dpo-run-save") for t in threading.enumerate())
+
+
+def test_the_next_save_waits_for_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    real_wait, waited = saving.Saves.wait, []
+
+    def wait(self: Any) -> None:
+        if self.busy:
+            waited.append(steps_of(tmp_path / "r"))
+            disk.go.set()
+        real_wait(self)
+
+    monkeypatch.setattr(saving.Saves, "wait", wait)
+    train(tmp_path / "r", *SHORT, "train.max_steps=3", "train.save_every_steps=1")
+    assert waited[0] == []
+    assert steps_of(tmp_path / "r") == [2, 3]
+
+
+def test_a_write_error_is_raised_after_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch, call=2)
+    disk.error = OSError(errno.ENOSPC, "No space left on device")
+    pending: list[Any] = []
+    real_save = saving.Saves.save
+
+    def save(self: Any, step: int, best: Any, last: bool) -> None:
+        real_save(self, step, best, last)
+        pending[:] = [self]
+
+    def fail() -> None:
+        disk.go.set()
+        assert pending[0]._pending[2].exception(PATIENCE) is not None
+
+    monkeypatch.setattr(saving.Saves, "save", save)
+    at_step(monkeypatch, {5: fail})
+    words = (*SHORT, "train.max_steps=9", "train.save_every_steps=2")
+    with pytest.raises(DiskError, match="No space left on device.*MB free") as error:
+        train(tmp_path / "r", *words)
+    assert error.value.exit_code == 74
+    rows = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["step"] == 6  # the step after the error, and none more
+    assert steps_of(tmp_path / "r") == [2]
+    assert checkpoint.newest_valid(tmp_path / "r" / "checkpoints").step == 2
+    assert not list((tmp_path / "r" / "checkpoints").glob(".tmp-*"))
+    assert not (tmp_path / "r" / "final").exists()
+
+
+def test_a_signal_waits_for_the_save_under_way_and_saves_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*SHORT, "train.max_steps=6", "train.save_every_steps=2")
+    train(tmp_path / "whole", *words)
+    disk = Disk(monkeypatch)
+
+    def stop() -> None:
+        assert disk.reached.wait(PATIENCE)
+        os.kill(os.getpid(), signal.SIGTERM)
+        disk.go.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, {2: stop})
+        with pytest.raises(Preempted, match="SIGTERM after step 3 of 6"):
+            train(tmp_path / "cut", *words)
+    assert steps_of(tmp_path / "cut") == [2, 3]
+    train(tmp_path / "cut", *words, "resume=true")
+    final = "final/model.safetensors"
+    assert file_digest(tmp_path / "whole" / final) == file_digest(tmp_path / "cut" / final)
+
+
+def test_an_error_waits_for_the_save_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it tells of the last checkpoint is true, and that one is there."""
+    disk = Disk(monkeypatch)
+
+    def diverge() -> None:
+        disk.go.set()
+        raise NonFiniteError("nothing")
+
+    def take_step(*args: Any) -> float:
+        disk.go.set()
+        raise NonFiniteError("bad gradient")
+
+    at_step(monkeypatch, {2: lambda: monkeypatch.setattr(loop, "take_step", take_step)})
+    with pytest.raises(NonFiniteError, match="step-2 is the last checkpoint"):
+        train(tmp_path / "r", *SHORT, "train.max_steps=6", "train.save_every_steps=2")
+    assert checkpoint.newest_valid(tmp_path / "r" / "checkpoints").step == 2
+
+
+def test_without_room_for_a_copy_the_training_waits_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(host_copy, "free_bytes", lambda: 10_000)
+    disk = Disk(monkeypatch)
+    disk.go.set()
+    train(tmp_path / "r", *SHORT, "train.max_steps=4", "train.save_every_steps=1",
+          "logger.progress=plain")  # fmt: skip
+    assert {thread is threading.main_thread() for thread in disk.threads} == {True}
+    told = "".join(capsys.readouterr())
+    assert told.count("saves stop the training: a copy of the state takes 0.0 GiB") == 1
+
+
+def test_a_container_has_less_memory_than_its_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_copy, "CGROUP", tmp_path)
+    monkeypatch.setattr(host_copy, "MEMINFO", tmp_path / "meminfo")
+    assert host_copy.free_bytes() is None
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable: 700 kB\n")
+    assert host_copy.free_bytes() == 700 * 1024
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("300000\n")
+    (tmp_path / "memory.stat").write_text("anon 250000\ninactive_file 40000\n")
+    assert host_copy.free_bytes() == 700 * 1024
+    (tmp_path / "memory.max").write_text("500000\n")
+    assert host_copy.free_bytes() == 500_000 - 300_000 + 40_000
+
+
+# ---------------------------------------------------------------- by time
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_saves_are_five_minutes_apart_and_take_a_fiftieth() -> None:
+    clock = Clock()
+    pace, saved = Pace(None, clock), []
+    for _ in range(6 * 3600):
+        clock.now += 1
+        if pace.due(busy=False):
+            saved.append(clock.now - pace.began)
+            clock.now += 20  # the loop stands still
+            pace.stopped(20)
+    assert saved[0] == FIRST_SECONDS
+    elapsed = clock.now - pace.began
+    assert SHARE * elapsed - 20 <= 20 * len(saved) <= SHARE * elapsed
+    assert min(b - a for a, b in zip(saved, saved[1:], strict=False)) >= FIRST_SECONDS
+
+
+def test_what_the_writer_computes_on_the_same_cores_counts() -> None:
+    clock = Clock()
+    pace = Pace(None, clock)
+    clock.now += 1000
+    pace.stopped(1.0)
+    assert pace.affordable(busy=False)
+    pace.written(60, taken=15)
+    assert (pace.spent, pace.latest) == (16, 16)
+    assert not pace.affordable(busy=False)  # 32 s of 1,000
+    clock.now += 601
+    assert pace.affordable(busy=False)
+    assert not pace.affordable(busy=True)  # it would wait for 60 s more
+
+
+def test_short_saves_are_free_and_a_set_time_is_kept() -> None:
+    clock = Clock()
+    pace = Pace(None, clock)
+    pace.stopped(FREE_SECONDS)
+    assert pace.affordable(busy=False)
+    assert not pace.due(busy=False)
+    every = Pace(0.5, clock)
+    every.stopped(1000)
+    clock.now += 29
+    assert not every.due(busy=True)
+    clock.now += 1
+    assert every.due(busy=True)
