@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def test_a_file_that_lost_bytes_is_not_published(
     made = contents.Contents({}, {"w": {"x": torch.ones(3)}})
     from dpo_cli.durable import publish_folder
 
-    with pytest.raises(DiskError, match="w has [0-9]+ bytes after the write"):
+    with pytest.raises(DiskError, match=r"w has [0-9]+ bytes after the write"):
         publish_folder(tmp_path / "f", made.write)
     assert not (tmp_path / "f").exists()
 
@@ -235,7 +236,7 @@ def test_a_write_error_is_raised_after_the_next_step(
     monkeypatch.setattr(saving.Saves, "save", save)
     at_step(monkeypatch, {5: fail})
     words = (*SHORT, "train.max_steps=9", "train.save_every_steps=2")
-    with pytest.raises(DiskError, match="No space left on device.*MB free") as error:
+    with pytest.raises(DiskError, match=r"No space left on device.*MB free") as error:
         train(tmp_path / "r", *words)
     assert error.value.exit_code == 74
     rows = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
@@ -273,10 +274,6 @@ def test_an_error_waits_for_the_save_under_way(
 ) -> None:
     """What it tells of the last checkpoint is true, and that one is there."""
     disk = Disk(monkeypatch)
-
-    def diverge() -> None:
-        disk.go.set()
-        raise NonFiniteError("nothing")
 
     def take_step(*args: Any) -> float:
         disk.go.set()
@@ -339,7 +336,7 @@ def test_saves_are_five_minutes_apart_and_take_a_fiftieth() -> None:
     assert saved[0] == FIRST_SECONDS
     elapsed = clock.now - pace.began
     assert SHARE * elapsed - 20 <= 20 * len(saved) <= SHARE * elapsed
-    assert min(b - a for a, b in zip(saved, saved[1:], strict=False)) >= FIRST_SECONDS
+    assert min(b - a for a, b in pairwise(saved)) >= FIRST_SECONDS
 
 
 def test_what_the_writer_computes_on_the_same_cores_counts() -> None:
