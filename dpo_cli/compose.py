@@ -83,12 +83,18 @@ def finalise(config: RunConfig) -> RunConfig:
         data=data,
         judge=judge,
         optim=dataclasses.replace(config.optim, lr=lr),
+        hardware=dataclasses.replace(config.hardware, compile=_compile(config.hardware.compile)),
         cache_dir=os.path.expanduser(config.cache_dir or _user_cache()),
         run_dir=os.path.expanduser(config.run_dir),
     )
     return dataclasses.replace(
         config, **{g: _expand(getattr(config, g), keys) for g, keys in PATH_KEYS.items()}
     )
+
+
+def _compile(value: str | bool) -> str:
+    """hardware.compile was a switch once."""
+    return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
 
 
 def _user_cache() -> str:

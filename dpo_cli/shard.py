@@ -76,10 +76,15 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     object.__setattr__(model, ROOT, root)  # as an attribute of a module it would be its part
 
 
-def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+def find_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The repeated layers, by transformers' own list of what must not be split."""
     names = set(model._no_split_modules or ())
-    found = [m for m in model.modules() if type(m).__name__ in names]
+    return [m for m in model.modules() if type(m).__name__ in names]
+
+
+def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """As `find_blocks`; ConfigError where there are none."""
+    found = find_blocks(model)
     if not found:
         raise ConfigError(
             f"hardware.devices: {type(model).__name__} does not say which its blocks are "

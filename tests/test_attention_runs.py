@@ -1,20 +1,15 @@
-"""Whole runs: what they say of a model's attention, how long its rows may be, compiled steps."""
+"""Whole runs: what they say of a model's attention and how long its rows may be."""
 
 import math
 import shutil
 
 import pytest
-import torch
-import torch._inductor.config
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from dpo_cli.errors import ConfigError
 from dpo_cli.grammar.tokenizer import build_tokenizer
-from dpo_cli.model import attention, forward
-from dpo_cli.model.load import load_model
-from dpo_cli.stages import rows, session
-from small_models import FAMILIES, build, examples, gradients, packed, packed_loss
-from small_runs import configure, metrics, train
+from dpo_cli.stages import rows
+from small_runs import metrics, train
 
 
 @pytest.fixture(scope="module")
@@ -79,65 +74,3 @@ def test_an_impossible_kernel_is_refused_before_the_weights_are_read(gptj, tmp_p
 def test_a_kernel_the_model_cannot_use_is_refused(gptj, tmp_path):
     with pytest.raises(ConfigError, match=r"^model\.attention=sdpa: GPTJForCausalLM cannot .*$"):
         train(tmp_path / "r", "stage=sft", f"model.path={gptj}", "model.attention=sdpa")
-
-
-def test_the_reference_knows_how_it_was_computed(gptj):
-    """Cached log-probabilities of one kernel are not those of another, in their last digits."""
-    config = configure("model=custom", f"model.path={gptj}", "model.attention=plain").model
-    model = load_model(config, build_tokenizer(400))
-    assert forward.computed_by(model) == "plain"
-    forward.compile_rows(model)
-    assert forward.computed_by(model) == "plain compiled"
-
-
-needs_compiler = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
-)
-
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """One layer, which compiles in seconds, without what earlier tests have compiled."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    model = build("gpt2", {**FAMILIES["gpt2"], "n_layer": 1}).float()
-    attention.use(model, "sdpa")
-    yield model
-    torch._dynamo.reset()
-
-
-@needs_compiler
-def test_compiled_equals_eager_and_compiles_once_for_all_lengths(small):
-    batches = [packed(examples(k)[first:]) for k, first in ((2, 0), (4, 0), (4, 1), (2, 1))]
-    eager = [figures(small, batch) for batch in batches]
-    names = set(small.state_dict())
-    torch._dynamo.utils.counters.clear()
-    forward.compile_rows(small)
-    for batch, (loss, logprobs, grads) in zip(batches, eager, strict=True):
-        found = figures(small, batch)
-        torch.testing.assert_close(found[0], loss, rtol=0, atol=1e-5)
-        torch.testing.assert_close(found[1], logprobs, rtol=0, atol=1e-5)
-        for name, grad in grads.items():
-            torch.testing.assert_close(found[2][name], grad, rtol=1e-5, atol=1e-5, msg=name)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert set(small.state_dict()) == names
-
-
-def figures(model, batch):
-    loss, logprobs = packed_loss(model, batch)
-    return loss.detach(), logprobs, gradients(model, loss)
-
-
-def test_without_a_compiler_the_key_to_change_is_named(small, monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/no/such/compiler"))
-    forward.compile_rows(small)
-    with pytest.raises(ConfigError, match=r"^hardware\.compile=true: .*hardware\.compile=false$"):
-        forward.hidden_states(small, packed(examples(2)))
-
-
-def test_a_run_compiles_if_told_to(tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(session, "compile_rows", compiled.append)
-    train(tmp_path / "a", "stage=sft", "train.max_steps=1")
-    assert compiled == []
-    train(tmp_path / "b", "stage=sft", "train.max_steps=1", "hardware.compile=true")
-    assert len(compiled) == 1

@@ -7,8 +7,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import attention, forward, kernels
-from dpo_cli.model.fuse import fuse_gelu
+from dpo_cli.model import attention
 from dpo_cli.model.recompute import recompute_blocks
 from small_models import FAMILIES, build, examples, gradients, packed, packed_loss
 from small_runs import metrics, train
@@ -136,80 +135,6 @@ def test_a_family_that_cannot(monkeypatch):
         match=r"^hardware\.activation_checkpointing=2: .* a GPT2LMHeadModel again; use .*=0.*$",
     ):
         recompute_blocks(model, 2)
-
-
-@pytest.fixture
-def aot_eager(monkeypatch):
-    """The compiler without its code generator, which would take longer and change roundings."""
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **o: compiler(f, backend="aot_eager", **o))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-def test_compiled_rows_recompute_too(aot_eager):
-    batch = packed(examples(2))
-    plain = loss_and_gradients(model_of("gpt2", "sdpa"), batch)
-    model = model_of("gpt2", "sdpa")
-    recompute_blocks(model, 1)
-    forward.compile_rows(model)
-    found = loss_and_gradients(model, packed(examples(2)))
-    torch.testing.assert_close(found[0], plain[0], rtol=0, atol=1e-5)
-    for name, grad in found[1].items():
-        torch.testing.assert_close(grad, plain[1][name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-@torch.library.custom_op("dpo_run_tests::varlen", mutates_args=())
-def stand_in(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
-    max_q: int, max_k: int,
-) -> torch.Tensor:  # fmt: skip
-    """An operator with the arguments of CUDA's; the lengths must not be constants of a graph."""
-    assert int((cu_q[1:] - cu_q[:-1]).max()) == max_q
-    assert int((cu_k[1:] - cu_k[:-1]).max()) == max_k
-    return q + k.mean() + v.mean()
-
-
-@stand_in.register_fake
-def _(q, k, v, cu_q, cu_k, max_q, max_k):
-    return torch.empty_like(q)
-
-
-def saved_shapes(ctx, inputs, output):
-    ctx.shapes = [x.shape for x in inputs[:3]]
-
-
-stand_in.register_autograd(
-    lambda ctx, g: (g, *(g.mean().expand(s).clone() for s in ctx.shapes[1:]), *[None] * 4),
-    setup_context=saved_shapes,
-)
-
-
-@pytest.mark.parametrize("every", [0, 1])
-def test_varlen_rows_of_all_lengths_compile_once(every, aot_eager, monkeypatch):
-    """Of the same number of responses, which a run has."""
-
-    def kernel(q, k, v, cuts, call):
-        return stand_in(q, k, v, cuts.cu_q, cuts.cu_k, cuts.max_q, cuts.max_k)
-
-    monkeypatch.setattr(kernels, "torch_kernel", lambda: kernel)
-    rows = [examples(2), examples(2)[1:], [*examples(2), *examples(2)]]
-    small = ("gpt2", "varlen", 0.0, 1)
-    plain = [loss_and_gradients(model_of(*small), packed(row)) for row in rows]
-    model = model_of(*small)
-    fuse_gelu(model)
-    if every:
-        recompute_blocks(model, every)
-    forward.compile_rows(model)
-    for row, expected in zip(rows, plain, strict=True):
-        loss, grads, _ = loss_and_gradients(model, packed(row))
-        torch.testing.assert_close(loss, expected[0], rtol=0, atol=1e-4)
-        for name, grad in grads.items():
-            torch.testing.assert_close(grad, expected[1][name], rtol=1e-3, atol=1e-4, msg=name)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo", "reward"])

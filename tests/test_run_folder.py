@@ -188,5 +188,5 @@ def test_another_machine_goes_on_but_not_with_another_computation(tmp_path: Path
     write_run_files(tmp_path, asdict(configure("hardware=cpu")), ["dpo-run"])
     moved = ("hardware=cuda", "resume=true")
     assert resume_point(configure(*moved), tmp_path) is None  # nothing saved as yet
-    with pytest.raises(ConfigError, match=r": hardware\.compile: False -> True$"):
+    with pytest.raises(ConfigError, match=r": hardware\.compile: none -> blocks$"):
         resume_point(configure(*moved, "hardware.compile=true"), tmp_path)

@@ -191,7 +191,7 @@ class HardwareConfig:
     timeout_seconds: int = 600  # of ranks that wait for each other
     memory_gb: float | None = None  # of one device, for the plan; null: as found
     threads: int | None = None
-    compile: bool = False  # torch.compile of the training forward: for CUDA
+    compile: str | bool = "none"  # auto | none | blocks: torch.compile of each block, for CUDA
 
 
 @dataclass
@@ -257,5 +257,6 @@ CHOICES: dict[str, tuple[str, ...]] = {  # key -> the values it may have
     "hardware.precision": ("auto", "fp32", "bf16"),
     "hardware.weights": ("fp32", "bf16"),
     "hardware.sharding": ("full", "hybrid"),
+    "hardware.compile": ("auto", "none", "blocks"),
     "logger.progress": ("auto", "rich", "plain", "off"),
 }

@@ -6,10 +6,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 from transformers import PreTrainedModel
 
-from dpo_cli.errors import ConfigError
 from dpo_cli.logprobs import (
     Head,
     LossOf,
@@ -19,10 +17,9 @@ from dpo_cli.logprobs import (
     target_logprobs,
 )
 from dpo_cli.model import attention
+from dpo_cli.model.blocks import BLOCKS
 from dpo_cli.records import Batch
 from dpo_cli.shard import computed
-
-COMPILED = "dpo_compiled"  # the attribute of a model that holds its compiled forward
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -37,39 +34,13 @@ def head_of(model: PreTrainedModel) -> Head:
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(T, D) final hidden states of a packed row; the output layer does not run."""
-    base = getattr(model, COMPILED, model.base_model)
     layout = attention.layout_for(model, batch)
-    return computed(model, lambda: layout.states(base, batch, model.dtype))
-
-
-def compile_rows(model: PreTrainedModel) -> None:
-    """Compile the model's forward of packed rows, of any length, when the first one comes.
-
-    Sampling stays as it is: a cache that grows by a token would compile anew for ever.
-
-    Rows are not padded to a round length. Their number of tokens is never the fastest-varying
-    axis of a matrix, so none is misaligned; a last tile of 128 is a hundredth of 16,384 tokens;
-    varlen computes what its offsets say, FlexAttention's masks are rounded to blocks anyway;
-    and lengths as sizes of a graph, not constants, are compiled once.
-    """
-    # The function, not the module: that would become a part of the model with weights to save.
-    function = torch.compile(model.base_model.forward, dynamic=True)
-
-    def run(**row: Any) -> Any:
-        try:
-            return function(**row)
-        except BackendCompilerFailed as error:
-            first = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"hardware.compile=true: {first}; use hardware.compile=false"
-            ) from error
-
-    setattr(model, COMPILED, run)
+    return computed(model, lambda: layout.states(model.base_model, batch, model.dtype))
 
 
 def computed_by(model: PreTrainedModel) -> str:
     """What beside the weights decides how a packed row is rounded."""
-    return attention.kernel_of(model) + " compiled" * hasattr(model, COMPILED)
+    return attention.kernel_of(model) + " compiled" * hasattr(model, BLOCKS)
 
 
 def target_states(model: PreTrainedModel, batch: Batch) -> Tensor:

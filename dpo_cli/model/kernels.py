@@ -90,8 +90,16 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cuts: Cuts, call: Call) -> Tensor:
 Varlen = Callable[[Tensor, Tensor, Tensor, Cuts, Call], Tensor]
 
 
-@cache
+_FOUND: dict[str, Varlen | None] = {}  # not functools.cache, through which a compiler looks
+
+
 def torch_kernel() -> Varlen | None:
+    if "torch" not in _FOUND:
+        _FOUND["torch"] = _torch_kernel()
+    return _FOUND["torch"]
+
+
+def _torch_kernel() -> Varlen | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -130,8 +138,13 @@ def adapt_torch(function: Callable[..., Any]) -> Varlen:
     return kernel
 
 
-@cache
 def flash_kernel() -> Varlen | None:
+    if "flash-attn" not in _FOUND:
+        _FOUND["flash-attn"] = _flash_kernel()
+    return _FOUND["flash-attn"]
+
+
+def _flash_kernel() -> Varlen | None:
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:

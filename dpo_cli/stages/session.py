@@ -16,7 +16,8 @@ from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of
-from dpo_cli.model.forward import compile_rows, head_of
+from dpo_cli.model.blocks import compile_blocks
+from dpo_cli.model.forward import head_of
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
 from dpo_cli.model.recompute import recompute_blocks
 from dpo_cli.model.source import model_folder
@@ -31,6 +32,7 @@ from dpo_cli.train.runtime import Runtime
 from dpo_cli.train.sharded import is_sharded
 
 T = TypeVar("T")
+WORTH_COMPILING = 100  # steps
 
 
 class Stage(Protocol):
@@ -125,8 +127,8 @@ def load(
     """
     model = how(source, tokenizer, session.config.seed, key, session.placement, adaptation)
     before(model)
-    if session.config.hardware.compile:
-        compile_rows(model)
+    if as_trained and compiles(session):
+        compile_blocks(model, session.note)
     if kernel_of(model) in MOST_TOKENS:
         session.budget.limit(MOST_TOKENS[kernel_of(model)])
     if as_trained:
@@ -144,6 +146,15 @@ def note_head(session: Session, model: PreTrainedModel, key: str) -> None:
         return
     if (why := head_of(model).refused(on.device, on.dtype)) is not None:
         session.note(f"{key}: log-probabilities by plain operations, which are slower ({why})")
+
+
+def compiles(session: Session) -> bool:
+    """Whether the run compiles its blocks: `auto` where that is sooner done than not."""
+    choice, steps = session.config.hardware.compile, session.config.train.max_steps
+    if choice == "auto":
+        cuda = session.runtime.device.type == "cuda"
+        return cuda and (steps is None or steps >= WORTH_COMPILING)
+    return choice == "blocks"
 
 
 def spread_weights(session: Session, model: PreTrainedModel, key: str) -> None:
