@@ -222,8 +222,6 @@ def _hardware(config: RunConfig) -> Iterator[str]:
     devices = f"hardware.devices={hardware.devices}"
     if config.optim.name == "adamw8bit" and trains:
         yield f"optim=adamw8bit: cannot be shared by {devices}; use optim=adamw or rmsprop"
-    if hardware.compile:
-        yield f"hardware.compile=true: not offered with {devices}; leave it out"
     if config.model.attention == "plain":
         yield f"model.attention=plain: not offered with {devices}; use model.attention=auto"
 
