@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench_job import STARTED, UNAVAILABLE
@@ -71,6 +71,11 @@ class Launch:
         ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.devices}"]
         start = [python or sys.executable, *(ranks if self.devices > 1 else [])]
         return [*start, str(HERE / script)]
+
+    def half(self) -> Launch:
+        """With half of the time that is left."""
+        left = self.seconds_left()
+        return self if left is None else replace(self, until=time.monotonic() + left / 2)
 
     def seconds_left(self) -> float | None:
         if self.until is None:

@@ -19,6 +19,7 @@ from bench_launch import PLAIN, Failed, Launch, TimeIsUp, Unavailable, run_pytho
 from bench_prepare import Plan
 from bench_sides import UNITS, Side
 
+LATE = "not finished within its share of --minutes"
 BUSY_SHARE = 0.15  # of the cores that others may keep busy
 # precision -> (difference of losses and rewards, relative difference of log-probabilities)
 TOLERANCE = {
@@ -118,27 +119,28 @@ def run_what_runs(
 ) -> Results:
     """As `run_rounds`, of the sides that do not fail; why the others did is put in `failures`.
 
-    Where time is up and nothing is kept for another command, only the rounds count that every
-    side has finished; a side that has finished none has failed.
+    Where time is limited and no other command goes on, a process gets at most half of what is
+    left, the last side all of it, and only the rounds count that every side has finished.
     """
     results: Results = {side.name: [] for side in sides}
-    try:
-        for number in range(rounds):
-            for side in sides:
-                if side.name in failures:
-                    continue
-                try:
-                    result = run_side(side, job, folder / own_folder(number, side), launch)
-                except Failed as error:
-                    note_failure(side, sides, error, failures)
-                    continue
-                results[side.name].append(result)
-                tell(f"round {number + 1}/{rounds}  {side.name:14}", job, result)
-    except TimeIsUp:
-        if launch.goes_on:
-            raise
-        failures |= {name: "time was up (--minutes)" for name, rows in results.items()
-                     if not rows and name not in failures}  # fmt: skip
+    for number, side in ((number, side) for number in range(rounds) for side in sides):
+        if side.name in failures:
+            continue
+        try:
+            share = launch if launch.goes_on or side is sides[-1] else launch.half()
+            result = run_side(side, job, folder / own_folder(number, side), share)
+        except Failed as error:
+            note_failure(side, sides, error, failures)
+            continue
+        except TimeIsUp:
+            if launch.goes_on:
+                raise
+            if number:
+                break
+            note_failure(side, sides, Failed(LATE), failures)
+            continue
+        results[side.name].append(result)
+        tell(f"round {number + 1}/{rounds}  {side.name:14}", job, result)
     kept = {name: rows for name, rows in results.items() if name not in failures}
     whole = min(map(len, kept.values()), default=0)
     return {name: rows[:whole] for name, rows in kept.items()}

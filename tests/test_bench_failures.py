@@ -121,10 +121,41 @@ def test_what_is_done_when_time_is_up_is_reported(bench: Bench) -> None:
     bench.fails = lambda script, settings: launch.TimeIsUp() if settings else None
     words = ("--sides=ours,ours-live", "--minutes=1")
     _, record, _ = bench(*words, "--rounds=2")
-    assert record["results"]["ours-live"]["failure"] == "time was up (--minutes)"
-    assert record["sides"]["ours"]["per_second"]["median"] > 0
+    late = "not finished within its share of --minutes"
+    assert record["results"]["ours-live"]["failure"] == late
+    assert record["settings"]["rounds"] == 2  # of the other
     with pytest.raises(SystemExit, match="the same command goes on"):
         bench(*words, f"--keep={bench.out / 'kept'}")
+
+
+def test_a_slow_side_leaves_time_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    run, launch = import_module("bench_run"), import_module("bench_launch")
+    sides = [import_module("bench_sides").Side(name, "x.py", {}) for name in "abc"]
+    now, took = [0.0], {"a": 10.0, "b": 99.0, "c": 24.0}
+    given: list[float] = []
+
+    def run_side(side: Any, job: Any, scratch: Path, share: Any) -> dict[str, Any]:
+        left = share.seconds_left()
+        given.append(left)
+        now[0] += min(left, took[side.name])
+        if took[side.name] > left:
+            raise launch.TimeIsUp
+        return result(0.6, others_cpu=0.0, peak_memory_mb=1.0)
+
+    monkeypatch.setattr(run, "run_side", run_side)
+    monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
+    failures: dict[str, str] = {}
+    job = import_module("bench_job").Job(
+        task="dpo", model="", ids="", overrides=[], batch=2, warmup=1, steps=1, lr=0.0,
+        precision="fp32", device="cpu", threads=1, length=0, samples=0, new_tokens=0,
+    )  # fmt: skip
+    hurry = launch.Launch(until=100.0, goes_on=False)
+    results = run.run_what_runs(job, sides, 3, Path(), hurry, failures)
+    # a has 50 of 100 and takes 10; b gets 45 of 90; c all of 45; then a half of 21, c the rest
+    assert given == [50.0, 45.0, 45.0, 10.5, 11.0]
+    assert failures == {"b": run.LATE}
+    assert {name: len(rows) for name, rows in results.items()} == {"a": 1, "c": 1}
 
 
 def result(loss: float, **more: Any) -> dict[str, Any]:
