@@ -47,6 +47,17 @@ def columns(vocab: int, device: torch.device) -> int:
     return -(-vocab // TILE) * TILE
 
 
+def aligned(weight: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+    """(V, D) -> the weight in a dtype, with `columns` rows, those beyond the vocabulary 0."""
+    rows = columns(vocab, weight.device)
+    if rows == len(weight):
+        return weight.to(dtype)
+    padded = weight.new_empty(rows, weight.shape[1], dtype=dtype)
+    padded[:vocab] = weight[:vocab]
+    padded[vocab:] = 0.0
+    return padded
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, in float32 where the device can leave half-precision products unrounded.
 
@@ -57,19 +68,28 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, float32, without a copy of the product where the device can do without."""
+    if total.dtype == torch.float32 and unrounded(a.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
 @cache
 def unrounded(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of that dtype can be had in float32."""
+    """Whether products of that dtype can be had in float32, and added to it in place."""
     if device.type != "cuda" or dtype not in HALF:
         return False
     a = torch.full((16, 16), 1.0 + 2.0**-7, device=device, dtype=dtype)
     try:
         found = torch.mm(a, a, out_dtype=torch.float32)
+        torch.addmm(found, a, a, out_dtype=torch.float32, out=found)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, RuntimeError):
         return False
-    return bool((found == a.float() @ a.float()).all())
+    return bool((found == 2.0 * (a.float() @ a.float())).all())
 
 
 @cache

@@ -1,9 +1,8 @@
 """Log-probabilities of target tokens, without ever holding logits of shape (N, V).
 
-Only the N hidden states that predict a target meet the output embedding, a block of rows
-at a time: on a CPU its float32 logits stay in the cache through softmax, on CUDA one kernel
-reads them (`fused_head`). A loss needs whole examples, so their slopes (n, V) are kept, in the
-compute dtype, for a chunk of blocks.
+Only the N hidden states that predict a target meet the output embedding, a block of rows at a
+time: on a CPU its float32 logits stay in the cache through softmax, on CUDA one kernel reads them.
+A loss needs whole examples: their slopes (n, V) are kept, in the compute dtype, for a chunk.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_cli import fused_head
-from dpo_cli.fused_head import product
+from dpo_cli.fused_head import add_product, product
 
 BLOCK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}  # of float32 logits alive at once
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}  # of slopes alive at once
@@ -62,8 +61,11 @@ class Head:
         kind = "eager" if self.refused(device, dtype) else "fused"
         return f" {kind} head" + " in float32" * fused_head.unrounded(device, dtype)
 
+    def rows_without_kernel(self) -> int:
+        return self._rows(BLOCK_BYTES, 4)
+
     def rows_per_block(self) -> int:
-        rows = self._rows(BLOCK_BYTES, 4)
+        rows = self.rows_without_kernel()
         return rows * EAGER_BLOCKS // TILE_ROWS * TILE_ROWS or rows if self.fused else rows
 
     def rows_per_chunk(self) -> int:
@@ -76,14 +78,8 @@ class Head:
     def cast(self, dtype: torch.dtype) -> Head:
         """The same head in another dtype, and aligned: once, not once a chunk."""
         bias = None if self.bias is None else self.bias.to(dtype)
-        tokens, weight = self.tokens, self.weight
-        columns = fused_head.columns(tokens, weight.device)
-        if columns == len(weight):
-            return replace(self, weight=weight.to(dtype), bias=bias, vocab=tokens)
-        padded = weight.new_empty(columns, weight.shape[1], dtype=dtype)
-        padded[:tokens] = weight[:tokens]
-        padded[tokens:] = 0.0
-        return replace(self, weight=padded, bias=bias, vocab=tokens)
+        weight = fused_head.aligned(self.weight, self.tokens, dtype)
+        return replace(self, weight=weight, bias=bias, vocab=self.tokens)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -268,19 +264,18 @@ class _Gradients:
         hidden = cast(Tensor, self.leaves[0])
         if self.wanted[0]:
             self.hidden[rows] = product(slopes, head.weight) * weights
+        tokens = slopes[:, : head.tokens].t()
         if self.wanted[1]:
-            part = product(slopes.t(), (hidden[rows] * weights).to(slopes.dtype))
-            self._accumulate(1, part[: head.tokens])
+            self._accumulate(1, tokens, (hidden[rows] * weights).to(slopes.dtype))
         if self.wanted[2]:
-            part = product(slopes.t(), weights.to(slopes.dtype))
-            self._accumulate(2, part[: head.tokens].squeeze(1))
+            self._accumulate(2, tokens, weights.to(slopes.dtype))
 
-    def _accumulate(self, index: int, part: Tensor) -> None:
-        total = self.sums[index]
+    def _accumulate(self, index: int, slopes: Tensor, factor: Tensor) -> None:
+        total, leaf = self.sums[index], cast(Tensor, self.leaves[index])
         if total is None:  # a leaf in bf16, as FSDP gathers it, would lose digits chunk by chunk
-            self.sums[index] = part.to(promoted(cast(Tensor, self.leaves[index]).dtype))
+            self.sums[index] = product(slopes, factor).to(promoted(leaf.dtype)).view_as(leaf)
         else:
-            total += part
+            add_product(total.view(len(slopes), -1), slopes, factor)
 
 
 def sum_by_sequence(values: Tensor, sequence_index: Tensor, sequences: int) -> Tensor:
@@ -291,7 +286,7 @@ def sum_by_sequence(values: Tensor, sequence_index: Tensor, sequences: int) -> T
 @torch.no_grad()
 def token_kl(policy: Tensor, head: Head, reference: Tensor, reference_head: Head) -> Tensor:
     """KL(pi || pi_ref) over the vocabulary at each position. (N, D) hidden states -> (N,)."""
-    rows = head.rows_per_block()
+    rows = head.rows_without_kernel()
     head = head.cast(_compute_dtype(policy))
     reference_head = reference_head.cast(_compute_dtype(reference))
     parts = []

@@ -162,15 +162,14 @@ def activations_of(run: Run) -> Parts:
 def output_layer(run: Run) -> Parts:
     """The output layer at work (`logprobs.fused_loss`): slopes of a chunk, and either logits and
     softmax of a block while the next one's logits are made (a kernel's block is as large as these
-    together), or a chunk's part of the weight's
-    gradient; the weight's copy and its gradient."""
+    together), or a chunk's part of the weight's gradient; the weight's copy and its gradient."""
     shape, numbers, device = run.facts.shape, run.numbers, run.facts.device
     scored = run.facts.texts.scored * run.rows.tokens
     slopes = min(CHUNK_BYTES[device], numbers.compute * scored * shape.vocab)
     logits = EAGER_BLOCKS * min(BLOCK_BYTES[device], FLOAT * scored * shape.vocab)
     copy = shape.head * numbers.compute if numbers.casts else 0
-    summed = FLOAT if device == "cuda" else numbers.compute  # CUDA's products stay unrounded
-    part = shape.head * summed if run.learnt.whole else 0
+    # CUDA adds a chunk's part to the gradient in place.
+    part = shape.head * numbers.compute if run.learnt.whole and device == "cpu" else 0
     return {"output layer": float(slopes + max(logits, part) + copy), **head_gradient(run)}
 
 
