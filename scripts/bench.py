@@ -37,7 +37,7 @@ from typing import Any
 import bench_args
 from bench_grow import grow, keep_curve
 from bench_job import Job
-from bench_keep import made_in, measured_in
+from bench_keep import made_in, measured_in, work_of_ours
 from bench_launch import Failed, Launch, Unavailable, say
 from bench_prepare import Plan
 from bench_report import Record, keep, ratio_rows, side_rows, step_tables, table
@@ -156,7 +156,8 @@ def compare_sides(
     here = measured_in(folder, job)
     sides, searched = chosen_sides(args, job, here, launch, failures)
     results = run_what_runs(job, sides, args.rounds, here, launch, failures)
-    record = summary(name, job, plan, Measured(sides, results, failures, searched), argv)
+    measured = Measured(sides, results, failures, searched, work_of_ours(here))
+    record = summary(name, job, plan, measured, argv)
     ratios = [ratio_rows(record)] if record["ratios"] else []
     for rows in (*step_tables(record, failed=True), side_rows(record), *ratios):
         print("\n".join(table(rows)), end="\n\n")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from bench_job import PACKAGES, Job, installed
 from bench_launch import ROOT
@@ -27,6 +28,15 @@ def measured_in(folder: Path, job: Job) -> Path:
     code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     versions = [installed(name) for name in PACKAGES]
     return folder.absolute() / f"measured-{digest(json.dumps([job.text(), code, versions]))}"
+
+
+def work_of_ours(folder: Path) -> dict[str, Any]:
+    """What a side of ours has answered here, in this command or an earlier one; {} if none."""
+    for path in sorted(folder.glob("*-ours*/result.json")):
+        result: dict[str, Any] = json.loads(path.read_text())
+        if result.get("flops"):
+            return result
+    return {}
 
 
 def digest(text: str) -> str:

@@ -8,8 +8,8 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,14 @@ NOTHING = dict.fromkeys((*FIGURES, "tokens_per_second", "failure"))
 @dataclass
 class Measured:
     """What came of the sides. results: of those that answered; failures: why others did not, and
-    of those that answered and do not compute the same; searched: the table of a search."""
+    of those that answered and do not compute the same; searched: the table of a search; work: a
+    result of ours, which counts what a step computes, {} if there is none."""
 
     sides: list[Side]
     results: Results
     failures: Failures
-    searched: list[dict[str, Any]] = field(default_factory=list)
+    searched: list[dict[str, Any]]
+    work: dict[str, Any]
 
     def equal(self, precision: str) -> Results:
         """The results that count; `failures` then says why others do not."""
@@ -87,13 +89,14 @@ def mean(values: Any) -> float:
     return sum(values) / len(values)
 
 
-def side_facts(job: Job, side: Side, rows: Results) -> dict[str, Any]:
-    """What one side did, over the rounds."""
-    results = rows[side.name]
+def side_facts(
+    job: Job, side: Side, results: Sequence[dict[str, Any]], work: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What one side did, over the rounds. work: a result of ours."""
     facts: dict[str, Any] = {
         "settings": side.settings,
         "per_second": spread([r["per_second"] for r in results]),
-        **compute_facts(rows, results, job.devices),
+        **compute_facts(work, results, job.devices),
         "peak_memory_mb": spread([r["peak_memory_mb"] for r in results]),
         "memory_before_the_model_mb": spread([r["start_memory_mb"] for r in results]),
         "startup_seconds": spread([startup(r) for r in results]),
@@ -128,19 +131,19 @@ def startup(result: dict[str, Any]) -> float:
 
 
 def compute_facts(
-    results: Results, rows: Sequence[dict[str, Any]], devices: int
+    work: Mapping[str, Any], rows: Sequence[dict[str, Any]], devices: int
 ) -> dict[str, dict[str, float]]:
     """Model FLOPs a second of one side, and their share of the devices' peak where it is known.
 
     All sides are given the work that ours counts: each prompt once, no padding, logits of response
     tokens alone, no gradient of frozen weights, and no reference, which is computed beforehand.
+    work: a result of ours.
     """
-    ours = next(iter(results.get("ours", ())), {})
-    if not ours.get("flops"):
+    if not work.get("flops"):
         return {}
-    speeds = [ours["flops"] / row["seconds"] / 1e12 for row in rows]
+    speeds = [work["flops"] / row["seconds"] / 1e12 for row in rows]
     facts = {"tflops_per_second": spread(speeds)}
-    if peak := ours.get("peak_tflops"):
+    if peak := work.get("peak_tflops"):
         facts["mfu"] = spread([speed / (peak * devices) for speed in speeds])
     return facts
 
@@ -157,7 +160,7 @@ def summary(
     sides = [side for side in measured.sides if side.name in results]
     roles = roles_of(job, sides, results)
     found = ratios(job, roles, results)
-    facts = {side.name: side_facts(job, side, results) for side in sides}
+    facts = {s.name: side_facts(job, s, results[s.name], measured.work) for s in sides}
     tokens = rows.get("real_tokens_per_row")
     return {
         **{key: value["median"] for key, value in found.items()},
