@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL_CHECKS = ("ceilings", "attention", "exactness", "shortage", "sharding", "sampling", "saving")
+SMALL_CHECKS = ("ceilings", "attention", "exactness", "shortage", "sharding", "sampling", "saving",
+                "output_layer")  # fmt: skip
 
 
 @pytest.fixture

@@ -122,4 +122,12 @@ STEPS = (
         "TRL's side of step 10",
         [Expect("TRL, pairs/s", low=0.001)],
     ),
+    Step(
+        15, "output layer", "gpu_checks.output_layer:check", 20, 60,
+        "log-probabilities and gradients against float64, with the kernel and without",
+        [Expect("*kernel, log-probabilities, largest error", high=1e-4, cuda=True),
+         Expect("*gradients, relative error", high=0.02),
+         Expect("*scoring and training, largest difference", high=1e-4),
+         Expect("*step, ms", low=0.0)],
+    ),
 )  # fmt: skip
