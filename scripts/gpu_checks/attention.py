@@ -1,4 +1,4 @@
-"""Step 2: each attention kernel against float32 softmax over one sequence at a time."""
+"""Step 2: each attention kernel against float64 softmax over one sequence at a time."""
 
 from __future__ import annotations
 
@@ -60,18 +60,19 @@ def difference(
     weights = torch.randn(1, rows, heads[0], heads[2], generator=generator, device=device)
     layout = LAYOUTS[kernel].build(segments).to(device)
     found = outcome(lambda q, k, v: layout.attend(q, k, v, call), leaves, weights, dtype)
-    exact = outcome(lambda q, k, v: plain(q, k, v, segments, call), leaves, weights, torch.float32)
+    exact = outcome(lambda q, k, v: plain(q, k, v, segments, call), leaves, weights, torch.float64)
     return max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
 
 
 def outcome(
     attend: Callable[..., Tensor], leaves: list[Tensor], weights: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The result, (1, T, H, d), and the gradients of q, k and v, in float32."""
+    """The result, (1, T, H, d), and the gradients of q, k and v. In float64 no setting for
+    float32 products, such as TF32, plays a part."""
     inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
     out = attend(*inputs)
-    grads = torch.autograd.grad((out.float() * weights).sum(), inputs)
-    return [out.detach().float(), *(g.float() for g in grads)]
+    grads = torch.autograd.grad((out.double() * weights).sum(), inputs)
+    return [out.detach().double(), *(g.double() for g in grads)]
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], call: Call) -> Tensor:

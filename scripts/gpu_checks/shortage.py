@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ COMMON = (
     "train.sample_prompts=0", "train.max_steps=4", "optim.lr=1e-5", "optim.warmup_steps=0",
 )  # fmt: skip
 # Activations of a step take several times what weights and optimiser take.
-LARGE = ("model.architecture.layers=12", "model.architecture.hidden=768",
-         "model.architecture.heads=12", "data.rows=1024", "train.batch_size=256")  # fmt: skip
+LARGE = ("model.architecture.layers=16", "model.architecture.hidden=512",
+         "model.architecture.heads=8", "data.rows=1024", "train.batch_size=512")  # fmt: skip
 SMALL = ("model.architecture.layers=1", "model.architecture.hidden=32",
          "model.architecture.heads=2", "data.rows=16", "train.batch_size=8")  # fmt: skip
 SHARE = 0.6  # of the memory that the run took when nothing stopped it
@@ -40,8 +41,10 @@ def check(setup: Setup) -> Iterator[Fact]:
         dpo.dpo_loss = failing_above(FEW_TOKENS, dpo.dpo_loss)  # type: ignore[assignment]
     else:
         peak, total = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[1]
+        gc.collect()
         yield "peak memory, GiB", peak / 2**30
         torch.cuda.empty_cache()
+        yield "of it kept by the first run, GiB", torch.cuda.memory_reserved() / 2**30
         torch.cuda.set_per_process_memory_fraction(SHARE * peak / total)
     short = losses(folder / "short", words)
     budgets = [row["micro_batch_tokens"] for row in short if "micro_batch_tokens" in row]

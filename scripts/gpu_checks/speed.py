@@ -1,19 +1,22 @@
-"""Steps 7 to 11 and 14: the benchmark's own workers, each side in a command of its own."""
+"""Steps 7 to 11, 14 and 16: the benchmark's own workers, each side in a command of its own."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from gpu_checks.facts import ROOT, Fact, Setup, Skip
 
-LARGE = ("--preset=gpt2-large", "--batch=64", "--steps=6", "--warmup=2")
-SEVEN = ("--preset=mistral-7b", "--batch=16", "--steps=5", "--warmup=2")
+LARGE = ("--preset=gpt2-large", "--batch=64", "--steps=10", "--warmup=2")
+SEVEN = ("--preset=mistral-7b", "--batch=16", "--steps=6", "--warmup=2")
 SMALL = ("--preset=tiny4x256", "--layers=1", "--width=32", "--heads=2", "--vocab=64",
          "--length=40", "--batch=2", "--steps=1", "--warmup=1")  # fmt: skip
+NO_TRL = "TRL cannot be imported"
 RESERVE = 5  # seconds, to tell how far the benchmark's workers have come
 FIGURES = {  # ours -> of a side in the benchmark's answer, and what it is divided by
     "pairs/s": ("per_second", 1.0),
@@ -58,9 +61,27 @@ def qlora(setup: Setup) -> Iterator[Fact]:
     yield from measured(setup, "ours", SEVEN, f"--lora={kind}", "--sides=ours")
 
 
+def weights(setup: Setup) -> Iterator[Fact]:
+    """What the benchmark would make before it measures, made beside the steps that take no time."""
+    import bench
+    import bench_args
+    import bench_run
+    import bench_shapes
+
+    for name, shape, more in (("gpt2-large", LARGE, ()), ("7B", SEVEN, ("--lora=lora",))):
+        began = time.monotonic()
+        words = arguments(setup, (*(SMALL if setup.small else shape), *more))
+        args = bench_args.parser(None).parse_args(words)
+        bench_args.check(args)
+        changes = {key: getattr(args, key) for key in bench_shapes.CHANGEABLE}
+        plan = bench.make_plan(args, bench_shapes.resized(args.preset, changes)[1], Path(args.keep))
+        bench_run.prepare(plan, setup.threads)
+        yield f"{name}, s", time.monotonic() - began
+
+
 def measured(setup: Setup, name: str, shape: tuple[str, ...], *words: str) -> Iterator[Fact]:
     """The figures of the one side that a command of the benchmark measures."""
-    record = bench(setup, *(SMALL if setup.small else shape), *words)
+    record = record_of(setup, *(SMALL if setup.small else shape), *words)
     yield "command", record["command"]
     ((side, figures),) = record["results"].items()
     for fact, (key, unit) in FIGURES.items():
@@ -75,15 +96,9 @@ def measured(setup: Setup, name: str, shape: tuple[str, ...], *words: str) -> It
     yield "rows", record["data"]["label"]
 
 
-def bench(setup: Setup, *words: str) -> dict[str, Any]:
+def record_of(setup: Setup, *words: str) -> dict[str, Any]:
     """The record that `bench.py` ends with. What it makes is kept for the next command."""
-    own = [f"--device={setup.device}", "--precision=" + ("fp32" if setup.small else "bf16"),
-           "--rounds=1", "--busy-ok", "--json", f"--keep={setup.folder('bench')}",
-           f"--out={setup.folder('pages')}", f"--threads={setup.threads}"]  # fmt: skip
-    if setup.data and not setup.small:
-        own += [f"--data={setup.data}", "--adapter=hh"]
-        own += [f"--tokenizer={setup.tokenizer}"] if setup.tokenizer else []
-    command = [sys.executable, str(ROOT / "scripts" / "bench.py"), *words, *own]
+    command = [sys.executable, str(ROOT / "scripts" / "bench.py"), *arguments(setup, words)]
     try:
         code, stdout = output_of(command, setup.seconds - RESERVE)
     except subprocess.TimeoutExpired:
@@ -92,12 +107,25 @@ def bench(setup: Setup, *words: str) -> dict[str, Any]:
     print(stdout, flush=True)  # its errors went to the log
     lines = stdout.strip().splitlines()
     record: dict[str, Any] = json.loads(lines[-1]) if lines and lines[-1][:1] == "{" else {}
-    missing = record.get("peer_missing") or ""
-    if missing:
-        raise Skip(missing)
-    if code or not record.get("results"):
-        raise RuntimeError(f"bench.py ended with code {code}; its output is in the log")
+    failed = record.get("failed") or []
+    if failed and failed[0]["why"].startswith(NO_TRL):
+        raise Skip(failed[0]["why"])
+    if code or failed or not record.get("results"):
+        whys = "; ".join(f"{one['name']}: {one['why']}" for one in failed) or f"code {code}"
+        raise RuntimeError(f"bench.py: {whys}; its output is in the log")
     return record
+
+
+def arguments(setup: Setup, words: Sequence[str]) -> list[str]:
+    """The same ones make the same weights and rows."""
+    own = [f"--device={setup.device}", "--precision=" + ("fp32" if setup.small else "bf16"),
+           "--rounds=1", "--busy-ok", "--json", f"--keep={setup.folder('bench')}",
+           f"--out={setup.folder('pages')}", f"--threads={setup.threads}"]  # fmt: skip
+    if setup.data and not setup.small:
+        own += [f"--data={setup.data}", "--adapter=hh"]
+        if setup.tokenizer and LARGE[0] in words:  # GPT-2's has more tokens than Mistral
+            own += [f"--tokenizer={setup.tokenizer}"]
+    return [*words, *own]
 
 
 def output_of(command: list[str], seconds: float) -> tuple[int, str]:

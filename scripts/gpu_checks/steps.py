@@ -46,7 +46,7 @@ STEPS = (
     ),
     Step(
         2, "attention kernels", "gpu_checks.attention:check", 25, 90,
-        "result and gradients of each kernel against float32 softmax, one sequence at a time",
+        "result and gradients of each kernel against float64 softmax, one sequence at a time",
         [Expect("difference, *", high=0.02, about=(0.001, 0.007))], alone=False,
     ),
     Step(
@@ -75,6 +75,11 @@ STEPS = (
          Expect("gradient norms, relative difference", high=0.02),
          Expect("after a checkpoint, largest difference of weights", 0, 0),
          Expect("sampled tokens that are equal", low=0.5)], alone=False,
+    ),
+    Step(
+        16, "weights to measure with", "gpu_checks.speed:weights", 60, 150,
+        "the random weights and rows of steps 7 to 11 are made meanwhile",
+        [Expect("gpt2-large, s", low=0.0), Expect("7B, s", low=0.0)], alone=False,
     ),
     Step(
         7, "gpt2-large", "gpu_checks.speed:ours", 50, 110,
@@ -129,5 +134,10 @@ STEPS = (
          Expect("*gradients, relative error", high=0.02),
          Expect("*scoring and training, largest difference", high=1e-4),
          Expect("*step, ms", low=0.0)],
+    ),
+    Step(
+        17, "7B, loading", "gpu_checks.saving:seven", 50, 100,
+        "seconds, and memory of the host, until a 7B policy is on its device",
+        [Expect("load, s", low=0.0)],
     ),
 )  # fmt: skip
