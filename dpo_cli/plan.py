@@ -28,6 +28,7 @@ from dpo_cli.config import (
 )
 from dpo_cli.config.endpoint import endpoint_from_environment
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
+from dpo_cli.memory.budget import fitting, is_open, with_tokens
 from dpo_cli.memory.facts import (
     Lengths,
     capacity,
@@ -131,7 +132,12 @@ def planned_memory(
     facts = facts_of(config, runtime, shape, splits)
     if facts is None:
         return []
-    return memory_rows(config, facts, capacity(config.hardware, facts.device))
+    there = capacity(config.hardware, facts.device)
+    if there is None or not is_open(config, facts.device):
+        return memory_rows(config, facts, there)
+    chosen = fitting(config, facts, there)
+    rows = memory_rows(with_tokens(config, chosen.tokens), facts, there)
+    return [("micro-batches", str(chosen)), *rows]
 
 
 def export_row(stage: ExportConfig) -> Row:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from dpo_cli.config import (
     ClassifierRewardFn,
@@ -23,10 +28,13 @@ from dpo_cli.config import (
 )
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import StepPlan, plan_steps
+from dpo_cli.memory.budget import Fitting, fitting, is_open
+from dpo_cli.memory.estimate import PROGRAM
 from dpo_cli.memory.facts import (
     Facts,
     Texts,
     lengths_of,
+    room,
     sampled_lengths,
     texts_of,
 )
@@ -37,6 +45,8 @@ from dpo_cli.model.load import (
     hf_config,
     load_tokenizer,
 )
+from dpo_cli.model.source import source_of
+from dpo_cli.model.stored import stored_dtype, weight_files
 from dpo_cli.records import EncodedExample
 from dpo_cli.stage_checks import unread
 from dpo_cli.stages.sample import distinct_prompts
@@ -49,11 +59,30 @@ LOOKED_AT = 200  # steps: the fullest of them stands for all
 def plan_facts(config: RunConfig) -> Facts | None:
     """What `memory.estimate` needs of a run that trains, as a dry run finds it."""
     tokenizer = load_tokenizer(config.model)
-    auto = AutoModelForSequenceClassification if config.stage.name == "reward" else None
-    shape = shape_of(hf_config(config.model, tokenizer), auto or AutoModelForCausalLM)
+    shape = planned_shape(config, tokenizer)
     context = configured_context(config.model, tokenizer)
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
     return facts_of(config, planned_runtime(config.hardware, config.seed), shape, splits)
+
+
+def tokens_chooser(
+    config: RunConfig, runtime: Runtime
+) -> Callable[[PreTrainedTokenizerFast, EncodedSplits], Fitting] | None:
+    """How a run on CUDA finds its micro-batches, with its model loaded; None where it is told."""
+    if not is_open(config, runtime.device.type):
+        return None
+
+    def choose(tokenizer: PreTrainedTokenizerFast, splits: EncodedSplits) -> Fitting:
+        facts = facts_of(config, runtime, planned_shape(config, tokenizer), splits)
+        assert facts is not None  # of a stage that trains
+        return fitting(config, facts, room(config.hardware, runtime.device) + PROGRAM["cuda"])
+
+    return choose
+
+
+def planned_shape(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Shape:
+    auto = AutoModelForSequenceClassification if config.stage.name == "reward" else None
+    return shape_of(hf_config(config.model, tokenizer), auto or AutoModelForCausalLM)
 
 
 def facts_of(
@@ -64,7 +93,18 @@ def facts_of(
     if texts is None:
         return None
     half = runtime.precision == "bf16"
-    return Facts(shape, texts, runtime.device.type, half, scorer_parameters(config))
+    scorer, stored = scorer_parameters(config), stored_bytes(config.model)
+    return Facts(shape, texts, runtime.device.type, half, scorer, stored)
+
+
+def stored_bytes(model: ModelConfig) -> int:
+    """Of a weight in a local folder's files; of the hub's, which are not fetched for a plan, and
+    of a model from scratch, those of float32."""
+    if model.path is None:
+        return torch.float32.itemsize
+    source, options = source_of(model)
+    files = weight_files(source, options) if Path(source).is_dir() else []
+    return stored_dtype(files).itemsize
 
 
 def planned_texts(config: RunConfig, splits: EncodedSplits) -> Texts | None:

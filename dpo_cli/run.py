@@ -16,6 +16,7 @@ from dpo_cli.checks import TRAINING
 from dpo_cli.config import RunConfig
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.model.source import hub_commit
+from dpo_cli.plan_facts import tokens_chooser
 from dpo_cli.ranks import current
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.console import Progress, summary_table
@@ -61,7 +62,8 @@ def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
             if snapshot:
                 progress.note(f"resuming after step {step} from {snapshot.folder}")
             with sinks_of(config, run_dir, step) as sinks:
-                session = Session(config, run_dir, runtime, progress, sinks, snapshot)
+                chooser = tokens_chooser(config, runtime)
+                session = Session(config, run_dir, runtime, progress, sinks, snapshot, chooser)
                 with explained(), smaller_next_time(session.budget, run_dir):
                     figures = load_stage(config.stage.name)(session)
             return finish(config, run_dir, figures, argv, session)
@@ -72,7 +74,8 @@ def help_out(config: RunConfig) -> None:
     snapshot = current().from_first(lambda: None)
     runtime = start_runtime(config.hardware, config.seed)
     with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch, Progress("off") as progress:
-        session = Session(config, Path(scratch), runtime, progress, [], snapshot)
+        chooser = tokens_chooser(config, runtime)
+        session = Session(config, Path(scratch), runtime, progress, [], snapshot, chooser)
         with explained(), smaller_next_time(session.budget, Path(config.run_dir)):
             load_stage(config.stage.name)(session)
 

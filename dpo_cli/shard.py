@@ -45,25 +45,35 @@ def make_mesh(device: str, devices: int, nodes: int, sharding: str) -> DeviceMes
     return init_device_mesh(device, (nodes * devices,), mesh_dim_names=("shard",))
 
 
-def shard(model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def shard(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    arrived: Callable[[list[tuple[str, torch.nn.Parameter]]], None] = lambda weights: None,
+) -> None:
     """Spread the weights in place; every rank has loaded the same ones.
 
     dtype: what gathered weights are computed in; sums over ranks are in float32. Quantised
-    weights, which nothing trains, stay whole on every rank. Raises ConfigError for a model
-    whose blocks are not known.
+    weights, which nothing trains, stay whole on every rank. arrived: what is done to a block's
+    weights, by name, when they have come whole to the device and before this rank keeps its part:
+    no more than one block is there whole. Raises ConfigError for a model whose blocks are not
+    known.
     """
     device = torch.device(mesh.device_type, torch.cuda.current_device()) \
         if mesh.device_type == "cuda" else torch.device("cpu")  # fmt: skip
     ignored = {p for p in model.parameters() if not p.is_floating_point()}
-    for weight in ignored:  # the others are moved by FSDP, block by block
-        weight.data = weight.data.to(device)
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     root = _Root(model)
     blocks = blocks_of(model)
     parts: list[Any] = [*blocks, root]
+    names = {weight: name for name, weight in model.named_parameters()}
     for part in parts:
+        whole_ones = [p for p in part.parameters() if not isinstance(p, DTensor)]
+        for weight in whole_ones:
+            weight.data = weight.data.to(device)
+        arrived([(names[weight], weight) for weight in whole_ones])
         sharded = fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=ignored)
         # The step divides by its weight; a division by the ranks here would be one too many.
         sharded.set_gradient_divide_factor(1.0)

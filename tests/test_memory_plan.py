@@ -9,12 +9,16 @@ import pytest
 from safetensors import safe_open
 
 from dpo_cli.config import HardwareConfig, LoraConfig
+from dpo_cli.memory.budget import STEP, Fitting, fitting, is_open, with_tokens
 from dpo_cli.memory.estimate import Estimate, estimate
 from dpo_cli.memory.facts import capacity, texts_of
 from dpo_cli.memory.weights import adapter_parameters
 from dpo_cli.plan import plan_tables
 from dpo_cli.plan_facts import scorer_parameters
-from memory_runs import GPT2_XL, LLAMA, configured, facts, of
+from dpo_cli.report.console import Progress
+from dpo_cli.stages.session import Session, load_policy_and_data
+from dpo_cli.train.runtime import start_runtime
+from memory_runs import GIB, GPT2_XL, LLAMA, configured, facts, of
 from small_runs import TINY, configure, train
 
 # ---------------------------------------------------------------- whole runs
@@ -93,17 +97,24 @@ def test_a_quantised_base_is_whole_on_every_device() -> None:
     assert eight.moments["the backward"]["optimiser state"] == adapters * 2 / 8
 
 
-def test_sharded_weights_are_whole_while_they_load_and_sample() -> None:
+def test_sharded_weights_are_whole_while_they_sample_but_not_while_they_load() -> None:
     eight = on_eight("stage=dpo")
-    assert eight.moments["loading"]["weights"] == 4 * LLAMA.parameters
+    assert "loading" not in eight.moments
     assert eight.moments["sampling"]["gathered blocks"] == 2 * LLAMA.parameters
     assert "loading" not in of("stage=dpo").moments
 
 
-def test_a_base_that_is_cast_on_a_cpu_is_there_twice_meanwhile() -> None:
-    for half, size in ((False, 4), (True, 4 + 2)):
-        found = of("stage=sft", "lora=lora", shape=GPT2_XL, device="cpu", half=half)
-        assert found.moments["loading"]["weights"] == size * GPT2_XL.parameters
+@pytest.mark.parametrize(
+    ("lora", "half", "stored", "size"),
+    [("lora", False, 4, 4), ("lora", True, 4, 4 + 2), ("lora", True, 2, 2), ("none", True, 2, 6)],
+)
+def test_weights_on_a_cpu_are_there_twice_where_they_are_held_otherwise_than_stored(
+    lora: str, half: bool, stored: int, size: int
+) -> None:
+    asked = configured("stage=sft", f"lora={lora}")
+    there = replace(facts(shape=GPT2_XL, device="cpu", half=half), stored=stored)
+    loading = estimate(asked, there).moments["loading"]
+    assert loading["weights"] == size * GPT2_XL.parameters
 
 
 def test_what_trains_nothing_has_the_whole_model_on_every_device() -> None:
@@ -182,3 +193,59 @@ def test_a_local_reward_model_is_counted(tmp_path: Path) -> None:
         weights = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
     assert scorer_parameters(config) == weights
     assert dict(plan_tables(config)[1])["reward model"] == "0 MiB"
+
+
+# ---------------------------------------------------------------- micro-batches by memory
+
+
+@pytest.mark.parametrize("gib", [32, 40, 80])
+@pytest.mark.parametrize("lora", ["lora", "qlora"])
+def test_micro_batches_are_the_most_that_are_estimated_to_fit(gib: int, lora: str) -> None:
+    config, there = configured("stage=dpo", f"lora={lora}"), facts(step=200_000)
+    found = fitting(config, there, gib * GIB)
+    needed = estimate(with_tokens(config, found.tokens), there).total
+    more = estimate(with_tokens(config, found.tokens + STEP), there).total
+    assert found.needed == needed <= 0.9 * gib * GIB
+    assert found.tokens == 16384 or more > 0.9 * gib * GIB
+    assert found.tokens >= 768  # as long as the longest example
+    assert f"up to {found.tokens:,} tokens at once" in str(found)
+
+
+def test_micro_batches_are_never_shorter_than_an_example_nor_longer_than_the_default() -> None:
+    config, there = configured("stage=dpo"), facts(step=200_000)
+    small = fitting(config, there, 8 * GIB)
+    assert (small.tokens, str(small).endswith(": the fewest that are tried")) == (768, True)
+    large = fitting(config, there, 2000 * GIB)
+    assert (large.tokens, str(large).endswith(": the most by default")) == (16384, True)
+
+
+def test_only_a_gpu_that_trains_has_its_micro_batches_chosen() -> None:
+    assert is_open(configured("stage=dpo"), "cuda")
+    assert not is_open(configured("stage=dpo"), "cpu")
+    assert not is_open(configured("stage=sample"), "cuda")
+    assert not is_open(configured("stage=dpo", "train.micro_batch_tokens=512"), "cuda")
+
+
+def test_a_run_starts_with_what_was_chosen_and_says_so(tmp_path: Path) -> None:
+    config = configure(*TINY, "stage=dpo", f"run_dir={tmp_path}", f"cache_dir={tmp_path}")
+    progress, said = Progress("off"), []
+    progress.note = said.append  # type: ignore[method-assign]
+    chosen = Fitting(384, 3.0 * GIB, 4.0 * GIB)
+    session = Session(
+        config, tmp_path, start_runtime(config.hardware, 0), progress, [],
+        choose_tokens=lambda tokenizer, splits: chosen,
+    )  # fmt: skip
+    asked = session.budget.asked
+    load_policy_and_data(session)
+    assert session.token_budget == 384 < asked == session.budget.asked
+    assert "micro-batches: up to 384 tokens at once, estimated at 3.0 of 4.0 GiB" in said[-1]
+    session.budget.restore({"asked": asked, "tokens": 200})  # an earlier start ran out
+    assert session.token_budget == 200
+
+
+def test_the_plan_tells_the_micro_batches(tmp_path: Path) -> None:
+    words = ("stage=dpo", "hardware.device=cuda", "hardware.memory_gb=2", f"cache_dir={tmp_path}")
+    rows = dict(plan_tables(configure(*TINY, *words))[1])
+    assert str(rows["micro-batches"]).startswith("up to ")
+    given = plan_tables(configure(*TINY, *words, "train.micro_batch_tokens=512"))[1]
+    assert "micro-batches" not in dict(given)

@@ -35,8 +35,8 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Trained:
-    """What learns. whole: every weight, norms too; adapted: matrices with an adapter, each of
-    which keeps its own input, with lora.dropout a mask, with DoRA both outputs, which the
+    """What learns. whole: every weight, norms too; adapted: matrices with an adapter, which keep
+    their inputs, with lora.dropout each its own and a mask, with DoRA both outputs, which the
     magnitudes multiply."""
 
     whole: bool
@@ -83,7 +83,9 @@ def _matrices(shape: Shape, numbers: Numbers, trained: Trained) -> float:
     if trained.whole:
         return numbers.compute * shared
     adapted = sum(x.inputs for x in trained.adapted) / layers
-    kept = adapted if numbers.compute == 2 else min(adapted, shared)
+    # A dropped-out input is the adapter's own, and so is what DoRA casts to float32 under autocast.
+    own = trained.dropout or (trained.dora and numbers.compute == 2)
+    kept = adapted if own else min(adapted, shared)
     kept += shared if trained.int8 else 0.0
     kept += 2 * sum(x.outputs for x in trained.adapted) / layers if trained.dora else 0.0
     return numbers.compute * kept + (adapted if trained.dropout else 0.0)

@@ -103,9 +103,8 @@ def _training(run: Run) -> dict[str, Parts]:
         moments[REFERENCE] = {
             "weights": weights_of(run), "reference": named / shards, **forward_of(run)
         }  # fmt: skip
-    if facts.device == "cpu" or shards > 1:  # else they come to the device as they stay there
-        moments[LOADING] = {"weights": loading_bytes(run)}
     if facts.device == "cpu":
+        moments[LOADING] = {"weights": loading_bytes(run)}
         moments[SAVING] = {**held, "copy of the state": held["optimiser state"]}
     return moments
 

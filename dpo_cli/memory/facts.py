@@ -33,13 +33,15 @@ class Texts:
 @dataclass(frozen=True)
 class Facts:
     """What an estimate needs beside the configuration. device: cpu | cuda; half: whether it
-    computes in bf16; scorer: float32 weights of a reward model or classifier."""
+    computes in bf16; scorer: float32 weights of a reward model or classifier; stored: bytes of
+    a weight in the model's files."""
 
     shape: Shape
     texts: Texts
     device: str
     half: bool
     scorer: int = 0
+    stored: int = 4
 
 
 def lengths_of(examples: Sequence[EncodedExample]) -> list[Lengths]:
@@ -84,3 +86,11 @@ def capacity(hardware: HardwareConfig, device: str) -> float | None:
     lines = MEMINFO.read_text().splitlines()
     total = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal:"))
     return total * 2**10 / hardware.devices
+
+
+def room(hardware: HardwareConfig, device: torch.device) -> float:
+    """Bytes of a CUDA device that this process has or could have now, its context not counted; no
+    more than `hardware.memory_gb`."""
+    free, _ = torch.cuda.mem_get_info(device)
+    found = float(free + torch.cuda.memory_reserved(device))
+    return found if hardware.memory_gb is None else min(found, hardware.memory_gb * 2**30)

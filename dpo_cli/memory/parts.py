@@ -111,13 +111,14 @@ def weights_of(run: Run) -> float:
 
 
 def loading_bytes(run: Run) -> float:
-    """Weights as they come, float32 and whole, before they are sharded; on a CPU with the bf16
-    ones that frozen ones become."""
-    shape, half, device = run.facts.shape, run.facts.half, run.facts.device
+    """Of a process on a CPU: the files' pages, which are mapped, and what their weights become
+    where that is another dtype; ranks keep their part of it. A GPU has them as they stay there."""
+    facts, shape = run.facts, run.facts.shape
     if not run.learnt.whole and run.lora.quantization is not None:
-        return frozen_bytes(run.lora, shape, half)
-    casts = half and not run.learnt.whole and device == "cpu"
-    return float((FLOAT + casts * HALF) * shape.parameters)
+        return frozen_bytes(run.lora, shape, facts.half)
+    held = HALF if facts.half and not run.learnt.whole else FLOAT
+    copied = held / run.sharing.shards if held != facts.stored else 0.0
+    return (facts.stored + copied) * shape.parameters
 
 
 def reference_of(run: Run, passing: bool = False) -> float:

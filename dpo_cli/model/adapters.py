@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 
 from dpo_cli.config import LoraConfig
 from dpo_cli.model.source import ADAPTER_WEIGHTS
+from dpo_cli.model.stored import kept_exact
 
 TRAINED, REFERENCE = "default", "reference"  # names of adapters; files have none
 POLICY_TASK, REWARD_TASK = "CAUSAL_LM", "SEQ_CLS"  # PEFT's names of what an adapter makes
+REWARD_HEAD = "score"
 PREFIX = "base_model.model."  # of the names in adapter files
 PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
          "modules_to_save"}  # fmt: skip
@@ -79,9 +81,17 @@ def adapter_as(model: PreTrainedModel, name: str | None) -> Iterator[None]:
 def function_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights the model computes with now, by the names they have without adapters: with all
     of them off, exactly those of the bare model."""
+    base, own = function_parts(model)
+    return {**base, **own}
+
+
+def function_parts(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """As `function_state`, in two: of the base, and of the adapter that is on, which may have
+    weights by names of the base."""
     if not is_adapted(model):
-        return model.state_dict()
-    state: dict[str, Tensor] = {}
+        return model.state_dict(), {}
+    base: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
     on = {
         place: None if layer._disable_adapters else layer.active_adapters[0]
         for place, layer in model.named_modules() if is_layer(layer)
@@ -91,11 +101,11 @@ def function_state(model: PreTrainedModel) -> dict[str, Tensor]:
         at = next((i for i, part in enumerate(parts) if part in PARTS), None)
         if at is None:
             plain = [p for p in parts if p not in ("base_layer", "original_module")]
-            state.setdefault(".".join(plain), value)
+            base[".".join(plain)] = value
         elif parts[at + 1] == on[".".join(parts[:at])]:
-            own = parts[:at] if parts[at] == "modules_to_save" else parts[: at + 1]
-            state[".".join(own + parts[at + 2 :])] = value
-    return state
+            mine = parts[:at] if parts[at] == "modules_to_save" else parts[: at + 1]
+            own[".".join(mine + parts[at + 2 :])] = value
+    return base, own
 
 
 def scalings(model: PreTrainedModel) -> list[float]:
@@ -113,7 +123,7 @@ def round_base(model: PreTrainedModel, dtype: torch.dtype) -> None:
     Buffers, too: rotary frequencies need their digits; and what the family keeps in float32.
     """
     kept = {id(p) for layer in layers(model) for p in _own_parameters(layer)}
-    exact = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    exact = kept_exact(model)
     for name, weight in model.named_parameters():
         own = id(weight) in kept or any(part in name for part in exact)
         if not own and weight.dtype == torch.float32:

@@ -35,11 +35,13 @@ CPU = torch.device("cpu")
 @dataclass(frozen=True)
 class Placement:
     """Where a loaded model will compute, the dtype its attention will get there, and who is
-    told what that costs."""
+    told what that costs. sharded: its weights go there in parts, one block after the other, and
+    stay on the CPU until then."""
 
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
     note: Callable[[str], None] = warnings.warn
+    sharded: bool = False
 
 
 @dataclass(frozen=True)

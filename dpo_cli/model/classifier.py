@@ -19,7 +19,9 @@ from transformers import (
 
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.load import context_length, hf_config, read_pretrained
+from dpo_cli.model.attention import Placement
+from dpo_cli.model.load import context_length, hf_config
+from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.source import loading, tokenizer_source
 
 CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of their classes
@@ -100,7 +102,8 @@ def load_classifier(
     shape = classifier_config(source, tokenizer, key)
     if len(label_names(shape)) < 2:
         raise ConfigError(f"{key}={where}: has one score, no classes: use reward_fn=reward_model")
-    model, _ = read_pretrained(AutoModelForSequenceClassification, source, key)
+    on = Placement(device)
+    model, _ = read_pretrained(AutoModelForSequenceClassification, source, key, on=on)
     if len(tokenizer) > _vocabulary(model):
         raise ConfigError(
             f"{key}={where}: its tokenizer has {len(tokenizer)} tokens, its embedding "

@@ -26,7 +26,7 @@ from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.model.probe import choose_attention, refuse_unavailable
-from dpo_cli.model.quantise import quantised, steady
+from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.source import (
     Origin,
     check_safetensors,
@@ -69,12 +69,13 @@ def load_model(
     on: Placement | None = None,
     adaptation: Adaptation | None = None,
 ) -> PreTrainedModel:
-    """Float32 master weights on the CPU, and the attention its packed rows will use.
+    """Weights where they will compute, and the attention its packed rows will use: float32, but
+    the frozen ones under an adapter in the dtype of `on`.
 
     `seed` decides the weights of a model from scratch, whatever was drawn before. `key` is
     where the user named the model; `on` where it will compute (the CPU, in float32). An adapter
     is merged into its base, unless `adaptation` says to train it or a new one. Raises ConfigError
-    for what cannot be loaded whole.
+    for what cannot be loaded whole, NonFiniteError for weights that are not numbers.
     """
     refuse_unavailable(config.attention, on)
     if config.path is None and config.architecture is not None:
@@ -105,13 +106,14 @@ def adapt(
 ) -> None:
     """Freeze a loaded base and put in the adapter to train: a new one, that of `config`'s folder,
     or that of the checkpoint. The base is rounded to what `on` computes in."""
-    from dpo_cli.model import lora  # PEFT is slow to import
+    from dpo_cli.model import casts, lora  # PEFT is slow to import
 
     origin = origin_of(config, key)
     made = lora.adapter_config(adaptation.settings, origin, task, key)
     lora.put_in(model, made, adaptation.weights or origin.adapter, seed)
     if on is not None and on.dtype != torch.float32:
         adapters.round_base(model, on.dtype)
+        casts.leave_casts_to_autocast(model)
 
 
 def make_ready(
@@ -143,56 +145,6 @@ def gpt2_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-
-
-def read_pretrained(
-    auto: Any,
-    config: ModelConfig,
-    key: str,
-    head: str | None = None,
-    adaptation: Adaptation | None = None,
-    on: Placement | None = None,
-    **changes: Any,
-) -> tuple[PreTrainedModel, bool]:
-    """The model of a folder or hub id as an `auto` class reads it; whether it lacked its head.
-
-    head: start of the names of weights that may be missing, to be made by the caller; any
-    other missing weight is a ConfigError. adaptation: leave an adapter out, and quantise the base
-    on its device. changes: entries of the model's configuration.
-    """
-    origin = origin_of(config, key)
-    source, options = source_of(config, key)
-    check_safetensors(source, key)
-    if adaptation is not None:
-        changes |= quantised(adaptation.settings.quantization, on or Placement())
-    with loading(source, key):
-        loaded: Any = auto.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
-            trust_remote_code=config.trust_remote_code, **options, **changes,
-        )  # fmt: skip
-    model, report = loaded
-    steady(model)
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ConfigError(
-            f"{key}={source}: holds an adapter that transformers has put in; download the "
-            "adapter alone and give its folder as model.path"
-        )
-    # transformers fills what is missing with random numbers
-    lacking = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
-    if origin.adapter is not None:
-        found = adapters.brought(origin.adapter)
-        lacking = [name for name in lacking if name not in found]
-        if adaptation is None:
-            from dpo_cli.model import lora  # PEFT is slow to import
-
-            lora.merge(model, origin, key)
-    others = [name for name in lacking if head is None or not name.startswith(head)]
-    if others:
-        raise ConfigError(
-            f"{key}={source}: lacks {len(others)} weights of a {type(model).__name__}, such as "
-            f"{others[0]}: it is damaged or no causal language model"
-        )
-    return cast(PreTrainedModel, model), bool(lacking)
 
 
 def refuse_reward_model(config: ModelConfig, key: str) -> None:

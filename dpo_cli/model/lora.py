@@ -26,11 +26,20 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.config import LoraConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.adapters import PARTS, PREFIX, REFERENCE, REWARD_TASK, TRAINED, is_layer, layers
+from dpo_cli.model.adapters import (
+    PARTS,
+    PREFIX,
+    REFERENCE,
+    REWARD_HEAD,
+    REWARD_TASK,
+    TRAINED,
+    is_layer,
+    layers,
+)
+from dpo_cli.model.casts import drawn_in_float32
 from dpo_cli.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Origin, loading
 from dpo_cli.tensor_file import write_tensors
 
-REWARD_HEAD = "score"
 ALL_LINEAR = "all-linear"
 MAGNITUDE = ".lora_magnitude_vector"
 SAME = {  # key of the lora group -> PEFT's name of what an adapter cannot change later
@@ -100,7 +109,7 @@ def put_in(
 
     Raises ConfigError for layers that cannot be adapted.
     """
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), drawn_in_float32():
         warnings.simplefilter("ignore")  # of a second adapter, and of GPT-2's transposed layers
         torch.manual_seed(seed)
         there = _adaptable(model)

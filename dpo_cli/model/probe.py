@@ -18,7 +18,9 @@ from dpo_cli.logprobs import logits_of
 from dpo_cli.model import attention, forward, kernels
 from dpo_cli.model.attention import MOST_TOKENS, PACKED, Placement, Seen
 from dpo_cli.model.layouts import LAYOUTS, PaddedLayout
-from dpo_cli.model.quantise import dequantised
+from dpo_cli.model.quantise import dense_weights, dequantised
+from dpo_cli.model.skeleton import skeleton
+from dpo_cli.model.stored import refuse_non_finite
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample, Segment
 
@@ -60,10 +62,11 @@ def choose_attention(
 ) -> None:
     """The fastest kernel that reproduces the model's own forward, and its gradients.
 
-    Some families accept a registered attention and ignore it, so it is tried on the loaded
-    weights, where they are; what runs on CUDA only is tried there on tensors of the same
-    shapes. Then the dense mask is tried, then plain padded rows, and `on.note` says so.
-    What is compared are log-probabilities of tokens, unless other functions are given.
+    Some families accept a registered attention and ignore it, so it is tried on a few of the
+    loaded layers in float32 (`skeleton`), where the model will compute; what runs on CUDA only
+    is tried on tensors of the same shapes. Then the dense mask is tried, then plain padded rows,
+    and `on.note` says so. What is compared are log-probabilities of tokens, unless other
+    functions are given.
 
     choice: `auto` or a kernel. on: where the model will compute. Raises ConfigError for a
     choice that cannot be used, and where nothing can; NonFiniteError for weights that are not.
@@ -72,8 +75,11 @@ def choose_attention(
     refuse_unavailable(choice, on)
     if on.device.type == "cuda":  # cuDNN's SDPA has given NaN on PyTorch 2.13
         torch.backends.cuda.enable_cudnn_sdp(False)
+    if not on.sharded:  # else as they come to the device
+        refuse_non_finite(type(model).__name__, dense_weights(model))
     reasons: dict[str, str] = {}
-    with dequantised(model), _Trial(model, plain_values, packed_values).short_windows() as trial:
+    few = _smallest(model.eval(), on.device, plain_values)
+    with dequantised(few), _Trial(few, plain_values, packed_values).short_windows() as trial:
         for kernel in _order(choice, on):
             why = trial.refuted(kernel, on)
             if why is None:
@@ -86,6 +92,19 @@ def choose_attention(
     attention.use(model, kernel)
     if reasons:
         on.note(f"{key}: {family} runs with attention={kernel}{_cost(kernel)} ({told})")
+
+
+def _smallest(model: PreTrainedModel, device: torch.device, plain: Plain) -> PreTrainedModel:
+    """A few of its layers, or all where its forward cannot do without."""
+    few = skeleton(model, device)
+    try:
+        with torch.no_grad(), dequantised(few):
+            few.set_attn_implementation("eager")
+            ids = torch.zeros(2, dtype=torch.long, device=device)
+            plain(few, ids[:1], ids[1:])
+    except TRIED:
+        return skeleton(model, device, whole=True)
+    return few
 
 
 def _order(choice: str, on: Placement) -> tuple[str, ...]:
@@ -116,7 +135,7 @@ class _Trial:
     """A model's own forward on a few random tokens, and kernels held against it."""
 
     def __init__(self, model: PreTrainedModel, plain: Plain, packed: Packed) -> None:
-        self.model, self.plain, self.packed = model.eval(), plain, packed
+        self.model, self.plain, self.packed = model, plain, packed
         self.seen: list[Seen] = []
         # Shows whether the family can be packed at all, where its weights are.
         self.exact = "grouped" if model.device.type == "cpu" else "sdpa"
@@ -135,7 +154,7 @@ class _Trial:
             with torch.enable_grad():
                 self.model.set_attn_implementation("eager")
                 self.truth = self._figures(self._plainly())
-                _refuse_non_finite(self.model, self.truth.values)
+                _refuse_overflow(self.model, self.truth.values)
                 self.interface = self._packed(self.exact)
                 yield self
         finally:
@@ -194,17 +213,13 @@ class _Trial:
         ]
 
 
-def _refuse_non_finite(model: PreTrainedModel, values: Tensor) -> None:
+def _refuse_overflow(model: PreTrainedModel, values: Tensor) -> None:
     """No kernel is to blame where the plain forward is NaN. Raises NonFiniteError."""
-    if torch.isfinite(values).all():
-        return
-    bad = (name for name, weight in model.named_parameters() if not torch.isfinite(weight).all())
-    name = next(bad, None)
-    why = f"its weight {name} is not finite" if name else "it overflows in this precision"
-    raise NonFiniteError(
-        f"{type(model).__name__}: its own forward gives values that are not finite: {why}; take "
-        "other weights (model.path)"
-    )
+    if not torch.isfinite(values).all():
+        raise NonFiniteError(
+            f"{type(model).__name__}: its own forward gives values that are not finite: it "
+            "overflows in this precision; take other weights (model.path)"
+        )
 
 
 def _difference(found: _Figures, truth: _Figures) -> str | None:

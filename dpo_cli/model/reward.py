@@ -35,9 +35,9 @@ from dpo_cli.model.load import (
     gpt2_config,
     hf_config,
     make_ready,
-    read_pretrained,
 )
 from dpo_cli.model.probe import choose_attention, refuse_unavailable
+from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.source import origin_of
 from dpo_cli.packing import pack
 from dpo_cli.records import Batch, EncodedExample
@@ -77,7 +77,9 @@ def load_reward_model(
             )  # fmt: skip
         if new:
             head = score_head(model)
-            torch.nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+            drawn = torch.empty(head.weight.shape)  # the same numbers whatever device it is on
+            torch.nn.init.normal_(drawn, std=(head.in_features + 1) ** -0.5)
+            head.weight.data = drawn.to(head.weight.device)
     set_padding(model, config, tokenizer, new, key)
     make_ready(model, config, tokenizer)
     choose_attention(model, config.attention, _plain_reward, _packed_rewards, on, key)

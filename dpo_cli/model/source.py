@@ -58,6 +58,13 @@ class Origin:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def adapter_files(self) -> list[Path]:
+        """What decides the adapter's function."""
+        if self.adapter is None:
+            return []
+        return [self.adapter / ADAPTER_CONFIG, self.adapter / ADAPTER_WEIGHTS]
+
+    @property
     def task(self) -> str | None:
         """PEFT's name of what the adapter makes of the base: CAUSAL_LM, SEQ_CLS."""
         return self.facts.get("task_type")

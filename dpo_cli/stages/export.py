@@ -22,7 +22,8 @@ from transformers import (
 from dpo_cli.config import ExportConfig, ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.model.classifier import CLASSIFIER
-from dpo_cli.model.load import hf_config, load_tokenizer, read_pretrained
+from dpo_cli.model.load import hf_config, load_tokenizer
+from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.reward import set_padding
 from dpo_cli.model.source import Origin, origin_of, source_of
 from dpo_cli.report.card import write_model_card

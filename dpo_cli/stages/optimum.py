@@ -16,7 +16,7 @@ from dpo_cli.data.dataset import fingerprint
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.evaluation import frontier
 from dpo_cli.evaluation.frontier import Curve
-from dpo_cli.model.digest import model_digest
+from dpo_cli.model.digest import loaded_digest
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.files import write_redacted_json
 from dpo_cli.stages.policies import POINT_KEYS
@@ -58,7 +58,7 @@ def identity(
         scorer["weights"] = f"sha256 {weights}"
     return {
         "prompts": f"{len(prompts)}, sha256 {fingerprint(prompts)}",
-        "reference": f"sha256 {model_digest(reference)}",
+        "reference": f"sha256 {loaded_digest(reference)}",
         "reward_fn": json.dumps(scorer, sort_keys=True),
         "temperature": str(stage.temperature),
         "max_new_tokens": str(stage.max_new_tokens),

@@ -132,7 +132,7 @@ def run(session: Session) -> dict[str, Any]:
         },
         identity={
             "rows": loaded.splits.fingerprint,
-            "reference": actors.reference.digest(),
+            "reference": actors.reference.digest,
             "reward_fn": scorer_digest(actors.score) or "none",
         },
         heads=actors.value_head,

@@ -28,13 +28,16 @@ def refuse_rounding(hardware: HardwareConfig, runtime: Runtime) -> None:
         )
 
 
-def hold_as_trained(model: PreTrainedModel, hardware: HardwareConfig) -> None:
-    """Float32 master weights stay; with hardware.weights=bf16 they are rounded once, here.
+def hold_as_trained(model: PreTrainedModel, hardware: HardwareConfig) -> torch.dtype | None:
+    """Float32 master weights stay; with hardware.weights=bf16 they are rounded once, here, and
+    the dtype is returned.
 
     Gradients and the optimiser's state follow. Buffers stay in float32: rotary frequencies
     would lose distant positions.
     """
-    if hardware.weights == "bf16":
-        for weight in model.parameters():
-            if weight.is_floating_point():
-                weight.data = weight.data.to(torch.bfloat16)
+    if hardware.weights != "bf16":
+        return None
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(torch.bfloat16)
+    return torch.bfloat16

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from dpo_cli.data.dataset import fingerprint
 from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.model import adapters
-from dpo_cli.model.digest import model_digest
+from dpo_cli.model.digest import loaded_digest
 from dpo_cli.model.forward import computed_by, head_of, sequence_logprobs
 from dpo_cli.model.source import Origin, origin_of
 from dpo_cli.records import EncodedExample
@@ -63,9 +64,11 @@ class Reference:
             self.model.to(device).requires_grad_(False)  # type: ignore[arg-type]
         return self
 
+    @cached_property
     def digest(self) -> str:
+        """Of its function, which nothing changes; of a shared one the base must not be trained."""
         with self.active() as model:
-            return model_digest(model)
+            return loaded_digest(model)
 
 
 def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
@@ -118,13 +121,14 @@ def keep_start(config: RunConfig, policy: PreTrainedModel) -> None:
 
 
 def reference_key(
-    session: Session, model: PreTrainedModel, examples: Sequence[EncodedExample]
+    session: Session, reference: Reference, examples: Sequence[EncodedExample]
 ) -> str:
     """Digest of all that the log-probabilities depend on."""
     runtime = session.runtime
+    model = reference.model
     head = head_of(model).rounding(runtime.device, session.placement.dtype)
     computed = f"{runtime.device.type} {runtime.precision} {computed_by(model)}{head}"
-    text = f"{model_digest(model)} {fingerprint(examples)} {computed} v2"
+    text = f"{reference.digest} {fingerprint(examples)} {computed} v3"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -158,7 +162,7 @@ def cached(
 ) -> tuple[Tensor, str]:
     """As `compute`, read from or written to the cache folder; and the cache's key."""
     with reference.active() as model:
-        key = reference_key(session, model, examples)
+        key = reference_key(session, reference, examples)
         folder = Path(session.config.cache_dir) / "reference" / place_of(session, key)[:32]
         found = session.ranks.from_first(lambda: read(folder))
         if found is not None:

@@ -29,7 +29,7 @@ from dpo_cli.model.classifier import (
     label_names,
     load_classifier,
 )
-from dpo_cli.model.digest import model_digest
+from dpo_cli.model.digest import loaded_digest
 from dpo_cli.model.load import load_tokenizer
 from dpo_cli.model.reward import load_reward_model, rewards, round_products, without_padding
 from dpo_cli.model.source import model_folder
@@ -176,8 +176,8 @@ def _normalisation(session: Session, config: RewardModelFn) -> Normalisation | N
 def scorer_digest(scorer: Scorer) -> str | None:
     """sha256 of the model behind a scorer, which may be trained anew in the same folder."""
     if isinstance(scorer, ClassifierScorer):
-        return model_digest(scorer.classifier.model)
-    return model_digest(scorer.model) if isinstance(scorer, RewardModelScorer) else None
+        return loaded_digest(scorer.classifier.model)
+    return loaded_digest(scorer.model) if isinstance(scorer, RewardModelScorer) else None
 
 
 def finite(scores: list[float]) -> list[float]:

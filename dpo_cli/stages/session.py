@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,13 +15,14 @@ from dpo_cli.config import ModelConfig, RunConfig
 from dpo_cli.data.chat import is_chat
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.model.adapters import Adaptation
+from dpo_cli.model.adapters import Adaptation, is_adapted
 from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of
 from dpo_cli.model.blocks import compile_blocks
 from dpo_cli.model.forward import head_of
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
 from dpo_cli.model.recompute import recompute_blocks
 from dpo_cli.model.source import model_folder
+from dpo_cli.model.stored import refuse_non_finite
 from dpo_cli.ranks import Ranks
 from dpo_cli.report.console import Progress
 from dpo_cli.report.sinks import Sink
@@ -41,6 +43,13 @@ class Stage(Protocol):
     def __call__(self, session: Session) -> dict[str, Any]: ...
 
 
+class Chosen(Protocol):
+    """Tokens of a micro-batch; as text, why so many."""
+
+    @property
+    def tokens(self) -> int: ...
+
+
 @dataclass
 class Session:
     """One run: resolved configuration, where it writes, where it computes."""
@@ -51,6 +60,8 @@ class Session:
     progress: Progress
     sinks: list[Sink]
     snapshot: Snapshot | None = None
+    # Chooses the tokens of a micro-batch by the rows and the memory that is free; None: as they are
+    choose_tokens: Callable[[PreTrainedTokenizerFast, EncodedSplits], Chosen] | None = None
     data_facts: dict[str, Any] = field(default_factory=dict)  # for the model card
     budget: TokenBudget = field(init=False)
     kernel: str = field(init=False, repr=False)  # of the trained model, known when it is loaded
@@ -74,6 +85,13 @@ class Session:
         """`work()`, a pass that only measures, in smaller rows where memory runs out."""
         return within(self.budget, self.runtime.device, self.note, work)
 
+    def settle_tokens(self, tokenizer: PreTrainedTokenizerFast, splits: EncodedSplits) -> None:
+        """Before the first pass over rows, with the trained model on its device."""
+        if self.choose_tokens is not None:
+            chosen = self.choose_tokens(tokenizer, splits)
+            self.note(f"micro-batches: {chosen}")
+            self.budget.start_with(min(self.ranks.gather(chosen.tokens)))
+
     @property
     def placement(self) -> Placement:
         half = self.runtime.precision == "bf16"
@@ -94,7 +112,7 @@ class Session:
 
 
 # (which, tokenizer, seed, the key that names it, where it will compute, how it is adapted)
-# -> a model on the CPU, or quantised on its device
+# -> a model on its device; one to be sharded, and not quantised, on the CPU
 LoadModel = Callable[
     [ModelConfig, PreTrainedTokenizerFast, int, str, Placement, Adaptation | None], PreTrainedModel
 ]
@@ -125,17 +143,19 @@ def load(
     as_trained: in the precision of the trained weights; else the reference would not be what
     the policy was at step 0. before: what is done to it before its weights are sharded.
     """
-    model = how(source, tokenizer, session.config.seed, key, session.placement, adaptation)
+    on = replace(session.placement, sharded=session.ranks.size > 1)
+    model = how(source, tokenizer, session.config.seed, key, on, adaptation)
     before(model)
     if as_trained and compiles(session):
         compile_blocks(model, session.note)
     if kernel_of(model) in MOST_TOKENS:
         session.budget.limit(MOST_TOKENS[kernel_of(model)])
+    held = None if is_adapted(model) else torch.float32
     if as_trained:
-        hold_as_trained(model, session.config.hardware)
+        held = hold_as_trained(model, session.config.hardware) or held
     note_head(session, model, key)
     if session.ranks.size > 1:
-        spread_weights(session, model, key)
+        spread_weights(session, model, key, held)
     return model
 
 
@@ -157,8 +177,13 @@ def compiles(session: Session) -> bool:
     return choice == "blocks"
 
 
-def spread_weights(session: Session, model: PreTrainedModel, key: str) -> None:
-    """Shard a loaded model over the ranks. ConfigError for one whose forwards differ by rank."""
+def spread_weights(
+    session: Session, model: PreTrainedModel, key: str, held: torch.dtype | None
+) -> None:
+    """Shard a loaded model over the ranks. ConfigError for one whose forwards differ by rank.
+
+    held: what its weights come to be in on the way; None leaves each as it is.
+    """
     if kernel_of(model) == "plain":  # as many forwards as a row needs
         raise ConfigError(
             f"{key}: {type(model).__name__} runs with attention=plain, which several devices "
@@ -167,7 +192,17 @@ def spread_weights(session: Session, model: PreTrainedModel, key: str) -> None:
     hardware = session.config.hardware
     nodes = max(1, session.ranks.size // hardware.devices)
     mesh = make_mesh(session.runtime.device.type, hardware.devices, nodes, hardware.sharding)
-    shard(model, mesh, session.placement.dtype)
+    shard(model, mesh, session.placement.dtype, partial(_arrived, type(model).__name__, held))
+
+
+def _arrived(
+    family: str, held: torch.dtype | None, weights: list[tuple[str, torch.nn.Parameter]]
+) -> None:
+    """Of a block that is about to be sharded."""
+    refuse_non_finite(family, weights)
+    for _, weight in weights:
+        if held is not None and weight.is_floating_point():
+            weight.data = weight.data.to(held)
 
 
 def load_policy_and_data(
@@ -195,6 +230,7 @@ def load_policy_and_data(
     splits = load_data(session, context_length(model), tokenizer)
     if not splits.train:
         raise DataError(f"data={config.data.name}: no training rows are left")
+    session.settle_tokens(tokenizer, splits)
     return Loaded(model, tokenizer, splits, base_provenance(config.model))
 
 

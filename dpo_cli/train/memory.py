@@ -57,6 +57,10 @@ class TokenBudget:
         self.asked, self.tokens = min(self.asked, most), min(self.tokens, most)
         self.restore(self.found)
 
+    def start_with(self, tokens: int) -> None:
+        """Fewer than asked, where more are not expected to fit."""
+        self.tokens = min(self.tokens, tokens)
+
     def lower(self, failed: Batch | None, note: Note) -> None:
         """Halve: no row like `failed` again. ConfigError where one example alone is too large."""
         tokens = self.tokens

@@ -1,0 +1,108 @@
+"""Weights as their files have them: in which numbers, and how a model comes to hold others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from dpo_cli.errors import NonFiniteError
+
+HALF = {"BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
+INTEGERS = ("I", "U", "BOOL")
+
+
+def weight_files(source: str, options: dict[str, Any]) -> list[Path]:
+    """The files from_pretrained takes of a folder or hub id, which it may have to fetch; none
+    where it takes others than it writes itself."""
+
+    def found(name: str) -> Path | None:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
+        return None if path is None else Path(path)
+
+    single = found(SAFE_WEIGHTS_NAME)
+    if single is not None:
+        return [single]
+    index = found(SAFE_WEIGHTS_INDEX_NAME)
+    if index is None:
+        return []
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return [path for path in map(found, names) if path is not None]
+
+
+def stored_dtype(files: Sequence[Path]) -> torch.dtype:
+    """The half precision that all floating-point weights of safetensors files are in; else
+    float32, which holds a mixture exactly. Of integers, such as quantised weights, nothing."""
+    kinds: set[str] = set()
+    for path in files:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        kinds |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
+    kinds = {kind for kind in kinds if not kind.startswith(INTEGERS)}
+    return HALF.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+@contextmanager
+def parameters_in(dtype: torch.dtype) -> Iterator[None]:
+    """Models that from_pretrained builds in the body get their parameters in another dtype, so that
+    weights are read in it; buffers stay what a float32 model has.
+
+    from_pretrained's own `dtype` would work buffers out in half precision as well, and some
+    families' rotary tables or embedding scales would be rounded for good.
+    """
+    if dtype == torch.float32:
+        yield
+        return
+    module: Any = torch.nn.Module
+    real = module.register_parameter
+
+    def register(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        if param is not None and param.is_meta and param.dtype == torch.float32:
+            param.data = param.data.to(dtype)
+        real(self, name, param)
+
+    module.register_parameter = register
+    try:
+        yield
+    finally:
+        module.register_parameter = real
+
+
+def hold(model: PreTrainedModel, dtype: torch.dtype, trained: Sequence[str] = ()) -> None:
+    """Floating-point weights in that dtype, one after the other where they are; in float32 what
+    the family keeps so, and the modules with these last names. Buffers and integers are left
+    alone."""
+    exact = kept_exact(model)
+    for name, weight in model.named_parameters():
+        whole = any(part in name for part in exact) or set(trained) & set(name.split("."))
+        wanted = torch.float32 if whole else dtype
+        if weight.is_floating_point() and weight.dtype != wanted:
+            weight.data = weight.data.to(wanted)
+
+
+def kept_exact(model: PreTrainedModel) -> tuple[str, ...]:
+    """Parts of names of weights that the family computes in float32 whatever the others are in."""
+    return tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+
+
+def refuse_non_finite(family: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """NonFiniteError naming the first weight that holds NaN or infinity. One synchronisation with
+    the device; no second copy of a weight."""
+    named, fine = [], []
+    for name, weight in weights:
+        if weight.is_floating_point() and weight.itemsize > 1 and weight.numel():
+            named.append(name)
+            fine.append(torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all())
+    bad = ~torch.stack(fine).cpu() if fine else torch.zeros(0, dtype=torch.bool)
+    if bad.any():
+        raise NonFiniteError(
+            f"{family}: its weight {named[int(bad.nonzero()[0])]} is not finite; take other "
+            "weights (model.path)"
+        )
