@@ -24,7 +24,7 @@ from dpo_cli.grammar.tokenizer import build_tokenizer
 from dpo_cli.model import adapters
 from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.attention import Placement
-from dpo_cli.model.fuse import fuse_gelu
+from dpo_cli.model.fuse import fuse_gelu, skip_padding_check
 from dpo_cli.model.probe import choose_attention, refuse_unavailable
 from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.source import (
@@ -122,6 +122,7 @@ def make_ready(
     """Dropout as configured, fused activations; ConfigError for a tokenizer of other weights."""
     set_dropout(model, config.dropout)
     fuse_gelu(model)
+    skip_padding_check(model)
     vocab = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > vocab:
         raise ConfigError(
