@@ -51,7 +51,8 @@ def compute_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     The compiler's tables of dtypes are read first: made meanwhile, they would lack float32.
     """
     importlib.import_module("torch._inductor.codegen.cpp")
-    monkeypatch.setattr(torch, "float32", torch.float64)
+    for name in ("float32", "float"):
+        monkeypatch.setattr(torch, name, torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 

@@ -185,10 +185,14 @@ def why_not(model: PreTrainedModel, decode: Callable[[Trial], Tensor]) -> str | 
         return first_line(error)
     effect = (plain[:, 0] - plain[:, 2]).norm()  # the first two prompts, of one length
     away = float((found - plain).norm() / effect)
-    half = model.dtype in HALF or torch.is_autocast_enabled(model.device.type)
-    if away < AGREEMENT[half]:
+    if away < AGREEMENT[in_half(model)]:
         return None
     return f"its logits would be off by {away:.2g} of what another prompt changes"
+
+
+def in_half(model: PreTrainedModel) -> bool:
+    """Whether its products are computed in half precision, as the caller has set it."""
+    return model.dtype in HALF or torch.is_autocast_enabled(model.device.type)
 
 
 def first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from dpo_cli.model.attention import attention_as
 from dpo_cli.model.decoding import Note, advance, shares_prompts, start
 from dpo_cli.model.draw import draw
 from dpo_cli.model.sampled import Completion, Sampled, SamplingOptions
-from dpo_cli.model.stepper import Stepper, can_step
+from dpo_cli.model.stepper import Stepper, can_step, has_kernel
 
 LOOK_EVERY = {"cpu": 1, "cuda": 4}  # steps; a look for finished rows makes the host wait
 STATIC = {"cpu": False, "cuda": True}  # steps of static shape, which CUDA graphs can record
@@ -90,8 +90,8 @@ def _decoder(
     """The fastest way of decoding that is right for the model."""
     shared = shares_prompts(model, note)
     if shared and STATIC[model.device.type] and can_step(model, note):
-        recorded = model.device.type == "cuda"
-        return Stepper(model, options, eos_id, pad_id, recorded, note).decode
+        record, kernel = model.device.type == "cuda", has_kernel(model, note)
+        return Stepper(model, options, eos_id, pad_id, record, note, kernel).decode
     return lambda prompts, steps, seed: _decode(
         model, prompts, options, steps, eos_id, pad_id, shared,
         torch.Generator(model.device).manual_seed(seed),

@@ -101,6 +101,14 @@ class _Layer(DynamicLayer):
     def attend(self, query: Tensor, call: Call) -> Tensor:
         """q (R, H, 1, d) -> (R, H, d)"""
         cache, (rows, heads) = self.cache, query.shape[:2]
+        if cache.kernel:
+            from dpo_cli.model import decode_kernel  # imports Triton
+
+            return decode_kernel.attend(
+                query, self.prompt, tuple(x[:rows] for x in self.own), cache.cells[:rows],
+                None if cache.room.samples == 1 else cache.rows_of[: cache.prompts],
+                cache.first, cache.column, call,
+            )  # fmt: skip
         prompt_keys, prompt_values = (x[: cache.prompts] for x in self.prompt)
         own_keys, own_values = (x[:rows, :, : cache.own_columns] for x in self.own)
         scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
@@ -130,14 +138,17 @@ class StaticCache(Cache):
     column: (1,) the own column of the next token. first: (P,) each prompt's first column.
     """
 
-    def __init__(self, like: DynamicCache, room: Room) -> None:
+    def __init__(self, like: DynamicCache, room: Room, kernel: bool = False) -> None:
         layers = [_Layer(cast(DynamicLayer, x), room, self) for x in like.layers]
         super().__init__(layers=list(layers))
-        self.static, self.room = layers, room
+        self.static, self.room, self.kernel = layers, room, kernel
         self.device = layers[0].prompt[0].device
         self.column = torch.zeros(1, dtype=torch.long, device=self.device)
         self.first = torch.zeros(room.prompts, dtype=torch.long, device=self.device)
         self.cells = torch.zeros(room.rows, dtype=torch.long, device=self.device)
+        self.rows_of = torch.zeros(
+            room.prompts, room.samples, dtype=torch.int32, device=self.device
+        )
         self.one = torch.ones(1, 1, dtype=torch.long, device=self.device)
         self.prompts = self.rows = 0
         self.own_columns = min(FIRST_OWN, room.tokens)
@@ -152,7 +163,7 @@ class StaticCache(Cache):
         self.sample_of = np.tile(np.arange(samples), self.prompts)
         first = self.room.columns - torch.tensor(lengths)
         self.first[: self.prompts] = first.to(self.device)
-        self.cells[: self.rows] = torch.arange(self.rows, device=self.device)
+        self._place(np.arange(self.rows))
         self.column.zero_()
         self.own_columns = min(FIRST_OWN, self.room.tokens)
 
@@ -168,7 +179,7 @@ class StaticCache(Cache):
     @property
     def shape(self) -> tuple[int, int, int]:
         """What a recorded step is good for."""
-        return self.prompts, self.rows, self.own_columns
+        return self.prompts, self.rows, 0 if self.kernel else self.own_columns
 
     @property
     def grid(self) -> Grid:
@@ -236,9 +247,15 @@ class StaticCache(Cache):
         self.first[to[0]] = self.first[to[1]]
         for layer in self.static:
             layer.move((to[0], to[1]), (to[2], to[3]), used)
-        cells = torch.from_numpy(self.prompt_of * self.room.samples + self.sample_of)
-        self.cells[:rows] = cells.to(self.device)
+        self._place(self.prompt_of * self.room.samples + self.sample_of)
         return order
+
+    def _place(self, cells: np.ndarray) -> None:
+        """cells: (R,) prompt * M + sample of each row."""
+        self.cells[: self.rows] = torch.from_numpy(cells).to(self.device)
+        rows_of = np.full(self.rows_of.shape, -1, np.int32)
+        rows_of.reshape(-1)[cells] = np.arange(self.rows)
+        self.rows_of.copy_(torch.from_numpy(rows_of))
 
 
 def halved(count: int, least: int) -> int:

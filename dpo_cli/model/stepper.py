@@ -9,6 +9,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from dpo_cli.model.decoding import (
     Trial,
     advance,
     first_line,
+    in_half,
     prefill,
     refuse_non_finite,
     tried_once,
@@ -35,6 +38,7 @@ from dpo_cli.model.sampled import Completion, Sampled, SamplingOptions
 from dpo_cli.model.static_cache import Room, StaticCache
 
 STEPPING = "dpo_static_steps"  # the attribute of a model that says why it cannot, or None
+FUSED = "dpo_decode_kernel"  # the same of the kernel
 LOOK_EVERY = 8  # steps; a look for finished rows makes the host wait
 WORTH_RECORDING = 6  # steps to come: recording one takes as long as about two
 
@@ -42,18 +46,20 @@ WORTH_RECORDING = 6  # steps to come: recording one takes as long as about two
 class Stepper:
     """Decodes batches of prompts one after the other in the same buffers.
 
-    record: with CUDA graphs. keep_logits: `logits` holds the last step's, (R, V).
+    record: with CUDA graphs. kernel: attention by the Triton kernel. keep_logits: `logits` holds
+    the last step's, (R, V).
     Of row r: `token` its last one, `position` that one's, `alive` its place in the batch.
     """
 
     def __init__(
         self, model: PreTrainedModel, options: SamplingOptions, eos_id: int, pad_id: int,
-        record: bool, note: Note = warnings.warn, keep_logits: bool = False,
+        record: bool, note: Note = warnings.warn, kernel: bool = False,
+        keep_logits: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.options, self.eos_id, self.pad_id = model, options, eos_id, pad_id
         self.generator = torch.Generator(model.device)
         self.graphs = Graphs(self.generator) if record else None
-        self.note, self.keep_logits = note, keep_logits
+        self.note, self.kernel, self.keep_logits = note, kernel, keep_logits
         self.logits: Tensor | None = None
         self.room: Room | None = None  # of the buffers; None: there are none
         self.cache: StaticCache
@@ -106,7 +112,7 @@ class Stepper:
         wanted = (self.room or room).grown(room)
         self._free()  # or there would be two
         self.room, rows, device = wanted, wanted.rows, self.model.device
-        self.cache = StaticCache(like, wanted)
+        self.cache = StaticCache(like, wanted, self.kernel)
         dtype = promoted(self.model.dtype)
         self.sampled = Sampled(rows, self.room.tokens, dtype, device)
         self.token, self.position, self.alive = (
@@ -175,29 +181,44 @@ class Stepper:
 
 def can_step(model: PreTrainedModel, note: Note) -> bool:
     """Whether recorded steps reproduce the model's own decoding, tried once per model."""
-    return tried_once(model, STEPPING, _why_no_steps, note, "no CUDA graphs are used")
+    why_not_steps = partial(_why_no_steps, kernel=False)
+    return tried_once(model, STEPPING, why_not_steps, note, "no CUDA graphs are used")
 
 
-def _why_no_steps(model: PreTrainedModel) -> str | None:
-    """Tried as it will be used: in the caller's precision, from the second step on recorded."""
+def has_kernel(model: PreTrainedModel, note: Note) -> bool:
+    """Whether the Triton kernel can be used in such steps, tried once per model. It is for half
+    precision, in which the matrix units take a fraction of the time that reading keys does."""
+    if model.device.type != "cuda" or find_spec("triton") is None or not in_half(model):
+        return False
+    why_no_kernel = partial(_why_no_steps, kernel=True)
+    return tried_once(model, FUSED, why_no_kernel, note, "attention without a fused kernel")
 
-    def decode(trial: Trial) -> Tensor:
-        prompts, tokens = trial
-        steps, reasons = len(tokens) + WORTH_RECORDING, []  # type: int, list[str]
-        options, record = SamplingOptions(2, max_new_tokens=steps), model.device.type == "cuda"
-        stepper = Stepper(model, options, -1, 0, record, reasons.append, keep_logits=True)
-        stepper.begin(prompts, steps)
-        found = []
-        with attention_as(model, prefix_cache.NAME):
-            for number, token in enumerate(tokens, start=1):
-                stepper.token.fill_(int(token))
-                # The first is not recorded: a wait in a recording would break CUDA's state.
-                with refusing_to_wait(model.device) if number == 1 else nullcontext():
-                    stepper.step(number, steps)
-                assert stepper.logits is not None
-                found.append(stepper.logits.clone())
-        if reasons:
-            raise RuntimeError(reasons[0])
-        return torch.stack(found).double()
 
-    return why_not(model, decode)
+def _why_no_steps(model: PreTrainedModel, kernel: bool) -> str | None:
+    """Tried as it will be used: in the caller's precision, from the second step on recorded.
+
+    The kernel reads prompts of one sample in another way than those of several.
+    """
+    whys = (why_not(model, partial(_trial, model, samples, kernel)) for samples in (2, 1))
+    return next((why for why in whys if why is not None), None)
+
+
+def _trial(model: PreTrainedModel, samples: int, kernel: bool, trial: Trial) -> Tensor:
+    """(len(tokens), R, V) logits of two samples a prompt, or of each prompt twice."""
+    prompts, tokens = [p for p in trial[0] for _ in range(2 // samples)], trial[1]
+    steps, reasons = len(tokens) + WORTH_RECORDING, []  # type: int, list[str]
+    options, record = SamplingOptions(samples, max_new_tokens=steps), model.device.type == "cuda"
+    stepper = Stepper(model, options, -1, 0, record, reasons.append, kernel, keep_logits=True)
+    stepper.begin(prompts, steps)
+    found = []
+    with attention_as(model, prefix_cache.NAME):
+        for number, token in enumerate(tokens, start=1):
+            stepper.token.fill_(int(token))
+            # The first is not recorded: a wait in a recording would break CUDA's state.
+            with refusing_to_wait(model.device) if number == 1 else nullcontext():
+                stepper.step(number, steps)
+            assert stepper.logits is not None
+            found.append(stepper.logits.clone())
+    if reasons:
+        raise RuntimeError(reasons[0])
+    return torch.stack(found).double()
