@@ -1,0 +1,43 @@
+"""What stages say of the kernel of the output layer, and what a cached reference knows of it."""
+
+from types import SimpleNamespace
+
+import torch
+
+from dpo_cli import fused_head
+from dpo_cli.model.attention import Placement
+from dpo_cli.stages.reference import reference_key
+from dpo_cli.stages.session import note_head
+from small_models import build, examples
+
+
+def on_cuda(notes=None):
+    """What a stage is told of where it computes, for a session on a GPU that is not there."""
+    device = torch.device("cuda", 0)
+    return SimpleNamespace(
+        placement=Placement(device, torch.bfloat16), note=notes and notes.append,
+        runtime=SimpleNamespace(device=device, precision="bf16"),
+    )  # fmt: skip
+
+
+def test_a_refusal_is_told_when_the_model_is_loaded(monkeypatch):
+    notes = [""]
+    monkeypatch.setattr(fused_head, "refused", lambda shape: "no C compiler")
+    note_head(on_cuda(notes), build("gpt2"), "model.path")
+    assert notes[1:] == [
+        "model.path: log-probabilities by plain operations, which are slower (no C compiler)"
+    ]
+    monkeypatch.setattr(fused_head, "refused", lambda shape: None)
+    note_head(on_cuda(notes), build("gpt2"), "model.path")
+    assert len(notes) == 2
+
+
+def test_the_reference_key_tells_what_rounds_the_log_probabilities(monkeypatch):
+    keys = set()
+    model = build("gpt2").float()
+    for refusal in (None, "no C compiler"):
+        for wide in (True, False):
+            monkeypatch.setattr(fused_head, "refused", lambda shape, why=refusal: why)
+            monkeypatch.setattr(fused_head, "unrounded", lambda device, dtype, yes=wide: yes)
+            keys.add(reference_key(on_cuda(), model, examples(2)))
+    assert len(keys) == 4
