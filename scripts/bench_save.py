@@ -1,10 +1,13 @@
 #!/usr/bin/env python
-"""What saving costs: the whole protocol beside plain writes of the same tensors, and a step.
+"""What saving costs: how long training stands still, beside plain writes of the same tensors.
 
     python scripts/bench_save.py [--layers 4 --width 256] [--repeats 15] [--folder DISK]
+                                 [--device cuda]
 
-plain: two safetensors files, weights and optimiser state, without sync or checksum. synced:
-the same with an fsync of each. protocol: a checkpoint as runs write it. They take turns.
+plain: two safetensors files, weights and optimiser state, without sync or checksum. synced: the
+same with an fsync of each. hashed: as plain, each file's sha256 made while it is written.
+foreground: a checkpoint as runs publish it while training waits. copy: all that training waits
+for where it does not. background: that copy published by a thread. They take turns.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,11 +33,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from dpo_cli.config import OptimConfig
 from dpo_cli.durable import damage
 from dpo_cli.grammar.tokenizer import build_tokenizer
-from dpo_cli.train import checkpoint, loop
+from dpo_cli.tensor_file import write_tensors
+from dpo_cli.train import checkpoint, contents, loop
+from dpo_cli.train.host_copy import HostCopy
 from dpo_cli.train.optim import build_optimizer, take_step
 from dpo_cli.train.runtime import quiet_libraries
 
-HEAD = "| way | median s | lowest | highest | times plain |\n|---|---|---|---|---|"
+HEAD = "| way | median s | lowest | highest | MB/s | times plain |\n|---|---|---|---|---|---|"
 ROUNDS, WARM_UP = 3, 2  # of the small runs, in turn; steps not counted
 RUN = (
     "model=tiny", "hardware=cpu", "data.rows=256", "data.eval_rows=0", "stage=sft",
@@ -42,19 +48,21 @@ RUN = (
 )  # fmt: skip
 
 
-def trained(layers: int, width: int, vocab: int) -> tuple[Any, Any]:
+def trained(layers: int, width: int, vocab: int, device: str = "cpu") -> tuple[Any, Any]:
     """A model after one step: its optimiser has state."""
     config = GPT2Config(vocab_size=vocab, n_embd=width, n_layer=layers, n_head=4, n_positions=64,
                         bos_token_id=0, eos_token_id=0)  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config).to(device)
     optimizer = build_optimizer(model, OptimConfig(), 1e-3)
-    ids = torch.randint(0, vocab, (1, 16))
+    ids = torch.randint(0, vocab, (1, 16), device=device)
     model(input_ids=ids, labels=ids).loss.backward()
     take_step(model, optimizer, 1.0, 1.0, 1e-3)
     return model, optimizer
 
 
-def plain_writer(model: Any, optimizer: Any, synced: bool) -> Callable[[Path], None]:
+def plain_writer(
+    model: Any, optimizer: Any, synced: bool, write_file: Callable[..., object] = save_file
+) -> Callable[[Path], None]:
     weights = {name: value.detach() for name, value in model.named_parameters()}
     state = {f"{index}/{key}": value for index, entry in optimizer.state_dict()["state"].items()
              for key, value in entry.items() if isinstance(value, torch.Tensor)}  # fmt: skip
@@ -63,7 +71,7 @@ def plain_writer(model: Any, optimizer: Any, synced: bool) -> Callable[[Path], N
         folder.mkdir()
         for name, tensors in (("model", weights), ("optimizer", state)):
             path = folder / f"{name}.safetensors"
-            save_file(tensors, path)
+            write_file(tensors, path)
             if synced:
                 with path.open("rb") as stream:
                     os.fsync(stream.fileno())
@@ -79,16 +87,29 @@ def timed(work: Callable[[], object]) -> float:
 
 def measure(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, list[float]], float]:
     """Seconds of each way, and the MB of a checkpoint."""
-    model, optimizer = trained(args.layers, args.width, args.vocab)
-    tokenizer = build_tokenizer(args.vocab)
+    model, optimizer = trained(args.layers, args.width, args.vocab, args.device)
+    tokenizer = contents.of_tokenizer(build_tokenizer(args.vocab))
+    host, taken = HostCopy(torch.device(args.device)), []
 
-    def protocol(folder: Path) -> None:
-        checkpoint.save(folder, 1, model, tokenizer, optimizer, {"best": None}, {})
+    def made() -> contents.Contents:
+        weights = contents.of_model(model, tokenizer, {})
+        return weights | contents.of_training(optimizer, None, checkpoint.stamped(1, {}))
 
-    ways = {
+    def hashed(tensors: Any, path: Path) -> None:
+        write_tensors(path, tensors)
+
+    def background(folder: Path) -> None:
+        thread = threading.Thread(target=checkpoint.publish, args=(folder, 1, taken.pop()))
+        thread.start()
+        thread.join()
+
+    ways: dict[str, Callable[[Path], object]] = {
         "plain": plain_writer(model, optimizer, synced=False),
         "synced": plain_writer(model, optimizer, synced=True),
-        "protocol": protocol,
+        "hashed": plain_writer(model, optimizer, synced=False, write_file=hashed),
+        "foreground": lambda folder: checkpoint.publish(folder, 1, made()),
+        "copy": lambda folder: taken.append(host.take(made())),
+        "background": background,
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
     size = 0.0
@@ -98,10 +119,10 @@ def measure(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, list[flo
             seconds = timed(lambda write=write, folder=folder: write(folder))
             if turn:
                 found[name].append(seconds)
-            if name == "protocol":
+            if name in ("foreground", "background"):
                 assert damage(folder / "step-1") is None
                 size = sum(p.stat().st_size for p in (folder / "step-1").iterdir()) / 2**20
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # a copy is in none
     return found, size
 
 
@@ -142,6 +163,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in (("layers", 4), ("width", 256), ("vocab", 1024), ("repeats", 15),
                         ("steps", 60)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
+    parser.add_argument("--device", default="cpu", help="of the state; default: cpu")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: a temporary")
     args = parser.parse_args(argv)
     if args.repeats < 1 or args.steps < 10:
@@ -159,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for way, seconds in found.items():
             median = statistics.median(seconds)
             print(f"| {way} | {median:.4f} | {min(seconds):.4f} | {max(seconds):.4f} "
-                  f"| {median / plain:.1f} |")  # fmt: skip
+                  f"| {size / median:,.0f} | {median / plain:.1f} |")  # fmt: skip
         step, idle, between = steps(Path(name), args.steps)
     print(f"\nA step of the tiny model: {step * 1e3:.1f} ms; what the loop does after one that is "
           f"not saved: {idle * 1e6:.0f} µs. With a save every ten steps a step takes "

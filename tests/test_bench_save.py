@@ -38,11 +38,12 @@ def test_a_small_measurement(bench: Any, capsys: Any, monkeypatch: Any, tmp_path
     assert bench.main([*SMALL, f"--folder={tmp_path}"]) == 0
     out = capsys.readouterr().out
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
-    assert [row[0] for row in rows] == ["| plain", "| synced", "| protocol"]
+    ways = ["plain", "synced", "hashed", "foreground", "copy", "background"]
+    assert [row[0].removeprefix("| ") for row in rows] == ways
     for row in rows:
         median, lowest, highest = map(float, row[1:4])
         assert lowest <= median <= highest
-    assert rows[0][4] == "1.0 |"
+    assert rows[0][5] == "1.0 |"
     assert "With a save every ten steps" in out
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(SystemExit):

@@ -36,7 +36,7 @@ from dpo_cli.memory.weights import FLOAT, state_bytes
 
 HEAD, BACKWARD, BACKWARD_END = "the output layer", "the backward", "the backward's end"
 SAMPLING, SCORING, REFERENCE = "sampling", "scoring a micro-batch", "the reference's pass"
-LOADING, SAVING = "loading", "saving"
+LOADING = "loading"
 # Beside tensors. cpu: Python with its libraries; cuda: the context, kernels, workspaces.
 PROGRAM = {"cpu": 600 * 2**20, "cuda": 900 * 2**20}
 SLACK = {"cpu": 0.10, "cuda": 0.05}  # of the rest: what an allocator holds and cannot use
@@ -105,7 +105,6 @@ def _training(run: Run) -> dict[str, Parts]:
         }  # fmt: skip
     if facts.device == "cpu":
         moments[LOADING] = {"weights": loading_bytes(run)}
-        moments[SAVING] = {**held, "copy of the state": held["optimiser state"]}
     return moments
 
 
