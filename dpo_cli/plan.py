@@ -35,7 +35,7 @@ from dpo_cli.memory.facts import (
     lengths_of,
 )
 from dpo_cli.memory.shape import Shape, shape_of
-from dpo_cli.memory.table import Row, memory_rows
+from dpo_cli.memory.table import Row, copy_rows, memory_rows
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.classifier import classifier_config
 from dpo_cli.model.load import (
@@ -134,10 +134,10 @@ def planned_memory(
         return []
     there = capacity(config.hardware, facts.device)
     if there is None or not is_open(config, facts.device):
-        return memory_rows(config, facts, there)
+        return [*memory_rows(config, facts, there), *copy_rows(config, facts)]
     chosen = fitting(config, facts, there)
     rows = memory_rows(with_tokens(config, chosen.tokens), facts, there)
-    return [("micro-batches", str(chosen)), *rows]
+    return [("micro-batches", str(chosen)), *rows, *copy_rows(config, facts)]
 
 
 def export_row(stage: ExportConfig) -> Row:

@@ -17,6 +17,7 @@ from dpo_cli.plan import plan_tables
 from dpo_cli.plan_facts import scorer_parameters
 from dpo_cli.report.console import Progress
 from dpo_cli.stages.session import Session, load_policy_and_data
+from dpo_cli.train.host_copy import HostCopy
 from dpo_cli.train.runtime import start_runtime
 from memory_runs import GIB, GPT2_XL, LLAMA, configured, facts, of
 from small_runs import TINY, configure, train
@@ -249,3 +250,20 @@ def test_the_plan_tells_the_micro_batches(tmp_path: Path) -> None:
     assert str(rows["micro-batches"]).startswith("up to ")
     given = plan_tables(configure(*TINY, *words, "train.micro_batch_tokens=512"))[1]
     assert "micro-batches" not in dict(given)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "rmsprop", "adamw8bit"])
+def test_the_copy_that_a_save_takes_is_as_large_as_what_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str
+) -> None:
+    sizes, real = [], HostCopy.take
+    monkeypatch.setattr(
+        HostCopy, "take", lambda self, made: sizes.append(made.size) or real(self, made)
+    )
+    words = ("stage=sft", f"optim={optim}", "train.max_steps=2", "train.save_every_steps=1",
+             "data.eval_rows=0", "model.architecture.hidden=256")  # fmt: skip
+    train(tmp_path / "r", *words)
+    (told,) = (str(value) for name, value in plan_tables(configure(*TINY, *words, "run_dir=x"))[1]
+               if name == "saves")  # fmt: skip
+    assert len(sizes) == 1  # the last one is written as it stands
+    assert float(told.split()[1]) == pytest.approx(sizes[0] / 2**20, abs=0.6)  # told in whole MiB

@@ -70,6 +70,12 @@ def estimate(config: RunConfig, facts: Facts) -> Estimate:
     return Estimate({name: {**parts, **_around(parts, facts)} for name, parts in moments.items()})
 
 
+def saved_bytes(config: RunConfig, facts: Facts) -> float:
+    """What a checkpoint holds, and so what a copy of the state takes of the host's memory."""
+    learnt = Run(config, facts).learnt
+    return learnt.size * learnt.parameters + state_bytes(config.optim, learnt)
+
+
 def _around(parts: Parts, facts: Facts) -> Parts:
     """What is there beside tensors."""
     products = ONEDNN if facts.half and facts.device == "cpu" else 0

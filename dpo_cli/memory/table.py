@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dpo_cli.checks import TRAINING
 from dpo_cli.config import RunConfig
 from dpo_cli.memory.advice import Advice, advise
-from dpo_cli.memory.estimate import estimate
+from dpo_cli.memory.estimate import estimate, saved_bytes
 from dpo_cli.memory.facts import Facts
 
 Row = tuple[str, object]
@@ -24,6 +25,16 @@ def memory_rows(config: RunConfig, facts: Facts, capacity: float | None) -> list
     if found.total <= capacity:
         return [*rows, ("fits", f"yes, {has}")]
     return [*rows, ("fits", f"no, {has}"), *_advice(advise(config, facts, capacity))]
+
+
+def copy_rows(config: RunConfig, facts: Facts) -> list[Row]:
+    """Memory beside the estimate, which a run takes only where there is plenty of it."""
+    hardware = config.hardware
+    if config.stage.name not in TRAINING or hardware.devices * hardware.nodes > 1:
+        return []
+    size = gib(saved_bytes(config, facts))
+    told = f"copy {size} to the host's memory where twice that is free, else training waits"
+    return [("saves", told)]
 
 
 def _advice(found: Sequence[Advice]) -> list[Row]:
