@@ -127,11 +127,35 @@ def gathered(model: PreTrainedModel) -> Iterator[None]:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
-        yield
+        with _without_hooks(parts):
+            yield
     finally:
         for part in parts:
             part.set_reshard_after_forward(part is not root, recurse=False)
             part.reshard()
+
+
+@contextmanager
+def _without_hooks(parts: list[FSDPModule]) -> Iterator[None]:
+    """FSDP's own forward hooks have nothing to gather in the body; but they make streams wait for
+    each other, which breaks the recording of a CUDA graph."""
+    tables = [
+        table
+        for part in cast(list[torch.nn.Module], parts)
+        for table in (part._forward_pre_hooks, part._forward_hooks)
+    ]
+    before = [dict(table) for table in tables]
+    for table in tables:
+        for key, hook in list(table.items()):
+            owner = type(getattr(hook, "__self__", None))
+            if owner.__module__.startswith("torch.distributed.fsdp"):
+                del table[key]
+    try:
+        yield
+    finally:
+        for table, hooks in zip(tables, before, strict=True):
+            table.clear()
+            table.update(hooks)  # in their order
 
 
 def settle(model: PreTrainedModel) -> None:
