@@ -231,6 +231,7 @@ def as_if_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         return own.clone()
 
     monkeypatch.setattr(Tensor, "pin_memory", pinned)
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # weights are not moved by threads
     for name, value in CUDA.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": generator())
