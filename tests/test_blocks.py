@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch._inductor.config
+import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from dpo_cli.model import attention, forward
@@ -12,6 +13,7 @@ from dpo_cli.model.adapters import adapter_as
 from dpo_cli.model.blocks import BLOCKS, compile_blocks
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.model.recompute import recompute_blocks
+from dpo_cli.shard import make_mesh, settle, shard, whole
 from dpo_cli.stages import session
 from small_models import FAMILIES, build, examples, gradients, packed, packed_loss
 from small_runs import metrics, train
@@ -140,6 +142,40 @@ def test_switching_adapters_off_compiles_once_more(graphs):
     for row in rows():
         step(model.train(), row)
     assert graphs() == (count, 0)
+
+
+@pytest.fixture
+def one_rank():
+    """A group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield make_mesh("cpu", 1, 1, "full")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_sharded_blocks_compile_inside_their_hooks(graphs, one_rank, every):
+    def figures(model, row):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, values = packed_loss(model, row)
+        loss.backward()
+        settle(model)
+        grads = {n: whole(p.grad) for n, p in model.named_parameters()}
+        model.zero_grad()
+        return [loss.detach(), values, *(grads[name] for name in sorted(grads))]
+
+    truth = model_of("llama")
+    expected = [figures(truth, row) for row in rows()]
+    model = model_of("llama")
+    if every:
+        recompute_blocks(model, every)
+    compile_blocks(model, refuse)
+    shard(model, one_rank, torch.bfloat16)
+    for row, values in zip(rows(), expected, strict=True):
+        assert_near(figures(model, row), values)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            forward.token_logprobs(model, row)
+    count, breaks = graphs()
+    assert (count <= 2, breaks) == (True, 0)
 
 
 def test_compiled_blocks_add_nothing_to_what_is_saved_and_sample_eagerly(graphs):
