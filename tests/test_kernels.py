@@ -6,7 +6,7 @@ import torch
 
 from dpo_cli import logprobs
 from dpo_cli.config import DpoConfig
-from dpo_cli.model import forward, kernels
+from dpo_cli.model import forward, varlen
 from dpo_cli.model.attention import Placement, Seen, prepare, use
 from dpo_cli.model.kernels import Call
 from dpo_cli.model.layouts import LAYOUTS, VarlenLayout
@@ -59,7 +59,7 @@ def in_float64(monkeypatch):
 
 @pytest.fixture
 def emulator(monkeypatch, in_float64):
-    monkeypatch.setattr(kernels, "varlen", emulated)
+    monkeypatch.setattr(varlen, "attend", emulated)
 
 
 @pytest.mark.parametrize("branches", [1, 2, 4])
@@ -128,7 +128,7 @@ def test_prompt_gradients_are_summed_over_their_branches():
     rows = torch.randn(1, 2, 20, 3, dtype=torch.float64, requires_grad=True)
     plain = rows.detach().clone().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "varlen", attend)
+        patch.setattr(varlen, "attend", attend)
         layout.attend(rows, rows, rows, Call())
     expected = plain[0].transpose(0, 1)[layout.keys]
     assert torch.equal(seen["keys"], expected)
@@ -149,8 +149,7 @@ def test_one_branch_an_example_needs_no_gather():
 
 def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
     assert is_causal
-    assert query.shape[1] == key.shape[1]
-    return emulated(query, key, value, kernels.Cuts(cu_seq_q, cu_seq_k, max_q, max_k), Call())
+    return emulated(query, key, value, varlen.Cuts(cu_seq_q, cu_seq_k, max_q, max_k), Call())
 
 
 def varlen_2_13(
@@ -160,7 +159,7 @@ def varlen_2_13(
     assert enable_gqa == (query.shape[1] != key.shape[1])
     assert window_size[1] == 0
     window = None if window_size[0] == -1 else window_size[0] + 1
-    cuts = kernels.Cuts(cu_seq_q, cu_seq_k, max_q, max_k)
+    cuts = varlen.Cuts(cu_seq_q, cu_seq_k, max_q, max_k)
     return emulated(query, key, value, cuts, Call(scale, None, window))
 
 
@@ -171,7 +170,7 @@ def flash_attn_2(
     assert causal
     assert dropout_p == 0.0
     window = None if window_size == (-1, -1) else window_size[0] + 1
-    cuts = kernels.Cuts(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    cuts = varlen.Cuts(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return emulated(q, k, v, cuts, Call(softmax_scale, softcap or None, window))
 
 
@@ -185,35 +184,46 @@ def rows_of(layout, heads=4, kv_heads=2, width=8):
 @pytest.mark.parametrize(
     ("adapted", "call"),
     [
-        (kernels.adapt_torch(varlen_2_10), Call()),
-        (kernels.adapt_torch(varlen_2_10), Call(scaling=0.3)),
-        (kernels.adapt_torch(varlen_2_13), Call()),
-        (kernels.adapt_torch(varlen_2_13), Call(scaling=0.3, window=3)),
-        (kernels.adapt_flash(flash_attn_2), Call()),
-        (kernels.adapt_flash(flash_attn_2), Call(scaling=0.3, softcap=1.5, window=3)),
+        (varlen.adapt_torch(varlen_2_10), Call()),
+        (varlen.adapt_torch(varlen_2_10), Call(scaling=0.3)),
+        (varlen.adapt_torch(varlen_2_13), Call()),
+        (varlen.adapt_torch(varlen_2_13), Call(scaling=0.3, window=3)),
+        (varlen.adapt_flash(flash_attn_2), Call()),
+        (varlen.adapt_flash(flash_attn_2), Call(scaling=0.3, softcap=1.5, window=3)),
     ],
 )
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_kernels_get_what_the_layer_asked_for(adapted, call, kv_heads):
     layout = VarlenLayout.build(SEGMENTS)
-    cuts = kernels.Cuts(layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
+    cuts = varlen.Cuts(layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
     tensors = rows_of(layout, kv_heads=kv_heads)
     torch.testing.assert_close(
         adapted(*tensors, cuts, call), emulated(*tensors, cuts, call), rtol=0, atol=1e-6
     )
 
 
-def test_what_a_kernel_lacks_is_an_error_not_a_wrong_number(monkeypatch):
+@pytest.fixture
+def implementations():
+    """Those of this machine, whatever the test has left of them."""
+    before = varlen.usable()
+    varlen.use(tuple(x for x in before if x.name.startswith("torch")))
+    yield
+    varlen.use(before)
+
+
+def test_what_a_kernel_lacks_is_an_error_not_a_wrong_number(implementations):
     layout = VarlenLayout.build(SEGMENTS)
-    cuts = kernels.Cuts(layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
+    cuts = varlen.Cuts(layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
     tensors = rows_of(layout)
     with pytest.raises(RuntimeError, match="no sliding window"):
-        kernels.adapt_torch(varlen_2_10)(*tensors, cuts, Call(window=3))
+        varlen.adapt_torch(varlen_2_10)(*tensors, cuts, Call(window=3))
     with pytest.raises(RuntimeError, match="no dropout"):
-        kernels.varlen(*tensors, cuts, Call(dropout=0.1))
-    monkeypatch.setattr(kernels, "flash_kernel", lambda: None)
+        varlen.attend(*tensors, cuts, Call(dropout=0.1))
     with pytest.raises(RuntimeError, match="soft-capping needs the package flash-attn"):
-        kernels.varlen(*tensors, cuts, Call(softcap=50.0))
+        varlen.attend(*tensors, cuts, Call(softcap=50.0))
+    varlen.use(())
+    with pytest.raises(RuntimeError, match="variable-length attention needs the package"):
+        varlen.attend(*tensors, cuts, Call())
 
 
 ASKED = [
@@ -221,6 +231,38 @@ ASKED = [
     Seen(Call(scaling=0.3), 4, 2, 16, 16),
     Seen(Call(window=3), 4, 1, 16, 16),
 ]
+
+
+def wrong_with_grouped_heads(q, k, v, cuts, call):
+    assert q.shape[1] == k.shape[1], "as many heads of keys"
+    return emulated(q, k, v, cuts, call)
+
+
+@pytest.mark.parametrize(
+    ("runs", "used", "told"),
+    [
+        ((emulated, emulated), "first", 0),
+        ((lambda *a: emulated(*a, top_left=True), emulated), "second", 1),
+        ((wrong_with_grouped_heads, wrong_with_grouped_heads), "second", 1),
+        ((lambda *a: emulated(*a) * 1.1,) * 2, None, 0),
+    ],
+)
+def test_the_best_implementation_that_is_right_is_used(implementations, runs, used, told):
+    """The second one is given repeated keys and values."""
+    first, second = runs
+    both = (varlen.Implementation("first", first),
+            varlen.Implementation("second", second, grouped=False))  # fmt: skip
+    varlen.use(both)
+    notes = []
+    error = kernel_error("varlen", ASKED, Placement(note=notes.append))
+    assert len(notes) == told
+    if used is None:
+        assert "off for" in error
+        assert varlen.usable() == both  # another model may ask for less
+    else:
+        assert error is None
+        assert varlen.usable()[0].name == used
+    assert all(note.startswith("attention=varlen: not by first: ") for note in notes)
 
 
 class NanGradient(torch.autograd.Function):
@@ -237,7 +279,7 @@ class NanGradient(torch.autograd.Function):
 
 def test_a_kernel_is_held_against_matmuls_before_it_is_used(monkeypatch):
     """Right, aligned top left, a window off by one, not finite, not there."""
-    monkeypatch.setattr(kernels, "varlen", emulated)
+    monkeypatch.setattr(varlen, "attend", emulated)
     assert kernel_error("varlen", ASKED, CPU) is None
     assert "no dropout" in kernel_error("varlen", ASKED, CPU, dropout=0.1)
 
@@ -245,14 +287,14 @@ def test_a_kernel_is_held_against_matmuls_before_it_is_used(monkeypatch):
         window = None if call.window is None else call.window + 1
         return emulated(q, k, v, cuts, Call(call.scaling, None, window))
 
-    monkeypatch.setattr(kernels, "varlen", off_by_one)
+    monkeypatch.setattr(varlen, "attend", off_by_one)
     assert kernel_error("varlen", ASKED[:2], CPU) is None
     assert "window=3" in kernel_error("varlen", ASKED, CPU)
-    monkeypatch.setattr(kernels, "varlen", lambda *a: emulated(*a, top_left=True))
+    monkeypatch.setattr(varlen, "attend", lambda *a: emulated(*a, top_left=True))
     assert "off for" in kernel_error("varlen", ASKED, CPU)
-    monkeypatch.setattr(kernels, "varlen", lambda *a: emulated(*a) * float("nan"))
+    monkeypatch.setattr(varlen, "attend", lambda *a: emulated(*a) * float("nan"))
     assert "nan% off" in kernel_error("varlen", ASKED, CPU)
-    monkeypatch.setattr(kernels, "varlen", lambda q, *rest: NanGradient.apply(emulated(q, *rest)))
+    monkeypatch.setattr(varlen, "attend", lambda q, *rest: NanGradient.apply(emulated(q, *rest)))
     assert "nan% off" in kernel_error("varlen", ASKED, CPU)
     monkeypatch.undo()
     assert kernel_error("varlen", ASKED, CPU)  # PyTorch's own, which no CPU has
@@ -264,7 +306,7 @@ def test_a_micro_batch_never_waits_for_the_device(monkeypatch, kernel, family):
     """Meta tensors have no values: whatever asks for one raises."""
     monkeypatch.setattr(logprobs, "_compute_dtype", lambda hidden: hidden.dtype)
     monkeypatch.setattr(
-        kernels, "varlen", lambda q, k, v, cuts, call: q + 0 * (k.sum() + v.sum())
+        varlen, "attend", lambda q, k, v, cuts, call: q + 0 * (k.sum() + v.sum())
     )  # fmt: skip
     model = build(family).float().to("meta")
     use(model, kernel)

@@ -1,12 +1,11 @@
 """The attention products themselves, each over the shapes its hardware path wants.
 
-`padded` runs anywhere. `varlen` is FlashAttention over rows of unequal length (PyTorch's
-own, or the flash-attn package), `flex` is PyTorch's FlexAttention; both want CUDA.
+`padded` runs anywhere; `flex` is PyTorch's FlexAttention, for CUDA. FlashAttention over rows of
+unequal length is in `varlen.py`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -33,16 +32,6 @@ class Call:
     softcap: float | None = None
     window: int | None = None
     dropout: float = 0.0
-
-
-@dataclass(frozen=True)
-class Cuts:
-    """Where the sequences of a varlen call begin: int32 (n + 1,) offsets; longest lengths."""
-
-    cu_q: Tensor
-    cu_k: Tensor
-    max_q: int
-    max_k: int
 
 
 Padded = Callable[[Tensor, Tensor, Tensor, Tensor, Call], Tensor]
@@ -72,98 +61,6 @@ def matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, call: Call) -> Tensor:
     if call.dropout:
         weights = torch.nn.functional.dropout(weights, call.dropout)
     return weights.to(v.dtype) @ v
-
-
-def varlen(q: Tensor, k: Tensor, v: Tensor, cuts: Cuts, call: Call) -> Tensor:
-    """q (T, H, d), k and v (T_k, H_kv, d) -> (T, H, d), causal and aligned bottom right.
-
-    Half precision on CUDA. Raises RuntimeError for what no installed kernel can do.
-    """
-    if call.dropout:
-        raise RuntimeError("variable-length attention has no dropout")
-    kernel = flash_kernel() if call.softcap is not None else torch_kernel() or flash_kernel()
-    if kernel is None:
-        raise RuntimeError("soft-capping needs the package flash-attn")
-    return kernel(q, k, v, cuts, call)
-
-
-Varlen = Callable[[Tensor, Tensor, Tensor, Cuts, Call], Tensor]
-
-
-_FOUND: dict[str, Varlen | None] = {}  # not functools.cache, through which a compiler looks
-
-
-def torch_kernel() -> Varlen | None:
-    if "torch" not in _FOUND:
-        _FOUND["torch"] = _torch_kernel()
-    return _FOUND["torch"]
-
-
-def _torch_kernel() -> Varlen | None:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return adapt_torch(varlen_attn)
-
-
-def adapt_torch(function: Callable[..., Any]) -> Varlen:
-    """PyTorch's `varlen_attn`, whose keywords have changed with every release so far.
-
-    2.10 had `is_causal` alone; later ones `scale`, `window_size` and `enable_gqa`. A window
-    of w positions is `window_size=(w - 1, 0)`: it counts those before the query.
-    """
-    known = frozenset(inspect.signature(function).parameters)
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, cuts: Cuts, call: Call) -> Tensor:
-        options: dict[str, Any] = {}
-        if "window_size" in known:
-            options["window_size"] = (-1 if call.window is None else call.window - 1, 0)
-        elif call.window is None:
-            options["is_causal"] = True
-        else:
-            raise RuntimeError("this PyTorch's varlen_attn has no sliding window")
-        if call.scaling is not None and "scale" in known:
-            options["scale"] = call.scaling
-        elif call.scaling is not None:
-            q = q * (call.scaling * q.shape[-1] ** 0.5)
-        if "enable_gqa" in known:
-            options["enable_gqa"] = q.shape[1] != k.shape[1]
-        elif q.shape[1] != k.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return cast(
-            Tensor, function(q, k, v, cuts.cu_q, cuts.cu_k, cuts.max_q, cuts.max_k, **options)
-        )
-
-    return kernel
-
-
-def flash_kernel() -> Varlen | None:
-    if "flash-attn" not in _FOUND:
-        _FOUND["flash-attn"] = _flash_kernel()
-    return _FOUND["flash-attn"]
-
-
-def _flash_kernel() -> Varlen | None:
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return None
-    return adapt_flash(flash_attn_varlen_func)
-
-
-def adapt_flash(function: Callable[..., Any]) -> Varlen:
-    """flash-attn 2's `flash_attn_varlen_func`; its causal mask is bottom right since 2.1."""
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, cuts: Cuts, call: Call) -> Tensor:
-        return cast(Tensor, function(
-            q, k, v, cuts.cu_q, cuts.cu_k, cuts.max_q, cuts.max_k,
-            softmax_scale=call.scaling, causal=True, softcap=call.softcap or 0.0,
-            window_size=(-1, -1) if call.window is None else (call.window - 1, 0),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        ))  # fmt: skip
-
-    return kernel
 
 
 Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, q, k) -> bool
@@ -208,6 +105,6 @@ def lacking(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None
         return None
     if dtype not in (torch.bfloat16, torch.float16):
         return "computes in half precision: set hardware.precision=bf16"
-    if find_spec("torch.nn.attention.varlen") is None and find_spec("flash_attn") is None:
+    if not any(map(find_spec, ("torch.nn.attention.varlen", "flash_attn", "flash_attn_interface"))):
         return "needs PyTorch 2.10 or the package flash-attn"
     return None

@@ -42,7 +42,7 @@ class Layout:
     def states(self, base_model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
         """(T, D) final hidden states of the row. dtype: the weights'."""
         out = base_model(**row_of(batch), packed_layout=self)
-        return cast(Tensor, out.last_hidden_state[0])
+        return cast(Tensor, out.last_hidden_state).squeeze(0)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         """q (1, H, T, d), k and v (1, H_kv, T, d) -> (1, T, H, d)"""

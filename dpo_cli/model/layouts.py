@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_cli.model import kernels
+from dpo_cli.model import kernels, varlen
 from dpo_cli.model.grouped import GroupedLayout
 from dpo_cli.model.kernels import Call
 from dpo_cli.model.layout import Layout, Span, grid_of, row_of, spans_of, token_maps, visible
@@ -62,7 +62,7 @@ class PaddedLayout(Layout):
 
     def _unpack(self, x: Tensor) -> Tensor:
         """(1, H, T, d) -> (E, H, L, d)"""
-        rows = x[0].transpose(0, 1).index_select(0, self.gather.flatten())
+        rows = x.squeeze(0).transpose(0, 1).index_select(0, self.gather.flatten())
         return rows.view(*self.gather.shape, *rows.shape[1:]).transpose(1, 2)
 
 
@@ -111,11 +111,14 @@ class VarlenLayout(Layout):
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        # Not x[0], whose gradient is a zeroed tensor with a copy inside; a squeezed one is a view.
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if self.again:  # else every token is a key once, in the row's own order
             k, v = _Shared.apply(k, self), _Shared.apply(v, self)
-        cuts = kernels.Cuts(self.cu_q, self.cu_k, self.max_q, self.max_k)
-        return kernels.varlen(q, k, v, cuts, call)[None]
+            # Of a joint projection, a view of the queries would keep keys and values as well.
+            q = q.contiguous()
+        cuts = varlen.Cuts(self.cu_q, self.cu_k, self.max_q, self.max_k)
+        return varlen.attend(q, k, v, cuts, call)[None]
 
 
 class _Shared(torch.autograd.Function):

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.logprobs import logits_of
-from dpo_cli.model import attention, forward, kernels
+from dpo_cli.model import attention, forward, kernels, varlen
 from dpo_cli.model.attention import MOST_TOKENS, PACKED, Placement, Seen
+from dpo_cli.model.layout import Layout
 from dpo_cli.model.layouts import LAYOUTS, PaddedLayout
 from dpo_cli.model.quantise import dense_weights, dequantised
 from dpo_cli.model.skeleton import skeleton
@@ -255,13 +256,27 @@ def kernel_error(
         LAYOUTS[name].build(segments).to(on.device) for name in (kernel, "sdpa")
     )  # fmt: skip
     assert isinstance(exact, PaddedLayout)
+    everything = varlen.usable()
     for asked in seen:
-        try:
-            worst = _kernel_difference(packed, exact, asked, on)
-        except TRIED as error:
-            return (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if not worst < KERNEL_TOLERANCE[on.dtype in HALF]:
-            return f"its result or gradient is {worst:.1%} off for {asked}"
+        first = why = _refusal(packed, exact, asked, on)
+        while why is not None and kernel == "varlen" and (wrong := varlen.chosen(asked.call)):
+            varlen.use(tuple(x for x in varlen.usable() if x is not wrong))
+            why = _refusal(packed, exact, asked, on)
+            if why is None:
+                on.note(f"attention=varlen: not by {wrong.name}: {first}")
+        if why is not None:
+            varlen.use(everything)  # another model may ask for less
+            return first
+    return None
+
+
+def _refusal(packed: Layout, exact: PaddedLayout, asked: Seen, on: Placement) -> str | None:
+    try:
+        worst = _kernel_difference(packed, exact, asked, on)
+    except TRIED as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not worst < KERNEL_TOLERANCE[on.dtype in HALF]:
+        return f"its result or gradient is {worst:.1%} off for {asked}"
     return None
 
 
