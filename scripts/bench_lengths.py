@@ -12,7 +12,7 @@ LENGTHS = ("hh", "tldr", "ultrafeedback")
 class Lengths:
     """Of prompt, chosen (with EOS) and rejected (with EOS), in tokens.
 
-    log_mean, log_sd: of the logarithms; correlation: of the logarithms; shortest, longest: of
+    name: in a label. log_mean, log_sd, correlation: of the logarithms; shortest, longest: of
     each. kept: tokens of prompt and response that training keeps, half of them for the prompt.
     """
 
@@ -35,14 +35,14 @@ KNOWN = {
     # Assumed, not fitted: Reddit posts of at most 512 tokens, about 350 on average, and
     # summaries of about 35, the two of a pair alike in length.
     "tldr": Lengths(
-        "TL;DR", (5.85, 3.50, 3.50), (0.40, 0.35, 0.35),
+        "TL;DR (assumed)", (5.85, 3.50, 3.50), (0.40, 0.35, 0.35),
         ((1.0, 0.2, 0.2), (0.2, 1.0, 0.4), (0.2, 0.4, 1.0)),
         (40, 8, 8), (512, 64, 64), 1024,
     ),
     # Assumed, not fitted: instructions of about 180 tokens on average with half below 100, and
     # answers of several models of about 350, the longest far above.
     "ultrafeedback": Lengths(
-        "UltraFeedback", (4.60, 5.60, 5.50), (1.10, 0.75, 0.85),
+        "UltraFeedback (assumed)", (4.60, 5.60, 5.50), (1.10, 0.75, 0.85),
         ((1.0, 0.2, 0.2), (0.2, 1.0, 0.5), (0.2, 0.5, 1.0)),
         (8, 8, 8), (1 << 20,) * 3, 1024,
     ),

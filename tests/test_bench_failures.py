@@ -158,6 +158,23 @@ def test_a_slow_side_leaves_time_for_the_others(monkeypatch: pytest.MonkeyPatch)
     assert {name: len(rows) for name, rows in results.items()} == {"a": 1, "c": 1}
 
 
+def test_ready_made_commands_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of docs/benchmarks/gpu.md, on a machine without the files that they name."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    args = import_module("bench_args")
+    text = (SCRIPTS.parent / "docs" / "benchmarks" / "gpu.md").read_text().replace("\\\n", "")
+    commands = [
+        line.split()[2:] for line in text.splitlines() if line.startswith("python scripts/bench.py")
+    ]
+    assert len(commands) == 7
+    for words in commands:
+        given = args.parser(None).parse_args(words)
+        args.check(given)
+        assert given.minutes is not None
+        assert (given.device, given.precision, given.lr) == ("cuda", "bf16", 1e-5)
+        assert given.length == (512 if given.lengths_of == "hh" else 1024)
+
+
 def result(loss: float, **more: Any) -> dict[str, Any]:
     return {"figures": {"loss": [0.69, loss]}, "per_second": 1.0} | more
 
