@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_cli.model import kernels
-from dpo_cli.model.kernels import Call, Cuts
+from dpo_cli.model.kernels import Call
+from dpo_cli.model.varlen import Cuts, Implementation, _State
 
 GPU = torch.device("cuda", 0)
 # Whose result's shape or value the host must know.
@@ -238,7 +238,8 @@ def as_if_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     monkeypatch.setattr(torch.autocast, "__init__", init)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: enabled(on_cpu(kind)))
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: dtype(on_cpu(kind)))
-    monkeypatch.setattr(kernels, "torch_kernel", lambda: varlen)
+    only = Implementation("torch", varlen, softcaps=False)
+    monkeypatch.setattr(_State, "usable", (only,))
     # What is saved for the backward is looked at where no mode tells the device.
     checks = torch.utils.checkpoint._allowed_determinism_checks_to_fns
     monkeypatch.setitem(checks, "default", lambda saved: (saved.shape, saved.dtype))
