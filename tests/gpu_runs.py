@@ -96,7 +96,7 @@ def start(
     own |= {"DPO_RUN_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, env={**os.environ, **own, **(env or {})},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=230, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=75, check=False,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from scoring_helpers import session_of
 from small_runs import configure
 from test_scoring import saved as saved_classifier
 
-pytestmark = [pytest.mark.cuda, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cuda, pytest.mark.timeout(80)]
 STEPS = (*RUN, "train.sample_prompts=0", "train.eval_every_steps=0", "train.batch_size=16",
          "train.max_steps=6", "optim.lr=1e-3")  # fmt: skip
 TINY = (*SMALL, *STEPS)

@@ -12,7 +12,7 @@ import pytest
 
 from gpu_runs import DEVICE, HERE, ON_CPU, RUN, SAMPLES, SMALL, TRAIN, Chain, chain
 
-pytestmark = [pytest.mark.cuda, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cuda, pytest.mark.timeout(80)]
 LEARN = ("optim.lr=3e-3",)
 PPO = (
     "stage=ppo-baseline", "stage.rollout_samples=16", "train.batch_size=8", "stage.ppo_epochs=2",
