@@ -125,6 +125,36 @@ def _rows(  # type: ignore[no-untyped-def]
     tl.store(out + to[:, None] * width + at[None, :], found.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _store(  # type: ignore[no-untyped-def]
+    new_keys, new_values, keys, values, column, own, width,
+    key_row, key_head, value_row, value_head, D: tl.constexpr,
+):  # fmt: skip
+    row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    at = tl.arange(0, D)
+    to = ((row * heads + head) * own + tl.load(column)) * width + at
+    key = tl.load(new_keys + row * key_row + head * key_head + at, mask=at < width)
+    tl.store(keys + to, key.to(keys.dtype.element_ty), mask=at < width)
+    value = tl.load(new_values + row * value_row + head * value_head + at, mask=at < width)
+    tl.store(values + to, value.to(values.dtype.element_ty), mask=at < width)
+
+
+def store(own: tuple[Tensor, ...], new: tuple[Tensor, Tensor], column: Tensor) -> None:
+    """Write a token's keys and values, (R, H_kv, 1, d) each, to their column of `own`."""
+    keys, values = own
+    _refuse(keys.shape != values.shape or any(x.stride(3) != 1 for x in new))
+    rows, heads, _, width = new[0].shape
+    _store[rows, heads](
+        *new, keys, values, column, keys.shape[2], width,
+        *(stride for x in new for stride in x.stride()[:2]), D=triton.next_power_of_2(width),
+    )  # fmt: skip
+
+
+def _refuse(unknown: bool) -> None:
+    if unknown:
+        raise RuntimeError("keys and values that the kernel does not know")
+
+
 def attend(
     query: Tensor, prompt: tuple[Tensor, ...], own: tuple[Tensor, ...], cells: Tensor,
     rows_of: Tensor | None, first: Tensor, column: Tensor, call: Call,
@@ -137,8 +167,7 @@ def attend(
     """
     rows, heads, _, width = query.shape
     keys, values = own
-    if keys.shape != values.shape or query.stride(3) != 1:
-        raise RuntimeError("keys and values of different width")
+    _refuse(keys.shape != values.shape or query.stride(3) != 1)
     key_heads, columns = keys.shape[1], prompt[0].shape[2]
     group, d = heads // key_heads, max(16, triton.next_power_of_2(width))
     out = torch.empty(rows, heads, width, dtype=query.dtype, device=query.device)

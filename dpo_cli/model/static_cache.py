@@ -90,9 +90,14 @@ class _Layer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store a token of each row, (R, H_kv, 1, d); returns them as they came."""
+        self.latest, column = key_states, self.cache.column
+        if self.cache.kernel:
+            from dpo_cli.model import decode_kernel  # imports Triton
+
+            decode_kernel.store(self.own, (key_states, value_states), column)
+            return key_states, value_states
         for buffer, new in zip(self.own, (key_states, value_states), strict=True):
-            buffer[: len(new)].index_copy_(2, self.cache.column, new.to(buffer.dtype))
-        self.latest = key_states
+            buffer[: len(new)].index_copy_(2, column, new.to(buffer.dtype))
         return key_states, value_states
 
     def get_seq_length(self) -> int:
