@@ -30,7 +30,8 @@ def missing():
     return None
 
 
-pytestmark = pytest.mark.skipif((WHY := missing()) is not None, reason=str(WHY))
+WHY = missing()
+pytestmark = [pytest.mark.skipif(WHY is not None, reason=str(WHY))] + [pytest.mark.cuda] * CUDA
 
 
 @pytest.fixture(autouse=True)

@@ -309,9 +309,6 @@ def test_autocast_casts_weights_once_a_call(trained):
     assert all(p.requires_grad == trained for p in model.parameters())
 
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
 def on_cuda(family, dtype, trained=True):
     from dpo_cli.model.attention import Placement
     from dpo_cli.model.probe import choose_attention
@@ -322,7 +319,7 @@ def on_cuda(family, dtype, trained=True):
     return model
 
 
-@CUDA
+@pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral", "qwen3"])
 def test_recorded_steps_are_those_that_are_not(family, precision, monkeypatch):
@@ -346,7 +343,7 @@ def test_recorded_steps_are_those_that_are_not(family, precision, monkeypatch):
             assert any(len(set(ids)) > 3 for ids in drawn)
 
 
-@CUDA
+@pytest.mark.cuda
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 def test_recorded_steps_have_the_plain_forwards_logprobs(family):
     model = on_cuda(family, torch.float32)
@@ -355,7 +352,7 @@ def test_recorded_steps_have_the_plain_forwards_logprobs(family):
     assert_the_plain_forwards(model, rows, atol=2e-3)
 
 
-@CUDA
+@pytest.mark.cuda
 def test_a_step_that_waits_is_decoded_without_graphs():
     model, told = on_cuda("llama", torch.float32), []
     model.model.layers[0].register_forward_hook(lambda m, i, out: bool(out[0].sum() > 0) or None)
