@@ -315,7 +315,7 @@ def on_cuda(family, dtype, trained=True):
     from small_models import build as build_family
 
     model = build_family(family).to(dtype).cuda().requires_grad_(trained)
-    choose_attention(model, "auto", on=Placement(torch.device("cuda"), torch.bfloat16, quiet))
+    choose_attention(model, "sdpa", on=Placement(torch.device("cuda"), torch.bfloat16, quiet))
     return model
 
 
