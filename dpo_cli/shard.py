@@ -68,12 +68,9 @@ def shard(
     root = _Root(model)
     blocks = blocks_of(model)
     parts: list[Any] = [*blocks, root]
-    names = {weight: name for name, weight in model.named_parameters()}
+    names = {id(weight): name for name, weight in model.named_parameters()}
     for part in parts:
-        whole_ones = [p for p in part.parameters() if not isinstance(p, DTensor)]
-        for weight in whole_ones:
-            weight.data = weight.data.to(device)
-        arrived([(names[weight], weight) for weight in whole_ones])
+        _arrive(part, device, names, arrived)
         sharded = fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=ignored)
         # The step divides by its weight; a division by the ranks here would be one too many.
         sharded.set_gradient_divide_factor(1.0)
@@ -90,6 +87,20 @@ def find_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The repeated layers, by transformers' own list of what must not be split."""
     names = set(model._no_split_modules or ())
     return [m for m in model.modules() if type(m).__name__ in names]
+
+
+def _arrive(
+    part: torch.nn.Module,
+    device: torch.device,
+    names: dict[int, str],
+    arrived: Callable[[list[tuple[str, torch.nn.Parameter]]], None],
+) -> None:
+    """Weights of a part that are not sharded yet. No reference to one may outlive this: FSDP puts
+    others in their place, and the whole ones would stay in memory."""
+    weights = [p for p in part.parameters() if not isinstance(p, DTensor)]
+    for weight in weights:
+        weight.data = weight.data.to(device)
+    arrived([(names[id(weight)], weight) for weight in weights])
 
 
 def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:

@@ -163,7 +163,7 @@ class TrainConfig:
     epochs: float = 1.0
     max_steps: int | None = None  # wins over epochs
     batch_size: int = 32  # examples an optimiser step, over all devices
-    micro_batch_tokens: int | None = None  # packed tokens a forward; null: by device
+    micro_batch_tokens: int | None = None  # packed tokens a forward; null: by memory
     eval_every_steps: int | None = None  # null: ten times a run; 0: only at the end
     save_every_steps: int | None = None  # null: by time; 0: only at the end
     save_every_minutes: float | None = None  # null: 5, or what keeps saves to 2% of the time
