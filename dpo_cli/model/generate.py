@@ -56,7 +56,9 @@ def sample(
     was_training = model.training
     model.eval()
     with _casting_once(model):
-        decode = _WithinMemory(_decoder(model, options, eos_id, pad_id, note), model.device, note)
+        longest = max((len(p) for p in prompts), default=1)
+        decoder = _decoder(model, options, eos_id, pad_id, note, longest)
+        decode = _WithinMemory(decoder, model.device, note)
         for first, last in islice(_batches(rooms, per_batch), share[0], None, share[1]):
             batch = [prompts[i] for i in order[first:last]]
             rows = decode(batch, rooms[first], options.seed * 1_000_003 + first)
@@ -85,13 +87,14 @@ def _casting_once(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _decoder(
-    model: PreTrainedModel, options: SamplingOptions, eos_id: int, pad_id: int, note: Note
-) -> Decode:
+    model: PreTrainedModel, options: SamplingOptions, eos_id: int, pad_id: int, note: Note,
+    longest: int,
+) -> Decode:  # fmt: skip
     """The fastest way of decoding that is right for the model."""
     shared = shares_prompts(model, note)
     if shared and STATIC[model.device.type] and can_step(model, note):
         record, kernel = model.device.type == "cuda", has_kernel(model, note)
-        return Stepper(model, options, eos_id, pad_id, record, note, kernel).decode
+        return Stepper(model, options, eos_id, pad_id, record, note, kernel, longest).decode
     return lambda prompts, steps, seed: _decode(
         model, prompts, options, steps, eos_id, pad_id, shared,
         torch.Generator(model.device).manual_seed(seed),

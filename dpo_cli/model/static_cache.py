@@ -46,13 +46,13 @@ class Room:
             and self.tokens >= other.tokens
         )
 
-    def grown(self, other: Room) -> Room:
-        """For both, with columns to spare: later prompts are longer, and each change of the
-        buffers records all steps anew."""
+    def grown(self, other: Room, longest: int) -> Room:
+        """For both, with columns to spare up to the longest prompt: later prompts are longer, and
+        each change of the buffers records all steps anew."""
         return replace(
             other,
             prompts=max(self.prompts, other.prompts),
-            columns=max(self.columns, doubled(other.columns)),
+            columns=max(self.columns, min(doubled(other.columns), longest)),
             tokens=max(self.tokens, -(-other.tokens // 16) * 16),
         )
 

@@ -46,18 +46,19 @@ WORTH_RECORDING = 6  # steps to come: recording one takes as long as about two
 class Stepper:
     """Decodes batches of prompts one after the other in the same buffers.
 
-    record: with CUDA graphs. kernel: attention by the Triton kernel. keep_logits: `logits` holds
-    the last step's, (R, V).
+    record: with CUDA graphs. kernel: with the Triton kernel for attention. longest: the tokens of
+    any prompt. keep_logits: `logits` holds the last step's, (R, V).
     Of row r: `token` its last one, `position` that one's, `alive` its place in the batch.
     """
 
     def __init__(
         self, model: PreTrainedModel, options: SamplingOptions, eos_id: int, pad_id: int,
         record: bool, note: Note = warnings.warn, kernel: bool = False,
-        keep_logits: bool = False,
+        longest: int | None = None, keep_logits: bool = False,
     ) -> None:  # fmt: skip
         self.model, self.options, self.eos_id, self.pad_id = model, options, eos_id, pad_id
         self.generator = torch.Generator(model.device)
+        self.longest = longest
         self.graphs = Graphs(self.generator) if record else None
         self.note, self.kernel, self.keep_logits = note, kernel, keep_logits
         self.logits: Tensor | None = None
@@ -109,7 +110,7 @@ class Stepper:
         """Buffers for a batch, new ones only where the present ones are too small."""
         if self.room is not None and self.room.holds(room):
             return
-        wanted = (self.room or room).grown(room)
+        wanted = (self.room or room).grown(room, self.longest or room.columns)
         self._free()  # or there would be two
         self.room, rows, device = wanted, wanted.rows, self.model.device
         self.cache = StaticCache(like, wanted, self.kernel)
