@@ -35,7 +35,10 @@ class ImplicitReward:
 
     def __call__(self, rows: Sequence[Completed]) -> list[float]:
         examples = self.encoding(rows)
-        return finite(values_of(self.session, self.policy, examples, self._logratio))
+        found = self.session.within_memory(
+            lambda: values_of(self.session, self.policy, examples, self._logratio)
+        )
+        return finite(found)
 
     def _logratio(self, batch: Batch) -> torch.Tensor:
         with self.session.runtime.autocast():

@@ -90,9 +90,12 @@ def divergences(
         )
         return prompt_means(kl, row), prompt_means(ratio, row)
 
-    for row, made in over_rows(session, examples, both, tick=tick):
-        places = row.example_ids.numpy()
-        exact[places], sampled[places] = made
+    def measure() -> None:
+        for row, made in over_rows(session, examples, both, tick=tick):
+            places = row.example_ids.numpy()
+            exact[places], sampled[places] = made
+
+    session.within_memory(measure)
     return exact, sampled
 
 
@@ -138,9 +141,12 @@ def preference_accuracy(
             other = sequence_logprobs(reference, row).view(-1, row.branches)
             return margin(logprobs), margin(logprobs - other)
 
-        for _, (likelihood, implied) in over_rows(session, rows, both, tick=tick):
-            margins["likelihood_accuracy"] += likelihood
-            margins["accuracy"] += implied
+        made = session.within_memory(
+            lambda: [made for _, made in over_rows(session, rows, both, tick=tick)]
+        )
+    for likelihood, implied in made:
+        margins["likelihood_accuracy"] += likelihood
+        margins["accuracy"] += implied
     figures: dict[str, float] = {"pairs": len(rows)}
     for name, values in margins.items():
         if values:

@@ -117,7 +117,9 @@ class RewardModelScorer:
 
     def __call__(self, rows: Sequence[Completed]) -> list[float]:
         examples = without_padding(self.encoding(rows), self.model)
-        found = values_of(self.session, self.model, examples, self._rewards, keep_last=True)
+        found = self.session.within_memory(
+            lambda: values_of(self.session, self.model, examples, self._rewards, keep_last=True)
+        )
         return finite(self.normalise(found))
 
     def _rewards(self, batch: Batch) -> torch.Tensor:

@@ -142,12 +142,14 @@ def explained() -> Iterator[None]:
 
 def within(budget: TokenBudget, device: torch.device, note: Note, work: Callable[[], T]) -> T:
     """`work()`, a pass that packs its rows by the budget and changes nothing; begun again in
-    smaller rows where memory runs out. Such passes start with their longest rows."""
+    smaller rows where memory runs out. Such passes start with their longest rows; one may be part
+    of another."""
+    before = budget.at_work
     while True:
         budget.at_work = True
         try:
             made = work()
-            budget.at_work = False
+            budget.at_work = before
             return made
         except RuntimeError as error:
             if not budget.mends(error):
