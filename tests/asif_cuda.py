@@ -207,6 +207,7 @@ CUDA: dict[str, Callable[..., Any]] = {
     "set_rng_state": lambda *a: None, "manual_seed_all": lambda seed: None,
     "get_device_name": lambda *a: "pretended", "mem_get_info": lambda *a: (2**35, 2**36),
     "Stream": lambda *a: None, "graph_pool_handle": lambda: (0, 0), "CUDAGraph": no_graph,
+    "is_current_stream_capturing": lambda: False,
     "get_device_capability": lambda *a: (9, 0),
     "get_device_properties": lambda *a: SimpleNamespace(
         name="pretended", total_memory=2**36, major=9, minor=0, multi_processor_count=132
