@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 8192  # logits of a row at a time
-WARPS = 16
+# As many columns as an H100's multiprocessors, each at one row, keep in its cache of 50 MB.
+CACHED_COLUMNS = 65_536
 
 
 @triton.jit
@@ -89,6 +89,8 @@ def softmax_rows(
     rows, columns = logits.shape
     assert logits.dtype == torch.float32 and logits.stride(1) == 1 and columns >= vocab
     assert slopes is None or (slopes.shape == logits.shape and slopes.stride(1) == 1)
+    # One row at a time on a multiprocessor, where it is then read from the cache; else several.
+    block, warps = (32_768, 32) if columns <= CACHED_COLUMNS else (8192, 16)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return logprobs
@@ -98,6 +100,6 @@ def softmax_rows(
             logits, logits.stride(0), logits if bias is None else bias, targets, logprobs,
             given, given.stride(0), scale, softcap or 1.0, VOCAB=vocab, COLUMNS=columns,
             HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap is not None,
-            WITH_SLOPES=slopes is not None, BLOCK=BLOCK, num_warps=WARPS,
+            WITH_SLOPES=slopes is not None, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return logprobs

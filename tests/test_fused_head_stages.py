@@ -34,10 +34,10 @@ def test_a_refusal_is_told_when_the_model_is_loaded(monkeypatch):
 
 def test_the_reference_key_tells_what_rounds_the_log_probabilities(monkeypatch):
     keys = set()
-    model = build("gpt2").float()
+    reference = SimpleNamespace(model=build("gpt2").float(), digest="of its weights")
     for refusal in (None, "no C compiler"):
         for wide in (True, False):
             monkeypatch.setattr(fused_head, "refused", lambda shape, why=refusal: why)
             monkeypatch.setattr(fused_head, "unrounded", lambda device, dtype, yes=wide: yes)
-            keys.add(reference_key(on_cuda(), model, examples(2)))
+            keys.add(reference_key(on_cuda(), reference, examples(2)))
     assert len(keys) == 4
