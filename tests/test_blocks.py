@@ -86,6 +86,20 @@ def test_one_graph_serves_all_layers_and_lengths(graphs, family, every):
     assert graphs() == (2 if every == 2 else 1, 0)
 
 
+def test_attention_that_cannot_be_traced_is_called_between_graphs(graphs):
+    """The CPU's: the number of its groups differs from row to row."""
+    rows_ = [packed(examples(2)), packed(examples(2) * 3), packed(examples(4))]
+    expected = [step(model_of("gpt2", "grouped"), row) for row in rows_]
+    model = model_of("gpt2", "grouped")
+    compile_blocks(model, refuse)
+    for row, truth in zip(rows_, expected, strict=True):
+        assert_near(step(model, row), truth)
+    count, _ = graphs()
+    for row in rows_:
+        step(model, row)
+    assert graphs()[0] == count <= 6
+
+
 def test_one_graph_for_each_kind_of_layer(graphs, monkeypatch):
     """Gemma 2's layers take turns in having a window. Its soft-capping is not this kernel's."""
     monkeypatch.setitem(SHAPES["gemma2"], "attn_logit_softcapping", None)

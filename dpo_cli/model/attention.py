@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,7 +82,13 @@ def packed_attention(
         _Recorder.seen.append(Seen(call, *shape))
     # Under autocast rotary embeddings leave q and k in float32.
     query, key = query.to(value.dtype), key.to(value.dtype)
-    return packed_layout.attend(query, key, value, call), None
+    attend = packed_layout.attend if packed_layout.traced else partial(_apart, packed_layout)
+    return attend(query, key, value, call), None
+
+
+@torch.compiler.disable
+def _apart(layout: Layout, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
+    return layout.attend(query, key, value, call)
 
 
 @contextmanager

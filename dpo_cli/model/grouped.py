@@ -73,13 +73,14 @@ class GroupedLayout(Layout):
     """The examples of a row, grouped by length."""
 
     groups: tuple[Group, ...]
+    traced = False  # the number of groups differs from row to row
 
     @classmethod
     def build(cls, segments: Sequence[Segment]) -> GroupedLayout:
         return cls(tuple(_group(part) for part in _similar(segments)))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         with torch.autocast("cpu", enabled=False):  # in the dtype of q, k and v
             return self._attend(q, k, v, call)[None]
 

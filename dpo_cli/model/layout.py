@@ -20,7 +20,12 @@ from dpo_cli.records import Batch, Segment
 
 
 class Layout:
-    """Tensors that move with their batch, and how a row goes through the model."""
+    """Tensors that move with their batch, and how a row goes through the model.
+
+    traced: a compiled block holds the attention, too; else it calls it, in two graphs.
+    """
+
+    traced = True
 
     @classmethod
     def build(cls, segments: Sequence[Segment]) -> Self:

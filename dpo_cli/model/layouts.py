@@ -161,6 +161,7 @@ class FlexLayout(Layout):
     branch: Tensor
     position: Tensor
     masks: dict[int | None, Any] = field(default_factory=dict, init=False)
+    traced = False  # FlexAttention is compiled on its own
 
     @classmethod
     def build(cls, segments: Sequence[Segment]) -> FlexLayout:
