@@ -129,7 +129,7 @@ def best_settings(
         say(f"FAILED  {error}")
         gone = {side.name for side in sides if is_peer(args.task, side)}
         missing = gone if isinstance(error, Unavailable) else gone - {f"{PEER[args.task]}-default"}
-        failures |= dict.fromkeys(sorted(missing), str(error))
+        failures |= dict.fromkeys(sorted(missing), error.why)
         return first, []
     return known[best], searched
 

@@ -35,7 +35,11 @@ def say(line: str) -> None:
 
 
 class Failed(SystemExit):
-    """A worker that ended without an answer: one line that says why."""
+    """A worker that ended without an answer. why: one line."""
+
+    def __init__(self, why: str, worker: str = "") -> None:
+        super().__init__(f"{worker}: {why}" if worker else why)
+        self.why = why
 
 
 class Unavailable(Failed):
@@ -149,7 +153,7 @@ def failure(script: str, code: int, written: str) -> Failed:
     if missing:
         return Unavailable(missing[0])
     say(written[-4000:])
-    return Failed(f"{script} failed with exit code {code}: {reason(code, written)}")
+    return Failed(reason(code, written), f"{script} failed with exit code {code}")
 
 
 def reason(code: int, written: str) -> str:

@@ -150,8 +150,8 @@ def note_failure(side: Side, sides: Sequence[Side], error: Failed, failures: Fai
     """Of one side; where TRL cannot be imported, of all its sides."""
     same = [s for s in sides if s.worker == side.worker]
     for other in same if isinstance(error, Unavailable) else [side]:
-        failures[other.name] = str(error)
-    say(f"FAILED  {side.name}: {error}")
+        failures[other.name] = error.why
+    say(f"FAILED  {side.name}: {error.why}")
 
 
 def tell(start: str, job: Job, result: Mapping[str, Any]) -> None:
@@ -200,8 +200,8 @@ def tried(side: Side, job: Job, scratch: Path, launch: Launch) -> dict[str, Any]
     except Unavailable:
         raise
     except Failed as error:
-        failed.write_text(str(error))
-        return str(error)
+        failed.write_text(error.why)
+        return error.why
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], precision: str) -> dict[str, Any]:
