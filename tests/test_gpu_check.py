@@ -199,6 +199,21 @@ def test_the_command_in_its_small_form(
     assert {"sft: exit code", "dpo: exit code"} <= facts.keys()
 
 
+def test_the_words_of_the_whole_form_are_accepted(module: Any, tmp_path: Path) -> None:
+    commands, compose = module("gpu_checks.commands"), import_module("dpo_cli.compose")
+    composed = import_module("dpo_cli.overrides").composed
+    setup = module("gpu_checks.facts").Setup("cuda", str(tmp_path))
+    runs = commands.Runs(setup, setup.folder("commands"))
+    for name in ("sft", "reward"):
+        (runs.folder / name).mkdir()
+    stages = set()
+    for jobs in (commands.first_runs(setup), commands.second_runs(setup, runs)):
+        for name, words in jobs.items():
+            given = runs.words(name, *words)
+            stages.add(compose.prepare(composed(given, "config"), given).stage.name)
+    assert stages == {"sft", "dpo", "reward", "ppo-baseline", "sample", "evaluate"}
+
+
 def test_the_suite_counts_what_failed(
     module: Any, setup: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

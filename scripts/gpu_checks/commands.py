@@ -126,7 +126,7 @@ def second_runs(setup: Setup, runs: Runs) -> dict[str, list[str]]:
         "sample": ["sample", "model=custom", policy, "stage.prompts=16",
                    "stage.eval_prompts=4", *few],
         "evaluate": ["evaluate", "model=custom", policy, "stage.prompts=16",
-                     "stage.reference_samples=4", "stage.best_of=[1,4]", *few],
+                     "stage.reference_samples=16", "stage.best_of=[1,4]", *few],
     }  # fmt: skip
 
 
