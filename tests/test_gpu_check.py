@@ -221,7 +221,7 @@ def test_the_suite_counts_what_failed(
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_toy_cuda.py").write_text(
         "import pytest\n"
-        "pytestmark = pytest.mark.cuda\n"
+        f"pytestmark = {suite.MARK}\n"
         "def test_good(): pass\n"
         "def test_bad(): assert 1 == 2\n"
         "def test_flex_is_slow(): raise SystemError\n"
