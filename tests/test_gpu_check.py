@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,6 +77,7 @@ def toys(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """`toys("fine", "hangs")`: the report of a run of these checks, and the exit status."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
     steps, facts = module("gpu_checks.steps"), module("gpu_checks.facts")
+    monkeypatch.setattr(module("gpu_checks.runner"), "CPU_PATIENCE", 1)
 
     def run(*names: str, words: tuple[str, ...] = (), limit: int = 20) -> tuple[list[Any], int]:
         made = tuple(
@@ -143,10 +145,17 @@ def test_a_hanging_step_is_killed_with_workers_in_sessions_of_their_own(
 def test_what_does_not_fit_into_the_minutes(toys: Any, module: Any, tmp_path: Path) -> None:
     assert toys("fine")[1] == 0
     run_class, step = module("gpu_checks.runner").Run, module("gpu_checks.steps").STEPS[7]
-    late = run_class("cuda", tmp_path, None, None, step.seconds - 1, SimpleNamespace())
+    late = run_class("cuda", tmp_path, None, None, step.seconds / 2, SimpleNamespace())
     outcome = late.made(step, 1)
     assert outcome.status == "skipped"
     assert "are left (--minutes)" in outcome.why[0]
+
+
+def test_a_step_that_the_end_of_the_time_cuts_off_has_not_failed(toys: Any) -> None:
+    (_, row), code = toys("hangs", words=("--minutes=0.03",), limit=20)
+    assert code == 0
+    assert row["status"] == "skipped"
+    assert re.fullmatch(r"cut off after [12] s by --minutes", row["why"][0])
 
 
 def test_words_that_mean_nothing(module: Any, capsys: pytest.CaptureFixture[str]) -> None:

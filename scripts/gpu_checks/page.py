@@ -13,6 +13,7 @@ from gpu_checks.facts import ROOT, judge, shown
 from gpu_checks.steps import Step
 
 TOLD = 230  # characters of a cell
+CUT_OFF = 1000  # no process ends with it
 
 
 @dataclass
@@ -44,12 +45,16 @@ class Outcome:
 def outcome_of(
     step: Step, answer: Mapping[str, Any] | None, code: int | None, seconds: float, device: str
 ) -> Outcome:
-    """code: of the check's process, None if it was killed at its limit."""
+    """code: of the check's process, None if it was killed at its limit, CUT_OFF if at that of
+    all steps."""
     answer = answer or {}
     facts = answer.get("facts", {})
     made = Outcome(step, "ok", facts=facts, versions=answer.get("versions", {}), seconds=seconds)
     if answer.get("skipped"):
         made.status, made.why = "skipped", [answer["skipped"]]
+        return made
+    if code == CUT_OFF:
+        made.status, made.why = "skipped", [f"cut off after {seconds:.0f} s by --minutes"]
         return made
     verdict = judge(step.expected, facts, device)
     made.why, made.notes = verdict.failures, verdict.notes
@@ -112,11 +117,13 @@ def page(circumstances: Circumstances, outcomes: Sequence[Outcome], steps: Seque
 
 
 def section(step: Step, outcome: Outcome) -> list[str]:
-    lines = [f"## {step.number}. {step.name}: {outcome.status}", "", f"{step.checks}.", ""]
-    lines += [f"- {outcome.status}: {why}" for why in outcome.why]
-    lines += [f"- outside the estimate: {note}" for note in outcome.notes]
+    heading = f"## {step.number}. {step.name}: {outcome.status}"
+    lines = [heading, "", f"{step.checks[0].upper()}{step.checks[1:]}.", ""]
+    told = [f"- {outcome.status}: {why}" for why in outcome.why]
+    told += [f"- outside the estimate: {note}" for note in outcome.notes]
+    lines += [*told, ""] if told else []
     expected = "; ".join(expect.told() for expect in step.expected)
-    lines += ["", f"Expected: {expected}.", ""] if expected else [""]
+    lines += [f"Expected: {expected}.", ""] if expected else []
     if outcome.facts:
         lines += ["| seen | |", "|---|---|"]
         lines += [row([name, shown(value)]) for name, value in outcome.facts.items()]

@@ -12,12 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from gpu_checks.facts import Setup
-from gpu_checks.page import Circumstances, Outcome, json_lines, outcome_of, page, write_whole
+from gpu_checks.page import (
+    CUT_OFF,
+    Circumstances,
+    Outcome,
+    json_lines,
+    outcome_of,
+    page,
+    write_whole,
+)
 from gpu_checks.processes import Process, environment, python
 from gpu_checks.steps import Step
 
 LOG_TAIL = 600_000  # bytes of each step that the log keeps
 MIRROR_SECONDS = 3.0
+ENOUGH = 0.6  # of the expected time of a step: it is started if so much is left
+CPU_PATIENCE = 5  # times the limits, which are for a GPU and its many cores
 
 
 class Report:
@@ -104,10 +114,11 @@ class Run:
 
     def made(self, step: Step, beside: int) -> Outcome:
         left = self.until - time.monotonic()
-        if self.device == "cuda" and left < step.seconds:
+        if left < (ENOUGH * step.seconds if self.device == "cuda" else 1):
             why = f"{max(0, left):.0f} s are left (--minutes), it takes about {step.seconds}"
             return Outcome(step, "skipped", [why])
-        limit = min(step.limit, max(1.0, left))
+        own = step.limit * (1 if self.device == "cuda" else CPU_PATIENCE)
+        limit = min(own, left)
         threads = max(1, self.cores // min(beside, 2))
         setup = Setup(self.device, str(self.work), self.data, self.tokenizer, threads, limit)
         answer = self.work / f"step-{step.number}.json"
@@ -118,6 +129,8 @@ class Run:
         self.running.add(process)
         code = process.wait(limit)
         self.running.discard(process)
+        if code is None and limit < own:
+            code = CUT_OFF
         return outcome_of(step, answer_of(answer), code, process.seconds, self.device)
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +63,30 @@ def qlora(setup: Setup) -> Iterator[Fact]:
 
 
 def weights(setup: Setup) -> Iterator[Fact]:
-    """What the benchmark would make before it measures, made beside the steps that take no time."""
+    """What the benchmark would make before it measures."""
+    jobs = {"gpt2-large, s": LARGE, "7B, s": (*SEVEN, "--lora=lora")}
+    if setup.small:
+        jobs = {"gpt2-large, s": SMALL, "7B, s": (*SMALL, "--lora=lora")}
+    with ThreadPoolExecutor(1 if setup.small else len(jobs)) as pool:
+        waiting = {name: pool.submit(make, setup, words) for name, words in jobs.items()}
+        for name, job in waiting.items():
+            yield name, job.result()
+
+
+def make(setup: Setup, words: Sequence[str]) -> float:
+    """Weights and rows for these words, where a command with the same words finds them. Seconds."""
     import bench
     import bench_args
     import bench_run
     import bench_shapes
 
-    for name, shape, more in (("gpt2-large", LARGE, ()), ("7B", SEVEN, ("--lora=lora",))):
-        began = time.monotonic()
-        words = arguments(setup, (*(SMALL if setup.small else shape), *more))
-        args = bench_args.parser(None).parse_args(words)
-        bench_args.check(args)
-        changes = {key: getattr(args, key) for key in bench_shapes.CHANGEABLE}
-        plan = bench.make_plan(args, bench_shapes.resized(args.preset, changes)[1], Path(args.keep))
-        bench_run.prepare(plan, setup.threads)
-        yield f"{name}, s", time.monotonic() - began
+    began = time.monotonic()
+    args = bench_args.parser(None).parse_args(arguments(setup, words))
+    bench_args.check(args)
+    changes = {key: getattr(args, key) for key in bench_shapes.CHANGEABLE}
+    shape = bench_shapes.resized(args.preset, changes)[1]
+    bench_run.prepare(bench.make_plan(args, shape, Path(args.keep)), setup.threads)
+    return time.monotonic() - began
 
 
 def measured(setup: Setup, name: str, shape: tuple[str, ...], *words: str) -> Iterator[Fact]:
