@@ -20,6 +20,7 @@ from dpo_cli import ranks
 from dpo_cli.compose import prepare
 from dpo_cli.config import RunConfig
 from dpo_cli.paths import conf_dir
+from dpo_cli.plan_facts import tokens_chooser
 from dpo_cli.report.console import Progress
 from dpo_cli.stages import load_stage
 from dpo_cli.stages.session import Session
@@ -100,7 +101,8 @@ def measure(job: Job, sink: Callable[[Window], ClockSink] = ClockSink) -> dict[s
     run_dir = Path(f"{config.run_dir}-{runtime.ranks.rank}")
     run_dir.mkdir(parents=True)
     window, progress = Window(job), PhaseClock(job.device)
-    session = Session(config, run_dir, runtime, progress, [sink(window)])
+    chooser = tokens_chooser(config, runtime)
+    session = Session(config, run_dir, runtime, progress, [sink(window)], choose_tokens=chooser)
     try:
         stage(session)
     except Measured:

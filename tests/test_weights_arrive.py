@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.errors import NonFiniteError
-from dpo_cli.model import adapters, lora, quantise
+from dpo_cli.model import adapters, digest, lora, quantise
+from dpo_cli.model import skeleton as modules_of_skeleton
 from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.attention import Placement, kernel_of
 from dpo_cli.model.digest import loaded_digest, model_digest
@@ -216,6 +217,21 @@ def test_a_probe_copies_one_layer_of_a_kind_and_few_tokens():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_no_weight_is_copied_twice_nor_one_that_is_cut_whole(monkeypatch):
+    """On its way, too: 128,256 tokens in float32 are 2 GiB."""
+    model, copied = deep(vocab_size=640).to(torch.bfloat16), []
+    real = modules_of_skeleton._exact
+
+    def counted(weight, device):
+        made = real(weight, device)
+        copied.append(made.numel())
+        return made
+
+    monkeypatch.setattr(modules_of_skeleton, "_exact", counted)
+    few = skeleton(model, CPU)
+    assert sum(copied) == sum(p.numel() for p in few.parameters())
+
+
 def test_a_copy_in_float32_holds_no_weight_twice():
     model = deep()
     own = {id(p) for p in model.parameters()}
@@ -272,6 +288,23 @@ def test_the_same_files_are_the_same_function(folders, tmp_path):
     first = loaded_digest(loaded(folder))
     assert loaded_digest(loaded(copy)) == first
     assert first != loaded_digest(loaded(folders[torch.float32]))
+
+
+@pytest.mark.parametrize("change", range(5))
+def test_every_byte_of_every_piece_counts(tmp_path, monkeypatch, change):
+    monkeypatch.setattr(digest, "PIECE", 1000)
+    files = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    content = [bytes(range(256)) * 10, b"", b"x" * 1000]
+    for file, data in zip(files, content, strict=True):
+        file.write_bytes(data)
+    first = digest.FileDigest(files).value()
+    assert first == digest.FileDigest(files).value()
+    place, at = [(0, 0), (0, 999), (0, 1000), (0, 2559), (2, 999)][change]
+    data = bytearray(content[place])
+    data[at] ^= 1
+    files[place].write_bytes(data)
+    assert digest.FileDigest(files).value() not in (first, None)
+    assert digest.FileDigest([*files, tmp_path / "gone"]).value() is None
 
 
 def test_one_changed_weight_is_another_function_though_name_size_and_time_are_the_same(

@@ -36,8 +36,8 @@ def skeleton(model: PreTrainedModel, device: torch.device, whole: bool = False) 
         _cut_tokens(model, memo, device)
     dropped = {id(p) for i, x in enumerate(found or ()) if i not in kept for p in x.parameters()}
     for weight in model.parameters():
-        if id(weight) not in dropped:
-            memo.setdefault(id(weight), _exact(weight, device))
+        if id(weight) not in dropped and id(weight) not in memo:
+            memo[id(weight)] = _exact(weight, device)
     if found is not None:
         layers = torch.nn.ModuleList(copy.deepcopy(found[i], memo) for i in kept)
         memo[id(found)] = layers
@@ -84,8 +84,9 @@ def _share(
 ) -> None:
     """Weights of a layer that have to be copied are those of the first of its kind."""
     for one, own in zip(first.parameters(), layer.parameters(), strict=True):
-        copied = memo.setdefault(id(one), _exact(one, device))
-        memo[id(own)] = own if copied is one else copied
+        if id(one) not in memo:
+            memo[id(one)] = _exact(one, device)
+        memo[id(own)] = own if memo[id(one)] is one else memo[id(one)]
 
 
 def _exact(weight: Tensor, device: torch.device) -> Tensor:
@@ -114,8 +115,9 @@ def _cut_tokens(model: PreTrainedModel, memo: dict[int, Any], device: torch.devi
             return
     rows = torch.arange(ROWS) * (vocab // ROWS)
     for weight in (p for part in tables for p in part.parameters(recurse=False)):
-        exact = _exact(weight.detach()[rows.to(weight.device)], device)
-        memo[id(weight)] = memo.get(id(weight), _parameter(exact.detach(), weight))
+        if id(weight) not in memo:  # tied ones come twice
+            cut = _exact(weight.detach()[rows.to(weight.device)], device)
+            memo[id(weight)] = _parameter(cut.detach(), weight)
 
 
 def _fit_config(few: PreTrainedModel, count: int, kept: list[int]) -> None:
