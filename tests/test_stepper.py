@@ -3,6 +3,8 @@ recorded against not recorded."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -14,6 +16,7 @@ from transformers import DynamicCache
 from dpo_cli.model import forward, generate, static_cache, stepper
 from dpo_cli.model.decoding import shares_prompts
 from dpo_cli.model.generate import SamplingOptions, sample
+from dpo_cli.model.graphs import Graphs
 from dpo_cli.model.stepper import Stepper, can_step
 from small_models import FAMILIES, compute_in_float64
 from test_generate import (
@@ -324,6 +327,7 @@ def on_cuda(family, dtype, trained=True):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral", "qwen3"])
 def test_recorded_steps_are_those_that_are_not(family, precision, monkeypatch):
     """The same tokens of greedy and of seeded draws: two replays draw different numbers."""
+    monkeypatch.setattr(stepper, "WORTH_DROPPING", 0)  # or other rows would get the numbers
     model = on_cuda(family, torch.bfloat16 if precision == "bf16" else torch.float32)
     low = torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast")
     for options in (SamplingOptions(16, max_new_tokens=40), SamplingOptions(4, 0.0)):
@@ -355,7 +359,7 @@ def test_recorded_steps_have_the_plain_forwards_logprobs(family):
 @pytest.mark.cuda
 def test_a_step_that_waits_is_decoded_without_graphs():
     model, told = on_cuda("llama", torch.float32), []
-    model.model.layers[0].register_forward_hook(lambda m, i, out: bool(out[0].sum() > 0) or None)
+    model.model.layers[0].register_forward_hook(lambda m, i, out: [bool(out[0].sum() > 0)] and None)
     options = SamplingOptions(2, 0.0, max_new_tokens=12)
     rows = sample(model, RAGGED, options, -1, 0, note=told.append)
     assert len(told) == 1
@@ -363,3 +367,45 @@ def test_a_step_that_waits_is_decoded_without_graphs():
     torch.rand(3, device="cuda")  # the default generator still draws
     model.cpu().double()
     assert_the_plain_forwards(model, rows, atol=2e-3)
+
+
+@pytest.mark.cuda
+def test_a_recording_that_breaks_leaves_random_numbers_and_memory_alone():
+    device = torch.device("cuda", torch.cuda.current_device())
+    generator, sums = torch.Generator(device), torch.zeros(8, device=device)
+    graphs = Graphs(generator)
+
+    def step(wait):
+        sums.add_(torch.rand(8, device=device, generator=generator))
+        if wait:
+            sums.sum().item()
+
+    graphs.run((1,), lambda: step(True))
+    with pytest.raises(RuntimeError):
+        graphs.run((1,), lambda: step(True))
+    for own in (None, generator):
+        assert torch.rand(3, device=device, generator=own).unique().numel() == 3
+    before = torch.cuda.memory_reserved(device)
+    big = torch.zeros(2**26, device=device)
+    del big
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved(device) <= before
+    seen = []
+    for _ in range(5):
+        graphs.run((2,), lambda: step(False))
+        seen.append(sums.sum().item())
+    steps = np.diff(seen)
+    assert len({round(float(x), 4) for x in steps}) == 4  # replays draw anew
+
+
+def test_buffers_are_freed_without_the_collector(static):
+    model = build("llama")
+    made = Stepper(model, SamplingOptions(2), EOS, PAD, record=False)
+    made.begin(PROMPTS, 8)
+    cache = weakref.ref(made.cache)
+    gc.disable()
+    try:
+        made._free()
+        assert cache() is None
+    finally:
+        gc.enable()

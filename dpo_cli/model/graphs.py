@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -20,10 +20,10 @@ class Graphs:
         self.generator = generator
         self.stream = torch.cuda.Stream(generator.device)
         self.pool = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
-        self.prepared: set[Hashable] = set()
-        self.recorded: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self.prepared: set[tuple[int, ...]] = set()
+        self.recorded: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
 
-    def run(self, shape: Hashable, step: Callable[[], None]) -> None:
+    def run(self, shape: tuple[int, ...], step: Callable[[], None]) -> None:
         if shape not in self.prepared:
             step()
             self.prepared.add(shape)
@@ -47,9 +47,32 @@ class Graphs:
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 step()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                self._abandon(graph)
+                raise
+            graph.capture_end()
         return graph
+
+    def _abandon(self, failed: torch.cuda.CUDAGraph) -> None:
+        """End a recording that an error broke, so that what follows is not broken as well.
+
+        CUDA refuses to end it, upon which PyTorch leaves its generators recording, for good: the
+        next draw of any random number would raise. A recording that ends resets them.
+        """
+        with suppress(RuntimeError):
+            failed.capture_end()
+        device = self.generator.device
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device.index or 0, self.pool)
+        self.recorded.clear()
+        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        number, again = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+        again.register_generator_state(self.generator)
+        torch.cuda.synchronize(device)
+        with torch.cuda.stream(self.stream):
+            again.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            number.add_(1)
+            again.capture_end()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
+from weakref import proxy
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ class _Layer(DynamicLayer):
             )
             for rows, columns in ((room.prompts, room.columns), (room.rows, room.tokens))
         )
-        self.cache = cache
+        self.cache = proxy(cache)  # in a circle its gigabytes would wait for the collector
         self.latest: Tensor | None = None
 
     def fill_prompts(self, first: int, prefilled: DynamicLayer) -> None:
@@ -223,14 +224,16 @@ class StaticCache(Cache):
         with torch.autocast(query.device.type, enabled=False):
             return layer.attend(query, call)
 
-    def keep(self, going: np.ndarray, used: int) -> np.ndarray | None:
+    def room_for(self, going: np.ndarray) -> int:
+        """Rows that are left if they are halved as often as those `going`, (R,), fit."""
+        return halved(self.rows, max(int(going.sum()), LEAST_ROWS))
+
+    def keep(self, going: np.ndarray, used: int) -> np.ndarray:
         """Halve the rows, as often as those `going`, (R,), fit; finished ones fill them up.
 
-        used: own columns that hold tokens. Returns which row is now at each place, or None.
+        used: own columns that hold tokens. Returns which row is now at each place.
         """
-        rows = halved(self.rows, max(int(going.sum()), LEAST_ROWS))
-        if rows == self.rows:
-            return None
+        rows = self.room_for(going)
         order, holes, movers = _compacted(going, rows)
         prompt_of, self.sample_of = self.prompt_of[order], self.sample_of[order]
         if self.room.samples == 1:  # row r stays that of prompt r

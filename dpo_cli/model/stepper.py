@@ -40,7 +40,8 @@ from dpo_cli.model.static_cache import Room, StaticCache
 STEPPING = "dpo_static_steps"  # the attribute of a model that says why it cannot, or None
 FUSED = "dpo_decode_kernel"  # the same of the kernel
 LOOK_EVERY = 8  # steps; a look for finished rows makes the host wait
-WORTH_RECORDING = 6  # steps to come: recording one takes as long as about two
+WORTH_RECORDING = 2  # steps to come: recording one takes as long as running it unrecorded
+WORTH_DROPPING = 32  # steps to come, of fewer rows, that make good for the recording of a step
 
 
 class Stepper:
@@ -79,7 +80,7 @@ class Stepper:
         self.begin(prompts, steps)
         with attention_as(self.model, prefix_cache.NAME):
             for step in range(1, steps):
-                if step % LOOK_EVERY == 0 and not self.look(step):
+                if step % LOOK_EVERY == 0 and not self.look(step, steps):
                     break
                 self.step(step, steps)
         rows = len(prompts) * self.options.completions
@@ -166,18 +167,22 @@ class Stepper:
         self.token[:rows] = chosen
         self.ended[:rows] |= chosen == self.eos_id
 
-    def look(self, used: int) -> bool:
-        """Drop finished rows; returns whether any go on. used: steps done with the cache."""
+    def look(self, number: int, steps: int) -> bool:
+        """Drop finished rows before the number-th step; returns whether any go on."""
         going = ~self.ended[: self.rows].cpu().numpy()
         if not going.any():
             return False
-        order = self.cache.keep(going, used)
-        if order is not None:
-            index = torch.from_numpy(order).to(self.model.device)
+        rows = self.cache.room_for(going)
+        if rows < self.rows and (steps - number >= WORTH_DROPPING or self._knows(rows)):
+            index = torch.from_numpy(self.cache.keep(going, number)).to(self.model.device)
             for x in (self.token, self.position, self.alive, self.ended):
-                x[: len(order)] = x[index]
-            self.rows = len(order)
+                x[:rows] = x[index]
+            self.rows = rows
         return True
+
+    def _knows(self, rows: int) -> bool:
+        """Whether no new step would have to be recorded for so many rows."""
+        return self.graphs is None or any(rows == known for _, known, _ in self.graphs.recorded)
 
 
 def can_step(model: PreTrainedModel, note: Note) -> bool:
