@@ -1,74 +1,17 @@
 """The kernel of the output layer against autograd in float64: on a GPU, else in Triton's
 interpreter, where Triton is installed."""
 
-import importlib
-import sys
-from importlib.util import find_spec
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from dpo_cli import fused_head
 from dpo_cli import logprobs as chunked
-from dpo_cli.fused_head import Shape
 from dpo_cli.logprobs import Head, fused_loss, target_logprobs
+from fused_head_helpers import CUDA, DEVICE, exactly
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+pytest_plugins = ["fused_head_fixtures"]
 V, D = 41, 16
 COUNTS = (5, 1, 9, 8)  # targets of four examples
-
-
-def import_kernel():
-    """The module with the kernel, or why there is none. Triton must be asked for its interpreter
-    before it is first imported, so this runs when the test module is read."""
-    if find_spec("triton") is None:
-        return "needs Triton"
-    if CUDA:
-        return importlib.import_module("dpo_cli.head_kernel")
-    if "triton" in sys.modules:
-        return "Triton is imported already, without its interpreter: run this file alone"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        return importlib.import_module("dpo_cli.head_kernel")
-
-
-KERNEL = import_kernel()
-
-
-@pytest.fixture
-def kernel(monkeypatch):
-    if isinstance(KERNEL, str):
-        pytest.skip(KERNEL)
-    if not CUDA:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")  # what it imports when it first runs
-    return KERNEL
-
-
-@pytest.fixture
-def used(kernel, monkeypatch):
-    """The head takes the kernel and aligned weights, as on CUDA, also in the interpreter."""
-    calls = []
-
-    def counted(*args):
-        calls.append(args)
-        return kernel.softmax_rows(*args)
-
-    fake = SimpleNamespace(softmax_rows=counted)
-    monkeypatch.setitem(sys.modules, "dpo_cli.head_kernel", fake)
-    monkeypatch.setattr(fused_head, "refused", lambda shape: None)
-    monkeypatch.setattr(fused_head, "columns", lambda vocab, device: -(-vocab // 64) * 64)
-    return calls
-
-
-def exactly(logits, targets, bias, scale, softcap):
-    raw = logits.double() if bias is None else logits.double() + bias.double()
-    raw = (raw * scale).requires_grad_()
-    capped = raw if softcap is None else softcap * torch.tanh(raw / softcap)
-    values = capped.log_softmax(1).gather(1, targets[:, None]).squeeze(1)
-    (slopes,) = torch.autograd.grad(values.sum(), raw)
-    return values.detach(), slopes
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -160,6 +103,25 @@ def test_loss_and_gradients(used, monkeypatch, dtype, scale, softcap, bias):
         )
 
 
+def test_bf16_with_products_in_float32(used, request, monkeypatch):
+    """Nothing but the factors is rounded: not the logits, not the sum over chunks."""
+    if not CUDA:
+        request.getfixturevalue("wide_products")
+        monkeypatch.setattr(fused_head, "unrounded", lambda *_: True)
+    monkeypatch.setattr(Head, "rows_per_chunk", lambda self: 10)
+    hidden, weight, offset, targets = make(torch.bfloat16, True)
+    leaves = [x.float().requires_grad_() for x in (hidden, weight, offset)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    values = torch.nn.functional.linear(*exact).log_softmax(1).gather(1, targets[:, None])
+    expected = torch.autograd.grad(loss_of(values.squeeze(1), slice(0, 4)), exact)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        loss, got = fused_loss(leaves[0], Head(*leaves[1:]), targets, COUNTS, loss_of)
+    assert (got.double() - values.squeeze(1)).abs().max() < 1e-5
+    for found, right in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert found.dtype == torch.float32
+        assert (found - right).norm() < 5e-3 * right.norm()
+
+
 def test_a_frozen_head_gets_no_gradient(used):
     hidden, weight, _, targets = make(torch.float32, False)
     hidden.requires_grad_()
@@ -177,122 +139,6 @@ def test_policy_and_reference_agree(used):
     hidden.requires_grad_()
     _, policy = fused_loss(hidden, Head(weight), targets, COUNTS, loss_of)
     torch.testing.assert_close(policy, reference, rtol=1e-6, atol=1e-6)
-
-
-SHAPES = [Shape(DEVICE, dtype, vocab, bias, cap) for dtype, vocab, bias, cap in (
-    (torch.float32, 41, False, False), (torch.float32, 41, True, True),
-    (torch.float16, 9_001, True, False), (torch.float32, 128, False, True),
-)]  # fmt: skip
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_kernel_passes_its_own_trial(kernel, shape):
-    assert fused_head.error_of(shape) is None
-
-
-def broken(kernel, **changes):
-    """The kernel with its results changed."""
-
-    def softmax_rows(logits, targets, vocab, bias, scale, softcap, slopes=None):
-        found = kernel.softmax_rows(logits, targets, vocab, bias, scale, softcap, slopes)
-        if "value" in changes:
-            found[0] += changes["value"]
-        if slopes is not None and "slope" in changes:
-            slopes[1, vocab - 1] *= changes["slope"]
-        if slopes is not None and "beyond" in changes:
-            slopes[0, -1] = changes["beyond"]
-        return found
-
-    return SimpleNamespace(softmax_rows=softmax_rows)
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({"value": 1e-3}, "its log-probabilities are 0.001 off"),
-        ({"slope": 1.02}, "its slopes are"),
-        ({"slope": float("nan")}, "its slopes are nan off"),
-        ({"beyond": 1.0}, "its slopes reach beyond the vocabulary"),
-    ],
-    ids=str,
-)
-def test_a_wrong_kernel_is_refused(kernel, monkeypatch, changes, why):
-    monkeypatch.setitem(sys.modules, "dpo_cli.head_kernel", broken(kernel, **changes))
-    monkeypatch.setattr(fused_head, "columns", lambda vocab, device: -(-vocab // 64) * 64)
-    assert fused_head.error_of(SHAPES[0]).startswith(why)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("no C compiler"), OSError("no C compiler")])
-def test_a_kernel_that_does_not_compile_is_refused(monkeypatch, error):
-    pytest.importorskip("triton")
-
-    def fails(*args):
-        raise error
-
-    monkeypatch.setitem(
-        sys.modules, "dpo_cli.head_kernel", SimpleNamespace(softmax_rows=fails)
-    )  # fmt: skip
-    assert fused_head.error_of(SHAPES[0]) == "no C compiler"
-
-
-def test_memory_that_runs_out_says_nothing_of_the_kernel(monkeypatch):
-    pytest.importorskip("triton")
-
-    def fails(*args):
-        raise torch.OutOfMemoryError("full")
-
-    monkeypatch.setitem(
-        sys.modules, "dpo_cli.head_kernel", SimpleNamespace(softmax_rows=fails)
-    )  # fmt: skip
-    with pytest.raises(torch.OutOfMemoryError):
-        fused_head.error_of(SHAPES[0])
-
-
-@pytest.fixture
-def wide_products(monkeypatch):
-    """CUDA's products of half-precision factors into float32."""
-    mm, addmm = torch.mm, torch.addmm
-
-    def wide_mm(a, b, out_dtype):
-        with torch.autocast("cpu", enabled=False):
-            return mm(a.to(out_dtype), b.to(out_dtype))
-
-    def wide_addmm(total, a, b, out_dtype, out):
-        with torch.autocast("cpu", enabled=False):
-            return addmm(total, a.to(out_dtype), b.to(out_dtype), out=out)
-
-    monkeypatch.setattr(torch, "mm", wide_mm)
-    monkeypatch.setattr(torch, "addmm", wide_addmm)
-    return monkeypatch
-
-
-@pytest.mark.skipif(CUDA, reason="has products of its own")
-def test_products_are_tried_alike_in_the_midst_of_a_step(wide_products):
-    """A trial under autocast must not compare with what autocast has rounded."""
-    for amp in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            assert fused_head._gives_float32(DEVICE, torch.bfloat16)
-    rounding = torch.mm
-    wide_products.setattr(torch, "mm", lambda *a, **k: rounding(*a, **k).bfloat16().float())
-    assert not fused_head._gives_float32(DEVICE, torch.bfloat16)
-
-
-@pytest.mark.skipif(CUDA, reason="has products of its own")
-def test_products_that_are_absent():
-    assert not fused_head._gives_float32(DEVICE, torch.bfloat16)
-
-
-def test_without_triton(monkeypatch):
-    monkeypatch.setattr(fused_head, "find_spec", lambda name: None)
-    assert fused_head.error_of(SHAPES[0]) == "needs Triton"
-
-
-def test_a_cpu_keeps_its_own_path():
-    shape = Shape(torch.device("cpu"), torch.bfloat16, 50_257, False, False)
-    assert fused_head.refused(shape) == "needs a CUDA device"
-    assert shape.columns == 50_257
-    assert Head(torch.zeros(8, 4)).rounding(torch.device("cpu"), torch.bfloat16) == ""
-    assert Head(torch.zeros(8, 4)).cast(torch.float32).weight.shape == (8, 4)
 
 
 @pytest.mark.parametrize(
