@@ -3,8 +3,8 @@
     python gpu_chain.py commands.json results.json
 
 commands.json holds a list of {words, stop_after?, room?}; results.json gets, for each of them,
-{code, seconds, peak, syncs}: exit code, bytes at most on the device, and how often each step made
-the host wait for it. A bug of ours ends the chain with its traceback.
+{code, seconds, peak, syncs}: exit code, bytes at most on the device, and where each step made the
+host wait for it. A bug of ours ends the chain with its traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -26,21 +27,34 @@ from dpo_cli.cli import main
 from dpo_cli.train import loop, step
 
 CUDA = torch.cuda.is_available()
-syncs: list[int] = []  # of the steps of the command that runs
+syncs: list[list[str]] = []  # of the steps of the command that runs
 
 
 def counted(train_step: Callable[[Any], dict[str, float]]) -> Callable[[Any], dict[str, float]]:
-    """The step; CUDA warns of every call that waits for the device."""
+    """The step, not the rollout before it; CUDA warns of every call that waits for the device."""
 
     def run(fit: Any) -> dict[str, float]:
-        with warnings.catch_warnings(record=True) as told:
+        seen: list[str] = []
+        before_step = fit.task.before_step
+        if before_step is not None:
+            fit.before = before_step(fit.step) or fit.before
+            fit.task.before_step = lambda step: {}
+
+        def told(message: Any, kind: Any, file: str, line: int, *rest: Any) -> None:
+            own = threading.current_thread() is threading.main_thread()  # not one that saves
+            if own and "synchronizing CUDA operation" in str(message):
+                seen.append(f"{Path(file).name}:{line}")
+
+        with warnings.catch_warnings():
             warnings.simplefilter("always")
+            warnings.showwarning = told
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 values = train_step(fit)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        syncs.append(sum("synchronizing CUDA operation" in str(w.message) for w in told))
+                fit.task.before_step = before_step
+        syncs.append(seen)
         return values
 
     return run

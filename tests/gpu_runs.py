@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,11 @@ class Chain:
     results: list[dict[str, Any]]
     said: str
 
+    def ended(self, *codes: int) -> None:
+        """Assert the exit codes; else say what went wrong, in a line."""
+        found = [result["code"] for result in self.results]
+        assert found == list(codes), f"exit codes {found}: {reason(self.said)}"
+
     def losses(self, run: str) -> list[float]:
         """Of the training steps of a run folder."""
         return self.column(run, "loss")
@@ -83,8 +89,14 @@ def chain(
             done = start([str(CHAIN), str(asked), str(found)], folder)
             said.write_text(done.stderr)
     results = json.loads(found.read_text()) if found.is_file() else []
-    assert len(results) == len(commands), said.read_text()[-4000:]
+    assert len(results) == len(commands), f"command {len(results)}: {reason(said.read_text())}"
     return Chain(folder, results, said.read_text())
+
+
+def reason(said: str) -> str:
+    """The errors that were told, last ones first."""
+    lines = [line for line in said.splitlines() if re.match(r"(error: |[\w.]*Error\b)", line)]
+    return " | ".join(line[:250] for line in lines[:-4:-1]) or said[-400:]
 
 
 def start(
@@ -96,7 +108,7 @@ def start(
     own |= {"DPO_RUN_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, env={**os.environ, **own, **(env or {})},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=75, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
 

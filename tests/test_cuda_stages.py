@@ -12,7 +12,7 @@ import pytest
 
 from gpu_runs import DEVICE, HERE, ON_CPU, RUN, SAMPLES, SMALL, TRAIN, Chain, chain
 
-pytestmark = [pytest.mark.cuda, pytest.mark.timeout(80)]
+pytestmark = [pytest.mark.cuda, pytest.mark.timeout(125)]
 LEARN = ("optim.lr=3e-3",)
 PPO = (
     "stage=ppo-baseline", "stage.rollout_samples=16", "train.batch_size=8", "stage.ppo_epochs=2",
@@ -61,7 +61,7 @@ def truth(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 
 def test_every_stage_ends_well(here: Chain) -> None:
-    assert [result["code"] for result in here.results] == [0] * 7, here.said
+    here.ended(0, 0, 0, 0, 0, 0, 0)
     for run in ("sft", "dpo", "reward", "ppo"):
         assert all(map(math.isfinite, here.losses(run))), run
         assert (here.folder / run / "final" / "model.safetensors").is_file()
@@ -84,7 +84,7 @@ def test_a_step_waits_for_the_device_twice(here: Chain) -> None:
     for number, run in enumerate(("sft", "dpo", "reward", "ppo")):
         later = here.results[number]["syncs"][2:]  # the first steps set libraries up
         assert later, run
-        assert max(later) <= 2, (run, later)
+        assert max(map(len, later)) <= 2, (run, later[0])
 
 
 def test_the_policy_of_a_first_rollout_is_the_reference(here: Chain) -> None:
