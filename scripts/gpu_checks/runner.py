@@ -117,6 +117,9 @@ class Run:
         if left < (ENOUGH * step.seconds if self.device == "cuda" else 1):
             why = f"{max(0, left):.0f} s are left (--minutes), it takes about {step.seconds}"
             return Outcome(step, "skipped", [why])
+        has = self.report.circumstances.machine.get("memory_gb")
+        if has is not None and has < step.gib:
+            return Outcome(step, "skipped", [f"needs {step.gib:g} GiB, the device has {has:g}"])
         own = step.limit * (1 if self.device == "cuda" else CPU_PATIENCE)
         limit = min(own, left)
         threads = max(1, self.cores // min(beside, 2))

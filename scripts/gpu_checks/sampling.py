@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,8 +18,9 @@ from gpu_checks.facts import Fact, Setup
 
 PROMPT = 96  # tokens; half to all of them
 NEW_TOKENS = 64
-ROWS = ((128, 128), (512, 512), (128, 8))  # rows, prompts
-BESIDE = 2  # of these, how many `generate` is asked for as well
+# rows, prompts, and whether `generate` is asked for them as well
+ROWS = ((128, 128, True), (128, 8, False), (512, 512, True))
+FEW_ROWS = ((4, 4, True), (4, 2, False))
 GREEDY = 8  # prompts and tokens
 NEVER = -1  # no token is EOS, so that every row is as long
 
@@ -31,13 +33,13 @@ def check(setup: Setup) -> Iterator[Fact]:
     longest, new = (8, 4) if setup.small else (PROMPT, NEW_TOKENS)
     with torch.autocast(setup.device, torch.bfloat16):
         yield from agreement(model, prompts_of(model, GREEDY, longest), new)
-        for number, (rows, count) in enumerate(((4, 4), (4, 2)) if setup.small else ROWS):
+        for rows, count, beside in FEW_ROWS if setup.small else ROWS:
             prompts = prompts_of(model, count, longest)
             what = f"{rows} rows of {count} prompts"
             sampled = seconds(device, lambda: ours(model, prompts, rows, new))  # noqa: B023
             yield f"ours, {what}, ms a token", sampled / new * 1e3
             yield f"ours, {what}, tokens/s", rows * new / sampled
-            if number < BESIDE:
+            if beside:
                 generated = seconds(device, lambda: generate(model, prompts, rows, new))  # noqa: B023
                 yield f"generate, {what}, ms a token", generated / new * 1e3
     if not setup.small:
@@ -59,7 +61,11 @@ def seconds(device: torch.device, work: Callable[[], Any]) -> float:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-    return time.perf_counter() - began
+    taken = time.perf_counter() - began
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return taken
 
 
 def ours(model: Any, prompts: Sequence[np.ndarray], rows: int, new: int, **how: Any) -> Any:
