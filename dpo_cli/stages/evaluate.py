@@ -18,7 +18,7 @@ from dpo_cli.config import EvaluateConfig
 from dpo_cli.durable import write_bytes
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.scorers import Scorer, as_text
-from dpo_cli.model.generate import MOST_ROWS, Completion, SamplingOptions
+from dpo_cli.model.generate import Completion, SamplingOptions
 from dpo_cli.model.load import configured_context, load_tokenizer
 from dpo_cli.model.source import model_folder
 from dpo_cli.records import EncodedExample, Prompt
@@ -41,6 +41,7 @@ from dpo_cli.stages.session import Session, load, load_data, load_named
 from dpo_cli.stages.win_rate import WinRates, win_rates
 
 WIN_RATE = r"win_rate_t[\d.e+-]+"  # without its interval, _low and _high
+ROUND = 128  # completions of a prompt at once, where a GPU's memory decides on prompts
 A_FEW = 8  # samples kept of each policy but the last, of which all are
 
 
@@ -216,7 +217,7 @@ def reference_rewards(
     """(prompts, stage.reference_samples) rewards, drawn in rounds of at most a decoded batch."""
     wanted = stage.reference_samples
     samples: list[list[Completion]] = [[] for _ in bench.examples]
-    most = decoded_together(session, stage) or MOST_ROWS
+    most = decoded_together(session, stage) or ROUND
     total = len(bench.examples) * -(-wanted // most)
     with session.progress.phase("sampling the reference", total) as tick:
         for number, start in enumerate(range(0, wanted, most)):
