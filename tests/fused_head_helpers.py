@@ -1,9 +1,12 @@
 """Where the tests of the output layer's kernel compute, and what it is to find."""
 
+import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
+# For tests that run in the interpreter as well, which the mark itself would skip.
+also_cuda = pytest.mark.cuda if CUDA else lambda test: test
 
 
 def exactly(logits, targets, bias, scale, softcap):

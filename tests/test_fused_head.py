@@ -7,7 +7,7 @@ import torch
 from dpo_cli import fused_head
 from dpo_cli import logprobs as chunked
 from dpo_cli.logprobs import Head, fused_loss, target_logprobs
-from fused_head_helpers import CUDA, DEVICE, exactly
+from fused_head_helpers import CUDA, DEVICE, also_cuda, exactly
 
 pytest_plugins = ["fused_head_fixtures"]
 V, D = 41, 16
@@ -39,6 +39,7 @@ def test_no_rows(kernel):
     )
 
 
+@also_cuda
 def test_extreme_rows(kernel):
     """A token that is certain, one that is impossible, logits at -inf, a row that is not finite."""
     logits = torch.zeros(4, 16, device=DEVICE)
@@ -70,6 +71,7 @@ def loss_of(values, examples):
     return (torch.stack(sums) * 0.05).exp().sum()
 
 
+@also_cuda
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, 3.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,6 +105,7 @@ def test_loss_and_gradients(used, monkeypatch, dtype, scale, softcap, bias):
         )
 
 
+@also_cuda
 def test_bf16_with_products_in_float32(used, request, monkeypatch):
     """Nothing but the factors is rounded: not the logits, not the sum over chunks."""
     if not CUDA:
@@ -166,7 +169,6 @@ def test_eager_rows_of_a_padded_head(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("vocab", [50_257, 151_936])
 def test_on_a_gpu_it_is_used_and_exact(vocab):
     g = torch.Generator(DEVICE).manual_seed(0)
@@ -188,7 +190,6 @@ def test_on_a_gpu_it_is_used_and_exact(vocab):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_more_logits_than_int32_counts(kernel):
     if torch.cuda.mem_get_info()[0] < 14 * 2**30:
         pytest.skip("needs 14 GB of a GPU's memory")
