@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from dpo_cli.durable import damage, file_digest
-from dpo_cli.errors import DiskError, NonFiniteError, Preempted
+from dpo_cli.errors import ConfigError, DiskError, NonFiniteError, Preempted
 from dpo_cli.tensor_file import DTYPES, write_tensors
 from dpo_cli.train import checkpoint, contents, host_copy, loop, saving
 from dpo_cli.train.pace import FIRST_SECONDS, FREE_SECONDS, SHARE, Pace
-from small_runs import train
+from small_runs import configure, metrics, train
 
 SHORT = ("stage=sft", "optim.lr=3e-3", "data.eval_rows=0", "train.sample_prompts=0",
          "logger.report=false")  # fmt: skip
@@ -298,6 +298,37 @@ def test_without_room_for_a_copy_the_training_waits_and_says_so(
     assert told.count("saves stop the training: a copy of the state takes 0.0 GiB") == 1
 
 
+def test_copies_for_a_device_share_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of CUDA, whose waiting is left out here."""
+    waited: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    copies, device = host_copy.HostCopy(torch.device("cuda")), torch.device("cuda")
+
+    def state(seed: int) -> contents.Contents:
+        torch.manual_seed(seed)
+        odd = {str(dtype): torch.randint(0, 2, (3, 5)).to(dtype) for dtype in DTYPES}
+        odd |= {"view": torch.randn(4, 6).T, "step": torch.tensor(7.0), "empty": torch.zeros(0, 2)}
+        return contents.Contents({"a": b"b"}, {"w": odd, "o": {"x": torch.randn(1000)}})
+
+    def same(a: contents.Contents, b: contents.Contents) -> bool:
+        pairs = [(a.tensors[f][n], b.tensors[f][n]) for f in b.tensors for n in b.tensors[f]]
+        return a.texts == b.texts and all(
+            torch.equal(x, y) and x.dtype == y.dtype and x.data_ptr() != y.data_ptr()
+            for x, y in pairs
+            if y.numel()
+        )
+
+    first = copies.take(state(1))
+    assert same(first, state(1))
+    assert waited == [device]
+    buffer = copies.buffer
+    assert same(copies.take(state(2)), state(2))
+    assert copies.buffer is buffer
+    assert not same(first, state(1))  # its room was taken
+    monkeypatch.setattr(host_copy, "free_bytes", lambda: 0)
+    assert copies.refusal(state(3)) is None  # the room is there
+
+
 def test_a_container_has_less_memory_than_its_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,3 +396,53 @@ def test_short_saves_are_free_and_a_set_time_is_kept() -> None:
     assert not every.due(busy=True)
     clock.now += 1
     assert every.due(busy=True)
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in metrics(run_dir) if "loss" in row]
+
+
+def test_a_set_time_saves_and_changes_nothing_else(tmp_path: Path) -> None:
+    words = (*SHORT, "train.max_steps=4", "train.keep_checkpoints=9", "model.dropout=0.1")
+    train(tmp_path / "often", *words, "train.save_every_minutes=1e-9")
+    train(tmp_path / "rarely", *words)
+    assert steps_of(tmp_path / "often") == [1, 2, 3, 4]
+    assert steps_of(tmp_path / "rarely") == [4]  # five minutes have not passed
+    assert losses(tmp_path / "often") == losses(tmp_path / "rarely")
+    final = "final/model.safetensors"
+    assert file_digest(tmp_path / "often" / final) == file_digest(tmp_path / "rarely" / final)
+
+
+def test_a_best_step_is_not_saved_where_that_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """best.json names it all the same: what is the best does not depend on the clock."""
+    words = (*SHORT, "data.eval_rows=12", "train.max_steps=6", "train.eval_every_steps=1")
+    monkeypatch.setattr(saving.Saves, "_has_room", lambda self, made: False)
+    train(tmp_path / "cheap", *words)
+    monkeypatch.setattr(Pace, "affordable", lambda self, busy: self.latest == 0.0)
+    stopped = []
+
+    def stop() -> None:
+        stopped.append(json.loads((tmp_path / "dear" / "best.json").read_text()))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        at_step(patch, {4: stop})
+        with pytest.raises(Preempted):
+            train(tmp_path / "dear", *words, "logger.progress=plain")
+    told = "".join(capsys.readouterr())
+    assert told.count("best steps are not all saved") == 1
+    assert steps_of(tmp_path / "dear") == [1, 5]  # the first, whose price was not known; SIGTERM
+    at_four = stopped[0]
+    assert (at_four["step"], at_four["folder"]) == (4, None)
+    assert at_four["saved"]["folder"] == "checkpoints/step-1"
+    train(tmp_path / "dear", *words, "resume=true")
+    cheap, dear = (json.loads((tmp_path / x / "best.json").read_text()) for x in ("cheap", "dear"))
+    assert cheap == dear
+    assert cheap["folder"] == "checkpoints/step-6"
+
+
+def test_steps_and_minutes_are_not_both_given() -> None:
+    with pytest.raises(ConfigError, match=r"train\.save_every_minutes=5\.0: has no effect"):
+        configure("stage=sft", "train.save_every_minutes=5", "train.save_every_steps=10")
