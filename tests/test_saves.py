@@ -199,9 +199,13 @@ def test_without_room_for_a_copy_the_training_waits_and_says_so(
 
 
 def test_copies_for_a_device_share_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The way of CUDA, whose waiting is left out here."""
+    """The way of CUDA, without its own calls; pages are made ahead, and locked once."""
     waited: list[Any] = []
+    locked: list[int] = []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    monkeypatch.setattr(
+        host_copy, "_lock", lambda buffer, device: locked.append(len(buffer)) or False
+    )
     copies, device = host_copy.HostCopy(torch.device("cuda")), torch.device("cuda")
 
     def state(seed: int) -> contents.Contents:
@@ -218,8 +222,10 @@ def test_copies_for_a_device_share_one_buffer(monkeypatch: pytest.MonkeyPatch) -
             if y.numel()
         )
 
+    copies.prepare(state(0))
     first = copies.take(state(1))
     assert same(first, state(1))
+    assert len(locked) == 1
     assert waited == [device]
     buffer = copies.buffer
     assert same(copies.take(state(2)), state(2))
@@ -227,6 +233,11 @@ def test_copies_for_a_device_share_one_buffer(monkeypatch: pytest.MonkeyPatch) -
     assert not same(first, state(1))  # its room was taken
     monkeypatch.setattr(host_copy, "free_bytes", lambda: 0)
     assert copies.refusal(state(3)) is None  # the room is there
+    larger = state(4) | contents.Contents({}, {"more": {"x": torch.ones(5000)}})
+    assert "of the host's 0.0 GiB free" in str(copies.refusal(larger))
+    assert same(copies.take(larger), larger)
+    copies.close()
+    assert copies.buffer is None
 
 
 def test_a_container_has_less_memory_than_its_machine(

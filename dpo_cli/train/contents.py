@@ -74,7 +74,8 @@ class Contents:
         """Into a folder that is there; sha256 and bytes of the tensors' files."""
         written = {}
         for name, text in self.texts.items():
-            (folder / name).parent.mkdir(exist_ok=True)
+            if "/" in name:  # a tokenizer's templates, where it has many
+                (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(text)
         for file, values in self.tensors.items():
             named = file == WEIGHTS and self.model is not None

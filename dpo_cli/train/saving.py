@@ -98,6 +98,7 @@ class Saves:
         self._tokenizer: Texts | None = None
         self._unsaved: Best | None = None  # the best so far, to be told after the pending one
         self._noted: set[str] = set()
+        self._prepared = False
 
     def __enter__(self) -> Saves:
         return self
@@ -112,6 +113,7 @@ class Saves:
             self.wait() if error is None else self.settle()
         finally:
             self._thread.shutdown()
+            self._host.close()
 
     @property
     def busy(self) -> bool:
@@ -141,7 +143,10 @@ class Saves:
         return False
 
     def look(self) -> None:
-        """Tell of a save that was published meanwhile, or raise what it ran into."""
+        """After a step: tell of a save that was published meanwhile, or raise what it ran into."""
+        if not self._prepared:
+            self._prepared = True
+            self._prepare()
         if self._pending is not None and self._pending[2].done():
             self.wait()
 
@@ -182,6 +187,13 @@ class Saves:
         self.pace.stopped(stood)
         if self._pending is None:
             self._tell(step, stood, "", stood)
+
+    def _prepare(self) -> None:
+        """Make room for copies, where any will be taken; the optimiser has its state by now."""
+        train, alone = self.config.train, self.runtime.ranks.size == 1
+        on_device = self.runtime.device.type != "cpu"
+        if alone and on_device and (train.save_every_steps != 0 or train.eval_every_steps != 0):
+            self._host.prepare(self._contents(0, None))
 
     def _job(self, step: int, best: Best | None) -> Job:
         train, task = self.config.train, self.task
