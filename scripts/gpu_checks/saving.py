@@ -25,7 +25,7 @@ from dpo_cli.run import run
 from gpu_checks.exactness import LARGE, SMALL, random_gpt2
 from gpu_checks.facts import Fact, Setup, Skip
 
-SAVED, STEPS = 4, 7  # a checkpoint after step 4, and one at the end
+SAVED, STEPS = 16, 20  # a checkpoint in between, when room for its copy is made; one at the end
 LOOK = 0.005  # seconds between two looks at metrics.jsonl
 SEVEN_WIDTH = 4096  # of Mistral 7B
 VOCAB = 1024  # of the generated reviews
