@@ -71,7 +71,8 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, float32, without a copy of the product where the device can do without."""
     if total.dtype == torch.float32 and unrounded(a.device, a.dtype):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        with torch.autocast(a.device.type, enabled=False):  # it may not round the sum
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += a @ b
 
@@ -86,7 +87,8 @@ def _gives_float32(device: torch.device, dtype: torch.dtype) -> bool:
     ones = torch.full((16, 16), 1.0 + 2.0**-7, device=device, dtype=dtype)
     try:
         found = torch.mm(ones, ones, out_dtype=torch.float32)
-        torch.addmm(found, ones, ones, out_dtype=torch.float32, out=found)
+        with torch.autocast(device.type, enabled=False):
+            torch.addmm(found, ones, ones, out_dtype=torch.float32, out=found)
     except torch.OutOfMemoryError:  # says nothing of the device
         raise
     except (TypeError, RuntimeError):
