@@ -122,11 +122,12 @@ def second_runs(setup: Setup, runs: Runs) -> dict[str, list[str]]:
         "dpo": dpo, "long": long, "interrupted": long, "ppo-baseline": ppo,
         "lora": [*dpo, "lora=lora"], "qlora": [*dpo, "lora=qlora"],
         "checkpointing": [*dpo, "hardware.activation_checkpointing=1"],
-        "compile": [*dpo, "hardware.compile=true"],
+        "compile": [*dpo, "hardware.compile=blocks"],
         "sample": ["sample", "model=custom", policy, "stage.prompts=16",
                    "stage.eval_prompts=4", *few],
         "evaluate": ["evaluate", "model=custom", policy, "stage.prompts=16",
-                     "stage.reference_samples=16", "stage.best_of=[1,4]", *few],
+                     "stage.reference_samples=16", "stage.best_of=[1,4]", *few,
+                     f"stage.reference={runs.folder / 'sft'}"],
     }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def trl(setup: Setup) -> Iterator[Fact]:
 
 
 def compiled(setup: Setup) -> Iterator[Fact]:
-    compile_blocks = "--ours=hardware.compile=true"
+    compile_blocks = "--ours=hardware.compile=blocks"
     words = ("--sides=ours", *(() if setup.small else (compile_blocks,)))
     yield from measured(setup, "compiled", LARGE, *words)
 

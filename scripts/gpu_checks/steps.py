@@ -97,7 +97,7 @@ STEPS = (
     ),
     Step(
         9, "gpt2-large, compiled", "gpu_checks.speed:compiled", 45, 130,
-        "as ours, with hardware.compile=true",
+        "as ours, with hardware.compile=blocks",
         [Expect("compiled, pairs/s", low=0.001, about=(340, 475)),
          Expect("first loss", LN2 - 2e-3, LN2 + 2e-3)], gib=22,
     ),
