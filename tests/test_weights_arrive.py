@@ -22,8 +22,10 @@ from dpo_cli.model.load import load_model, load_tokenizer
 from dpo_cli.model.probe import choose_attention
 from dpo_cli.model.skeleton import ROWS, skeleton
 from dpo_cli.model.stored import hold, stored_dtype, weight_files
+from dpo_cli.stages import session
 from small_adapters import write_base
 from small_models import FAMILIES, SMALL
+from small_runs import train
 
 CPU, HALF = torch.device("cpu"), Placement(dtype=torch.bfloat16)
 LORA = LoraConfig(name="lora", r=4)
@@ -109,11 +111,13 @@ def test_the_base_of_an_adapter_is_in_what_it_computes_in(folders, dtype):
 
 def outcome(model):
     """The last hidden states and every gradient, under autocast."""
-    ids = torch.arange(40)[None] * 7
+    kind = model.device.type
+    ids = torch.arange(40, device=kind)[None] * 7
     model.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(kind, torch.bfloat16):
         out = model.base_model(ids).last_hidden_state
-    (out.float() * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    weights = torch.linspace(-1, 1, out.numel(), device=kind).view(out.shape)
+    (out.float() * weights).sum().backward()
     grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     assert len(grads) > 10
     return [out.detach(), *grads]
@@ -365,6 +369,32 @@ def test_a_merged_adapter_is_part_of_the_function(folders, tmp_path):
         with torch.no_grad():
             adapters.layers(model)[0].lora_B["default"].weight.mul_(2.0)
     assert len({*digests, loaded_digest(loaded(folders[torch.bfloat16]))}) == 3
+
+
+def test_a_run_reads_files_alone_and_once(folders, tmp_path, monkeypatch):
+    """No value of the model is hashed, whichever rows its log-probabilities are of."""
+    asked, real = [], digest.FileDigest.__init__
+    monkeypatch.setattr(digest, "model_digest", None)
+    monkeypatch.setattr(digest, "_known", {})
+
+    def counted(self, files):
+        asked.append(files)
+        real(self, files)
+
+    monkeypatch.setattr(digest.FileDigest, "__init__", counted)
+    words = ("stage=dpo", f"model.path={folders[torch.bfloat16]}")
+    train(tmp_path / "run", *words, "train.max_steps=1", f"cache_dir={tmp_path / 'cache'}")
+    assert len(asked) == 1
+    assert len(list((tmp_path / "cache" / "reference").iterdir())) == 2  # of both splits
+
+
+def test_ranks_look_at_weights_as_they_come():
+    bad = torch.nn.Parameter(torch.tensor([1.0, torch.nan], dtype=torch.bfloat16))
+    good = torch.nn.Parameter(torch.tensor([1.5, 2.0], dtype=torch.bfloat16))
+    session._arrived("Llama", torch.float32, [("norm", good)])
+    assert good.dtype == torch.float32
+    with pytest.raises(NonFiniteError, match=r"^Llama: its weight head is not finite"):
+        session._arrived("Llama", torch.float32, [("norm", good), ("head", bad)])
 
 
 # ---------------------------------------------------------------- memory of the host
