@@ -19,6 +19,7 @@ from dpo_cli.model.adapters import Adaptation, is_adapted
 from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of
 from dpo_cli.model.blocks import compile_blocks
 from dpo_cli.model.forward import head_of
+from dpo_cli.model.liger import use_liger
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
 from dpo_cli.model.recompute import recompute_blocks
 from dpo_cli.model.source import model_folder
@@ -148,6 +149,8 @@ def load(
     before(model)
     if as_trained and compiles(session):
         compile_blocks(model, session.note)
+    elif as_trained and session.config.hardware.kernels == "liger":
+        use_liger(model, session.placement)
     if kernel_of(model) in MOST_TOKENS:
         session.budget.limit(MOST_TOKENS[kernel_of(model)])
     held = None if is_adapted(model) else torch.float32
