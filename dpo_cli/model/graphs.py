@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 import torch
 
@@ -18,7 +19,7 @@ class Graphs:
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
-        self.stream = torch.cuda.Stream(generator.device)
+        self.stream = _stream(generator.device)
         self.pool = torch.cuda.graph_pool_handle()  # shared: only one graph runs at a time
         self.prepared: set[tuple[int, ...]] = set()
         self.recorded: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
@@ -47,10 +48,10 @@ class Graphs:
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 step()
+                graph.capture_end()
             except BaseException:
                 self._abandon(graph)
                 raise
-            graph.capture_end()
         return graph
 
     def _abandon(self, failed: torch.cuda.CUDAGraph) -> None:
@@ -65,7 +66,8 @@ class Graphs:
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(device.index or 0, self.pool)
         self.recorded.clear()
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        _stream.cache_clear()
+        self.stream, self.pool = _stream(device), torch.cuda.graph_pool_handle()
         number, again = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
         again.register_generator_state(self.generator)
         torch.cuda.synchronize(device)
@@ -73,6 +75,12 @@ class Graphs:
             again.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             number.add_(1)
             again.capture_end()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """To record on: the same each time, as cuBLAS keeps memory for every stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager
