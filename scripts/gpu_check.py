@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="FOLDER",
                    help="where the page, its JSON lines and the log go")  # fmt: skip
     p.add_argument("--commit", help="of this code, where git cannot tell")
-    p.add_argument("--work", metavar="FOLDER", help="where weights lie meanwhile (20 GB)")
+    p.add_argument("--work", metavar="FOLDER", help="where weights lie meanwhile (40 GB)")
     p.add_argument(
         "--together", action=argparse.BooleanOptionalAction,
         help="run steps that measure no time side by side; default: on a GPU",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import statistics
 import threading
 import time
@@ -54,6 +55,7 @@ def check(setup: Setup) -> Iterator[Fact]:
     yield "step after it, s", statistics.mean(gaps[step] for step in range(SAVED + 1, STEPS))
     yield "from the last step to the end, s", ended - seen[STEPS]
     yield "checkpoint, GB", size(newest(folder / "run" / "checkpoints")) / 1e9
+    shutil.rmtree(folder)  # two checkpoints of 9 GB
 
 
 def seven(setup: Setup) -> Iterator[Fact]:
