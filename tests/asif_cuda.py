@@ -63,7 +63,8 @@ class Placed(TorchDispatchMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         theirs = [t for t in tensors if on_gpu(t)]
         if theirs and len(theirs) < len(tensors):
-            self.mixed(name, tensors)
+            quick = kwargs.get("non_blocking", False) or (name == "copy_" and True in args[2:])
+            self.mixed(name, tensors, quick)
         reads = name in READS
         reads |= name in INDEXING and any(t.dtype == torch.bool for t in tensors[1:])
         reads |= name == "repeat_interleave" and kwargs.get("output_size") is None
@@ -72,10 +73,11 @@ class Placed(TorchDispatchMode):
         out = func(*args, **kwargs)
         return put(out) if theirs and not (name == "copy_" and not on_gpu(tensors[0])) else out
 
-    def mixed(self, name: str, tensors: list[Tensor]) -> None:
+    def mixed(self, name: str, tensors: list[Tensor], quick: bool) -> None:
         own = [t for t in tensors if not on_gpu(t) and t.ndim > 0]
         if name in ("copy_", "_copy_from"):
-            self.waited(name)
+            if not quick:
+                self.waited(name)
         elif name in INDEXING and on_gpu(tensors[0]) and all(t.dtype == torch.long for t in own):
             if own:
                 self.waited(name)
@@ -207,6 +209,9 @@ CUDA: dict[str, Callable[..., Any]] = {
     "set_rng_state": lambda *a: None, "manual_seed_all": lambda seed: None,
     "get_device_name": lambda *a: "pretended", "mem_get_info": lambda *a: (2**35, 2**36),
     "Stream": lambda *a: None, "graph_pool_handle": lambda: (0, 0), "CUDAGraph": no_graph,
+    "cudart": lambda: SimpleNamespace(
+        cudaHostRegister=lambda *a: 0, cudaHostUnregister=lambda *a: 0
+    ),
     "is_current_stream_capturing": lambda: False,
     "get_device_capability": lambda *a: (9, 0),
     "get_device_properties": lambda *a: SimpleNamespace(
