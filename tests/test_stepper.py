@@ -1,10 +1,7 @@
-"""Steps of static shape against the dynamic path and the plain forward, on a CPU; on CUDA,
-recorded against not recorded."""
+"""Steps of static shape against the dynamic path and the plain forward, on a CPU."""
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections import Counter
 
 import numpy as np
@@ -16,7 +13,6 @@ from transformers import DynamicCache
 from dpo_cli.model import forward, generate, static_cache, stepper
 from dpo_cli.model.decoding import shares_prompts
 from dpo_cli.model.generate import SamplingOptions, sample
-from dpo_cli.model.graphs import Graphs
 from dpo_cli.model.stepper import Stepper, can_step
 from small_models import FAMILIES, compute_in_float64
 from test_generate import (
@@ -24,23 +20,25 @@ from test_generate import (
     KINDS,
     PAD,
     PROMPTS,
-    RAGGED,
     STEPS,
     assert_the_plain_forwards,
     build,
-    quiet,
     ready,
     sample_until_a_common_token,
 )
 
 
-@pytest.fixture
-def static(monkeypatch):
-    """The static steps on a CPU, with buffers that grow and rows that drop out early."""
+def use_static_steps(monkeypatch):
+    """On a CPU, with buffers that grow and rows that drop out early."""
     monkeypatch.setitem(generate.STATIC, "cpu", True)
     monkeypatch.setattr(static_cache, "FIRST_OWN", 4)
     monkeypatch.setattr(static_cache, "LEAST_ROWS", 1)
     monkeypatch.setattr(stepper, "LOOK_EVERY", 2)
+
+
+@pytest.fixture
+def static(monkeypatch):
+    use_static_steps(monkeypatch)
 
 
 def refuse(line):
@@ -221,192 +219,3 @@ def test_the_host_looks_once_in_several_tokens(monkeypatch, static):
     monkeypatch.setattr(Stepper, "look", lambda *words: looks.append(None) or look(*words))
     sample(model, PROMPTS, SamplingOptions(2, max_new_tokens=13), -1, PAD, note=refuse)
     assert len(looks) == 3  # before the tokens 5, 9 and 13
-
-
-@pytest.mark.parametrize("fault", ["mask", "prompt", "column"])
-def test_a_static_cache_that_goes_wrong_is_not_used(fault, monkeypatch, static):
-    compute_in_float64(monkeypatch)
-    layer, told = static_cache._Layer, []
-    if fault == "mask":
-
-        def blind(cache, window):
-            return cache.first[: cache.prompts, None, None, None] < 0, cache.column < 0
-
-        monkeypatch.setattr(static_cache.StaticCache, "masks", blind)
-    elif fault == "prompt":
-        monkeypatch.setattr(layer, "fill_prompts", lambda *words: None)
-    else:
-        update = layer.update
-
-        def shifted(self, *words, **more):
-            self.cache.column += 1
-            out = update(self, *words, **more)
-            self.cache.column -= 1
-            return out
-
-        monkeypatch.setattr(layer, "update", shifted)
-    model = ready("llama")
-    options = SamplingOptions(2, max_new_tokens=4)
-    rows = [sample(model, RAGGED, options, -1, 0, note=told.append) for _ in range(2)][1]
-    assert len(told) == 1
-    assert "no CUDA graphs are used, which is slower (its logits would be off by" in told[0]
-    assert_the_plain_forwards(model, rows)
-
-
-def test_refusals_are_told_once_and_why():
-    model, told = build("gptj"), []
-    for _ in range(2):
-        sample(model, PROMPTS, SamplingOptions(2, max_new_tokens=2), EOS, PAD, note=told.append)
-    assert told == ["sampling from GPTJForCausalLM: the keys of a prompt are copied, which is "
-                    "slower (its attention is dense)"]  # fmt: skip
-
-
-@pytest.mark.parametrize("way", ["dynamic", "static"])
-def test_running_out_of_memory_halves_the_prompts_together(way, monkeypatch, static):
-    model, told = build("llama"), []
-    monkeypatch.setitem(generate.STATIC, "cpu", way == "static")
-    options = SamplingOptions(2, 0.0, max_new_tokens=6, batch_size=8)
-    expected = flat(sample(model, PROMPTS, options, EOS, PAD, note=refuse))
-    sizes = []
-
-    def scarce(module, words, output):
-        rows = output.logits.shape[0]
-        sizes.append(rows)
-        if rows > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model.register_forward_hook(scarce)
-    assert flat(sample(model, [*PROMPTS, *PROMPTS], options, EOS, PAD, note=told.append)) \
-        == expected * 2  # fmt: skip
-    assert told == ["out of memory with 4 prompts sampled together: from now on at most 2 "
-                    "(stage.batch_size)"]  # fmt: skip
-    assert sizes.count(8) == 1
-
-
-def test_one_prompt_that_does_not_fit_is_an_error():
-    model = build("gpt2")
-
-    def never(module, words, output):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    sample(model, PROMPTS, SamplingOptions(1, max_new_tokens=2), EOS, PAD)
-    model.register_forward_hook(never)
-    with pytest.raises(torch.OutOfMemoryError):
-        sample(model, PROMPTS, SamplingOptions(1), EOS, PAD, note=quiet)
-
-
-@pytest.mark.parametrize("trained", [True, False])
-def test_autocast_casts_weights_once_a_call(trained):
-    model = build("gpt2").float().requires_grad_(trained)
-    counted, inside = Counter(), TorchDispatchMode
-
-    class Casts(inside):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func._schema.name == "aten::_to_copy" and args[0].shape == (16, 48):
-                counted["casts"] += 1
-            return func(*args, **(kwargs or {}))
-
-    with torch.autocast("cpu", torch.bfloat16), Casts():
-        sample(model, PROMPTS, SamplingOptions(1, max_new_tokens=6), -1, PAD)
-    assert counted["casts"] == 2  # of the two layers' c_attn
-    assert all(p.requires_grad == trained for p in model.parameters())
-
-
-def on_cuda(family, dtype, trained=True):
-    from dpo_cli.model.attention import Placement
-    from dpo_cli.model.probe import choose_attention
-    from small_models import build as build_family
-
-    model = build_family(family).to(dtype).cuda().requires_grad_(trained)
-    choose_attention(model, "sdpa", on=Placement(torch.device("cuda"), torch.bfloat16, quiet))
-    return model
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "mistral", "qwen3"])
-def test_recorded_steps_are_those_that_are_not(family, precision, monkeypatch):
-    """The same tokens of greedy and of seeded draws: two replays draw different numbers."""
-    monkeypatch.setattr(stepper, "WORTH_DROPPING", 0)  # or other rows would get the numbers
-    model = on_cuda(family, torch.bfloat16 if precision == "bf16" else torch.float32)
-    low = torch.autocast("cuda", torch.bfloat16, enabled=precision == "autocast")
-    for options in (SamplingOptions(16, max_new_tokens=40), SamplingOptions(4, 0.0)):
-        found = {}
-        for record in (True, False):
-            with low, torch.no_grad():
-                assert can_step(model, refuse)
-                made = Stepper(model, options, 3, 0, record, refuse)
-                found[record] = flat([made.decode(RAGGED, options.max_new_tokens, 7)])
-                if record:
-                    assert made.graphs.recorded
-        same = np.mean([a == b for a, b in zip(found[True], found[False], strict=True)])
-        assert same == 1.0 if precision == "fp32" else same > 0.8  # rounding may break a tie
-        if options.temperature:
-            drawn = [tuple(ids) for ids, _ in found[True]]
-            assert len(set(drawn)) > len(drawn) // 2
-            assert any(len(set(ids)) > 3 for ids in drawn)
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
-def test_recorded_steps_have_the_plain_forwards_logprobs(family):
-    model = on_cuda(family, torch.float32)
-    rows = sample(model, RAGGED, SamplingOptions(8, max_new_tokens=30), 3, 0, note=refuse)
-    model.cpu().double()
-    assert_the_plain_forwards(model, rows, atol=2e-3)
-
-
-@pytest.mark.cuda
-def test_a_step_that_waits_is_decoded_without_graphs():
-    model, told = on_cuda("llama", torch.float32), []
-    signs = []
-    model.model.layers[0].register_forward_hook(lambda m, i, out: signs.append(bool(out.sum() > 0)))
-    options = SamplingOptions(2, 0.0, max_new_tokens=12)
-    rows = sample(model, RAGGED, options, -1, 0, note=told.append)
-    assert len(told) == 1
-    assert "no CUDA graphs are used" in told[0]
-    torch.rand(3, device="cuda")  # the default generator still draws
-    model.cpu().double()
-    assert_the_plain_forwards(model, rows, atol=2e-3)
-
-
-@pytest.mark.cuda
-def test_a_recording_that_breaks_leaves_random_numbers_and_memory_alone():
-    device = torch.device("cuda", torch.cuda.current_device())
-    generator, sums = torch.Generator(device), torch.zeros(8, device=device)
-    graphs = Graphs(generator)
-
-    def step(wait):
-        sums.add_(torch.rand(8, device=device, generator=generator))
-        if wait:
-            sums.sum().item()
-
-    graphs.run((1,), lambda: step(True))
-    with pytest.raises(RuntimeError):
-        graphs.run((1,), lambda: step(True))
-    for own in (None, generator):
-        assert torch.rand(3, device=device, generator=own).unique().numel() == 3
-    before = torch.cuda.memory_reserved(device)
-    big = torch.zeros(2**26, device=device)
-    del big
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved(device) <= before
-    seen = []
-    for _ in range(5):
-        graphs.run((2,), lambda: step(False))
-        seen.append(sums.sum().item())
-    steps = np.diff(seen)
-    assert len({round(float(x), 4) for x in steps}) == 4  # replays draw anew
-
-
-def test_buffers_are_freed_without_the_collector(static):
-    model = build("llama")
-    made = Stepper(model, SamplingOptions(2), EOS, PAD, record=False)
-    made.begin(PROMPTS, 8)
-    cache = weakref.ref(made.cache)
-    gc.disable()
-    try:
-        made._free()
-        assert cache() is None
-    finally:
-        gc.enable()
