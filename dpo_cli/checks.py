@@ -5,6 +5,7 @@ A line is `key=value: what is wrong; the remedy`.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from dpo_cli.config import (
     SentimentDataConfig,
     TrainConfig,
 )
+from dpo_cli.config.datasets import CHAT_TEMPLATES
 from dpo_cli.errors import ConfigError
 from dpo_cli.hints import did_you_mean
 from dpo_cli.stage_checks import READERS, no_effect, stage_problems, unread, value_at
@@ -134,6 +136,14 @@ def _model(config: RunConfig) -> Iterator[str]:
         )
 
 
+def is_day(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     local = isinstance(data, SentimentDataConfig) or config.stage.name in ROWLESS
@@ -142,6 +152,12 @@ def _data(config: RunConfig) -> Iterator[str]:
     for name in GENERATED_IGNORES if isinstance(data, SentimentDataConfig) else ():
         if getattr(data, name) is not None:
             yield no_effect(f"data.{name}", getattr(data, name), "data=sentiment")
+    if not (data.chat_template in CHAT_TEMPLATES or Path(data.chat_template).is_file()):
+        hint = did_you_mean(data.chat_template, CHAT_TEMPLATES)
+        known = ", ".join(CHAT_TEMPLATES)
+        yield f"data.chat_template={data.chat_template}: must be one of {known}, or a file{hint}"
+    if data.date is not None and not is_day(data.date):
+        yield f"data.date={data.date}: must be a day such as 2026-01-31"
     longest, prompt = data.max_length, data.max_prompt_length
     if longest is not None and prompt is not None and prompt >= longest:
         yield (

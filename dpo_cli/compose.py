@@ -176,6 +176,10 @@ def _fit(
         full = f"{prefix}{name}"
         if value is None and nullable:
             arguments[name] = None
+        elif get_origin(kind) is dict:
+            if not isinstance(value, dict):
+                problems.append(f"{full}={value}: expected names and values such as {{name: 1}}")
+            arguments[name] = value
         elif dataclasses.is_dataclass(kind):
             kind = TABLES[name][chosen[name]] if name in TABLES and not path else kind
             arguments[name] = _fit(kind, value, full, chosen, problems)

@@ -18,8 +18,16 @@ if TYPE_CHECKING:  # keeps torch and numpy off the path of `dpo-run --help`
     import numpy as np
     from torch import Tensor
 
-Message = dict[str, str]  # {"role": "user" | "assistant" | "system", "content": text}
+# {"role": "user" | "assistant" | ..., "content": text, ...}, with whatever else a template reads,
+# such as tool_calls or reasoning_content; a conversation's tools are a key of its first message.
+Message = dict[str, Any]
 Prompt = str | list[Message]
+Response = str | Message  # a message where it holds more than a text
+
+
+def response_text(response: Response) -> str:
+    """What a reader sees of a response."""
+    return response if isinstance(response, str) else str(response["content"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,7 @@ class PreferenceExample:
     """
 
     prompt: Prompt
-    responses: tuple[str, ...]
+    responses: tuple[Response, ...]
     row: int
     scores: tuple[float, ...] | None = None
     finished: tuple[bool, ...] | None = None

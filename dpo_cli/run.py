@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dpo_cli.report.curves import training_figures
 from dpo_cli.report.files import redact, versions, write_redacted_json, write_run_files
 from dpo_cli.report.sinks import Sink, open_sinks
 from dpo_cli.stages import load_stage
-from dpo_cli.stages.session import Session
+from dpo_cli.stages.session import Session, base_provenance
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import run_lock
 from dpo_cli.train.memory import explained, smaller_next_time
@@ -52,6 +53,8 @@ def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with run_lock(run_dir):
+        asked = config
+        config = ranks.from_first(lambda: dated(asked, run_dir))
         snapshot = ranks.from_first(lambda: resume_point(config, run_dir))
         write_run_files(run_dir, asdict(config), argv)
         runtime = start_runtime(config.hardware, config.seed)
@@ -71,6 +74,8 @@ def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
 
 def help_out(config: RunConfig) -> None:
     """Another rank's part: the same work, and whatever it writes goes to a folder of its own."""
+    own = config
+    config = current().from_first(lambda: own)
     snapshot = current().from_first(lambda: None)
     runtime = start_runtime(config.hardware, config.seed)
     with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch, Progress("off") as progress:
@@ -101,6 +106,19 @@ def finish(
         path = write_run_report(run_dir, session.data_facts)
         session.progress.note(f"report: {path}")
     return summary
+
+
+def dated(config: RunConfig, run_dir: Path) -> RunConfig:
+    """With the day that chat templates are told: of this run's start, of the run that made the
+    model, or today."""
+    date = config.data.date
+    if date is None and config.resume and (run_dir / "config.yaml").is_file():
+        stored = yaml.safe_load((run_dir / "config.yaml").read_text())
+        date = stored.get("data", {}).get("date")
+    if date is None and config.model.path is not None:
+        date = base_provenance(config.model).get("date")
+    date = date or datetime.date.today().isoformat()
+    return replace(config, data=replace(config.data, date=date))
 
 
 def first_command(run_dir: Path, argv: list[str]) -> list[str]:

@@ -52,7 +52,7 @@ def words_with_bos() -> PreTrainedTokenizerFast:
 def byte_level(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """GPT-2 style: no BOS in front, `<|endoftext|>` is BOS and EOS."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level_backend("<|endoftext|>"),
+        tokenizer_object=byte_level_backend("<|endoftext|>"),
         eos_token="<|endoftext|>",
         bos_token="<|endoftext|>",
     )
@@ -63,7 +63,7 @@ def byte_level(chat_template: str | None = None) -> PreTrainedTokenizerFast:
 def chatml() -> PreTrainedTokenizerFast:
     """Qwen style: a ChatML template, pad == eos == `<|im_end|>`, no BOS."""
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level_backend("<|im_start|>", "<|im_end|>"),
+        tokenizer_object=byte_level_backend("<|im_start|>", "<|im_end|>"),
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
     )
@@ -121,7 +121,7 @@ def _trained_byte_level(special: tuple[str, ...]) -> str:
     return backend.to_str()
 
 
-def _byte_level_backend(*special: str) -> Tokenizer:
+def byte_level_backend(*special: str) -> Tokenizer:
     return Tokenizer.from_str(_trained_byte_level(special))
 
 

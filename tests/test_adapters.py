@@ -294,7 +294,7 @@ class TestJsonl:
         )
         assert only(jsonl.parse(row, 4, JsonlDataConfig())).finished is None
         for value, message in (
-            ([True], "ended is not a list of 2 bools, one a response"),
+            ([True], "ended is not a list of 2 bools, one per response"),
             (True, "ended is not a list of 2 bools"),
             ([1, 0], "ended holds int where true or false should be"),
             ([True, None], "ended holds None where"),

@@ -205,7 +205,10 @@ class TestSpecialTokensInText:
         upper = "(m['content'] | upper if m['role'] == 'user' else m['content'])"
         template = small.CHATML.replace("m['content']", upper)
         tokenizer = small.byte_level(template)
-        assert encode(tokenizer, user("fine"), "A")
+        assert encode(tokenizer, user("FINE"), "A")
+        assert drop_reasons(tokenizer, user("fine"), "A") == [
+            "prompt is rendered by the chat template without its content"
+        ]
         assert drop_reasons(tokenizer, user("a <|endoftext|>"), "A") == [
             "prompt holds a special token in a message that the chat template rewrites"
         ]
@@ -254,12 +257,13 @@ class TestChat:
         assert prompt == tokenizer("[INST] the cat [/INST]").input_ids
         assert prompt.count(tokenizer.bos_token_id) == 1
 
-    def test_what_the_template_puts_before_an_answer_is_prompt(self) -> None:
+    def test_what_no_generation_prompt_holds_is_of_the_response(self) -> None:
+        """A policy is sampled behind the generation prompt: it writes the empty block itself."""
         think = "{% if m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}"
         tokenizer = small.byte_level(small.CHATML.replace("{{ m['content'] }}", think))
         prompt, (answer,) = encode_one(tokenizer, user("a"), "b")
-        assert tokenizer.decode(prompt).endswith("assistant\n<think></think>")
-        assert tokenizer.decode(answer[:1]) == "b"
+        assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+        assert tokenizer.decode(answer) == "<think></think>b<|im_end|><|endoftext|>"
 
     def test_refused_conversation_is_a_dropped_row(self) -> None:
         (why,) = drop_reasons(small.llama(small.INST), self.TALK, "a", "b")
@@ -276,15 +280,17 @@ class TestChat:
             "be brief\n\nHuman: the cat?\n\nAssistant: sat.\n\nHuman:  \n then? \n\nAssistant:"
         )
         expected = encode_one(plain, dialogue, " ran")
-        assert encode_one(plain, self.TALK, "ran") == expected
+        assert encode_one(plain, self.TALK, "ran", chat_template="human_assistant") == expected
+        with pytest.raises(ConfigError, match=r"data\.chat_template=human_assistant"):
+            encode(plain, self.TALK, "ran")
         assert encode_one(plain, self.TALK, " ran", chat_template="never") == expected
-        with pytest.raises(ConfigError, match=r"data\.chat_template=never"):
+        with pytest.raises(ConfigError, match="no chat template"):
             encode(plain, "the cat", "sat", chat_template="always")
 
     @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "nothing", "{{ 1 / 0"])
     def test_broken_template(self, template: str) -> None:
         tokenizer = small.byte_level(template)
-        with pytest.raises(ConfigError, match=r"data\.chat_template=never"):
+        with pytest.raises(ConfigError, match=r"data\.chat_template=human_assistant"):
             encode(tokenizer, user("a"), "b")
         assert encode(tokenizer, "a", "b")  # not needed for texts
 
@@ -466,7 +472,8 @@ def test_every_row_is_encoded_or_counted(
     rows: list[dict[str, Any]], name: str, limits: Limits, keep: str
 ) -> None:
     tokenizer, drops = FUZZED[name], DropReport()
-    config = JsonlDataConfig(keep_prompt=keep)
+    way = "auto" if tokenizer.chat_template else "human_assistant"
+    config = JsonlDataConfig(keep_prompt=keep, chat_template=way)
     rows = [GOOD, *rows]
     examples = adapt(Rows(rows, "fuzz", None), config, 0, drops)
     encoded = encode_examples(examples, tokenizer, config, limits, drops)

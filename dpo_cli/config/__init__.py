@@ -239,7 +239,7 @@ BEST_METRICS = {  # stage -> what train.best_metric may be, and which value of i
 CHOICES: dict[str, tuple[str, ...]] = {  # key -> the values it may have
     "model.attention": ("auto", "grouped", "varlen", "flex", "sdpa", "dense", "plain"),
     "data.keep_prompt": ("start", "end"),
-    "data.chat_template": ("auto", "always", "never"),
+    "data.special_tokens": ("text", "parse"),
     "lora.name": ("none", "lora", "dora", "qlora", "int8"),
     "lora.quantization": ("nf4", "int8"),
     "stage.reduction": ("mean", "sum"),

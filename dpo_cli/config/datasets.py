@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+# Ways of writing conversations; another value of data.chat_template is a Jinja file.
+CHAT_TEMPLATES = ("auto", "always", "never", "human_assistant")
+
+
+# Keys of how a row becomes tokens, whichever file it comes from.
+WRITING = (
+    "max_length", "max_prompt_length", "keep_prompt", "chat_template", "chat_template_kwargs",
+    "date", "special_tokens",
+)  # fmt: skip
 
 
 @dataclass
@@ -22,7 +33,10 @@ class DataConfig:
     max_length: int | None = None  # tokens, prompt + response; null: min(512, model context)
     max_prompt_length: int | None = None  # tokens kept if over max_length; null: half of it
     keep_prompt: str = "end"  # which end of an over-long prompt survives: start | end
-    chat_template: str = "auto"  # auto: for chat prompts | always | never
+    chat_template: str = "auto"  # auto | always | never | human_assistant | a Jinja file
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the template
+    date: str | None = None  # what a template is told of today; null: the day the run began
+    special_tokens: str = "text"  # how special tokens in texts are read: text | parse
 
 
 @dataclass
@@ -89,11 +103,12 @@ class JsonlDataConfig(DataConfig):
     """Your own rows: text or chat prompts with chosen and rejected responses."""
 
     name: str = "jsonl"
-    prompt_field: str = "prompt"
+    prompt_field: str | None = "prompt"
     chosen_field: str = "chosen"
     rejected_field: str | None = "rejected"
     responses_field: str | None = None  # a ranked list, best first, instead of the pair
     scores_field: str | None = None
+    tools_field: str | None = "tools"  # functions that a conversation may call; may be missing
     finished_field: str | None = None  # one bool a response; false: it was cut, it gets no EOS
 
 

@@ -9,7 +9,7 @@ from dpo_cli.data.adapters import ADAPTERS
 from dpo_cli.data.drops import MISSING, BadRow, DropReport, response_name
 from dpo_cli.data.sources import Rows
 from dpo_cli.errors import DataError
-from dpo_cli.records import PreferenceExample
+from dpo_cli.records import PreferenceExample, response_text
 
 
 def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[PreferenceExample]:
@@ -45,12 +45,13 @@ def _problem(example: PreferenceExample) -> str | None:
     """Why there is nothing to learn from an example, whatever its data set; None if there is."""
     prompt, responses = example.prompt, example.responses
     for place, response in enumerate(responses):
-        if not response.strip():
+        calls = not isinstance(response, str) and "tool_calls" in response
+        if not (response_text(response).strip() or calls):
             return f"{response_name(place, len(responses))} is blank"
-    if len(set(responses)) < len(responses):
+    if any(response in responses[:place] for place, response in enumerate(responses)):
         return f"{'chosen and rejected' if len(responses) == 2 else 'responses'} are the same"
-    prompts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
-    if not all(map(_is_unicode, [*prompts, *responses])):
+    texts = [*map(str, responses), *([prompt] if isinstance(prompt, str) else map(str, prompt))]
+    if not all(map(_is_unicode, texts)):
         return "text holds half a surrogate pair, which is no character"
     return None
 

@@ -1,142 +1,275 @@
-"""Prompts and responses as text pieces: by the tokenizer's chat template, or plain."""
+"""Conversations as text pieces: what a chat template makes of a prompt and its real answer.
+
+The prompt is what the rendered conversation shares with the template's generation prompt, so a
+policy is sampled from the tokens it was trained behind; the response is the rest.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dpo_cli.data.drops import BadRow
+from dpo_cli.data.drops import BadRow, response_name
+from dpo_cli.data.hollow import hollow, leaves
+from dpo_cli.data.template import TOOLS, Renderer
 from dpo_cli.data.tokens import Piece, TokenizerFacts, encode_pieces
 from dpo_cli.errors import ConfigError
-from dpo_cli.records import EncodedExample, Message
+from dpo_cli.records import EncodedExample, Message, Prompt, Response
 
 # Private-use characters: no template rewrites them and no real text holds this sequence.
 ANSWER = "\ue0f3answer\ue0f4"
+THINK = re.compile(r"<(?:think|thinking|reasoning)>")
+CHECKED = ("content", "reasoning_content")  # keys whose texts a rendering must hold
+REMEDY = "set data.chat_template=human_assistant, or to a template file"
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What a chat template does around an assistant's text, found by rendering probes.
+    """What a chat template does around an assistant's text, found by rendering a probe.
 
-    gap: whitespace between the generation prompt and the text; the model generates it,
-    so it belongs to the response. end_ids: what ends the turn, EOS last. trims: the
-    template strips the text. special: the special tokens' texts.
+    opens: it knows a generation prompt. gap: whitespace that it writes before the text and the
+    model generates. end: what it writes behind the text; end_ids: the tokens of it that end the
+    turn, the last of them where sampling stops. trims: the text is stripped. special: the special
+    tokens' texts.
     """
 
+    render: Renderer
+    opens: bool
     gap: str
+    end: str
     end_ids: tuple[int, ...]
     trims: bool
     special: re.Pattern[str]
 
+    def has_special(self, texts: Sequence[str]) -> bool:
+        return any(map(self.special.search, texts))
 
-def chat_format(tokenizer: PreTrainedTokenizerBase, facts: TokenizerFacts) -> ChatFormat:
+
+@dataclass(frozen=True)
+class WrittenChat:
+    """A conversation cut into pieces: the prompt's, and each response's with what ends it."""
+
+    prompt: list[Piece]
+    responses: list[list[Piece]]
+    end_ids: list[tuple[int, ...]]
+
+
+def chat_format(
+    tokenizer: PreTrainedTokenizerBase, facts: TokenizerFacts, render: Renderer | None = None
+) -> ChatFormat:
     """Raises ConfigError if there is no template, or it does not render an assistant's turn."""
     if tokenizer.chat_template is None:
-        raise ConfigError(
-            "data.chat_template=always: the tokenizer has no chat template, "
-            "set data.chat_template=never"
-        )
+        raise ConfigError(f"the tokenizer has no chat template: {REMEDY}")
+    render = render or Renderer(tokenizer)
     ask: list[Message] = [{"role": "user", "content": "a"}]
     answer: Message = {"role": "assistant", "content": f"  {ANSWER}  "}
     try:
-        opened = _render(tokenizer, ask, add_generation_prompt=True)
-        before, found, end = _render(tokenizer, [*ask, answer]).partition(ANSWER)
+        asked, opened = render(ask), render(ask, opened=True)
+        before, found, end = render([*ask, answer]).partition(ANSWER)
     except TemplateError as error:
-        raise ConfigError(
-            f"the chat template cannot be used ({error}): set data.chat_template=never"
-        ) from error
+        raise ConfigError(f"the chat template cannot be used ({error}): {REMEDY}") from error
     if not found:
-        raise ConfigError(
-            "the chat template leaves out the assistant's text: set data.chat_template=never"
-        )
+        raise ConfigError(f"the chat template leaves out the assistant's text: {REMEDY}")
     trims = not (before.endswith("  ") and end.startswith("  "))
     if not trims:
         before, end = before[:-2], end[2:]
     gap = before[len(opened) :] if before.startswith(opened) else ""
-    return ChatFormat(
-        gap=gap if gap.isspace() else "",
-        end_ids=_end_ids(tokenizer, facts, end),
-        trims=trims,
-        special=_special_pattern(tokenizer),
-    )
+    gap = gap if gap.isspace() else ""  # a header of the turn is no gap
+    special = special_pattern(tokenizer)
+    ids = _end_ids(tokenizer, facts, end)
+    return ChatFormat(render, asked != opened, gap, end, ids, trims, special)
 
 
-def _special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches the text of any special token."""
     tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
 def _end_ids(
     tokenizer: PreTrainedTokenizerBase, facts: TokenizerFacts, end: str
 ) -> tuple[int, ...]:
-    """The template's end of a turn up to its EOS; an EOS is added where it has none."""
+    """The template's end of a turn up to EOS, or to its first special token, such as Gemma's
+    `<end_of_turn>`; an EOS is added where it has neither."""
     whole, bare = (Piece(text, template=True) for text in (end, end.rstrip()))
     table = encode_pieces(tokenizer, facts, (whole, bare))
     ids = table[whole] or []
     if facts.eos in ids:
         return tuple(ids[: ids.index(facts.eos) + 1])
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    place = next((place for place, i in enumerate(ids) if i in special), None)
+    if place is not None:
+        return tuple(ids[: place + 1])
     return (*(table[bare] or []), facts.eos)
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    add_generation_prompt: bool = False,
-) -> str:
-    text = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-    )
-    assert isinstance(text, str)
-    return text
-
-
-def chat_prompt(
-    tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, messages: Sequence[Message]
-) -> list[Piece]:
-    """The rendered conversation up to where the assistant's next text begins.
-
-    One piece, tokenised as `apply_chat_template` does; where a message holds the text of
-    a special token, the messages' contents become pieces of their own, read literally.
-    """
-    rendered = _prompt_text(tokenizer, chat, messages)
-    contents = [m["content"] for m in messages]
-    if not any(map(chat.special.search, contents)):
-        return [Piece(rendered, template=True, start=True)]
-    marks = [f"\ue0f3{place}\ue0f4" for place in range(len(messages))]
-    hollow = [{**m, "content": mark} for m, mark in zip(messages, marks, strict=True)]
-    fixed = _prompt_text(tokenizer, chat, hollow)
-    for texts in (contents, [c.strip() for c in contents]):
-        filled = dict(zip(marks, texts, strict=True))
-        parts = re.split("(\ue0f3\\d+\ue0f4)", fixed)
-        if "".join(filled.get(part, part) for part in parts) == rendered:
-            pieces = [Piece(filled.get(part, part), part not in filled) for part in parts]
-            return [pieces[0]._replace(start=True), *pieces[1:]]
-    raise BadRow("holds a special token in a message that the chat template rewrites", "prompt")
-
-
-def _prompt_text(
-    tokenizer: PreTrainedTokenizerBase, chat: ChatFormat, messages: Sequence[Message]
-) -> str:
-    """What stands before the assistant's answer, less the gap."""
-    answer: Message = {"role": "assistant", "content": ANSWER}
+def chat_prompt(chat: ChatFormat, messages: Sequence[Message]) -> list[Piece]:
+    """The pieces before an answer that is not known yet: of completions, and of prompts alone."""
+    rendered = _rendered(chat, messages, "prompt", opened=True)
+    text = _joined(rendered)
+    if not chat.opens:
+        return _slice(rendered, 0, len(text.removesuffix(chat.gap)))
     try:
-        before, found, _ = _render(tokenizer, [*messages, answer]).rpartition(ANSWER)
+        probe = chat.render([*messages, {"role": "assistant", "content": ANSWER}])
     except TemplateError as error:
         raise BadRow(f"is refused by the chat template ({error})", "prompt") from error
+    return _slice(rendered, 0, _common(text, probe))
+
+
+def chat_row(
+    chat: ChatFormat, messages: Sequence[Message], answers: Sequence[Response]
+) -> WrittenChat:
+    """Prompt and responses of a row. Raises BadRow where a rendering loses or changes a text."""
+    asked = chat_prompt(chat, messages)
+    head = _joined(asked)
+    whole, ends = [], []
+    for place, answer in enumerate(answers):
+        field = response_name(place, len(answers))
+        message = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
+        pieces = _rendered(chat, [*messages, message], field)
+        _check_held(chat, messages, message, _joined(pieces), field)
+        whole.append(pieces)
+        head = head[: _common(head, _joined(pieces))]
+    _check_head(chat, messages, head)
+    responses = []
+    for place, pieces in enumerate(whole):
+        text = _joined(pieces)
+        last, ids = _end_of(chat, text, response_name(place, len(answers)))
+        responses.append(_slice(pieces, len(head), last))
+        ends.append(ids)
+    return WrittenChat(_slice(asked, 0, len(head)), responses, ends)
+
+
+def _end_of(chat: ChatFormat, text: str, field: str) -> tuple[int, tuple[int, ...]]:
+    """Where the answer's text ends in the rendering, and the tokens that end its turn."""
+    end = chat.end if text.endswith(chat.end) else chat.end.strip()
+    if text.endswith(end):
+        return len(text) - len(end), chat.end_ids
+    bare = text.rstrip()  # such as a turn of tool calls, with an end of its own
+    ends = [m for m in chat.special.finditer(bare) if m.end() == len(bare)]
+    if not ends:
+        raise BadRow("does not end as the chat template's turns do", field)
+    return ends[-1].start(), (token_id(chat.render.tokenizer, ends[-1].group()),)
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """Of a special token."""
+    return cast(int, tokenizer.convert_tokens_to_ids(text))
+
+
+def _check_held(
+    chat: ChatFormat, messages: Sequence[Message], answer: Message, text: str, field: str
+) -> None:
+    """BadRow where the rendering misses a text, or opens a second think block."""
+    for message, where in (*((m, "prompt") for m in messages), (answer, field)):
+        past = where == "prompt" and message["role"] == "assistant"
+        for key, leaf in _last_of_content(message) if past else leaves(message):
+            if key in CHECKED and not _holds(text, leaf):
+                raise BadRow(f"is rendered by the chat template without its {key}", where)
+        if not _names_held(message.get("tool_calls"), text):
+            raise BadRow("is rendered by the chat template without its tool_calls", where)
+    if messages and not _names_held(messages[0].get(TOOLS), text):
+        raise BadRow("are left out by the chat template", TOOLS)
+    if answer.get("reasoning_content") or THINK.search(answer["content"]):
+        opened = THINK.findall(text)
+        if len(opened) - len(THINK.findall(chat.render(messages))) > 1:
+            raise BadRow("holds a think block beside the one of the chat template", field)
+
+
+def _last_of_content(message: Message) -> list[tuple[str, str]]:
+    """Of an earlier answer, whose reasoning many templates leave out, what comes last."""
+    return [leaf for leaf in leaves(message) if leaf[0] == "content"][-1:]
+
+
+def _names_held(functions: Sequence[Message] | None, text: str) -> bool:
+    """Whether a rendering has the name of every function; arguments are written as JSON."""
+    names = [str(f.get("function", f).get("name", "")) for f in functions or ()]
+    return all(_holds(text, name) for name in names)
+
+
+def _check_head(chat: ChatFormat, messages: Sequence[Message], head: str) -> None:
+    """BadRow where the template writes the conversation otherwise once it is answered."""
+    last = messages[-1]["content"] if messages else ""
+    if not _holds(head, last):
+        raise BadRow("is rendered otherwise once an answer follows", "prompt")
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether a rendering has a text; templates trim and join lines."""
+    return part in text or _squeezed(part) in _squeezed(text)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _rendered(
+    chat: ChatFormat, messages: Sequence[Message], field: str, opened: bool = False
+) -> list[Piece]:
+    """A rendering as pieces: one, tokenised as `apply_chat_template` does; where a message holds
+    the text of a special token, the messages' texts become pieces of their own, read literally."""
+    render: Callable[[Sequence[Message]], str] = lambda m: _head(chat, m, opened)  # noqa: E731
+    try:
+        text = render(messages)
+        if not chat.has_special([leaf for m in messages for _, leaf in leaves(m)]):
+            return [Piece(text, template=True)]
+        marked, texts = hollow(messages)
+        fixed = render(marked)
+    except TemplateError as error:
+        raise BadRow(f"is refused by the chat template ({error})", field) from error
+    parts = re.split("(\ue0f3\\d+\ue0f4)", fixed)
+    pieces = [Piece(texts.get(part, part), part not in texts) for part in parts if part]
+    if _joined(pieces) != text:
+        raise BadRow("holds a special token in a message that the chat template rewrites", field)
+    return pieces
+
+
+def _head(chat: ChatFormat, messages: Sequence[Message], opened: bool) -> str:
+    """The conversation; opened: up to where the assistant's next text begins."""
+    if not opened or chat.opens:
+        return chat.render(messages, opened)
+    answer: Message = {"role": "assistant", "content": ANSWER}
+    before, found, _ = chat.render([*messages, answer]).rpartition(ANSWER)
     if not found:
         raise BadRow("makes the chat template leave out the answer", "prompt")
-    return before.removesuffix(chat.gap)
+    return before
 
 
-def chat_response(chat: ChatFormat, text: str) -> Piece:
-    return Piece(chat.gap + (text.strip() if chat.trims else text))
+def _joined(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
 
 
-def plain_prompt(prompt: str | Sequence[Message]) -> Piece:
+def _common(one: str, other: str) -> int:
+    """Characters that two texts begin with."""
+    if other.startswith(one):
+        return len(one)
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
+
+
+def _slice(pieces: Sequence[Piece], first: int, last: int) -> list[Piece]:
+    """The pieces of the text from `first` to before `last`; at 0 it is the start of it all."""
+    found: list[Piece] = []
+    place = 0
+    for piece in pieces:
+        text = piece.text[max(0, first - place) : max(0, last - place)]
+        place += len(piece.text)
+        if text:
+            found.append(Piece(text, piece.template, start=first == 0 and not found))
+    return found
+
+
+def completed_piece(chat: ChatFormat, text: str) -> Piece:
+    """A completion behind `chat_prompt`: a text without the gap gets it, sampled ones have it."""
+    text = text.strip() if chat.trims else text
+    return Piece(text if chat.gap and text.startswith(chat.gap) else chat.gap + text)
+
+
+def plain_prompt(prompt: Prompt) -> Piece:
     """A text as it is; messages in the dialogue form of the DPO reference code."""
     if isinstance(prompt, str):
         return Piece(prompt, start=True)
@@ -145,7 +278,7 @@ def plain_prompt(prompt: str | Sequence[Message]) -> Piece:
     return Piece("".join(turns) + "\n\nAssistant:", start=True)
 
 
-def plain_response(prompt: str | Sequence[Message], text: str) -> Piece:
+def plain_response(prompt: Prompt, text: str) -> Piece:
     """A text as it is; after `Assistant:`, one space."""
     spaced = isinstance(prompt, str) or text[:1].isspace()
     return Piece(text if spaced else f" {text}")

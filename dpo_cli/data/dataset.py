@@ -20,6 +20,7 @@ from dpo_cli.data.adapt import adapt
 from dpo_cli.data.drops import DropReport
 from dpo_cli.data.encode import Limits, encode_examples, resolve_limits
 from dpo_cli.data.sources import Source, content_digest, find_source, read_source
+from dpo_cli.data.template import use_template_file, writes_the_date
 from dpo_cli.data.tokens import tokenizer_digest
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.records import EncodedExample, PreferenceExample
@@ -52,11 +53,16 @@ class EncodedSplits:
     limits: Limits
 
 
-def load_splits(config: DataConfig, seed: int) -> Splits:
+def load_splits(
+    config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Splits:
     """Read, adapt and split; which row goes where depends on texts and seed, not on ids.
 
+    tokenizer: of the model that will read the rows, where its chat template decides their form.
     Raises ConfigError or DataError; rows that cannot be used are counted in `drops`.
     """
+    if tokenizer is not None:
+        config = for_tokenizer(config, tokenizer)
     if config.name == GENERATED:
         from dpo_cli.data.adapters.sentiment import generate
 
@@ -74,8 +80,13 @@ def load_encoded(
     seed: int,
     cache_dir: Path | None,
 ) -> EncodedSplits:
-    """`load_splits` as token ids, kept in `cache_dir` for the next run on the same rows."""
+    """`load_splits` as token ids, kept in `cache_dir` for the next run on the same rows.
+
+    A template that `data.chat_template` names becomes the tokenizer's.
+    """
     limits = resolve_limits(config, model_context)
+    use_template_file(tokenizer, config)
+    config = for_tokenizer(config, tokenizer)
     if config.name == GENERATED:
         return _encode_splits(load_splits(config, seed), True, tokenizer, config, limits)
     sources = _train_source(config), find_source(config, "eval")
@@ -90,6 +101,14 @@ def load_encoded(
     if path is not None:
         cache.save(path, {"train": encoded.train, "eval": encoded.eval}, _cache_meta(encoded))
     return encoded
+
+
+def for_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataConfig:
+    """The settings that the adapter sees: HH's dialogues are messages for a model with a chat
+    template, which would ramble on in their own form and never end a turn."""
+    if config.name != "hh" or config.chat_template != "auto" or tokenizer.chat_template is None:
+        return config
+    return dataclasses.replace(config, chat_template="always")
 
 
 def hold_out(
@@ -200,6 +219,8 @@ def _cache_key(
     sources: Sequence[Source | None],
 ) -> str:
     """Everything the ids depend on, this package's code included."""
+    if not writes_the_date(tokenizer):
+        config = dataclasses.replace(config, date=None)
     facts = [
         dpo_cli.__version__,
         _code_digest(),

@@ -23,18 +23,22 @@ class DropReport:
 
     read: rows taken from the source. dropped: reason -> rows (a row that makes several
     examples is listed once for each of them that is dropped). cut: what -> rows that
-    were kept, but shortened.
+    were kept, but shortened. noted: what is worth a look -> rows that were kept as they are.
     """
 
     read: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
     cut: dict[str, list[int]] = field(default_factory=dict)
+    noted: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, reason: str, row: int) -> None:
         self.dropped.setdefault(reason, []).append(row)
 
     def add_cut(self, what: str, row: int) -> None:
         self.cut.setdefault(what, []).append(row)
+
+    def add_note(self, what: str, row: int) -> None:
+        self.noted.setdefault(what, []).append(row)
 
     def absorb(self, other: DropReport, prefix: str) -> None:
         """Add the report of another file; `prefix` says whose row numbers they are."""
@@ -43,12 +47,15 @@ class DropReport:
             self.dropped.setdefault(prefix + reason, []).extend(rows)
         for what, rows in other.cut.items():
             self.cut.setdefault(prefix + what, []).extend(rows)
+        for what, rows in other.noted.items():
+            self.noted.setdefault(prefix + what, []).extend(rows)
 
     def summary_lines(self) -> list[str]:
         """One line a reason, the most frequent first; empty if every row is whole."""
+        tables = {"dropped": self.dropped, "cut": self.cut, "note on": self.noted}
         return [
             f"{label} {len(rows):,} of {self.read:,} rows: {reason} ({row_list(rows)})"
-            for label, table in (("dropped", self.dropped), ("cut", self.cut))
+            for label, table in tables.items()
             for reason, rows in sorted(table.items(), key=lambda item: -len(item[1]))
         ]
 

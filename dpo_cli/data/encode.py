@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +14,19 @@ from dpo_cli.data.chat import (
     ChatFormat,
     chat_format,
     chat_prompt,
-    chat_response,
+    chat_row,
+    completed_piece,
     plain_prompt,
     plain_response,
+    special_pattern,
+    token_id,
 )
 from dpo_cli.data.drops import BadRow, DropReport, response_name
+from dpo_cli.data.notes import Ways, note_texts
+from dpo_cli.data.template import Renderer
 from dpo_cli.data.tokens import Ids, Piece, TokenizerFacts, encode_pieces, tokenizer_facts
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.records import EncodedExample, PreferenceExample, Prompt
+from dpo_cli.records import EncodedExample, PreferenceExample, Prompt, response_text
 
 CHUNK = 1024  # examples a call of the tokenizer: enough for its threads, little memory
 DEFAULT_MAX_LENGTH = 512  # tokens, as in the DPO reference code
@@ -60,14 +66,16 @@ def resolve_limits(config: DataConfig, model_context: int) -> Limits:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What encoding depends on besides the example. chat: None if no template is used."""
+    """What encoding depends on besides the example. chat: None if no template is used. special:
+    the texts of special tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     facts: TokenizerFacts
     chat: ChatFormat | None
-    chat_always: bool
     limits: Limits
     keep_prompt: str
+    special: re.Pattern[str]
+    ways: Ways
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Written:
 
     example: PreferenceExample
     prompt: list[Piece]
-    responses: list[Piece]
+    responses: list[list[Piece]]
     end_ids: list[tuple[int, ...]]
     sampled: bool = False
 
@@ -125,8 +133,7 @@ def encode_completed(
     ]
     try:
         written = [_write(example, encoder, sampled=True) for example in examples]
-        pieces = (piece for w in written for piece in (*w.prompt, *w.responses))
-        table = encode_pieces(encoder.tokenizer, encoder.facts, pieces)
+        table = _ids_of_pieces(written, encoder)
         return [_fit(w, table, encoder, cuts) for w in written]
     except BadRow as bad:
         raise DataError(f"a completion cannot be scored: {bad}") from bad
@@ -137,10 +144,19 @@ def _make_encoder(
 ) -> Encoder:
     """`chats`: whether any prompt is a list of messages."""
     facts = tokenizer_facts(tokenizer)
+    plain = config.chat_template in ("never", "human_assistant")
     always = config.chat_template == "always"
-    auto = config.chat_template == "auto" and chats and tokenizer.chat_template is not None
-    chat = chat_format(tokenizer, facts) if always or auto else None
-    return Encoder(tokenizer, facts, chat, always, limits, config.keep_prompt)
+    if chats and not plain and tokenizer.chat_template is None:
+        raise ConfigError(
+            "the rows are conversations and the tokenizer has no chat template: say how they are "
+            "written with data.chat_template=human_assistant or data.chat_template=<a Jinja file>"
+        )
+    wanted = always or (chats and not plain)
+    chat = chat_format(tokenizer, facts, Renderer.of(tokenizer, config)) if wanted else None
+    has_template = tokenizer.chat_template is not None and not plain
+    ways = Ways(config.special_tokens == "parse", always, has_template)
+    special = special_pattern(tokenizer)
+    return Encoder(tokenizer, facts, chat, limits, config.keep_prompt, special, ways)
 
 
 def _encode_chunk(
@@ -152,8 +168,9 @@ def _encode_chunk(
             written.append(_write(example, encoder))
         except BadRow as bad:
             drops.add(str(bad), example.row)
-    pieces = (piece for w in written for piece in (*w.prompt, *w.responses))
-    table = encode_pieces(encoder.tokenizer, encoder.facts, pieces)
+            continue
+        note_texts(example, encoder.special, encoder.ways, drops)
+    table = _ids_of_pieces(written, encoder)
     for w in written:
         try:
             yield _fit(w, table, encoder, drops)
@@ -161,18 +178,51 @@ def _encode_chunk(
             drops.add(str(bad), w.example.row)
 
 
+def _ids_of_pieces(written: Sequence[Written], encoder: Encoder) -> dict[Piece, Ids | None]:
+    pieces = (p for w in written for part in (w.prompt, *w.responses) for p in part)
+    return encode_pieces(encoder.tokenizer, encoder.facts, pieces)
+
+
 def _write(example: PreferenceExample, encoder: Encoder, sampled: bool = False) -> Written:
     prompt, chat = example.prompt, encoder.chat
-    end: tuple[int, ...] = (encoder.facts.eos,)
-    if chat is None or (isinstance(prompt, str) and not encoder.chat_always):
-        start = [plain_prompt(prompt)]
-        responses = [plain_response(prompt, text) for text in example.responses]
+    if chat is None or (isinstance(prompt, str) and not encoder.ways.templated):
+        start, responses, ends = _write_plain(example, encoder)
     else:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        start, end = chat_prompt(encoder.tokenizer, chat, messages), chat.end_ids
-        responses = [chat_response(chat, text) for text in example.responses]
+        if sampled:
+            start = chat_prompt(chat, messages)
+            texts = map(response_text, example.responses)
+            responses = [[completed_piece(chat, text)] for text in texts]
+            ends = [chat.end_ids] * len(responses)
+        else:
+            found = chat_row(chat, messages, example.responses)
+            start, responses, ends = found.prompt, found.responses, found.end_ids
     finished = example.finished or [True] * len(responses)
-    return Written(example, start, responses, [end if f else () for f in finished], sampled)
+    kept = [end if f else () for end, f in zip(ends, finished, strict=True)]
+    return Written(example, start, responses, kept, sampled)
+
+
+def _write_plain(
+    example: PreferenceExample, encoder: Encoder
+) -> tuple[list[Piece], list[list[Piece]], list[tuple[int, ...]]]:
+    """Texts as they are. Where special tokens are read as such, one that ends a response is its
+    end: it is not written twice."""
+    start, eos = plain_prompt(example.prompt), encoder.facts.eos
+    pieces = [plain_response(example.prompt, response_text(r)) for r in example.responses]
+    if not encoder.ways.parse:
+        return [start], [[piece] for piece in pieces], [(eos,)] * len(pieces)
+    texts: list[list[Piece]] = []
+    ends: list[tuple[int, ...]] = []
+    for piece in pieces:
+        text, end = piece.text, eos
+        bare = text.rstrip()
+        last = next((m for m in encoder.special.finditer(bare) if m.end() == len(bare)), None)
+        if last is not None:
+            text = bare[: last.start()]
+            end = token_id(encoder.tokenizer, last.group())
+        texts.append([Piece(text, template=True)])
+        ends.append((end,))
+    return [start._replace(template=True)], texts, ends
 
 
 def _fit(
@@ -181,7 +231,7 @@ def _fit(
     """Join the pieces' ids and cut them to the limits; BadRow if they leave nothing to learn."""
     limits, row, facts = encoder.limits, written.example.row, encoder.facts
     prompt = _with_bos([i for piece in written.prompt for i in _ids(table, piece)], facts)
-    texts = [_ids(table, piece) for piece in written.responses]
+    texts = [[i for piece in part for i in _ids(table, piece)] for part in written.responses]
     for place, ids in enumerate(texts):
         if not (ids or written.sampled):
             raise BadRow("has no tokens", response_name(place, len(texts)))

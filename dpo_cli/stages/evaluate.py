@@ -115,7 +115,7 @@ def set_up(session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint
     if split == "train":
         session.note("no rows are held out (data.eval_rows): these are training prompts")
     chosen = distinct_prompts(splits.eval or splits.train)[: stage.prompts]
-    sources = source_prompts(session)[split]
+    sources = source_prompts(session, tokenizer)[split]
     reference = None
     if named is not None:
         reference = load_named(session, named, tokenizer)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from dpo_cli.config import LabelConfig
-from dpo_cli.data.adapters.columns import as_bool, messages
+from dpo_cli.data.adapters.columns import as_bool
+from dpo_cli.data.adapters.messages import messages
 from dpo_cli.data.drops import BadRow
 from dpo_cli.durable import mismatch
 from dpo_cli.errors import DataError

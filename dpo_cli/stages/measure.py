@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.config import JsonlDataConfig
+from dpo_cli.config import DataConfig, JsonlDataConfig
+from dpo_cli.config.datasets import WRITING
 from dpo_cli.data.dataset import load_encoded
 from dpo_cli.data.sources import read_rows
 from dpo_cli.evaluation.scorers import Completed, Scorer
@@ -127,9 +128,13 @@ def preference_accuracy(
     `accuracy`: by the implicit reward log pi - log pi_ref; `likelihood_accuracy`: by log pi.
     """
     config = session.config
-    rows = load_encoded(
-        pairs_config(pairs), tokenizer, context_length(policy), config.seed, Path(config.cache_dir)
-    ).train
+    splits = load_encoded(
+        pairs_config(pairs, config.data), tokenizer, context_length(policy), config.seed,
+        Path(config.cache_dir),
+    )  # fmt: skip
+    for line in splits.drops.summary_lines():
+        session.note(f"stage.pairs: {line}")
+    rows = splits.train
     check_lengths(rows, 2, "evaluate")
     margins: dict[str, list[float]] = {"likelihood_accuracy": [], "accuracy": []}
     with session.progress.phase("preference accuracy", len(rows)) as tick:
@@ -155,9 +160,11 @@ def preference_accuracy(
     return figures
 
 
-def pairs_config(path: str) -> JsonlDataConfig:
-    """How stage=label's rows are read: with `finished`, where the first row has such a list."""
-    data = JsonlDataConfig(path=path, eval_rows=0)
+def pairs_config(path: str, of_run: DataConfig) -> JsonlDataConfig:
+    """How a file of pairs is read: written and cut as the run's own rows are, with `finished`
+    where the first row has such a list, as stage=label writes it."""
+    same = {name: getattr(of_run, name) for name in WRITING}
+    data = JsonlDataConfig(path=path, eval_rows=0, **same)
     first: dict[str, Any] = next(iter(read_rows(data, "train").rows), {})
     known = isinstance(first.get("finished"), list)
     return replace(data, finished_field="finished" if known else None)

@@ -82,7 +82,7 @@ def _samples(
         found = complete(
             session, base, loaded.tokenizer, [e.prompt_ids for e in chosen], options, tick
         )
-    sources = source_prompts(session)["train"]
+    sources = source_prompts(session, loaded.tokenizer)["train"]
     return [
         Completed(sources[e.row], row[0]["completion"], row[0]["finished"])
         for e, row in zip(chosen, found, strict=True)

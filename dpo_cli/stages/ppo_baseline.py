@@ -128,6 +128,7 @@ def run(session: Session) -> dict[str, Any]:
             "target_kl": stage.target_kl if stage.kl_control == "adaptive" else None,
             "reference": named or session.config.model.path or session.config.model.hub_id,
             "data": loaded.splits.origin,
+            "date": session.config.data.date,
             **quantised_base(session.config.lora),
         },
         identity={
@@ -180,7 +181,7 @@ def build_actors(session: Session, loaded: Loaded, named: str | None, stage: Ppo
         if adaptive
         else FixedKl(stage.kl_coef)
     )
-    prompts = source_prompts(session)
+    prompts = source_prompts(session, loaded.tokenizer)
     return Actors(
         loaded.model, reference, head, loaded.tokenizer, load_scorer(session), prompts["train"],
         prompts["eval"], kl,

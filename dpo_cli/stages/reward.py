@@ -64,6 +64,7 @@ def run(session: Session) -> dict[str, Any]:
             "stage": "reward",
             "base": session.config.model.path or session.config.model.hub_id,
             "data": loaded.splits.origin,
+            "date": session.config.data.date,
             **quantised_base(session.config.lora),
         },
         identity={"rows": loaded.splits.fingerprint, "margins": digest(train.margins)},

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+from transformers import PreTrainedTokenizerFast
+
 from dpo_cli.config import SampleConfig
 from dpo_cli.data.dataset import load_splits
 from dpo_cli.durable import write_checked_text
@@ -27,7 +29,7 @@ def run(session: Session) -> dict[str, Any]:
     model.to(session.runtime.device)  # type: ignore[arg-type]
     splits = load_data(session, context_length(model), tokenizer)
     limits = {"train": (splits.train, stage.prompts), "eval": (splits.eval, stage.eval_prompts)}
-    sources = source_prompts(session)
+    sources = source_prompts(session, tokenizer)
     figures: dict[str, Any] = {}
     for name, (examples, limit) in limits.items():
         chosen = distinct_prompts(examples)[:limit]
@@ -79,9 +81,11 @@ def counts(prompts: int, completions: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def source_prompts(session: Session) -> dict[str, dict[int, Prompt]]:
+def source_prompts(
+    session: Session, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, dict[int, Prompt]]:
     """split -> row -> the prompt as the source has it: text, or the messages of a chat."""
-    splits = load_splits(session.config.data, session.config.seed)
+    splits = load_splits(session.config.data, session.config.seed, tokenizer)
     return {
         "train": {e.row: e.prompt for e in splits.train},
         "eval": {e.row: e.prompt for e in splits.eval},

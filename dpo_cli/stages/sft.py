@@ -49,6 +49,7 @@ def run(session: Session) -> dict[str, Any]:
         provenance={
             "stage": "sft",
             "data": loaded.splits.origin,
+            "date": session.config.data.date,
             **quantised_base(session.config.lora),
         },
         identity={"rows": loaded.splits.fingerprint},

@@ -21,7 +21,7 @@ from dpo_cli.evaluation.judge_http import HttpJudge
 from dpo_cli.evaluation.scorers import Completed, Scorer, as_text
 from dpo_cli.evaluation.statistics import win_rate
 from dpo_cli.model.generate import SamplingOptions
-from dpo_cli.records import EncodedExample, Prompt
+from dpo_cli.records import EncodedExample, Prompt, response_text
 from dpo_cli.report.files import encode, to_json, write_redacted_json
 from dpo_cli.stages.sampling import completion_text, decoded_together, draw_samples
 from dpo_cli.stages.session import Session, load_named
@@ -164,12 +164,15 @@ class WinRates:
     def _responses(self) -> list[Completed]:
         """The first response of each row, whole: not cut as its token ids may be."""
         config, bench = self.session.config, self.bench
-        splits = load_splits(config.data, config.seed)
+        splits = load_splits(config.data, config.seed, bench.tokenizer)
         pairs = list(zip(bench.prompts, (e.row for e in bench.examples), strict=True))
         for rows in (splits.eval, splits.train):  # the prompts are all of one split
             by_row = {row.row: row for row in rows}
             if all(row in by_row and by_row[row].prompt == prompt for prompt, row in pairs):
-                return [Completed(prompt, by_row[row].responses[0]) for prompt, row in pairs]
+                return [
+                    Completed(prompt, response_text(by_row[row].responses[0]))
+                    for prompt, row in pairs
+                ]
         raise AssertionError("prompts of another dataset")
 
     def _sampled(self, model: PreTrainedModel, temperature: float, seed: int) -> list[Completed]:

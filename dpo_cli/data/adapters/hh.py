@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from dpo_cli.config import HhDataConfig
-from dpo_cli.data.adapters.columns import prompt_messages, text
+from dpo_cli.data.adapters.columns import text
+from dpo_cli.data.adapters.messages import prompt_messages
 from dpo_cli.data.drops import BadRow
 from dpo_cli.records import Message, PreferenceExample
 
@@ -18,7 +19,8 @@ ASSISTANT = "\n\nAssistant:"
 def parse(row: dict[str, Any], index: int, config: HhDataConfig) -> Iterable[PreferenceExample]:
     """Prompt: the dialogue both share, up to its last `Assistant:`; response: what follows.
 
-    With `chat_template: always` the dialogue becomes messages instead of one text.
+    With `chat_template: always`, as for a model that has one (`dataset.py`), the dialogue becomes
+    messages instead of one text.
     """
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     prompt = shared_dialogue(chosen, rejected)
@@ -26,7 +28,7 @@ def parse(row: dict[str, Any], index: int, config: HhDataConfig) -> Iterable[Pre
     for field, response in zip(("chosen", "rejected"), pair, strict=True):
         if HUMAN in response:
             raise BadRow("goes on with a human turn: the transcripts part before the end", field)
-    if config.chat_template != "always":
+    if config.chat_template in ("auto", "never", "human_assistant"):
         yield PreferenceExample(prompt, pair, index)
         return
     stripped = (pair[0].strip(), pair[1].strip())

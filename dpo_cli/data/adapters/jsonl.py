@@ -5,40 +5,44 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from dpo_cli.config import JsonlDataConfig
-from dpo_cli.data.adapters.columns import (
-    as_bool,
-    as_number,
-    as_text,
-    column,
-    kind,
+from dpo_cli.data.adapters.columns import as_bool, as_number, as_text, column, kind
+from dpo_cli.data.adapters.messages import (
+    as_list,
     messages,
     prompt_messages,
     split_answer,
+    tools,
 )
 from dpo_cli.data.drops import BadRow
-from dpo_cli.records import Message, PreferenceExample
-
-Prompt = str | list[Message]
+from dpo_cli.data.template import TOOLS
+from dpo_cli.records import Message, PreferenceExample, Prompt, Response
 
 
 def parse(row: dict[str, Any], index: int, config: JsonlDataConfig) -> Iterable[PreferenceExample]:
     """Columns as `data.*_field` names them.
 
     A prompt is a text or a list of messages. A response is a text or a conversation whose
-    last message is the answer; what comes before it must be the prompt, or, in a row
-    without a prompt column, is the prompt.
+    last message is the answer; what comes before it must be the prompt (a text of which is then
+    its last message), or, in a row without a prompt, is the prompt. Responses with scores are
+    ordered by them.
     """
     answers = _answers(row, config)
     split = [_response(value, field) for field, value in answers]
     prompt = _prompt(row, config, split[0][0])
     for (field, _), (before, _) in zip(answers, split, strict=True):
-        if before and before != _as_messages(prompt):
-            raise BadRow("answers another prompt", field)
-        prompt = before or prompt  # a chat row stays one where its prompt column is a text
-    scores = _scores(row, config.scores_field, len(split))
+        prompt = _agreed(prompt, before, field)
+    responses = tuple(response for _, response in split)
+    scores = _scores(row, config, len(split))
     finished = _finished(row, config.finished_field, len(split))
-    yield PreferenceExample(prompt, tuple(text for _, text in split), index, scores, finished)
+    if scores is not None and config.responses_field is not None:
+        order = list(np.argsort(-np.array(scores), kind="stable"))
+        responses = tuple(responses[place] for place in order)
+        finished = None if finished is None else tuple(finished[place] for place in order)
+        scores = tuple(scores[place] for place in order)
+    yield PreferenceExample(_with_tools(prompt, row, config), responses, index, scores, finished)
 
 
 def _answers(row: dict[str, Any], config: JsonlDataConfig) -> list[tuple[str, Any]]:
@@ -47,36 +51,58 @@ def _answers(row: dict[str, Any], config: JsonlDataConfig) -> list[tuple[str, An
         fields = (config.chosen_field, config.rejected_field)
         return [(field, column(row, field)) for field in fields if field is not None]
     name = config.responses_field
-    ranked = column(row, name)
+    ranked = as_list(column(row, name), name)
     if not isinstance(ranked, list) or not ranked:
         raise BadRow(f"is {kind(ranked)}, not a list of responses", name)
     return [(name, value) for value in ranked]
 
 
-def _response(value: Any, field: str) -> tuple[list[Message], str]:
+def _response(value: Any, field: str) -> tuple[list[Message], Response]:
     """The messages before the answer (none where it is a text), and the answer."""
+    value = as_list([value] if isinstance(value, dict) else value, field)
     return split_answer(value, field) if isinstance(value, list) else ([], as_text(value, field))
 
 
 def _prompt(row: dict[str, Any], config: JsonlDataConfig, implied: list[Message]) -> Prompt:
-    if config.prompt_field not in row and implied:
+    name = config.prompt_field
+    if implied and (name is None or row.get(name) is None):
         return prompt_messages(implied, config.chosen_field)
-    value = column(row, config.prompt_field)
+    if name is None:
+        raise BadRow("has no message before the answer", config.chosen_field)
+    value = as_list(column(row, name), name)
     if isinstance(value, list):
-        return prompt_messages(messages(value, config.prompt_field), config.prompt_field)
-    return as_text(value, config.prompt_field)
+        return prompt_messages(messages(value, name), name)
+    return as_text(value, name)
 
 
-def _as_messages(prompt: Prompt) -> list[Message]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def _agreed(prompt: Prompt, before: list[Message], field: str) -> Prompt:
+    """The prompt, of a column and of what stands before an answer. BadRow if they differ."""
+    if not before or before == prompt:
+        return before or prompt
+    if before[0]["role"] in {"assistant", "tool"}:
+        raise BadRow("goes on for several turns: the answer must be one message", field)
+    if isinstance(prompt, str) and before[-1]["content"].strip() == prompt.strip():
+        return prompt_messages(before, field)  # the text is the last message of the conversation
+    raise BadRow("answers another prompt", field)
 
 
-def _scores(row: dict[str, Any], field: str | None, count: int) -> tuple[float, ...] | None:
+def _with_tools(prompt: Prompt, row: dict[str, Any], config: JsonlDataConfig) -> Prompt:
+    name = config.tools_field
+    found = None if name is None else tools(row.get(name), name)
+    if found is None:
+        return prompt
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return [prompt[0] | {TOOLS: found}, *prompt[1:]]
+
+
+def _scores(row: dict[str, Any], config: JsonlDataConfig, count: int) -> tuple[float, ...] | None:
+    field = config.scores_field
     if field is None:
         return None
     values = column(row, field)
     if not isinstance(values, list) or len(values) != count:
-        raise BadRow(f"is not a list of {count} scores, one a response", field)
+        raise BadRow(f"is not a list of {count} scores, one per response", field)
     return tuple(as_number(value, field) for value in values)
 
 
@@ -85,5 +111,5 @@ def _finished(row: dict[str, Any], field: str | None, count: int) -> tuple[bool,
         return None
     values = column(row, field)
     if not isinstance(values, list) or len(values) != count:
-        raise BadRow(f"is not a list of {count} bools, one a response", field)
+        raise BadRow(f"is not a list of {count} bools, one per response", field)
     return tuple(as_bool(value, field) for value in values)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from dpo_cli.config import UltrafeedbackDataConfig
-from dpo_cli.data.adapters.columns import column, number, prompt_messages, split_answer
+from dpo_cli.data.adapters.columns import column, number
+from dpo_cli.data.adapters.messages import prompt_messages, split_answer
 from dpo_cli.data.drops import BadRow
 from dpo_cli.records import PreferenceExample
 

@@ -1,0 +1,137 @@
+"""Reading conversations: lists of messages, or the JSON or Python text of one."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from typing import Any
+
+from dpo_cli.data.adapters.columns import kind
+from dpo_cli.data.drops import BadRow
+from dpo_cli.records import Message, Response
+
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values of keys that hold nothing
+ROLES = ("system", "developer", "user", "assistant", "tool")
+WRITTEN = re.compile(r"""\s*\[\s*\{.{0,200}?["'](role|content)["']\s*:""", re.DOTALL)
+
+
+def is_written(value: Any) -> bool:
+    """Whether a text is that of a list of messages, as CSV files and Python's `str` leave it."""
+    return isinstance(value, str) and WRITTEN.match(value) is not None
+
+
+def as_list(value: Any, field: str) -> Any:
+    """The list that such a text stands for; other values as they are."""
+    if not is_written(value):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    raise BadRow("is a list of messages written as text, which is neither JSON nor Python", field)
+
+
+def messages(value: Any, field: str) -> list[Message]:
+    """`[{role, content, ...}, ...]`; keys that hold nothing are left out."""
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"is {kind(value)}, not a list of messages", field)
+    return [_message(message, field) for message in value]
+
+
+def _message(message: Any, field: str) -> Message:
+    if not isinstance(message, dict):
+        raise BadRow(f"holds {kind(message)} where a message should be", field)
+    # roles are written by chat templates as they are: not the place for special tokens
+    if message.get("role") not in ROLES:
+        raise BadRow(f"has a message whose role is none of {', '.join(ROLES)}", field)
+    kept = {key: _filled(value) for key, value in message.items() if value not in EMPTY}
+    if "tool_calls" in kept:
+        kept["tool_calls"] = [_tool_call(call, field) for call in kept["tool_calls"]]
+    return kept | {"content": _content(message, field)}
+
+
+def _filled(value: Any) -> Any:
+    """A value without the keys that a table gave it because other rows have them."""
+    if isinstance(value, dict):
+        return {key: _filled(part) for key, part in value.items() if part is not None}
+    return [_filled(part) for part in value] if isinstance(value, list) else value
+
+
+def _content(message: dict[str, Any], field: str) -> str:
+    """The text of a message, or of a list of its parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(_part(part, field) for part in content)
+    if content is None and message.get("tool_calls"):
+        return ""
+    if not isinstance(content, str):
+        raise BadRow("has a message whose content is not text", field)
+    return content
+
+
+def _part(part: Any, field: str) -> str:
+    if isinstance(part, str):
+        return part
+    found = part.get("text") if isinstance(part, dict) else None
+    if not isinstance(found, str) or part.get("type", "text") != "text":
+        what = part.get("type") if isinstance(part, dict) else kind(part)
+        raise BadRow(f"has a message with a part of type {what}: texts alone are read", field)
+    return found
+
+
+def _tool_call(call: Any, field: str) -> dict[str, Any]:
+    """A call whose arguments, JSON text in OpenAI's form, are a dict, as templates expect."""
+    if not isinstance(call, dict):
+        raise BadRow(f"holds {kind(call)} where a tool call should be", field)
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _tool_call(call["function"], field)}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise BadRow("has a tool call whose arguments are no JSON", field) from error
+    return call | {"arguments": {} if arguments is None else arguments}
+
+
+def tools(value: Any, field: str) -> list[Message] | None:
+    """The functions that a conversation may call: a list, or its JSON text."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRow("is no JSON", field) from error
+    if value in EMPTY:
+        return None
+    found = _filled(value)
+    named = isinstance(found, list) and all(
+        isinstance(tool, dict) and isinstance(tool.get("function", tool), dict)
+        and isinstance(tool.get("function", tool).get("name"), str) for tool in found
+    )  # fmt: skip
+    if not named:
+        raise BadRow("is not a list of functions with names", field)
+    return list(found)
+
+
+def prompt_messages(value: list[Message], field: str) -> list[Message]:
+    """The same messages, which must leave the next turn to the assistant.
+
+    Most chat templates render a prompt that ends otherwise without the assistant's header.
+    """
+    if not value:
+        raise BadRow("has no message before the answer", field)
+    if value[-1]["role"] not in {"user", "tool"}:
+        raise BadRow(f"ends with a message of the {value[-1]['role']}, not the user", field)
+    return value
+
+
+def split_answer(value: Any, field: str) -> tuple[list[Message], Response]:
+    """A conversation's last message, which must be the assistant's, and those before it."""
+    conversation = messages(value, field)
+    *before, answer = conversation
+    if answer["role"] != "assistant":
+        raise BadRow(f"ends with a message of the {answer['role']}, not the answer", field)
+    more = answer.keys() - {"role", "content"}
+    return before, answer if more else answer["content"]
