@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_cli.config import DataConfig
 from dpo_cli.data.dataset import load_splits
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.report.console import Progress
@@ -195,7 +196,7 @@ def test_what_is_labelled_can_be_trained_on(tmp_path, sft, policy, field):
     ]
     quiet = [word for word in TINY if not word.startswith("data.")]
     path = tmp_path / "labels" / "train.jsonl"
-    assert pairs_config(str(path)).finished_field == "finished"  # as evaluations read them
+    assert pairs_config(str(path), DataConfig()).finished_field == "finished"  # as evaluations read them
     run(configure(*quiet, "stage=dpo", "data=jsonl", f"data.path={path}", "data.eval_rows=0",
                   f"data.finished_field={field or 'null'}", "train.batch_size=4",
                   f"model.path={sft}", f"run_dir={tmp_path / 'next'}"),
@@ -211,7 +212,7 @@ def test_what_is_labelled_can_be_trained_on(tmp_path, sft, policy, field):
 
 def test_pairs_that_do_not_say_what_is_finished_are_whole(tmp_path):
     folder = write(tmp_path, [{"prompt": "a", "chosen": " b", "rejected": " c", "finished": 1.0}])
-    assert pairs_config(str(folder / "train.jsonl")).finished_field is None
+    assert pairs_config(str(folder / "train.jsonl"), DataConfig()).finished_field is None
 
 
 def test_a_policy_without_another_reference(tmp_path, sft):
