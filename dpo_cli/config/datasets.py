@@ -27,8 +27,8 @@ class DataConfig:
     path: str | None = None
     eval_path: str | None = None
     train_split: str = "train"
-    eval_split: str | None = None
-    eval_rows: int | None = None  # of the eval split; without one, held out from train
+    eval_split: str | None = "auto"  # auto: the usual one, where there is one; null: none
+    eval_rows: int | float | None = None  # of the eval split, else held out of train; < 1: a share
     max_rows: int | None = None  # a seeded sample of the rows of each split
     max_length: int | None = None  # tokens, prompt + response; null: min(512, model context)
     max_prompt_length: int | None = None  # tokens kept if over max_length; null: half of it

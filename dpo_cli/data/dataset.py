@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from dpo_cli.data import cache
 from dpo_cli.data.adapt import adapt
 from dpo_cli.data.drops import DropReport
 from dpo_cli.data.encode import Limits, encode_examples, resolve_limits
-from dpo_cli.data.sources import Source, content_digest, find_source, read_source
+from dpo_cli.data.sources import Rows, Source, content_digest, find_source, read_source
 from dpo_cli.data.template import use_template_file, writes_the_date
 from dpo_cli.data.tokens import tokenizer_digest
 from dpo_cli.errors import ConfigError, DataError
@@ -112,44 +113,30 @@ def for_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dat
 
 
 def hold_out(
-    examples: Sequence[PreferenceExample], count: int, seed: int
+    examples: Sequence[PreferenceExample], count: int
 ) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
-    """(train, held out): `count` examples held out, no prompt on both sides.
+    """(train, held out): at most `count` examples held out, no prompt on both sides.
 
-    All examples of a prompt stay together, so fewer than `count` are held out where the
-    groups' sizes cannot add up to it. Prompts are taken in the order of a seeded hash:
-    rows that come or go leave most others on their side.
+    Prompts are taken in the order of a hash of their content, all examples of one together: no
+    seed and no order of the file moves a prompt, and with another count more or fewer of the same
+    are held out.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for place, example in enumerate(examples):
         groups[_prompt_key(example)].append(place)
-    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest())
-    chosen = _adding_up_to(count, [len(groups[key]) for key in order])
-    held = {place for group in chosen for place in groups[order[group]]}
+    held: set[int] = set()
+    for key in sorted(groups, key=lambda key: hashlib.sha256(key.encode()).digest()):
+        if len(held) + len(groups[key]) > count:
+            break
+        held.update(groups[key])
     if count and not held:
-        least = min(map(len, groups.values()))
+        most = max(map(len, groups.values()))
         raise ConfigError(
-            f"data.eval_rows={count}: every prompt has more examples than that, "
-            f"give {least} or more"
+            f"data.eval_rows={count}: the first prompt has more examples than that, give "
+            f"{most} or more"
         )
     train = [e for place, e in enumerate(examples) if place not in held]
     return train, [examples[place] for place in sorted(held)]
-
-
-def _adding_up_to(count: int, sizes: Sequence[int]) -> list[int]:
-    """Places of sizes that add up to `count`, or as near below it as any do; early ones first."""
-    mask = (1 << (count + 1)) - 1
-    sums = [1]  # bit s of sums[i]: some of the first i sizes add up to s
-    for size in sizes:
-        if sums[-1] >> count & 1:
-            break
-        sums.append((sums[-1] | sums[-1] << size) & mask)
-    left, chosen = sums[-1].bit_length() - 1, []
-    for place in range(len(sums) - 2, -1, -1):
-        if not sums[place] >> left & 1:
-            chosen.append(place)
-            left -= sizes[place]
-    return chosen
 
 
 def _prompt_key(example: PreferenceExample) -> str:
@@ -174,23 +161,47 @@ def _train_source(config: DataConfig) -> Source:
 
 
 def _read_splits(config: DataConfig, seed: int, train: Source, held: Source | None) -> Splits:
+    """max_rows is taken of what is left to train on: it does not move what is held out."""
     drops = DropReport()
-    examples = adapt(read_source(train), config, seed, drops)
-    count = config.eval_rows
-    if held is not None:
-        eval_drops = DropReport()
-        eval_examples = adapt(read_source(held), config, seed, eval_drops)
-        if count is not None and count < len(eval_examples):
-            _, eval_examples = hold_out(eval_examples, count, seed)
-        drops.absorb(eval_drops, EVAL_PREFIX)
-        return Splits(examples, eval_examples, drops, train.origin, train.revision)
-    if count is not None and count >= len(examples):
+    rows = read_source(train)
+    if held is None and config.eval_rows:
+        kept, chosen = _hold_out_of(rows, config, seed, drops)
+        return Splits(kept, chosen, drops, train.origin, train.revision)
+    examples = adapt(rows, config, seed, drops)
+    if held is None:
+        return Splits(examples, [], drops, train.origin, train.revision)
+    eval_drops = DropReport()
+    chosen = adapt(read_source(held), config, seed, eval_drops)
+    count = _eval_count(config, len(chosen))
+    if count is not None and count < len(chosen):
+        _, chosen = hold_out(chosen, count)
+    drops.absorb(eval_drops, EVAL_PREFIX)
+    return Splits(examples, chosen, drops, train.origin, train.revision)
+
+
+def _hold_out_of(
+    rows: Rows, config: DataConfig, seed: int, drops: DropReport
+) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
+    examples = adapt(rows, dataclasses.replace(config, max_rows=None), seed, drops)
+    most = len(examples) if config.max_rows is None else min(config.max_rows, len(examples))
+    count = _eval_count(config, most) or 0
+    if count >= most:
         raise ConfigError(
-            f"data.eval_rows={count} leaves no training rows: "
-            f"{train.origin} has {len(examples)} that can be used"
+            f"data.eval_rows={config.eval_rows} leaves no training rows: {rows.origin} has "
+            f"{most:,} that can be used"
         )
-    kept, eval_examples = hold_out(examples, count or 0, seed)
-    return Splits(kept, eval_examples, drops, train.origin, train.revision)
+    kept, chosen = hold_out(examples, count)
+    room = most - len(chosen)
+    if room < len(kept):
+        picked = sorted(random.Random(seed).sample(range(len(kept)), room))
+        kept = [kept[place] for place in picked]
+    return kept, chosen
+
+
+def _eval_count(config: DataConfig, rows: int) -> int | None:
+    """`data.eval_rows` as a number: below 1 it is a share of the rows."""
+    wanted = config.eval_rows
+    return round(wanted * rows) if isinstance(wanted, float) and wanted < 1 else wanted  # type: ignore[return-value]
 
 
 def _encode_splits(

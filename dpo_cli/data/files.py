@@ -109,11 +109,17 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """The data files right in a folder, by name."""
-    found = sorted(p for p in folder.iterdir() if p.is_file() and suffix(p) in READERS)
-    if not found:
-        raise DataError(f"{folder}: no data files here ({', '.join(READERS)})")
-    return found
+    """The data files right in a folder, by name, or in its `data/`, as in a hub's repository."""
+    for place in (folder, folder / "data"):
+        inside = sorted(place.iterdir()) if place.is_dir() else []
+        if found := [p for p in inside if p.is_file() and _holds_rows(p)]:
+            return found
+    raise DataError(f"{folder}: no data files here ({', '.join(READERS)})")
+
+
+def _holds_rows(path: Path) -> bool:
+    """Not for the facts that hubs and libraries put beside them."""
+    return suffix(path) in READERS and path.name not in ("dataset_info.json", "dataset_infos.json")
 
 
 def files_of_split(files: Sequence[Path], split: str | None) -> list[Path]:

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 Which = Literal["train", "eval"]
 
 HUB_TIMEOUT_SECONDS = 5.0
+AUTO = "auto"
+# Names of held-out splits, as people and hubs give them.
+USUAL = ("test", "validation", "valid", "dev", "eval", "test_prefs")
+ON_HUB = {"hh": "test", "shp": "test", "tldr": "test", "imdb": "test", "ultrafeedback": "test_prefs"}
 
 
 @dataclass(frozen=True)
@@ -85,15 +89,19 @@ def read_rows(config: DataConfig, which: Which) -> Rows:
 
 def find_source(config: DataConfig, which: Which) -> Source | None:
     """Where the rows of `which` are; None if there is no eval split. Reads no rows."""
+    held = config.eval_split
     if which == "eval" and config.eval_path is not None:
-        return _local_source(config.eval_path, "data.eval_path", config.eval_split, ())
+        return _local_source(config.eval_path, "data.eval_path", None if held == AUTO else held, ())
     if config.path is not None and which == "train":
-        return _local_source(config.path, "data.path", config.train_split, (config.eval_split,))
+        others = USUAL if held == AUTO else (held,)
+        return _local_source(config.path, "data.path", config.train_split, others)
     if config.path is not None:
-        return _local_eval_source(Path(config.path).expanduser(), config.eval_split)
+        return _local_eval_source(Path(config.path).expanduser(), held)
     if config.hub_id is None:
         raise ConfigError(f"data={config.name}: set data.path=<file or folder> or data.hub_id=")
-    split = config.train_split if which == "train" else config.eval_split
+    split = config.train_split if which == "train" else held
+    if split == AUTO:
+        split = ON_HUB.get(config.name)
     return None if split is None else _hub_source(config, config.hub_id, split)
 
 
@@ -144,14 +152,34 @@ def _local_source(
 
 
 def _local_eval_source(place: Path, split: str | None) -> Source | None:
-    """The eval split beside the training rows in one folder, if it has one."""
-    if split is None or not place.is_dir():
+    """The eval split beside the training rows in one folder. DataError for one that was named and
+    is not there."""
+    if split is None or (split == AUTO and not place.is_dir()):
         return None
+    if not place.is_dir():
+        raise DataError(
+            f"data.eval_split={split}: {place} is one file, without splits: set data.eval_path= or "
+            "data.eval_rows="
+        )
+    for name in USUAL if split == AUTO else (split,):
+        if is_saved_dataset(place):
+            if is_saved_dataset(place / name):
+                return Source(f"{place.name}/{name}", saved=place / name)
+        elif files := files_of_split(folder_files(place), name):
+            return Source(f"{place.name}/{name}", files=tuple(files))
+    if split == AUTO:
+        return None
+    raise DataError(
+        f"data.eval_split={split}: {place} has no such split (it has: "
+        f"{', '.join(_splits_in(place)) or 'one without a name'})"
+    )
+
+
+def _splits_in(place: Path) -> list[str]:
+    """Splits of a saved dataset, or what the names of a folder's files begin with."""
     if is_saved_dataset(place):
-        saved = place / split
-        return Source(f"{place.name}/{split}", saved=saved) if saved.is_dir() else None
-    files = files_of_split(folder_files(place), split)
-    return Source(f"{place.name}/{split}", files=tuple(files)) if files else None
+        return sorted(p.name for p in place.iterdir() if is_saved_dataset(p))
+    return sorted({re.split(r"[.-]", p.name)[0] for p in folder_files(place)})
 
 
 def _saved_split(folder: Path, split: str | None, key: str) -> Path:
