@@ -196,7 +196,8 @@ def test_what_is_labelled_can_be_trained_on(tmp_path, sft, policy, field):
     ]
     quiet = [word for word in TINY if not word.startswith("data.")]
     path = tmp_path / "labels" / "train.jsonl"
-    assert pairs_config(str(path), DataConfig()).finished_field == "finished"  # as evaluations read them
+    # as evaluations read them
+    assert pairs_config(str(path), DataConfig()).finished_field == "finished"
     run(configure(*quiet, "stage=dpo", "data=jsonl", f"data.path={path}", "data.eval_rows=0",
                   f"data.finished_field={field or 'null'}", "train.batch_size=4",
                   f"model.path={sft}", f"run_dir={tmp_path / 'next'}"),

@@ -89,11 +89,41 @@ def test_saved_splits(tmp_path: Path) -> None:
         read_rows(JsonlDataConfig(path=str(tmp_path), train_split="valid"), "train")
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_split_that_is_not_there(tmp_path: Path, saved: bool) -> None:
+    """Named, it is an error that lists what there is; by default a usual one is found."""
+    if saved:
+        parts = {k: datasets.Dataset.from_list(ROWS[:1]) for k in ("train", "validation")}
+        datasets.DatasetDict(parts).save_to_disk(tmp_path)
+    else:
+        write_json_lines(tmp_path / "train.jsonl", ROWS[:1])
+        write_json_lines(tmp_path / "validation-0.jsonl", ROWS[:1])
+    with pytest.raises(DataError, match=r"no such split \(it has: train, validation\)"):
+        find_source(JsonlDataConfig(path=str(tmp_path), eval_split="test"), "eval")
+    found = find_source(JsonlDataConfig(path=str(tmp_path)), "eval")
+    assert found is not None
+    assert found.origin.endswith("/validation")
+    assert len(read_rows(JsonlDataConfig(path=str(tmp_path)), "train").rows) == 1
+    assert find_source(JsonlDataConfig(path=str(tmp_path), eval_split=None), "eval") is None
+
+
+def test_a_hub_repository_has_its_files_in_data(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    write_json_lines(tmp_path / "data" / "train-00000.jsonl", ROWS[:1])
+    write_json_lines(tmp_path / "data" / "test-00000.jsonl", ROWS[1:])
+    config = JsonlDataConfig(path=str(tmp_path))
+    assert list(read_rows(config, "train").rows) == ROWS[:1]
+    assert list(read_rows(config, "eval").rows) == ROWS[1:]
+
+
 def test_eval_rows_of_a_file_without_splits(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "a.jsonl", ROWS[:1])
     write_json_lines(tmp_path / "b.jsonl", ROWS[1:])
-    config = HhDataConfig(path=str(tmp_path / "a.jsonl"), eval_split="test")
+    config = HhDataConfig(path=str(tmp_path / "a.jsonl"))
     assert find_source(config, "eval") is None
+    with pytest.raises(DataError, match=r"data\.eval_split=test: .*a\.jsonl is one file"):
+        find_source(HhDataConfig(path=str(tmp_path / "a.jsonl"), eval_split="test"), "eval")
     config.eval_path = str(tmp_path / "b.jsonl")
     assert list(read_rows(config, "eval").rows) == ROWS[1:]
 

@@ -140,7 +140,9 @@ def hold_out(
 
 
 def _prompt_key(example: PreferenceExample) -> str:
-    return example.prompt if isinstance(example.prompt, str) else json.dumps(example.prompt)
+    """The prompt's content, of a text or of messages."""
+    prompt = example.prompt
+    return prompt if isinstance(prompt, str) else "\n".join(str(m["content"]) for m in prompt)
 
 
 def fingerprint(examples: Sequence[EncodedExample]) -> str:

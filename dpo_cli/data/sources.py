@@ -33,7 +33,13 @@ HUB_TIMEOUT_SECONDS = 5.0
 AUTO = "auto"
 # Names of held-out splits, as people and hubs give them.
 USUAL = ("test", "validation", "valid", "dev", "eval", "test_prefs")
-ON_HUB = {"hh": "test", "shp": "test", "tldr": "test", "imdb": "test", "ultrafeedback": "test_prefs"}
+ON_HUB = {
+    "hh": "test",
+    "shp": "test",
+    "tldr": "test",
+    "imdb": "test",
+    "ultrafeedback": "test_prefs",
+}
 
 
 @dataclass(frozen=True)
