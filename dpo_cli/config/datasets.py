@@ -45,7 +45,8 @@ class SentimentDataConfig(DataConfig):
 
     name: str = "sentiment"
     rows: int = 4000
-    eval_rows: int | None = 400
+    eval_split: str | None = None
+    eval_rows: int | float | None = 400
     min_prompt_words: int = 2
     max_prompt_words: int = 8
     responses: int | None = None  # a prompt; null: 2 for stage=dpo and reward, else 1
