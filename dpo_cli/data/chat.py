@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cli.data.drops import BadRow, response_name
 from dpo_cli.data.hollow import hollow, leaves
 from dpo_cli.data.template import TOOLS, Renderer
-from dpo_cli.data.tokens import Piece, TokenizerFacts, encode_pieces
+from dpo_cli.data.tokens import Piece, TokenizerFacts, encode_pieces, tokenizer_facts
 from dpo_cli.errors import ConfigError
 from dpo_cli.records import EncodedExample, Message, Prompt, Response
 
@@ -106,6 +106,14 @@ def _end_ids(
     if place is not None:
         return tuple(ids[: place + 1])
     return (*(table[bare] or []), facts.eos)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an answer in the tokenizer's template; None where that cannot be used."""
+    try:
+        return chat_format(tokenizer, tokenizer_facts(tokenizer)).end_ids[-1]
+    except ConfigError:
+        return None
 
 
 def chat_prompt(chat: ChatFormat, messages: Sequence[Message]) -> list[Piece]:

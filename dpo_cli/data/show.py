@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from dpo_cli.data.chat import turn_end
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.data.drops import response_name
 from dpo_cli.records import EncodedExample
@@ -82,17 +83,21 @@ def _tokens(example: EncodedExample, tokenizer: PreTrainedTokenizerBase) -> Tabl
 
 def _add_part(table: Table, part: str, ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
     table.add_section()
+    ends = {
+        tokenizer.eos_token_id,
+        None if tokenizer.chat_template is None else turn_end(tokenizer),
+    }
     for place, token in enumerate(ids.tolist()):
         if FIRST <= place < len(ids) - LAST:
             if place == FIRST:
                 table.add_row(part, "", "", f"... {len(ids) - FIRST - LAST:,} more", "")
             continue
         last = place == len(ids) - 1
-        role = "EOS" if last and token == tokenizer.eos_token_id else "target"
+        role = "EOS" if last and token in ends else "target"
         role = "prompt" if part == "prompt" else role
         cells = (part, str(place), str(token), token_text(token, tokenizer), role)
         table.add_row(*(Text(cell) for cell in cells), style=STYLES[role])
-    if part != "prompt" and ids[-1] != tokenizer.eos_token_id:
+    if part != "prompt" and int(ids[-1]) not in ends:
         table.add_row(part, "", "", "", "cut: no EOS", style="bold red")
 
 

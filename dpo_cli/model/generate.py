@@ -18,7 +18,7 @@ from dpo_cli.logprobs import promoted
 from dpo_cli.model.attention import attention_as
 from dpo_cli.model.decoding import Note, advance, shares_prompts, start
 from dpo_cli.model.draw import draw
-from dpo_cli.model.sampled import Completion, Sampled, SamplingOptions
+from dpo_cli.model.sampled import Completion, Ends, Sampled, SamplingOptions, ended_by
 from dpo_cli.model.stepper import Stepper, can_step, has_kernel
 
 LOOK_EVERY = {"cpu": 1, "cuda": 4}  # steps; a look for finished rows makes the host wait
@@ -35,7 +35,7 @@ def sample(
     model: PreTrainedModel,
     prompts: Sequence[np.ndarray],
     options: SamplingOptions,
-    eos_id: int,
+    ends: Ends,
     pad_id: int,
     tick: Callable[[int], None] = lambda prompts: None,
     share: tuple[int, int] = (0, 1),
@@ -43,7 +43,8 @@ def sample(
 ) -> list[list[Completion]]:
     """`options.completions` samples for each prompt, in the order of the prompts.
 
-    share: (rank, ranks); only each ranks-th batch is sampled then, the other prompts get none.
+    ends: the tokens that end a completion. share: (rank, ranks); only each ranks-th batch is
+    sampled then, the other prompts get none.
     Where a prompt leaves less than max_new_tokens of the context, its completions end there,
     whichever prompts are decoded beside it. Where memory runs out, fewer are decoded together.
     note: is told of that, and of a model that must be decoded in a slower way.
@@ -57,7 +58,7 @@ def sample(
     model.eval()
     with _casting_once(model):
         longest = max((len(p) for p in prompts), default=1)
-        decoder = _decoder(model, options, eos_id, pad_id, note, longest)
+        decoder = _decoder(model, options, ends, pad_id, note, longest)
         decode = _WithinMemory(decoder, model.device, note)
         for first, last in islice(_batches(rooms, per_batch), share[0], None, share[1]):
             batch = [prompts[i] for i in order[first:last]]
@@ -87,16 +88,16 @@ def _casting_once(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _decoder(
-    model: PreTrainedModel, options: SamplingOptions, eos_id: int, pad_id: int, note: Note,
+    model: PreTrainedModel, options: SamplingOptions, ends: Ends, pad_id: int, note: Note,
     longest: int,
 ) -> Decode:  # fmt: skip
     """The fastest way of decoding that is right for the model."""
     shared = shares_prompts(model, note)
     if shared and STATIC[model.device.type] and can_step(model, note):
         record, kernel = model.device.type == "cuda", has_kernel(model, note)
-        return Stepper(model, options, eos_id, pad_id, record, note, kernel, longest).decode
+        return Stepper(model, options, ends, pad_id, record, note, kernel, longest).decode
     return lambda prompts, steps, seed: _decode(
-        model, prompts, options, steps, eos_id, pad_id, shared,
+        model, prompts, options, steps, ends, pad_id, shared,
         torch.Generator(model.device).manual_seed(seed),
     )  # fmt: skip
 
@@ -180,7 +181,7 @@ def _decode(
     prompts: Sequence[np.ndarray],
     options: SamplingOptions,
     steps: int,
-    eos_id: int,
+    ends: Ends,
     pad_id: int,
     shared: bool,
     generator: torch.Generator,
@@ -195,7 +196,7 @@ def _decode(
         for step in range(steps):
             chosen, logp = draw(logits, options.temperature, options.top_p, generator)
             sampled.add(step, alive, chosen, logp)
-            ended |= chosen == eos_id
+            ended |= ended_by(chosen, ends)
             if step + 1 == steps:
                 break
             if (step + 1) % LOOK_EVERY[model.device.type] == 0:
@@ -209,4 +210,4 @@ def _decode(
                     )
             position = position + 1
             logits = advance(model, rows, chosen, position)
-    return sampled.completions(total, steps, eos_id)
+    return sampled.completions(total, steps, ends)

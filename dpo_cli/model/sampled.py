@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,12 +26,25 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class Completion:
-    """ids: sampled tokens, with the EOS if it came. logprobs: (len(ids),) of the sampling
-    distribution. finished: ended by EOS, not by max_new_tokens."""
+    """ids: sampled tokens, with the token that ended them if it came. logprobs: (len(ids),) of the
+    sampling distribution. finished: ended by such a token, not by max_new_tokens."""
 
     ids: np.ndarray
     logprobs: np.ndarray
     finished: bool
+
+
+Ends = int | Sequence[int]  # the token ids that end a completion
+
+
+def ended_by(tokens: Tensor, ends: Ends) -> Tensor:
+    """(R,) whether each token ends its completion; no more than comparisons, which can be recorded
+    in a CUDA graph."""
+    first, *others = [ends] if isinstance(ends, int) else ends
+    found = tokens == first
+    for token in others:
+        found |= tokens == token
+    return found
 
 
 class Sampled:
@@ -44,16 +58,16 @@ class Sampled:
         """What the batch's `rows`, (R,), have drawn as their `step`-th token, (R,) each."""
         self.tokens[rows, step], self.logprobs[rows, step] = tokens, logprobs
 
-    def completions(self, rows: int, steps: int, eos_id: int) -> list[Completion]:
+    def completions(self, rows: int, steps: int, ends: Ends) -> list[Completion]:
         """Of the first rows and steps. NonFiniteError where a log-probability is not finite."""
         tokens = self.tokens[:rows, :steps].cpu().numpy()
         logprobs = self.logprobs[:rows, :steps].cpu().numpy()
         made = []
         for ids, logp in zip(tokens, logprobs, strict=True):
-            ends = np.flatnonzero(ids == eos_id)
-            length = int(ends[0]) + 1 if len(ends) else len(ids)
+            places = np.flatnonzero(np.isin(ids, ends))
+            length = int(places[0]) + 1 if len(places) else len(ids)
             if not np.isfinite(logp[:length]).all():
                 raise NonFiniteError("sampling: the model's logits are not finite")
             kept = ids[:length].astype(np.int32), logp[:length].copy()
-            made.append(Completion(*kept, finished=len(ends) > 0))
+            made.append(Completion(*kept, finished=len(places) > 0))
         return made

@@ -34,7 +34,7 @@ from dpo_cli.model.decoding import (
 )
 from dpo_cli.model.draw import draw
 from dpo_cli.model.graphs import Graphs, refusing_to_wait
-from dpo_cli.model.sampled import Completion, Sampled, SamplingOptions
+from dpo_cli.model.sampled import Completion, Ends, Sampled, SamplingOptions, ended_by
 from dpo_cli.model.static_cache import Room, StaticCache
 
 STEPPING = "dpo_static_steps"  # the attribute of a model that says why it cannot, or None
@@ -53,11 +53,11 @@ class Stepper:
     """
 
     def __init__(
-        self, model: PreTrainedModel, options: SamplingOptions, eos_id: int, pad_id: int,
+        self, model: PreTrainedModel, options: SamplingOptions, ends: Ends, pad_id: int,
         record: bool, note: Note = warnings.warn, kernel: bool = False,
         longest: int | None = None, keep_logits: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.options, self.eos_id, self.pad_id = model, options, eos_id, pad_id
+        self.model, self.options, self.ends, self.pad_id = model, options, ends, pad_id
         self.generator = torch.Generator(model.device)
         self.longest = longest
         self.graphs = Graphs(self.generator) if record else None
@@ -84,7 +84,7 @@ class Stepper:
                     break
                 self.step(step, steps)
         rows = len(prompts) * self.options.completions
-        return self.sampled.completions(rows, steps, self.eos_id)
+        return self.sampled.completions(rows, steps, self.ends)
 
     def begin(self, prompts: Sequence[np.ndarray], steps: int) -> None:
         """Prefill, and draw the first tokens."""
@@ -165,7 +165,7 @@ class Stepper:
         chosen, logp = draw(logits, options.temperature, options.top_p, self.generator)
         self.sampled.add(step, self.alive[:rows], chosen, logp)
         self.token[:rows] = chosen
-        self.ended[:rows] |= chosen == self.eos_id
+        self.ended[:rows] |= ended_by(chosen, self.ends)
 
     def look(self, number: int, steps: int) -> bool:
         """Drop finished rows before the number-th step; returns whether any go on."""

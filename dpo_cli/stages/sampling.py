@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import CPU_BATCH_SIZE, EvaluateConfig, PpoConfig, SampleConfig
+from dpo_cli.data.chat import turn_end
 from dpo_cli.model.generate import Completion, SamplingOptions, sample
 from dpo_cli.report.files import append_samples
 from dpo_cli.shard import gathered
@@ -45,6 +46,18 @@ def decoded_together(
     return stage.batch_size
 
 
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Every token that ends a completion: of the tokenizer, the model's two configurations, and
+    the chat template's end of a turn, which answers are trained to end with."""
+    found = [tokenizer.eos_token_id]
+    for config in (model.generation_config, model.config, model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        found += ids if isinstance(ids, list | tuple) else [ids]
+    if tokenizer.chat_template is not None:
+        found.append(turn_end(tokenizer))
+    return tuple(dict.fromkeys(int(i) for i in found if i is not None))
+
+
 def draw_samples(
     session: Session,
     model: PreTrainedModel,
@@ -54,12 +67,12 @@ def draw_samples(
     tick: Callable[[int], None] = lambda prompts: None,
 ) -> list[list[Completion]]:
     """`options.completions` samples of each prompt, computed in the run's precision."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    assert eos is not None and pad is not None
+    ends, pad = stop_ids(model, tokenizer), tokenizer.pad_token_id
+    assert pad is not None
     ranks = session.ranks
     with session.runtime.autocast(), gathered(model):
         share = ranks.rank, ranks.size
-        mine = sample(model, prompts, options, eos, pad, tick, share, session.note)
+        mine = sample(model, prompts, options, ends, pad, tick, share, session.note)
     if ranks.size == 1:
         return mine
     shares = ranks.gather(mine)

@@ -29,7 +29,7 @@ def generate(
     rows = config.rows if config.max_rows is None else min(config.rows, config.max_rows)
     return (
         [_example(config, seed, "train", row) for row in range(rows)],
-        [_example(config, seed, "eval", row) for row in range(config.eval_rows or 0)],
+        [_example(config, seed, "eval", row) for row in range(int(config.eval_rows or 0))],
     )
 
 
