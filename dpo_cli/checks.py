@@ -39,7 +39,7 @@ READ_ANYWAY = {  # by stages that do not train
 HARDWARE = HardwareConfig()
 OF_TRAINING = {  # keys of the hardware that stages without training do not read
     f"hardware.{name}": getattr(HARDWARE, name)
-    for name in ("compile", "kernels", "weights", "activation_checkpointing")
+    for name in ("compile", "kernels", "residual", "weights", "activation_checkpointing")
 }
 SHARING = ("hardware.devices", "hardware.nodes", "hardware.sharding")
 OPTIM_OPTIONS = {"adamw": {"betas"}, "rmsprop": {"alpha"}, "adamw8bit": {"betas"}}
@@ -228,6 +228,8 @@ def _hardware(config: RunConfig) -> Iterator[str]:
             "hardware.weights=bf16: needs hardware.precision=bf16; or use hardware.weights=fp32, "
             "which keeps small changes of the weights"
         )
+    if trains and hardware.residual == "bf16" and hardware.precision == "fp32":
+        yield "hardware.residual=bf16: needs hardware.precision=bf16; or use hardware.residual=fp32"
     if trains and hardware.kernels == "liger" and hardware.compile == "blocks":
         yield "hardware.kernels=liger: has no use with hardware.compile=blocks; leave it out"
     if hardware.sharding == "hybrid" and hardware.nodes == 1:

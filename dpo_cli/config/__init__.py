@@ -191,6 +191,7 @@ class HardwareConfig:
     timeout_seconds: int = 600  # of ranks that wait for each other
     memory_gb: float | None = None  # of one device, for the plan; null: as found
     threads: int | None = None
+    residual: str = "fp32"  # fp32 | bf16: hidden states between blocks, where precision is bf16
     kernels: str = "none"  # none | liger: Triton kernels of norms, gated activations, rotary
     compile: str | bool = "none"  # auto | none | blocks: torch.compile of each block, for CUDA
 
@@ -260,5 +261,6 @@ CHOICES: dict[str, tuple[str, ...]] = {  # key -> the values it may have
     "hardware.sharding": ("full", "hybrid"),
     "hardware.compile": ("auto", "none", "blocks"),
     "hardware.kernels": ("none", "liger"),
+    "hardware.residual": ("fp32", "bf16"),
     "logger.progress": ("auto", "rich", "plain", "off"),
 }

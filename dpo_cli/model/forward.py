@@ -18,6 +18,7 @@ from dpo_cli.logprobs import (
 )
 from dpo_cli.model import attention
 from dpo_cli.model.blocks import BLOCKS
+from dpo_cli.model.fuse import RESIDUAL
 from dpo_cli.records import Batch
 from dpo_cli.shard import computed
 
@@ -40,7 +41,11 @@ def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 def computed_by(model: PreTrainedModel) -> str:
     """What beside the weights decides how a packed row is rounded."""
-    return attention.kernel_of(model) + " compiled" * hasattr(model, BLOCKS)
+    return (
+        attention.kernel_of(model)
+        + " compiled" * hasattr(model, BLOCKS)
+        + " rounded" * hasattr(model, RESIDUAL)
+    )
 
 
 def target_states(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -19,6 +19,7 @@ from dpo_cli.model.adapters import Adaptation, is_adapted
 from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of
 from dpo_cli.model.blocks import compile_blocks
 from dpo_cli.model.forward import head_of
+from dpo_cli.model.fuse import round_residual
 from dpo_cli.model.liger import use_liger
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
 from dpo_cli.model.recompute import recompute_blocks
@@ -147,6 +148,8 @@ def load(
     on = replace(session.placement, sharded=session.ranks.size > 1)
     model = how(source, tokenizer, session.config.seed, key, on, adaptation)
     before(model)
+    if as_trained and session.config.hardware.residual == "bf16":
+        round_residual(model)
     if as_trained and compiles(session):
         compile_blocks(model, session.note)
     elif as_trained and session.config.hardware.kernels == "liger":
