@@ -1,6 +1,7 @@
 """Blocks compiled one by one: the same losses and gradients, few graphs, and a way back."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,6 +306,23 @@ def test_a_run_compiles_if_told_to(tmp_path, monkeypatch, word, compiled):
     monkeypatch.setattr(session, "compile_blocks", lambda model, note: found.append(model))
     train(tmp_path / "a", "stage=sft", "train.max_steps=1", f"hardware.compile={word}")
     assert len(found) == compiled
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "steps", "expected"),
+    [
+        ("auto", "cuda", None, True), ("auto", "cuda", 100, True), ("auto", "cuda", 99, False),
+        ("auto", "cpu", None, False), ("blocks", "cpu", 1, True), ("none", "cuda", None, False),
+    ],
+)  # fmt: skip
+def test_auto_compiles_long_runs_on_a_gpu(choice, device, steps, expected):
+    run = SimpleNamespace(
+        config=SimpleNamespace(
+            hardware=SimpleNamespace(compile=choice), train=SimpleNamespace(max_steps=steps)
+        ),
+        runtime=SimpleNamespace(device=torch.device(device)),
+    )
+    assert session.compiles(run) is expected
 
 
 def test_whole_runs_start_at_ln_2_and_learn_the_same(tmp_path, graphs):
