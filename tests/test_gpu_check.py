@@ -266,9 +266,17 @@ def bench(module: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(module("gpu_checks.speed"), "output_of", run)
 
 
-@pytest.mark.parametrize("side", ["weights", "ours", "compiled", "trl", "lora"])
+@pytest.mark.parametrize("side", ["weights", "ours", "compiled", "trl", "qlora"])
 def test_the_benchmark_in_its_small_form(side: str, module: Any, setup: Any, bench: None) -> None:
     if side == "trl" and find_spec("trl") is None:
         pytest.skip("trl is not installed")
+    ours = {"losses": "0.6931 0.6931", "ours, pairs/s": 1e6, "ours, peak memory, GiB": 1.0}
+    setup.folder(".")
+    Path(setup.work, "step-7.json").write_text(json.dumps({"facts": ours}))
     facts = seen(module, setup, f"gpu_checks.speed:{side}")
     assert side == "weights" or "bench.py" in facts["command"]
+    if side == "trl":
+        assert facts["pairs/s, ours / TRL"] == pytest.approx(1e6 / facts["TRL, pairs/s"])
+        assert 0 <= facts["losses, largest difference from ours"] < 0.01
+    if side == "compiled":
+        assert facts["pairs/s, compiled / ours"] == facts["compiled, pairs/s"] / 1e6

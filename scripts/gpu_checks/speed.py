@@ -13,7 +13,7 @@ from typing import Any
 
 from gpu_checks.facts import ROOT, Fact, Setup, Skip
 
-LARGE = ("--preset=gpt2-large", "--batch=64", "--steps=10", "--warmup=2")
+LARGE = ("--preset=gpt2-large", "--batch=64", "--steps=6", "--warmup=2")
 SEVEN = ("--preset=mistral-7b", "--batch=16", "--steps=6", "--warmup=2")
 SMALL = ("--preset=tiny4x256", "--layers=1", "--width=32", "--heads=2", "--vocab=64",
          "--length=40", "--batch=2", "--steps=1", "--warmup=1")  # fmt: skip
@@ -35,13 +35,13 @@ def ours(setup: Setup) -> Iterator[Fact]:
 
 
 def trl(setup: Setup) -> Iterator[Fact]:
-    yield from measured(setup, "TRL", LARGE, *side_of_trl(setup))
+    yield from beside(setup, 7, "ours", measured(setup, "TRL", LARGE, *side_of_trl(setup)))
 
 
 def compiled(setup: Setup) -> Iterator[Fact]:
     compile_blocks = "--ours=hardware.compile=blocks"
     words = ("--sides=ours", *(() if setup.small else (compile_blocks,)))
-    yield from measured(setup, "compiled", LARGE, *words)
+    yield from beside(setup, 7, "ours", measured(setup, "compiled", LARGE, *words))
 
 
 def lora(setup: Setup) -> Iterator[Fact]:
@@ -49,7 +49,8 @@ def lora(setup: Setup) -> Iterator[Fact]:
 
 
 def lora_trl(setup: Setup) -> Iterator[Fact]:
-    yield from measured(setup, "TRL", SEVEN, "--lora=lora", *side_of_trl(setup))
+    found = measured(setup, "TRL", SEVEN, "--lora=lora", *side_of_trl(setup))
+    yield from beside(setup, 10, "ours", found)
 
 
 def side_of_trl(setup: Setup) -> tuple[str, ...]:
@@ -59,7 +60,8 @@ def side_of_trl(setup: Setup) -> tuple[str, ...]:
 
 def qlora(setup: Setup) -> Iterator[Fact]:
     kind = "lora" if setup.small else "qlora"
-    yield from measured(setup, "ours", SEVEN, f"--lora={kind}", "--sides=ours")
+    found = measured(setup, "QLoRA", SEVEN, f"--lora={kind}", "--sides=ours")
+    yield from beside(setup, 10, "ours", found, same=False)
 
 
 def weights(setup: Setup) -> Iterator[Fact]:
@@ -92,7 +94,6 @@ def make(setup: Setup, words: Sequence[str]) -> float:
 def measured(setup: Setup, name: str, shape: tuple[str, ...], *words: str) -> Iterator[Fact]:
     """The figures of the one side that a command of the benchmark measures."""
     record = record_of(setup, *(SMALL if setup.small else shape), *words)
-    yield "command", record["command"]
     ((side, figures),) = record["results"].items()
     for fact, (key, unit) in FIGURES.items():
         if figures.get(key) is not None:
@@ -104,6 +105,33 @@ def measured(setup: Setup, name: str, shape: tuple[str, ...], *words: str) -> It
     yield "first loss", losses[0]
     yield "losses", " ".join(f"{loss:.4f}" for loss in losses)
     yield "rows", record["data"]["label"]
+    yield "command", record["command"]
+
+
+def beside(
+    setup: Setup, number: int, other: str, found: Iterator[Fact], same: bool = True
+) -> Iterator[Fact]:
+    """The facts of this step, and how they compare with an earlier one's, where it was made.
+    same: both train the same, so that their losses must agree."""
+    mine: dict[str, Any] = {}
+    for fact, value in found:
+        mine[fact] = value
+        yield fact, value
+    path = Path(setup.work, f"step-{number}.json")
+    theirs = json.loads(path.read_text())["facts"] if path.is_file() else {}
+    if "losses" not in theirs:
+        return
+    name = next(fact for fact in mine if fact.endswith(", pairs/s")).partition(",")[0]
+    for what in ("pairs/s", "peak memory, GiB"):
+        ratio = mine[f"{name}, {what}"] / theirs[f"{other}, {what}"]
+        if name == "TRL":
+            yield f"{what}, {other} / {name}", 1 / ratio
+        else:
+            yield f"{what}, {name} / {other}", ratio
+    if same:
+        losses = [[float(x) for x in facts["losses"].split()] for facts in (mine, theirs)]
+        away = max(abs(a - b) for a, b in zip(*losses, strict=True))
+        yield "losses, largest difference from ours", away
 
 
 def record_of(setup: Setup, *words: str) -> dict[str, Any]:
