@@ -11,7 +11,8 @@ from pathlib import Path
 
 from gpu_checks.facts import ROOT, Fact, Setup, Skip
 
-WORKERS = 6
+WORKERS = 10
+TO_REPORT = 12  # seconds that are kept for what was seen, of a suite that is cut short
 MARK = "pytest.mark.cuda"
 SLOW = "flex"  # FlexAttention compiles for each shape: minutes
 
@@ -26,7 +27,9 @@ def check(setup: Setup) -> Iterator[Fact]:
     report = setup.folder("suite") / "report.xml"
     words = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", "-k", f"not {SLOW}",
              "-m", "cuda and not slow", "--tb=short", "-o", "addopts="]  # fmt: skip
-    if not find_spec("pytest_timeout"):  # pytest refuses an option that nothing has registered
+    if find_spec("pytest_timeout"):
+        words += [f"--session-timeout={max(1.0, setup.seconds - TO_REPORT):.0f}"]
+    else:  # pytest refuses an option that nothing has registered
         words += ["-c", str(config_without_timeout(setup)), f"--rootdir={ROOT}"]
     if find_spec("xdist") and not setup.small:
         words += ["-n", str(WORKERS), "--dist", "worksteal"]
