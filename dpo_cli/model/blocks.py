@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
+from dpo_cli.model import varlen
 from dpo_cli.model.adapters import layers
 from dpo_cli.model.attention import PACKED, kernel_of
 from dpo_cli.shard import find_blocks
@@ -117,6 +118,7 @@ def compile_blocks(model: PreTrainedModel, note: Callable[[str], None]) -> None:
         return
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, GRAPHS)
+    varlen.usable()  # looked for now: imports would break the graph
     state = CompiledBlocks(note)
     for block in blocks:
         state.add(block)
