@@ -242,6 +242,7 @@ def test_the_suite_counts_what_failed(
     wanted = {"passed": 1, "failed": 1, "skipped": 1, "exit code": 1, "skipped as no device": 1}
     assert wanted.items() <= facts.items()
     assert "1 == 2" in facts["failed: test_bad"]
+    assert facts["seen to fail: test_toy_cuda.py::test_bad"]  # also where the suite is killed
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ STEPS = (
          Expect("disk write, GB/s", low=0.001)],
     ),
     Step(
-        1, "CUDA tests", "gpu_checks.suite:check", 75, 90,
+        1, "CUDA tests", "gpu_checks.suite:check", 120, 160,
         "the tests that need a GPU, without FlexAttention's slow compilations",
         [Expect("failed", 0, 0), Expect("exit code", 0, 0), Expect("passed", low=1, cuda=True)],
         alone=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -12,7 +13,8 @@ from pathlib import Path
 from gpu_checks.facts import ROOT, Fact, Setup, Skip
 
 WORKERS = 10
-TO_REPORT = 12  # seconds that are kept for what was seen, of a suite that is cut short
+TO_REPORT = 30  # seconds that are kept for what was seen, of a suite that is cut short
+FAILED = re.compile(r"(?:FAILED|ERROR) (\S+::\S+)|(\S+::\S+) (?:FAILED|ERROR)")
 MARK = "pytest.mark.cuda"
 SLOW = "flex"  # FlexAttention compiles for each shape: minutes
 
@@ -25,7 +27,7 @@ def check(setup: Setup) -> Iterator[Fact]:
     assert files, f"no test has {MARK}"
     yield "files", " ".join(Path(name).name for name in files)
     report = setup.folder("suite") / "report.xml"
-    words = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}", "-k", f"not {SLOW}",
+    words = ["-v", "-p", "no:cacheprovider", f"--junitxml={report}", "-k", f"not {SLOW}",
              "-m", "cuda and not slow", "--tb=short", "-o", "addopts="]  # fmt: skip
     if find_spec("pytest_timeout"):
         words += [f"--session-timeout={max(1.0, setup.seconds - TO_REPORT):.0f}"]
@@ -33,10 +35,14 @@ def check(setup: Setup) -> Iterator[Fact]:
         words += ["-c", str(config_without_timeout(setup)), f"--rootdir={ROOT}"]
     if find_spec("xdist") and not setup.small:
         words += ["-n", str(WORKERS), "--dist", "worksteal"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words, *files], cwd=ROOT, check=False
-    )  # its output goes to the log
-    yield "exit code", done.returncode
+    command = [sys.executable, "-u", "-m", "pytest", *words, *files]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as pytest:
+        assert pytest.stdout is not None
+        for line in pytest.stdout:  # as it comes: a suite that is killed has told its failures
+            print(line, end="", flush=True)
+            if found := FAILED.search(line):
+                yield f"seen to fail: {Path(found[1] or found[2]).name}", True
+    yield "exit code", pytest.returncode
     yield from counts(report)
 
 
