@@ -1,11 +1,13 @@
-"""Which numbers a key may have."""
+"""Which numbers a key may have, and which days."""
 
 from __future__ import annotations
 
+import datetime
 import math
 from collections.abc import Callable
+from typing import Any
 
-Bound = tuple[str, Callable[[float], bool]]
+Bound = tuple[str, Callable[[Any], bool]]
 
 
 def at_least(least: float) -> Bound:
@@ -27,6 +29,14 @@ def within(interval: str) -> Bound:
     return f"must be in {interval}", inside
 
 
+def is_day(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
+
+
 BOUNDS: dict[str, Bound] = {
     "seed": at_least(0),
     "model.dropout": within("[0, 1)"),
@@ -42,6 +52,7 @@ BOUNDS: dict[str, Bound] = {
     "data.max_length": at_least(2),
     "data.max_prompt_length": at_least(1),
     "data.min_prompt_words": at_least(1),
+    "data.date": ("must be a day such as 2026-01-31", is_day),
     "data.responses": at_least(1),
     "data.min_score_ratio": at_least(1),
     "data.max_pairs_per_prompt": at_least(1),

@@ -5,7 +5,6 @@ A line is `key=value: what is wrong; the remedy`.
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -136,14 +135,6 @@ def _model(config: RunConfig) -> Iterator[str]:
         )
 
 
-def is_day(text: str) -> bool:
-    try:
-        datetime.date.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
     local = isinstance(data, SentimentDataConfig) or config.stage.name in ROWLESS
@@ -156,8 +147,6 @@ def _data(config: RunConfig) -> Iterator[str]:
         hint = did_you_mean(data.chat_template, CHAT_TEMPLATES)
         known = ", ".join(CHAT_TEMPLATES)
         yield f"data.chat_template={data.chat_template}: must be one of {known}, or a file{hint}"
-    if data.date is not None and not is_day(data.date):
-        yield f"data.date={data.date}: must be a day such as 2026-01-31"
     longest, prompt = data.max_length, data.max_prompt_length
     if longest is not None and prompt is not None and prompt >= longest:
         yield (

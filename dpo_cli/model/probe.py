@@ -20,7 +20,7 @@ from dpo_cli.model.attention import MOST_TOKENS, PACKED, Placement, Seen
 from dpo_cli.model.layout import Layout
 from dpo_cli.model.layouts import LAYOUTS, PaddedLayout
 from dpo_cli.model.quantise import dense_weights, dequantised
-from dpo_cli.model.skeleton import skeleton
+from dpo_cli.model.skeleton import TRIED, smallest
 from dpo_cli.model.stored import refuse_non_finite
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample, Segment
@@ -31,7 +31,6 @@ GRADIENT_TOLERANCE = 1e-2  # relative, of any vector of weights
 KERNEL_TOLERANCE = {True: 5e-2, False: 1e-3}  # relative; in half precision, in float32
 SHORT_WINDOW = 3  # so that the probe's few tokens reach beyond it
 WINDOWS = ("sliding_window", "attention_chunk_size")
-TRIED = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 # (model, prompt ids, response ids) -> values by the model's own forward, one sequence
 Plain = Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
@@ -79,7 +78,7 @@ def choose_attention(
     if not on.sharded:  # else as they come to the device
         refuse_non_finite(type(model).__name__, dense_weights(model))
     reasons: dict[str, str] = {}
-    few = _smallest(model.eval(), on.device, plain_values)
+    few = smallest(model.eval(), on.device, plain_values)
     with dequantised(few), _Trial(few, plain_values, packed_values).short_windows() as trial:
         for kernel in _order(choice, on):
             why = trial.refuted(kernel, on)
@@ -93,19 +92,6 @@ def choose_attention(
     attention.use(model, kernel)
     if reasons:
         on.note(f"{key}: {family} runs with attention={kernel}{_cost(kernel)} ({told})")
-
-
-def _smallest(model: PreTrainedModel, device: torch.device, plain: Plain) -> PreTrainedModel:
-    """A few of its layers, or all where its forward cannot do without."""
-    few = skeleton(model, device)
-    try:
-        with torch.no_grad(), dequantised(few):
-            few.set_attn_implementation("eager")
-            ids = torch.zeros(2, dtype=torch.long, device=device)
-            plain(few, ids[:1], ids[1:])
-    except TRIED:
-        return skeleton(model, device, whole=True)
-    return few
 
 
 def _order(choice: str, on: Placement) -> tuple[str, ...]:

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.model.quantise import QUANTISED
+from dpo_cli.model.quantise import QUANTISED, dequantised
 from dpo_cli.model.stored import HALF
 
 ROWS = 64  # of the embedding and the output layer
 NOT_A_KIND = ("layer_idx", "layer_id", "training")  # what differs between layers of one kind
+TRIED = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def smallest(
+    model: PreTrainedModel,
+    device: torch.device,
+    plain: Callable[[PreTrainedModel, Tensor, Tensor], Tensor],
+) -> PreTrainedModel:
+    """A few of its layers, or all where its forward cannot do without. plain: that forward, of a
+    prompt and a response."""
+    few = skeleton(model, device)
+    try:
+        with torch.no_grad(), dequantised(few):
+            few.set_attn_implementation("eager")
+            ids = torch.zeros(2, dtype=torch.long, device=device)
+            plain(few, ids[:1], ids[1:])
+    except TRIED:
+        return skeleton(model, device, whole=True)
+    return few
 
 
 def skeleton(model: PreTrainedModel, device: torch.device, whole: bool = False) -> PreTrainedModel:
