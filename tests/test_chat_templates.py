@@ -10,6 +10,7 @@ import pytest
 from chat_templates import ENDS, TEMPLATES, tokenizer
 from dpo_cli.config import JsonlDataConfig
 from dpo_cli.data.adapters import jsonl
+from dpo_cli.data.chat import turn_end
 from dpo_cli.data.drops import BadRow, DropReport
 from dpo_cli.data.encode import Limits, encode_completed, encode_examples
 from dpo_cli.data.template import Renderer
@@ -190,6 +191,18 @@ class TestTools:
         ]
         assert encoded(family, row | {"tools": None})
 
+    @pytest.mark.parametrize(
+        ("calls", "why"),
+        [
+            ({"name": "rain"}, "has .* where a list of tool calls should be"),
+            ([{"function": "rain", "arguments": {}}], "has a tool call without a function's name"),
+        ],
+    )
+    def test_a_call_that_is_none(self, calls: Any, why: str) -> None:
+        row = {"prompt": ASK, "chosen": [answer("", tool_calls=calls)], "rejected": "No."}
+        with pytest.raises(BadRow, match=why):
+            encoded("Llama 3.1", row)
+
 
 class TestDates:
     def test_a_run_has_one_day(self) -> None:
@@ -258,6 +271,28 @@ class TestTextsOfATemplate:
         assert parsed.prompt_ids.tolist() == chat.prompt_ids.tolist()
         for got, wanted in zip(parsed.response_ids, chat.response_ids, strict=True):
             assert got.tolist() == wanted.tolist()
+
+
+def test_a_row_that_a_template_trips_over_is_dropped() -> None:
+    of, settings = tokenizer("ChatML"), JsonlDataConfig()
+    of.chat_template = (
+        "{% if messages[0].content == 'Hm?' %}{{ 1 + 'a' }}{% endif %}" + TEMPLATES["ChatML"]
+    )
+    rows = [{"prompt": [{"role": "user", "content": text}], "chosen": "Yes.", "rejected": "No."}
+            for text in ("Hm?", "Ah?")]  # fmt: skip
+    examples = [e for i, row in enumerate(rows) for e in jsonl.parse(row, i, settings)]
+    drops = DropReport()
+    assert [e.row for e in encode_examples(examples, of, settings, WIDE, drops)] == [1]
+    (why,) = drops.dropped
+    assert why.startswith("prompt is refused by the chat template (unsupported operand")
+
+
+def test_templates_without_a_default_end_no_turn() -> None:
+    """Texts can be sampled from such a tokenizer nonetheless."""
+    of = tokenizer("ChatML")
+    assert turn_end(of) == of.convert_tokens_to_ids("<|im_end|>")
+    of.chat_template = {"rag": TEMPLATES["ChatML"]}
+    assert turn_end(of) is None
 
 
 def test_a_template_of_ones_own(tmp_path: Any) -> None:

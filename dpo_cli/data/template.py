@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.config import DataConfig
@@ -36,14 +37,18 @@ class Renderer:
         return cls(tokenizer, dict(config.chat_template_kwargs), today)
 
     def __call__(self, messages: Sequence[Message], opened: bool = False) -> str:
-        """The conversation as text; opened: with the generation prompt behind it."""
+        """The conversation as text; opened: with the generation prompt behind it. TemplateError
+        for what the template cannot render, whatever it trips over."""
         tools = messages[0].get(TOOLS) if messages else None
         clean = [{k: v for k, v in message.items() if k != TOOLS} for message in messages]
-        text = self.tokenizer.apply_chat_template(
-            clean, tools=tools, tokenize=False, add_generation_prompt=opened,
-            chat_template=self._dated(self.tokenizer.get_chat_template(tools=tools)),
-            **self.variables,
-        )  # fmt: skip
+        try:
+            text = self.tokenizer.apply_chat_template(
+                clean, tools=tools, tokenize=False, add_generation_prompt=opened,
+                chat_template=self._dated(self.tokenizer.get_chat_template(tools=tools)),
+                **self.variables,
+            )  # fmt: skip
+        except (TypeError, ValueError) as error:  # of several templates without a default, too
+            raise TemplateError(str(error)) from error
         assert isinstance(text, str)
         return text
 

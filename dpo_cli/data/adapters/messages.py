@@ -48,7 +48,10 @@ def _message(message: Any, field: str) -> Message:
         raise BadRow(f"has a message whose role is none of {', '.join(ROLES)}", field)
     kept = {key: _filled(value) for key, value in message.items() if value not in EMPTY}
     if "tool_calls" in kept:
-        kept["tool_calls"] = [_tool_call(call, field) for call in kept["tool_calls"]]
+        calls = kept["tool_calls"]
+        if not isinstance(calls, list):
+            raise BadRow(f"has {kind(calls)} where a list of tool calls should be", field)
+        kept["tool_calls"] = [_tool_call(call, field) for call in calls]
     return kept | {"content": _content(message, field)}
 
 
@@ -87,6 +90,8 @@ def _tool_call(call: Any, field: str) -> dict[str, Any]:
         raise BadRow(f"holds {kind(call)} where a tool call should be", field)
     if isinstance(call.get("function"), dict):
         return call | {"function": _tool_call(call["function"], field)}
+    if not isinstance(call.get("name"), str):
+        raise BadRow("has a tool call without a function's name", field)
     arguments = call.get("arguments")
     if isinstance(arguments, str):
         try:
