@@ -14,7 +14,9 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.model import attention, liger
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.fuse import fuse_gelu
+from dpo_cli.stages import session
 from small_models import build, examples, gradients, packed, packed_loss
+from small_runs import train
 
 
 def rms_norm(x, weight, eps, offset=0.0, casting="llama", in_place=True):
@@ -161,3 +163,13 @@ def test_ligers_own_kernels_on_a_gpu(family):
     expected = values()
     assert liger.replace(model, liger.kernels(), on) == CASES[family]
     assert (values() - expected).abs().max() < 0.05
+
+
+def test_beside_compiled_blocks_it_is_told_to_be_unused(tmp_path, monkeypatch, capsys):
+    """`auto` decides only on the device."""
+    monkeypatch.setattr(session, "compiles", lambda run: True)
+    monkeypatch.setattr(session, "compile_blocks", lambda model, note: None)
+    train(tmp_path / "r", "stage=sft", "train.max_steps=1", "hardware.kernels=liger",
+          "hardware.compile=auto", "logger.progress=plain")  # fmt: skip
+    told = "".join(capsys.readouterr())
+    assert told.count("hardware.kernels=liger: not used") == 1

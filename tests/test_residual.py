@@ -62,3 +62,8 @@ def test_a_run_starts_at_ln_2(tmp_path):
 def test_not_in_float32():
     with pytest.raises(ConfigError, match=r"^hardware\.residual=bf16: needs hardware\.precision"):
         configure("stage=sft", "hardware.residual=bf16", "hardware.precision=fp32")
+
+
+def test_not_where_auto_comes_to_float32(tmp_path):
+    with pytest.raises(ConfigError, match=r"^hardware\.residual=bf16: .* \(here auto is fp32\)"):
+        train(tmp_path / "r", "stage=sft", "hardware.residual=bf16", "hardware.precision=auto")

@@ -20,12 +20,14 @@ def quantised_base(lora: LoraConfig) -> dict[str, str]:
 
 
 def refuse_rounding(hardware: HardwareConfig, runtime: Runtime) -> None:
-    """ConfigError for bfloat16 weights where nothing computes in it, before any are read."""
-    if hardware.weights == "bf16" and runtime.precision != "bf16":
-        raise ConfigError(
-            f"hardware.weights=bf16: needs hardware.precision=bf16 (here {hardware.precision} is "
-            f"{runtime.precision}); or use hardware.weights=fp32"
-        )
+    """ConfigError for bfloat16 weights or hidden states where nothing computes in it, before any
+    weights are read."""
+    for key in ("weights", "residual"):
+        if getattr(hardware, key) == "bf16" and runtime.precision != "bf16":
+            raise ConfigError(
+                f"hardware.{key}=bf16: needs hardware.precision=bf16 (here {hardware.precision} "
+                f"is {runtime.precision}); or use hardware.{key}=fp32"
+            )
 
 
 def hold_as_trained(model: PreTrainedModel, hardware: HardwareConfig) -> torch.dtype | None:

@@ -150,9 +150,12 @@ def load(
     before(model)
     if as_trained and session.config.hardware.residual == "bf16":
         round_residual(model)
+    liger = as_trained and session.config.hardware.kernels == "liger"
     if as_trained and compiles(session):
         compile_blocks(model, session.note)
-    elif as_trained and session.config.hardware.kernels == "liger":
+        if liger:
+            session.note("hardware.kernels=liger: not used: hardware.compile=auto compiles blocks")
+    elif liger:
         use_liger(model, session.placement)
     if kernel_of(model) in MOST_TOKENS:
         session.budget.limit(MOST_TOKENS[kernel_of(model)])
