@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -76,17 +77,19 @@ class TestAdapt:
             good | {"rejected": good["chosen"]},
             good | {"chosen": "half \ud800"},
             good | {"prompt": "half \ud800"},
+            good | {"prompt": [{"role": "user", "content": "half \ud800"}]},
+            good | {"prompt": [{"role": "user", "content": "a \U0001f600"}]},
         ]
         kept, drops = self.read(rows)
-        assert kept == [0]
-        assert drops.read == 9
+        assert kept == [0, 10]
+        assert drops.read == 11
         assert drops.dropped == {
             "rejected is blank": [1, 2],
             "chosen is None, not text": [3],
             "rejected is int, not text": [4],
             "rejected is missing": [5],
             "chosen and rejected are the same": [6],
-            "text holds half a surrogate pair, which is no character": [7, 8],
+            "text holds half a surrogate pair, which is no character": [7, 8, 9],
         }
 
     def test_column_missing_from_the_first_row_names_the_key(self) -> None:
@@ -226,6 +229,8 @@ class TestLoadSplits:
         splits = load_splits(config, 0)
         assert [len(splits.train), len(splits.eval)] == [20, 5]
         assert splits.revision is None
+        share = load_splits(dataclasses.replace(config, eval_rows=0.25), 0)
+        assert [e.prompt for e in share.eval] == [e.prompt for e in splits.eval]
         again = load_encoded(config, small.byte_level(), 256, 0, None)
         assert (
             len(again.train) + len(again.eval) + sum(map(len, again.drops.dropped.values())) == 25

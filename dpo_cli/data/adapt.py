@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 from dpo_cli.config import DataConfig
 from dpo_cli.data.adapters import ADAPTERS
 from dpo_cli.data.drops import MISSING, BadRow, DropReport, response_name
 from dpo_cli.data.sources import Rows
 from dpo_cli.errors import DataError
-from dpo_cli.records import PreferenceExample, response_text
+from dpo_cli.records import PreferenceExample, Prompt, Response, response_text
 
 
 def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[PreferenceExample]:
@@ -50,16 +51,15 @@ def _problem(example: PreferenceExample) -> str | None:
             return f"{response_name(place, len(responses))} is blank"
     if any(response in responses[:place] for place, response in enumerate(responses)):
         return f"{'chosen and rejected' if len(responses) == 2 else 'responses'} are the same"
-    texts = [*map(str, responses), *([prompt] if isinstance(prompt, str) else map(str, prompt))]
-    if not all(map(_is_unicode, texts)):
+    if not all(map(_is_unicode, (prompt, *responses))):
         return "text holds half a surrogate pair, which is no character"
     return None
 
 
-def _is_unicode(text: str) -> bool:
+def _is_unicode(part: Prompt | Response) -> bool:
     """False for the lone surrogates that JSON's escapes can smuggle into a str."""
-    try:
-        text.encode()
+    try:  # not `str`, which would escape those inside of a message
+        json.dumps(part, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -68,6 +68,8 @@ def load_splits(
         from dpo_cli.data.adapters.sentiment import generate
 
         assert isinstance(config, SentimentDataConfig)
+        rows = config.rows if config.max_rows is None else min(config.rows, config.max_rows)
+        config = dataclasses.replace(config, eval_rows=_eval_count(config, rows))
         train, held = generate(config, seed)
         report = DropReport(read=len(train) + len(held))
         return Splits(train, held, report, "generated film reviews", None)
@@ -203,7 +205,9 @@ def _hold_out_of(
 def _eval_count(config: DataConfig, rows: int) -> int | None:
     """`data.eval_rows` as a number: below 1 it is a share of the rows."""
     wanted = config.eval_rows
-    return round(wanted * rows) if isinstance(wanted, float) and wanted < 1 else wanted  # type: ignore[return-value]
+    if wanted is None:
+        return None
+    return round(wanted * rows) if wanted < 1 else int(wanted)
 
 
 def _encode_splits(
