@@ -61,10 +61,10 @@ def test_what_is_expected(module: Any) -> None:
     expected = [facts.Expect("loss *", low=1, high=2), facts.Expect("speed", about=(5, 6)),
                 facts.Expect("passed", low=1, cuda=True)]  # fmt: skip
     good = {"loss a": 1.0, "loss b": 2, "speed": 5.5, "passed": 3}
-    assert facts.judge(expected, good, "cuda") == facts.Verdict([], [])
+    assert facts.judge(expected, good, "cuda") == facts.Verdict([], [], [])
     slow = facts.judge(expected, good | {"speed": 4.0}, "cuda")
-    assert slow == facts.Verdict([], ["speed: 4, estimated 5 to 6"])
-    assert facts.judge(expected, good | {"speed": 4.0}, "cpu") == facts.Verdict([], [])
+    assert slow == facts.Verdict([], [], ["speed: 4, estimated 5 to 6"])
+    assert facts.judge(expected, good | {"speed": 4.0}, "cpu") == facts.Verdict([], [], [])
     for wrong in (0.9, math.nan, "text", None):
         assert len(facts.judge(expected, good | {"loss b": wrong}, "cuda").failures) == 1
     missing = facts.judge(expected, {"speed": 5.5}, "cuda").failures
@@ -156,6 +156,14 @@ def test_a_step_that_the_end_of_the_time_cuts_off_has_not_failed(toys: Any) -> N
     assert code == 0
     assert row["status"] == "skipped"
     assert re.fullmatch(r"cut off after [12] s by --minutes", row["why"][0])
+
+
+def test_what_was_wrong_before_the_cut_has_failed(module: Any) -> None:
+    page, suite = module("gpu_checks.page"), module("gpu_checks.steps").STEPS[1]
+    seen = {"seen to fail: test_toy_cuda.py::test_bad": True}
+    statuses = [page.outcome_of(suite, {"facts": facts}, page.CUT_OFF, 3.0, "cuda").status
+                for facts in ({}, seen)]  # fmt: skip
+    assert statuses == ["skipped", "FAIL"]
 
 
 def test_words_that_mean_nothing(module: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -128,6 +128,27 @@ def test_eval_rows_of_a_file_without_splits(tmp_path: Path) -> None:
     assert list(read_rows(config, "eval").rows) == ROWS[1:]
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_eval_path_may_be_a_folder_of_splits(tmp_path: Path, saved: bool) -> None:
+    """Its training rows are no held-out ones."""
+    folder = tmp_path / "both"
+    if saved:
+        parts = {"train": ROWS[:1], "test": ROWS[1:]}
+        made = {k: datasets.Dataset.from_list(v) for k, v in parts.items()}
+        datasets.DatasetDict(made).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        write_json_lines(folder / "train.jsonl", ROWS[:1])
+        write_json_lines(folder / "test.jsonl", ROWS[1:])
+    write_json_lines(tmp_path / "own.jsonl", ROWS)
+    config = HhDataConfig(path=str(tmp_path / "own.jsonl"), eval_path=str(folder))
+    assert list(read_rows(config, "eval").rows) == ROWS[1:]
+    (tmp_path / "plain").mkdir()
+    write_json_lines(tmp_path / "plain" / "rows.jsonl", ROWS)
+    config.eval_path = str(tmp_path / "plain")
+    assert list(read_rows(config, "eval").rows) == ROWS
+
+
 def damaged(path: Path, content: bytes) -> str:
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:

@@ -97,7 +97,10 @@ def find_source(config: DataConfig, which: Which) -> Source | None:
     """Where the rows of `which` are; None if there is no eval split. Reads no rows."""
     held = config.eval_split
     if which == "eval" and config.eval_path is not None:
-        return _local_source(config.eval_path, "data.eval_path", None if held == AUTO else held, ())
+        place = Path(config.eval_path).expanduser()
+        usual = _local_eval_source(place, AUTO) if held == AUTO else None
+        split = None if held == AUTO else held
+        return usual or _local_source(config.eval_path, "data.eval_path", split, ())
     if config.path is not None and which == "train":
         others = USUAL if held == AUTO else (held,)
         return _local_source(config.path, "data.path", config.train_split, others)

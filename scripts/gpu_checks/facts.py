@@ -80,29 +80,35 @@ class Expect:
 
 @dataclass(frozen=True)
 class Verdict:
-    failures: list[str]
+    unseen: list[str]
+    wrong: list[str]
     notes: list[str]
+
+    @property
+    def failures(self) -> list[str]:
+        return [*self.unseen, *self.wrong]
 
 
 def judge(expected: Sequence[Expect], facts: Mapping[str, Any], device: str) -> Verdict:
     """What is not as it must be, and what is not as estimated."""
-    failures: list[str] = []
+    unseen: list[str] = []
+    wrong: list[str] = []
     notes: list[str] = []
     for expect in expected:
         if expect.cuda and device == "cpu":
             continue
         matching = {k: v for k, v in facts.items() if fnmatchcase(k, expect.fact)}
         if not matching and not expect.optional:
-            failures.append(f"{expect.fact}: not seen")
+            unseen.append(f"{expect.fact}: not seen")
         for name, value in matching.items():
             inside = isinstance(value, (int, float)) and expect.low <= value <= expect.high
             if not inside:  # NaN is not, either
-                failures.append(f"{name}: {shown(value)}, must be {expect.told()}")
+                wrong.append(f"{name}: {shown(value)}, must be {expect.told()}")
             elif expect.about is not None and device == "cuda":
                 low, high = expect.about
                 if not low <= value <= high:
                     notes.append(f"{name}: {shown(value)}, estimated {low:g} to {high:g}")
-    return Verdict(failures, notes)
+    return Verdict(unseen, wrong, notes)
 
 
 def shown(value: Any) -> str:

@@ -53,10 +53,12 @@ def outcome_of(
     if answer.get("skipped"):
         made.status, made.why = "skipped", [answer["skipped"]]
         return made
-    if code == CUT_OFF:
-        made.status, made.why = "skipped", [f"cut off after {seconds:.0f} s by --minutes"]
-        return made
     verdict = judge(step.expected, facts, device)
+    if code == CUT_OFF:  # what it had not seen by then has not failed
+        late, made.why = f"cut off after {seconds:.0f} s by --minutes", verdict.wrong
+        made.status = "FAIL" if made.why else "skipped"
+        made.why.insert(0, late)
+        return made
     made.why, made.notes = verdict.failures, verdict.notes
     if code is None:
         made.why.insert(0, f"killed after {seconds:.0f} s")

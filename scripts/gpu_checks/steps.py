@@ -43,8 +43,8 @@ STEPS = (
     Step(
         1, "CUDA tests", "gpu_checks.suite:check", 120, 160,
         "the tests that need a GPU, without FlexAttention's slow compilations",
-        [Expect("failed", 0, 0), Expect("exit code", 0, 0), Expect("passed", low=1, cuda=True)],
-        alone=False,
+        [Expect("failed", 0, 0), Expect("exit code", 0, 0), Expect("passed", low=1, cuda=True),
+         Expect("seen to fail: *", 0, 0, optional=True)], alone=False,
     ),
     Step(
         2, "attention kernels", "gpu_checks.attention:check", 25, 90,
