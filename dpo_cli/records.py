@@ -51,13 +51,14 @@ class EncodedExample:
     """Token ids of a prompt (with BOS where the model has one) and of each response.
 
     A response ends with EOS unless it was cut, to a limit or when it was sampled. All arrays
-    are int32 and 1-D.
+    are int32 and 1-D. key: of the prompt's content, see data/trained.py; 0: unknown.
     """
 
     prompt_ids: np.ndarray
     response_ids: tuple[np.ndarray, ...]
     row: int
     scores: tuple[float, ...] | None = None
+    key: int = 0
 
     @property
     def packed_tokens(self) -> int:

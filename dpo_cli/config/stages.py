@@ -131,7 +131,8 @@ class EvaluateConfig(StageConfig):
     checkpoints: bool = False  # every checkpoint of each run, too
     method: str | None = None  # what a frontier calls these policies
     reference: str | None = None
-    pairs: str | None = None  # labelled pairs for preference accuracy
+    pairs: str | None = None  # labelled pairs for preference accuracy; null: the held-out rows
+    allow_trained: bool = False  # held-out rows that a model was trained on: report their share
     prompts: int = 256
     completions: int = 1
     temperature: float = 1.0

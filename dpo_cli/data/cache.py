@@ -83,6 +83,7 @@ def _flatten(examples: Sequence[EncodedExample]) -> Arrays:
         "lengths": np.array([len(ids) for ids in pieces], np.int32),
         "responses": np.array([len(e.response_ids) for e in examples], np.int32),
         "rows": np.array([e.row for e in examples], np.int64),
+        "keys": np.array([e.key for e in examples], np.uint64),
         "scores": np.array([s for group in scores for s in group], np.float64),
         "scored": np.array([len(group) for group in scores], np.int32),
     }
@@ -90,6 +91,7 @@ def _flatten(examples: Sequence[EncodedExample]) -> Arrays:
 
 def _restore(arrays: Arrays, name: str) -> list[EncodedExample]:
     ids, rows = arrays[f"{name}.ids"], arrays[f"{name}.rows"].tolist()
+    keys = arrays[f"{name}.keys"].tolist()
     lengths = arrays[f"{name}.lengths"].tolist()
     pieces = iter([ids[end - n : end] for n, end in zip(lengths, accumulate(lengths), strict=True)])
     values = iter(arrays[f"{name}.scores"].tolist())
@@ -100,6 +102,7 @@ def _restore(arrays: Arrays, name: str) -> list[EncodedExample]:
             response_ids=tuple(next(pieces) for _ in range(responses)),
             row=row,
             scores=tuple(next(values) for _ in range(scored)) or None,
+            key=key,
         )
-        for row, responses, scored in zip(rows, *counts, strict=True)
+        for row, key, responses, scored in zip(rows, keys, *counts, strict=True)
     ]

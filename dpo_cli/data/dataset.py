@@ -23,6 +23,7 @@ from dpo_cli.data.encode import Limits, encode_examples, resolve_limits
 from dpo_cli.data.sources import Rows, Source, content_digest, find_source, read_source
 from dpo_cli.data.template import use_template_file, writes_the_date
 from dpo_cli.data.tokens import tokenizer_digest
+from dpo_cli.data.trained import prompt_text
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.records import EncodedExample, PreferenceExample
 
@@ -125,7 +126,7 @@ def hold_out(
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for place, example in enumerate(examples):
-        groups[_prompt_key(example)].append(place)
+        groups[prompt_text(example.prompt)].append(place)
     held: set[int] = set()
     for key in sorted(groups, key=lambda key: hashlib.sha256(key.encode()).digest()):
         if len(held) + len(groups[key]) > count:
@@ -139,12 +140,6 @@ def hold_out(
         )
     train = [e for place, e in enumerate(examples) if place not in held]
     return train, [examples[place] for place in sorted(held)]
-
-
-def _prompt_key(example: PreferenceExample) -> str:
-    """The prompt's content, of a text or of messages."""
-    prompt = example.prompt
-    return prompt if isinstance(prompt, str) else "\n".join(str(m["content"]) for m in prompt)
 
 
 def fingerprint(examples: Sequence[EncodedExample]) -> str:
@@ -179,8 +174,28 @@ def _read_splits(config: DataConfig, seed: int, train: Source, held: Source | No
     count = _eval_count(config, len(chosen))
     if count is not None and count < len(chosen):
         _, chosen = hold_out(chosen, count)
+    _note_overlap(examples, chosen, held.origin, eval_drops)
     drops.absorb(eval_drops, EVAL_PREFIX)
     return Splits(examples, chosen, drops, train.origin, train.revision)
+
+
+def _note_overlap(
+    train: Sequence[PreferenceExample],
+    held: Sequence[PreferenceExample],
+    origin: str,
+    drops: DropReport,
+) -> None:
+    """Of eval rows from a file of their own. DataError where all of them are trained on."""
+    known = {prompt_text(example.prompt) for example in train}
+    both = [example.row for example in held if prompt_text(example.prompt) in known]
+    if both and len(both) == len(held):
+        raise DataError(
+            f"{origin}: all {len(both):,} held-out prompts are training prompts, too; give other "
+            "rows (data.eval_path), or hold some out (data.eval_path=null data.eval_split=null "
+            "data.eval_rows=0.1)"
+        )
+    for row in both:
+        drops.add_note("the prompt is a training prompt, too", row)
 
 
 def _hold_out_of(

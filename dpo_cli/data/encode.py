@@ -25,6 +25,7 @@ from dpo_cli.data.drops import BadRow, DropReport, response_name
 from dpo_cli.data.notes import Ways, note_texts
 from dpo_cli.data.template import Renderer
 from dpo_cli.data.tokens import Ids, Piece, TokenizerFacts, encode_pieces, tokenizer_facts
+from dpo_cli.data.trained import prompt_key
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.records import EncodedExample, PreferenceExample, Prompt, response_text
 
@@ -259,6 +260,7 @@ def _fit(
         tuple(np.array(ids, np.int32) for ids in responses),
         row,
         written.example.scores,
+        prompt_key(written.example.prompt),
     )
 
 

@@ -81,6 +81,13 @@ class WinRate:
     high: float
 
 
+def share_of(right: Sequence[float]) -> WinRate:
+    """Mean of values that are 0, 1/2 (a tie) or 1, with Wilson's interval."""
+    ties = sum(value == 0.5 for value in right)
+    wins = sum(value == 1.0 for value in right)
+    return win_rate(wins, len(right) - wins - ties, ties)
+
+
 def win_rate(wins: int, losses: int, ties: int) -> WinRate:
     """(wins + ties / 2) / (wins + losses + ties) with Wilson's score interval (1927, 95%).
 

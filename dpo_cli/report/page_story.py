@@ -166,8 +166,16 @@ def _of_evaluation(folder: Folder) -> list[str]:
         if is_number(summary.get("kl")):
             told[0] += f" at a KL of {_pair(summary, 'kl')} to the reference"
     if is_number(summary.get("accuracy")):
-        told.append(f"{_pair(summary, 'accuracy')} of the held-out pairs ranked right")
-    return [*told, _optimum(summary), *_of_win_rates(folder.win_rates)]
+        told.append(f"{_pair(summary, 'accuracy')} of the pairs ranked right")
+    return [*told, _optimum(summary), *_of_win_rates(folder.win_rates), _trained_on(summary)]
+
+
+def _trained_on(summary: Row) -> str:
+    """What keeps the figures from being those of held-out prompts."""
+    share = summary.get("trained_share")
+    if is_number(share):
+        return f"{figure('trained_share', share)} of these prompts were trained on"
+    return "these are training prompts" if summary.get("prompts") == "training prompts" else ""
 
 
 def _of_win_rates(rows: Sequence[Row]) -> list[str]:

@@ -31,6 +31,7 @@ from dpo_cli.stages.rows import (
 )
 from dpo_cli.stages.sampling import sample_writer
 from dpo_cli.stages.session import Loaded, Session, load_policy_and_data
+from dpo_cli.stages.trained import trained_files
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 
@@ -67,6 +68,7 @@ def run(session: Session) -> dict[str, Any]:
             "date": session.config.data.date,
             **quantised_base(session.config.lora),
         },
+        files=trained_files(session.config, loaded.splits),
         identity={
             "rows": loaded.splits.fingerprint,
             "reference": getattr(reference_of["train"], "key", "live"),

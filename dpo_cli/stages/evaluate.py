@@ -6,24 +6,23 @@ import gc
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from dpo_cli.config import EvaluateConfig
 from dpo_cli.durable import write_bytes
 from dpo_cli.errors import ConfigError
-from dpo_cli.evaluation.scorers import Scorer, as_text
+from dpo_cli.evaluation.scorers import as_text
 from dpo_cli.model.generate import Completion, SamplingOptions
-from dpo_cli.model.load import configured_context, load_tokenizer
+from dpo_cli.model.load import load_tokenizer
 from dpo_cli.model.source import model_folder
-from dpo_cli.records import EncodedExample, Prompt
 from dpo_cli.report.files import encode, to_json
 from dpo_cli.stages import optimum
+from dpo_cli.stages.bench import Bench, set_up
 from dpo_cli.stages.measure import (
     Tick,
     divergence_figures,
@@ -33,32 +32,17 @@ from dpo_cli.stages.measure import (
     scored,
 )
 from dpo_cli.stages.optimum import Optimum
-from dpo_cli.stages.policies import PolicyPoint, find_policies, reference_of
-from dpo_cli.stages.sample import distinct_prompts, source_prompts, write_rows
+from dpo_cli.stages.policies import PolicyPoint, find_policies
+from dpo_cli.stages.sample import write_rows
 from dpo_cli.stages.sampling import decoded_together, draw_samples
-from dpo_cli.stages.scoring import load_scorer, scorer_digest
-from dpo_cli.stages.session import Session, load, load_data, load_named
+from dpo_cli.stages.scoring import scorer_digest
+from dpo_cli.stages.session import Session, load
+from dpo_cli.stages.trained import trained_share
 from dpo_cli.stages.win_rate import WinRates, win_rates
 
 WIN_RATE = r"win_rate_t[\d.e+-]+"  # without its interval, _low and _high
 ROUND = 128  # completions of a prompt at once, where a GPU's memory decides on prompts
 A_FEW = 8  # samples kept of each policy but the last, of which all are
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all policies are measured with.
-
-    reference: None where nothing says what they should be measured against; named: as it was
-    called. examples, prompts: the same prompts as token ids and as their source has them.
-    """
-
-    tokenizer: PreTrainedTokenizerFast
-    reference: PreTrainedModel | None
-    named: str | None
-    examples: list[EncodedExample]
-    prompts: list[Prompt]
-    score: Scorer
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -91,37 +75,6 @@ def run(session: Session) -> dict[str, Any]:
         chosen = shlex.quote(f"stage.evaluations=[{session.run_dir}]")
         session.note(f"to draw them: dpo-run stage=frontier {chosen}")
     return measured[0] if len(points) == 1 else overview(rows[extra:])
-
-
-def set_up(session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint]) -> Bench:
-    """Tokenizer, prompts, scorer and reference, loaded once for all policies."""
-    first = points[0].source
-    tokenizer = load_tokenizer(first)
-    named = reference_of(stage, points)
-    if named is None:
-        session.note("no stage.reference: the KL is not measured")
-        if stage.reference_samples or stage.optimum:
-            raise ConfigError(
-                "stage.reference=null: the optimum is that of a reference; name its folder or hub "
-                "id (these policies do not say what they were trained against)"
-            )
-    elif stage.temperature != 1.0:
-        session.note(
-            f"stage.temperature={stage.temperature:g}: the KL is not measured; it is of the "
-            "policies as they are, at 1.0"
-        )
-    splits = load_data(session, configured_context(first, tokenizer), tokenizer)
-    split = "eval" if splits.eval else "train"
-    if split == "train":
-        session.note("no rows are held out (data.eval_rows): these are training prompts")
-    chosen = distinct_prompts(splits.eval or splits.train)[: stage.prompts]
-    sources = source_prompts(session, tokenizer)[split]
-    reference = None
-    if named is not None:
-        reference = load_named(session, named, tokenizer)
-        reference.to(session.runtime.device).eval()  # type: ignore[arg-type]
-    prompts = [sources[e.row] for e in chosen]
-    return Bench(tokenizer, reference, named, chosen, prompts, load_scorer(session))
 
 
 def load_policy(session: Session, bench: Bench, point: PolicyPoint) -> PreTrainedModel:
@@ -161,16 +114,15 @@ def measure(
     policy = load_policy(session, bench, point)
     samples = draw(session, bench, policy, stage, stage.completions, session.config.seed, tick)
     texts, rewards = scored(bench.score, bench.tokenizer, bench.prompts, samples)
-    figures: dict[str, Any] = reward_figures(texts, rewards, samples)
+    figures: dict[str, Any] = bench.facts() | reward_figures(texts, rewards, samples)
+    figures |= trained_share(bench.examples, bench.models.get(point.label))
     if bench.reference is not None and stage.temperature == 1.0:
         kls = divergences(session, policy, bench.reference, bench.examples, samples, tick)
         figures |= divergence_figures(*kls)
         if best is not None:
             figures |= optimum.shortfall(best, rewards.mean(1), kls[0])
-    if stage.pairs is not None:
-        figures |= preference_accuracy(
-            session, policy, bench.reference, bench.tokenizer, stage.pairs
-        )
+    if bench.pairs:
+        figures |= preference_accuracy(session, policy, bench.reference, bench.pairs)
     if wins is not None:
         figures |= wins.measure(policy, point.label)
     rows = [
@@ -252,5 +204,6 @@ def overview(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     best = max(rows, key=lambda row: float(row["reward"]))
     names = ["policy", "setting", "step", "reward", "reward_se", "kl", "kl_se", "shortfall"]
     names += [name for name in best if name.startswith("win_rate_t")]
+    marked = {name: best[name] for name in ("prompts",) if name in best}
     found = {f"best_{name}": best[name] for name in names if best[name] not in (None, "")}
-    return {"policies": len(rows), **found}
+    return {"policies": len(rows), **marked, **found}

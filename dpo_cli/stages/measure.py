@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,16 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import DataConfig, JsonlDataConfig
 from dpo_cli.config.datasets import WRITING
-from dpo_cli.data.dataset import load_encoded
 from dpo_cli.data.sources import read_rows
 from dpo_cli.evaluation.scorers import Completed, Scorer
-from dpo_cli.evaluation.statistics import distinct_ngrams, mean_and_error
+from dpo_cli.evaluation.statistics import distinct_ngrams, mean_and_error, share_of
 from dpo_cli.logprobs import sum_by_sequence, target_logprobs, token_kl
 from dpo_cli.model.forward import head_of, hidden_states, sequence_logprobs
 from dpo_cli.model.generate import Completion
-from dpo_cli.model.load import context_length
 from dpo_cli.records import Batch, EncodedExample, Prompt
-from dpo_cli.stages.rows import check_lengths, over_rows
+from dpo_cli.stages.rows import over_rows
 from dpo_cli.stages.sampling import completion_text
 from dpo_cli.stages.session import Session
 
@@ -120,22 +117,13 @@ def preference_accuracy(
     session: Session,
     policy: PreTrainedModel,
     reference: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerFast,
-    pairs: str,
+    rows: Sequence[EncodedExample],
 ) -> dict[str, float]:
-    """Share of held-out pairs whose chosen response ranks first (a tie counts one half).
+    """Share of pairs whose chosen response ranks first (a tie counts one half), with its standard
+    error and Wilson's 95% interval, `_low` and `_high`.
 
     `accuracy`: by the implicit reward log pi - log pi_ref; `likelihood_accuracy`: by log pi.
     """
-    config = session.config
-    splits = load_encoded(
-        pairs_config(pairs, config.data), tokenizer, context_length(policy), config.seed,
-        Path(config.cache_dir),
-    )  # fmt: skip
-    for line in splits.drops.summary_lines():
-        session.note(f"stage.pairs: {line}")
-    rows = splits.train
-    check_lengths(rows, 2, "evaluate")
     margins: dict[str, list[float]] = {"likelihood_accuracy": [], "accuracy": []}
     with session.progress.phase("preference accuracy", len(rows)) as tick:
 
@@ -157,6 +145,8 @@ def preference_accuracy(
         if values:
             right = [(np.sign(m) + 1.0) / 2.0 for m in values]
             figures[name], figures[f"{name}_se"] = mean_and_error(right)
+            share = share_of(right)
+            figures |= {f"{name}_low": share.low, f"{name}_high": share.high}
     return figures
 
 

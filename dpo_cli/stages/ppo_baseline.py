@@ -42,6 +42,7 @@ from dpo_cli.stages.sample import distinct_prompts, source_prompts
 from dpo_cli.stages.sampling import sample_writer
 from dpo_cli.stages.scoring import load_scorer, scorer_digest
 from dpo_cli.stages.session import Loaded, Session, load_policy_and_data
+from dpo_cli.stages.trained import trained_files
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 
@@ -131,6 +132,7 @@ def run(session: Session) -> dict[str, Any]:
             "date": session.config.data.date,
             **quantised_base(session.config.lora),
         },
+        files=trained_files(session.config, loaded.splits),
         identity={
             "rows": loaded.splits.fingerprint,
             "reference": actors.reference.digest,

@@ -22,6 +22,7 @@ from dpo_cli.stages.normalisation import normalise
 from dpo_cli.stages.precision import quantised_base
 from dpo_cli.stages.rows import batches_of, begin_training, check_lengths, over_rows, step_plan
 from dpo_cli.stages.session import Session, load_policy_and_data
+from dpo_cli.stages.trained import trained_files
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import Totals, TrainTask
 
@@ -67,6 +68,7 @@ def run(session: Session) -> dict[str, Any]:
             "date": session.config.data.date,
             **quantised_base(session.config.lora),
         },
+        files=trained_files(session.config, loaded.splits),
         identity={"rows": loaded.splits.fingerprint, "margins": digest(train.margins)},
     )
     fit(task, session.config, session.runtime, session, session.snapshot)

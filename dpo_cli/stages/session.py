@@ -239,6 +239,11 @@ def load_policy_and_data(
     splits = load_data(session, context_length(model), tokenizer)
     if not splits.train:
         raise DataError(f"data={config.data.name}: no training rows are left")
+    if not splits.eval:
+        session.note(
+            "no rows are held out: no figure will tell how the model does on other prompts; "
+            "data.eval_rows takes a count, or a share such as 0.1"
+        )
     session.settle_tokens(tokenizer, splits)
     return Loaded(model, tokenizer, splits, base_provenance(config.model))
 

@@ -20,6 +20,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,11 +147,13 @@ def save_final(
     tokenizer: PreTrainedTokenizerFast,
     provenance: dict[str, Any],
     ranks: Ranks = ALONE,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """The finished model, replacing an older one only when complete. Every rank calls it."""
+    """The finished model, and other files beside it, replacing an older one only when complete.
+    Every rank calls it."""
     weights = None if ranks.size == 1 else gathered_weights(model, ranks)
     if ranks.first:
-        texts = contents.of_tokenizer(tokenizer)
+        texts = {**contents.of_tokenizer(tokenizer), **(files or {})}
         publish_folder(target, contents.of_model(model, texts, provenance, weights).write)
     ranks.wait()
 

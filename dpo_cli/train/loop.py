@@ -103,7 +103,9 @@ def fit(
             _evaluate(run)
         while run.step < task.steps:
             _after_step(run, _train_step(run), stop)
-    checkpoint.save_final(run_dir / "final", task.model, task.tokenizer, task.provenance, ranks)
+    checkpoint.save_final(
+        run_dir / "final", task.model, task.tokenizer, task.provenance, ranks, task.files
+    )
 
 
 def agree(ranks: Ranks, task: TrainTask) -> None:

@@ -215,7 +215,7 @@ class Saves:
     def _contents(self, step: int, best: Best | None) -> Contents:
         task = self.task
         if self._tokenizer is None:  # once: it takes a while, and does not change
-            self._tokenizer = contents.of_tokenizer(task.tokenizer)
+            self._tokenizer = {**contents.of_tokenizer(task.tokenizer), **task.files}
         state = checkpoint.stamped(step, self._state(best))
         weights = contents.of_model(task.model, self._tokenizer, task.provenance)
         return weights | contents.of_training(self.optimizer, task.heads, state)

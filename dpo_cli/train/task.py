@@ -45,6 +45,7 @@ class TrainTask:
     on_eval: Callable[[int], None] = lambda step: None
     unit: str = "examples"  # what `<unit>_per_second` counts
     provenance: dict[str, Any] = field(default_factory=dict)  # written beside saved weights
+    files: Mapping[str, bytes] = field(default_factory=dict)  # so are these, by name
     identity: dict[str, str] = field(default_factory=dict)  # digests a resume must find again
     heads: torch.nn.Module | None = None  # trained with the model, no part of it ...
     heads_lr_scale: float = 1.0  # ... at so many times its rate

@@ -1,0 +1,49 @@
+"""Which prompts a model was trained on: 8 bytes of each prompt's sha256, beside its weights.
+
+final/trained_prompts.bin   little-endian, sorted, each once: those of the run's training rows
+                            and of the weights that it started from
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpo_cli.records import Prompt
+
+TRAINED_PROMPTS = "trained_prompts.bin"
+KEYS = np.dtype("<u8")
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """The prompt's content, of a text or of messages: the same whichever way it is written."""
+    return prompt if isinstance(prompt, str) else "\n".join(str(m["content"]) for m in prompt)
+
+
+def prompt_key(prompt: Prompt) -> int:
+    """The first 8 bytes of the sha256 of its content."""
+    content = prompt_text(prompt).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+
+
+def as_bytes(keys: Iterable[int], earlier: np.ndarray | None = None) -> bytes:
+    """The file's content. earlier: the keys of the weights that training started from."""
+    own = np.unique(np.array(sorted(set(keys)), KEYS))
+    return (own if earlier is None else np.union1d(own, earlier)).astype(KEYS).tobytes()
+
+
+def read(folder: Path) -> np.ndarray | None:
+    """The sorted keys of a model's folder; None where nothing is known."""
+    path = folder / TRAINED_PROMPTS
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    return np.frombuffer(content[: len(content) // KEYS.itemsize * KEYS.itemsize], KEYS)
+
+
+def shared(keys: Sequence[int], trained: np.ndarray) -> np.ndarray:
+    """(len(keys),) whether each is among the trained ones."""
+    return np.isin(np.array(keys, KEYS), trained)

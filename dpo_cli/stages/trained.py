@@ -1,0 +1,70 @@
+"""Whether rows that are measured as held out were trained on, by the policies or the reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_cli.config import RewardModelFn, RunConfig
+from dpo_cli.data import trained
+from dpo_cli.data.dataset import EncodedSplits
+from dpo_cli.errors import DataError
+from dpo_cli.model.source import model_folder
+from dpo_cli.records import EncodedExample
+
+BY_CHANCE = ("sentiment", "imdb")  # data whose prompts are first words, which many texts share
+NAMED = 3  # models in a message
+
+
+def trained_files(config: RunConfig, splits: EncodedSplits) -> dict[str, bytes]:
+    """What a run leaves beside its weights: the keys of its training prompts, and of those that
+    the weights it started from were trained on."""
+    base = trained.read(model_folder(config.model.path)) if config.model.path else None
+    return {trained.TRAINED_PROMPTS: trained.as_bytes((e.key for e in splits.train), base)}
+
+
+def known_models(config: RunConfig, policies: Mapping[str, str | None]) -> dict[str, np.ndarray]:
+    """Label -> keys, of the policies (label -> folder) and the reward model that tell them."""
+    named = dict(policies)
+    if isinstance(config.reward_fn, RewardModelFn) and config.reward_fn.path:
+        named[f"reward_fn.path={config.reward_fn.path}"] = config.reward_fn.path
+    found = {
+        label: trained.read(model_folder(path)) for label, path in named.items() if path is not None
+    }
+    return {label: keys for label, keys in found.items() if keys is not None}
+
+
+def check_held_out(
+    config: RunConfig, models: Mapping[str, np.ndarray], rows: Sequence[EncodedExample], what: str
+) -> str | None:
+    """What is to be told of rows that some model was trained on; None if there are none.
+
+    what: `held-out prompts`. Raises DataError unless the run allows them, or its prompts are too
+    short to tell a row.
+    """
+    counts = {label: int(shared_rows(rows, keys).sum()) for label, keys in models.items()}
+    told = [f"{count:,} by {label}" for label, count in counts.items() if count]
+    if not told:
+        return None
+    rest = f" and {len(told) - NAMED} more models" if len(told) > NAMED else ""
+    line = f"of {len(rows):,} {what} were trained on: {', '.join(told[:NAMED])}{rest}"
+    allowed = getattr(config.stage, "allow_trained", False) or config.data.name in BY_CHANCE
+    if not allowed:
+        raise DataError(
+            f"{line}; use the data settings of that run (data.path, data.eval_rows, "
+            "data.eval_path), or stage.allow_trained=true to measure them all the same"
+        )
+    return line
+
+
+def shared_rows(rows: Sequence[EncodedExample], keys: np.ndarray) -> np.ndarray:
+    """(rows,) bool"""
+    return trained.shared([e.key for e in rows], keys)
+
+
+def trained_share(rows: Sequence[EncodedExample], keys: np.ndarray | None) -> dict[str, Any]:
+    """`trained_share`: how many of the rows the model was trained on, where there are any."""
+    share = 0.0 if keys is None else float(shared_rows(rows, keys).mean())
+    return {"trained_share": share} if share else {}
