@@ -17,7 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo_cli.checks import check
-from dpo_cli.config import HttpJudgeConfig, RunConfig, SentimentDataConfig
+from dpo_cli.config import (
+    HttpJudgeConfig,
+    NoRewardFn,
+    RunConfig,
+    SentimentDataConfig,
+    SentimentRewardFn,
+)
 from dpo_cli.config.rewards import TASKS
 from dpo_cli.errors import ConfigError
 from dpo_cli.hints import TABLES, did_you_mean, optional, unknown_key
@@ -44,9 +50,20 @@ def prepare(cfg: DictConfig, typed: Sequence[str] = (), coming: Sequence[Path] =
     typed: what the user wrote on the command line; coming: folders whose files need not be
     there yet.
     """
-    config = finalise(build(cfg))
+    config = with_default_reward(finalise(build(cfg)), typed)
     check(config, typed, coming)
     return config
+
+
+def with_default_reward(config: RunConfig, typed: Sequence[str]) -> RunConfig:
+    """The reward of the generated reviews rates nothing else: an evaluation of other data that
+    names no reward has none."""
+    default = isinstance(config.reward_fn, SentimentRewardFn)
+    named = any(word.lstrip("+").startswith("reward_fn") for word in typed)
+    generated = isinstance(config.data, SentimentDataConfig)
+    if config.stage.name != "evaluate" or not default or named or generated:
+        return config
+    return dataclasses.replace(config, reward_fn=NoRewardFn())
 
 
 def build(cfg: DictConfig) -> RunConfig:

@@ -49,6 +49,7 @@ from dpo_cli.model.source import source_of
 from dpo_cli.model.stored import stored_dtype, weight_files
 from dpo_cli.records import EncodedExample
 from dpo_cli.stage_checks import unread
+from dpo_cli.stages.lengths import needed_tokens
 from dpo_cli.stages.sample import distinct_prompts
 from dpo_cli.train.runtime import Runtime, start_runtime
 
@@ -117,7 +118,8 @@ def planned_texts(config: RunConfig, splits: EncodedSplits) -> Texts | None:
     if not isinstance(stage, (PpoConfig, SampleConfig, EvaluateConfig)):
         return None
     prompts = distinct_prompts(splits.train + splits.eval)
-    lengths = sampled_lengths(prompts, stage.completions, stage.max_new_tokens)
+    most = stage.max_new_tokens or needed_tokens([*splits.train, *splits.eval])
+    lengths = sampled_lengths(prompts, stage.completions, most)
     if not isinstance(stage, PpoConfig):
         return texts_of(lengths, ())
     longest = sorted(range(len(lengths)), key=lambda i: lengths[i][0])

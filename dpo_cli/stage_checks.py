@@ -20,6 +20,7 @@ from dpo_cli.config import (
     JsonlDataConfig,
     LabelConfig,
     LexiconRewardFn,
+    NoRewardFn,
     PpoConfig,
     RewardConfig,
     RunConfig,
@@ -221,7 +222,9 @@ def _reward_fn(config: RunConfig) -> Iterator[str]:
     chosen, stage = config.reward_fn, config.stage
     if unread(config, "reward_fn"):
         return
-    others = [name for name in REWARD_FN_SCHEMAS if name != chosen.name]
+    others = [name for name in REWARD_FN_SCHEMAS if name not in (chosen.name, "none")]
+    if isinstance(chosen, NoRewardFn):
+        yield from _no_reward(config, others)
     generated = isinstance(config.data, SentimentDataConfig) or stage.name == "label"
     if isinstance(chosen, SentimentRewardFn) and not generated:
         yield (
@@ -239,6 +242,21 @@ def _reward_fn(config: RunConfig) -> Iterator[str]:
         path, hub_id = value_at(config, "reward_fn.path"), value_at(config, "reward_fn.hub_id")
         if not (path or hub_id):
             yield f"reward_fn={chosen.name}: which? Set reward_fn.path=<folder of the model>"
+
+
+def _no_reward(config: RunConfig, others: list[str]) -> Iterator[str]:
+    """What takes one, and where it comes from."""
+    stage, remedy = config.stage, f"choose one of {', '.join(others)}"
+    if not isinstance(stage, EvaluateConfig):
+        yield f"reward_fn=none: stage={stage.name} needs a reward; {remedy}"
+        return
+    if stage.reference_samples or stage.optimum:
+        yield f"reward_fn=none: the optimum is that of a reward; {remedy}"
+    if stage.opponent is not None and not isinstance(config.judge, HttpJudgeConfig):
+        yield (
+            f"stage.opponent={stage.opponent}: nothing judges who wins; set judge=http (a language "
+            f"model) or reward_fn= ({', '.join(others)})"
+        )
 
 
 def _pairs(config: RunConfig) -> Iterator[str]:

@@ -59,12 +59,20 @@ class LengthRewardFn(RewardFnConfig):
     name: str = "length"
 
 
+@dataclass
+class NoRewardFn(RewardFnConfig):
+    """Nothing rates completions."""
+
+    name: str = "none"
+
+
 REWARD_FN_SCHEMAS: dict[str, type[RewardFnConfig]] = {
     "sentiment": SentimentRewardFn,
     "classifier": ClassifierRewardFn,
     "reward_model": RewardModelFn,
     "lexicon": LexiconRewardFn,
     "length": LengthRewardFn,
+    "none": NoRewardFn,
 }
 
 

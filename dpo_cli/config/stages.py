@@ -71,7 +71,7 @@ class PpoConfig(StageConfig):
     reference: str | None = None  # folder or hub id; null: the policy as loaded
     rollout_samples: int = 512  # completions a rollout
     completions: int = 1  # of them, of one prompt
-    max_new_tokens: int = 48
+    max_new_tokens: int | None = None  # null: what 95% of the data's responses do not exceed
     temperature: float = 1.0
     batch_size: int | None = None  # sequences decoded together; null: 128, on a GPU what fits
     ppo_epochs: int = 4  # passes over a rollout, in steps of train.batch_size completions
@@ -104,7 +104,7 @@ class SampleConfig(StageConfig):
     completions: int = 4  # a prompt and temperature
     temperatures: list[float] = field(default_factory=lambda: [1.0])
     top_p: float = 1.0
-    max_new_tokens: int = 48
+    max_new_tokens: int | None = None  # null: what 95% of the data's responses do not exceed
     batch_size: int | None = None
 
 
@@ -136,7 +136,7 @@ class EvaluateConfig(StageConfig):
     prompts: int = 256
     completions: int = 1
     temperature: float = 1.0
-    max_new_tokens: int = 48
+    max_new_tokens: int | None = None  # null: what 95% of the data's responses do not exceed
     batch_size: int | None = None
     reference_samples: int = 0  # a prompt: for the exact optimum and best-of-N; 0: neither
     best_of: list[int] = field(default_factory=lambda: [1, 4, 16, 64, 128])

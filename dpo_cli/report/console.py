@@ -25,6 +25,10 @@ FIGURES = (
     ("loss", "loss ", "{:.4f}"),
     ("rewards/accuracies", "accuracy ", "{:.1%}"),
     ("rewards/margins", "margin ", "{:.3f}"),
+    ("score", "score ", "{:.3f}"),
+    ("kl", "KL ", "{:.2f}"),
+    ("finished", "finished ", "{:.0%}"),
+    ("rollout/finished", "finished ", "{:.0%}"),
     ("tokens_per_second", "", "{:,.0f} tok/s"),
 )
 

@@ -19,6 +19,7 @@ from dpo_cli.report.page_text import (
 )
 
 MOST_TILES = 6
+MOST_FINISH = 0.9  # a smaller share of finished completions is told
 MOST_FINDINGS = 4  # sentences of frontier.md
 LOSSES = {
     "sigmoid": "DPO",
@@ -141,7 +142,7 @@ def _of_training(summary: Row) -> list[str]:
         if is_number(summary.get(name)):
             words = label(name).partition(" (")[0]
             told.append(f"{lower(words)} {with_unit(name, summary[name])}{_was(summary, name)}")
-    return told
+    return [*told, _unfinished(summary, "eval/finished", "rollout/finished")]
 
 
 def _was(summary: Row, metric: str) -> str:
@@ -156,7 +157,7 @@ def _of_rows(summary: Row) -> str:
         for unit in ("prompt", "pair"):
             rows = summary.get(f"{split}_{unit}s")
             told += [f"{count(rows, unit)} {use}"] if isinstance(rows, int) else []
-    return ", ".join(told)
+    return ", ".join([*told, *filter(None, [_unfinished(summary, "train_finished")])])
 
 
 def _of_evaluation(folder: Folder) -> list[str]:
@@ -167,7 +168,15 @@ def _of_evaluation(folder: Folder) -> list[str]:
             told[0] += f" at a KL of {_pair(summary, 'kl')} to the reference"
     if is_number(summary.get("accuracy")):
         told.append(f"{_pair(summary, 'accuracy')} of the pairs ranked right")
-    return [*told, _optimum(summary), *_of_win_rates(folder.win_rates), _trained_on(summary)]
+    told += [_optimum(summary), *_of_win_rates(folder.win_rates)]
+    return [*told, _unfinished(summary, "finished"), _trained_on(summary)]
+
+
+def _unfinished(summary: Row, *names: str) -> str:
+    """Where many completions were cut, what is measured of them is of beginnings."""
+    share = next((summary[name] for name in names if is_number(summary.get(name))), 1.0)
+    cut = share < MOST_FINISH
+    return f"only {figure('finished', share)} of the completions end by themselves" if cut else ""
 
 
 def _trained_on(summary: Row) -> str:

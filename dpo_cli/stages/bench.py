@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.config import EvaluateConfig
+from dpo_cli.config import EvaluateConfig, NoRewardFn
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.scorers import Scorer
 from dpo_cli.model.load import configured_context, load_tokenizer
 from dpo_cli.records import EncodedExample, Prompt
+from dpo_cli.stages.lengths import new_tokens, with_new_tokens
 from dpo_cli.stages.measure import pairs_config
 from dpo_cli.stages.policies import PolicyPoint, reference_of
 from dpo_cli.stages.rows import check_lengths
@@ -32,9 +33,10 @@ class Bench:
     """What all policies are measured with.
 
     reference: None where nothing says what they should be measured against; named: as it was
-    called. examples, prompts: the same prompts as token ids and as their source has them.
-    pairs: held-out rows of at least two responses; training: whether the prompts are rows that
-    were trained on, as far as is known. models: label -> keys of what a model was trained on.
+    called. examples, prompts: the same prompts as token ids and as their source has them. score:
+    None without a reward. stage: with its max_new_tokens. pairs: held-out rows of at least two
+    responses; training: whether the prompts are rows that were trained on, as far as is known.
+    models: label -> keys of what a model was trained on.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -42,14 +44,16 @@ class Bench:
     named: str | None
     examples: list[EncodedExample]
     prompts: list[Prompt]
-    score: Scorer
+    score: Scorer | None
+    stage: EvaluateConfig
     pairs: list[EncodedExample] = field(default_factory=list)
     training: bool = False
     models: dict[str, np.ndarray] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """Figures on the prompts themselves."""
-        return {"prompts": TRAINING} if self.training else {}
+        facts: dict[str, Any] = {"prompts": TRAINING} if self.training else {}
+        return facts | {"max_new_tokens": new_tokens(self.stage)}
 
 
 def set_up(session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint]) -> Bench:
@@ -74,9 +78,10 @@ def set_up(session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint
         reference = load_named(session, named, tokenizer)
         reference.to(session.runtime.device).eval()  # type: ignore[arg-type]
     prompts = [sources[e.row] for e in chosen]
-    score = load_scorer(session)
+    score = None if isinstance(session.config.reward_fn, NoRewardFn) else load_scorer(session)
+    stage = with_new_tokens(stage, [*splits.train, *splits.eval], session.note)
     return Bench(
-        tokenizer, reference, named, chosen, prompts, score, pairs, training, models
+        tokenizer, reference, named, chosen, prompts, score, stage, pairs, training, models
     )  # fmt: skip
 
 

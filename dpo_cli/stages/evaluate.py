@@ -23,6 +23,7 @@ from dpo_cli.model.source import model_folder
 from dpo_cli.report.files import encode, to_json
 from dpo_cli.stages import optimum
 from dpo_cli.stages.bench import Bench, set_up
+from dpo_cli.stages.lengths import new_tokens, unfinished_line
 from dpo_cli.stages.measure import (
     Tick,
     divergence_figures,
@@ -30,6 +31,8 @@ from dpo_cli.stages.measure import (
     preference_accuracy,
     reward_figures,
     scored,
+    text_figures,
+    texts_of,
 )
 from dpo_cli.stages.optimum import Optimum
 from dpo_cli.stages.policies import PolicyPoint, find_policies
@@ -50,6 +53,7 @@ def run(session: Session) -> dict[str, Any]:
     stage = cast(EvaluateConfig, session.config.stage)
     points = find_policies(session.config, session.note)
     bench = set_up(session, stage, points)
+    stage = bench.stage
     wins = win_rates(session, stage, bench)
     best = find_optimum(session, stage, bench)
     label = bench.named or ""
@@ -113,24 +117,37 @@ def measure(
     """A policy's figures, and its samples as rows for people to read."""
     policy = load_policy(session, bench, point)
     samples = draw(session, bench, policy, stage, stage.completions, session.config.seed, tick)
-    texts, rewards = scored(bench.score, bench.tokenizer, bench.prompts, samples)
-    figures: dict[str, Any] = bench.facts() | reward_figures(texts, rewards, samples)
+    texts = texts_of(bench.tokenizer, samples)
+    rewards = None if bench.score is None else scored(bench.score, bench.prompts, texts, samples)
+    figures: dict[str, Any] = bench.facts() | reward_figures(rewards) | text_figures(texts, samples)
+    if line := unfinished_line(figures["finished"], new_tokens(stage)):
+        session.note(f"{point.label}: {line}")
     figures |= trained_share(bench.examples, bench.models.get(point.label))
     if bench.reference is not None and stage.temperature == 1.0:
         kls = divergences(session, policy, bench.reference, bench.examples, samples, tick)
         figures |= divergence_figures(*kls)
-        if best is not None:
+        if best is not None and rewards is not None:
             figures |= optimum.shortfall(best, rewards.mean(1), kls[0])
     if bench.pairs:
         figures |= preference_accuracy(session, policy, bench.reference, bench.pairs)
     if wins is not None:
         figures |= wins.measure(policy, point.label)
+    return figures, sample_rows(bench, texts, rewards)
+
+
+def sample_rows(
+    bench: Bench, texts: Sequence[Sequence[str]], rewards: np.ndarray | None
+) -> list[dict[str, Any]]:
+    """{prompt, completion} of each, and its reward where something gives one."""
     rows = [
-        {"prompt": as_text(prompt), "completion": text, "reward": reward}
-        for prompt, row, scores in zip(bench.prompts, texts, rewards.tolist(), strict=True)
-        for text, reward in zip(row, scores, strict=True)
+        {"prompt": as_text(prompt), "completion": text}
+        for prompt, row in zip(bench.prompts, texts, strict=True)
+        for text in row
     ]
-    return figures, rows
+    if rewards is None:
+        return rows
+    scores = rewards.reshape(-1).tolist()
+    return [{**row, "reward": score} for row, score in zip(rows, scores, strict=True)]
 
 
 def draw(
@@ -141,7 +158,7 @@ def draw(
     options = SamplingOptions(
         completions=completions,
         temperature=stage.temperature,
-        max_new_tokens=stage.max_new_tokens,
+        max_new_tokens=new_tokens(stage),
         seed=seed,
         batch_size=decoded_together(session, stage),
     )
@@ -151,7 +168,11 @@ def draw(
 
 def find_optimum(session: Session, stage: EvaluateConfig, bench: Bench) -> Optimum | None:
     """From samples of the reference, or as an earlier evaluation found it."""
-    if bench.reference is None or not (stage.reference_samples or stage.optimum):
+    if (
+        bench.reference is None
+        or bench.score is None
+        or not (stage.reference_samples or stage.optimum)
+    ):
         return None
     weights = scorer_digest(bench.score)
     made_of = optimum.identity(
@@ -178,7 +199,9 @@ def reference_rewards(
             words = np.random.SeedSequence([session.config.seed, number]).generate_state(1)
             made = draw(session, bench, reference, stage, count, int(words[0]), tick)
             samples = [[*row, *more] for row, more in zip(samples, made, strict=True)]
-    return scored(bench.score, bench.tokenizer, bench.prompts, samples)[1]
+    assert bench.score is not None
+    texts = texts_of(bench.tokenizer, samples)
+    return scored(bench.score, bench.prompts, texts, samples)
 
 
 def write_points(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -188,7 +211,9 @@ def write_points(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def brief_line(point: PolicyPoint, figures: dict[str, Any]) -> str:
     """What a log says of a policy."""
-    line = f"{point.label}  reward {figures['reward']:.3f} ± {figures['reward_se']:.3f}"
+    line = point.label
+    if "reward" in figures:
+        line += f"  reward {figures['reward']:.3f} ± {figures['reward_se']:.3f}"
     if "kl" in figures:
         line += f"  KL {figures['kl']:.2f} ± {figures['kl_se']:.2f}"
     if "shortfall" in figures:
@@ -200,7 +225,10 @@ def brief_line(point: PolicyPoint, figures: dict[str, Any]) -> str:
 
 
 def overview(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of several policies: how many, which has the highest reward and its own figures."""
+    """Figures of several policies: how many, which has the highest reward and its own figures;
+    without a reward how many alone."""
+    if any(row["reward"] is None for row in rows):
+        return {"policies": len(rows)}
     best = max(rows, key=lambda row: float(row["reward"]))
     names = ["policy", "setting", "step", "reward", "reward_se", "kl", "kl_se", "shortfall"]
     names += [name for name in best if name.startswith("win_rate_t")]

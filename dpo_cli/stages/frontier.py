@@ -62,7 +62,10 @@ def run(session: Session) -> dict[str, Any]:
     refuse_mixed(folders)
     rows = [row for folder in folders for row in read_points(folder)]
     unknown = sum(row["kl"] is None for row in rows)
-    rows = [row for row in rows if row["kl"] is not None]
+    unrewarded = sum(row["reward"] is None for row in rows)
+    if unrewarded:
+        session.note(f"{unrewarded} points have no reward and are left out")
+    rows = [row for row in rows if row["kl"] is not None and row["reward"] is not None]
     if not rows:
         raise DataError(
             "stage.evaluations: no KL in any of them; evaluate with stage.reference=<folder> and "
@@ -108,7 +111,7 @@ def refuse_mixed(folders: Sequence[Path]) -> None:
             reward["path"] = str(Path(reward["path"]).resolve())
         facts = {
             "reward_fn": reward,
-            "stage.max_new_tokens": stored.get("stage", {}).get("max_new_tokens"),
+            "stage.max_new_tokens": new_tokens_of(folder, stored.get("stage", {})),
         }
         if first is None:
             first = folder, facts
@@ -118,6 +121,15 @@ def refuse_mixed(folders: Sequence[Path]) -> None:
                     f"stage.evaluations: {first[0]} and {folder} differ in {key} "
                     f"({first[1][key]} against {value}); draw them apart"
                 )
+
+
+def new_tokens_of(folder: Path, stage: Row) -> Any:
+    """As it was set, else as the evaluation found it in its data."""
+    if stage.get("max_new_tokens") is not None:
+        return stage["max_new_tokens"]
+    points = folder / "points.jsonl"
+    lines = points.read_text(encoding="utf-8").splitlines() if points.is_file() else []
+    return json.loads(lines[-1]).get("max_new_tokens") if lines else None
 
 
 def read_points(folder: Path) -> list[Row]:

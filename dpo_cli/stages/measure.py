@@ -26,31 +26,40 @@ from dpo_cli.stages.session import Session
 Tick = Callable[[int], None]
 
 
+def texts_of(
+    tokenizer: PreTrainedTokenizerFast, samples: Sequence[Sequence[Completion]]
+) -> list[list[str]]:
+    return [[completion_text(tokenizer, c.ids) for c in row] for row in samples]
+
+
 def scored(
     score: Scorer,
-    tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Prompt],
+    texts: Sequence[Sequence[str]],
     samples: Sequence[Sequence[Completion]],
-) -> tuple[list[list[str]], np.ndarray]:
-    """Texts and (prompts, completions) rewards, all scored in one call."""
-    texts = [[completion_text(tokenizer, c.ids) for c in row] for row in samples]
+) -> np.ndarray:
+    """(prompts, completions) rewards of the texts, all scored in one call."""
     rewards = score([
         Completed(prompt, text, completion.finished)
         for prompt, row, made in zip(prompts, texts, samples, strict=True)
         for text, completion in zip(row, made, strict=True)
     ])  # fmt: skip
-    return texts, np.array(rewards, dtype=float).reshape(len(prompts), -1)
+    return np.array(rewards, dtype=float).reshape(len(prompts), -1)
 
 
-def reward_figures(
-    texts: Sequence[Sequence[str]], rewards: np.ndarray, samples: Sequence[Sequence[Completion]]
-) -> dict[str, float]:
+def reward_figures(rewards: np.ndarray | None) -> dict[str, float]:
     """Reward with its error over prompts (samples of one prompt are not independent)."""
+    if rewards is None:
+        return {}
     reward, error = mean_and_error(rewards.mean(1).tolist())
+    return {"reward": reward, "reward_se": error}
+
+
+def text_figures(
+    texts: Sequence[Sequence[str]], samples: Sequence[Sequence[Completion]]
+) -> dict[str, float]:
     flat = [c for row in samples for c in row]
     return {
-        "reward": reward,
-        "reward_se": error,
         "tokens": sum(len(c.ids) for c in flat) / len(flat),
         "finished": sum(c.finished for c in flat) / len(flat),
         "distinct_2": distinct_ngrams([text for row in texts for text in row], 2),

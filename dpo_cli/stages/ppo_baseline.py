@@ -22,6 +22,7 @@ from dpo_cli.logprobs import fused_loss, sum_by_sequence
 from dpo_cli.model.forward import head_of, target_states
 from dpo_cli.ppo_math import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.stages.lengths import new_tokens, unfinished_line, with_new_tokens
 from dpo_cli.stages.precision import quantised_base
 from dpo_cli.stages.reference import keep_start, load_reference, reference_path
 from dpo_cli.stages.rollout import (
@@ -60,6 +61,7 @@ class Ppo:
     held_out: list[EncodedExample]
     plan: StepPlan
     rollout: Rollout = field(default_factory=lambda: Rollout([], [], {}))
+    told: bool = False  # that completions are cut
 
     @property
     def minibatch(self) -> int:
@@ -82,6 +84,10 @@ class Ppo:
         chosen = [self.prompts[i] for i in self.plan.indices(number)]
         seed = int(np.random.SeedSequence([self.session.config.seed, number]).generate_state(1)[0])
         self.rollout = roll_out(self.session, self.actors, chosen, self.stage, seed)
+        line = unfinished_line(self.rollout.figures["rollout/finished"], new_tokens(self.stage))
+        if line and not self.told:
+            self.session.note(line)
+            self.told = True
         return self.rollout.figures
 
     def batches(self, step: int) -> list[Batch]:
@@ -104,6 +110,8 @@ def run(session: Session) -> dict[str, Any]:
     stage = cast(PpoConfig, session.config.stage)
     loaded = load_policy_and_data(session, before=partial(keep_start, session.config))
     named = reference_path(session.config, loaded)
+    rows = [*loaded.splits.train, *loaded.splits.eval]
+    stage = with_new_tokens(stage, rows, session.note)
     prompts = distinct_prompts(loaded.splits.train)
     actors = build_actors(session, loaded, named, stage)
     ppo = Ppo(
@@ -265,6 +273,7 @@ def evaluate(ppo: Ppo) -> dict[str, float]:
         "kl": kl / stage.completions,
         "kl_se": error / stage.completions,
         "tokens": sum(len(c.ids) for c in flat) / len(flat),
+        "finished": sum(c.finished for c in flat) / len(flat),
     }
     errors = ("score_se", "kl_se")
     return {k: v for k, v in figures.items() if k not in errors or math.isfinite(v)}

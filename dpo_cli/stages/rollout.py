@@ -27,6 +27,7 @@ from dpo_cli.ppo_math import (
     whiten,
 )
 from dpo_cli.records import Batch, EncodedExample, Prompt
+from dpo_cli.stages.lengths import new_tokens
 from dpo_cli.stages.reference import Reference
 from dpo_cli.stages.rows import over_rows
 from dpo_cli.stages.sampling import completion_text, decoded_together, draw_samples
@@ -94,7 +95,7 @@ def draw(
     options = SamplingOptions(
         completions=completions or stage.completions,
         temperature=stage.temperature,
-        max_new_tokens=stage.max_new_tokens,
+        max_new_tokens=new_tokens(stage),
         seed=seed,
         batch_size=decoded_together(session, stage),
     )

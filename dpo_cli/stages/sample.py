@@ -14,6 +14,7 @@ from dpo_cli.durable import write_checked_text
 from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.model.load import context_length, load_tokenizer
 from dpo_cli.records import EncodedExample, Prompt
+from dpo_cli.stages.lengths import new_tokens, unfinished_line, with_new_tokens
 from dpo_cli.stages.sampling import complete, decoded_together
 from dpo_cli.stages.session import Session, load, load_data
 
@@ -28,6 +29,7 @@ def run(session: Session) -> dict[str, Any]:
     model = load(session, session.config.model, tokenizer)
     model.to(session.runtime.device)  # type: ignore[arg-type]
     splits = load_data(session, context_length(model), tokenizer)
+    stage = with_new_tokens(stage, [*splits.train, *splits.eval], session.note)
     limits = {"train": (splits.train, stage.prompts), "eval": (splits.eval, stage.eval_prompts)}
     sources = source_prompts(session, tokenizer)
     figures: dict[str, Any] = {}
@@ -53,6 +55,8 @@ def run(session: Session) -> dict[str, Any]:
         ])  # fmt: skip
         flat = [c for _, rows in found for row in rows for c in row]
         figures |= {f"{name}_{k}": v for k, v in counts(len(chosen), flat).items()}
+        if line := unfinished_line(figures[f"{name}_finished"], new_tokens(stage)):
+            session.note(f"{name}: {line}")
     return figures
 
 
@@ -63,7 +67,7 @@ def sampling_options(session: Session, stage: SampleConfig) -> list[SamplingOpti
             completions=stage.completions if temperature > 0 else 1,
             temperature=temperature,
             top_p=stage.top_p,
-            max_new_tokens=stage.max_new_tokens,
+            max_new_tokens=new_tokens(stage),
             seed=session.config.seed + 7919 * place,
             batch_size=decoded_together(session, stage),
         )

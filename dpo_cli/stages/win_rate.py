@@ -23,6 +23,7 @@ from dpo_cli.evaluation.statistics import win_rate
 from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.records import EncodedExample, Prompt, response_text
 from dpo_cli.report.files import encode, to_json, write_redacted_json
+from dpo_cli.stages.lengths import new_tokens
 from dpo_cli.stages.sampling import completion_text, decoded_together, draw_samples
 from dpo_cli.stages.session import Session, load_named
 
@@ -44,7 +45,7 @@ class Bench(Protocol):
     @property
     def prompts(self) -> Sequence[Prompt]: ...
     @property
-    def score(self) -> Scorer: ...
+    def score(self) -> Scorer | None: ...
 
 
 def win_rates(session: Session, stage: EvaluateConfig, bench: Bench) -> WinRates | None:
@@ -56,12 +57,13 @@ def win_rates(session: Session, stage: EvaluateConfig, bench: Bench) -> WinRates
     return WinRates(session, stage, bench, load_judge(session, bench.score))
 
 
-def load_judge(session: Session, scorer: Scorer) -> Judge:
+def load_judge(session: Session, scorer: Scorer | None) -> Judge:
     """The judge that the run names. Raises ConfigError where the environment lacks its address."""
     config = session.config
     if isinstance(config.judge, HttpJudgeConfig):
         endpoint = endpoint_from_environment()
         return HttpJudge(config.judge, endpoint, Path(config.cache_dir), config.seed)
+    assert scorer is not None  # checked with the configuration
     return RewardJudge(scorer, f"reward_fn={config.reward_fn.name}")
 
 
@@ -180,7 +182,7 @@ class WinRates:
         stage, bench = self.stage, self.bench
         options = SamplingOptions(
             temperature=temperature,
-            max_new_tokens=stage.max_new_tokens,
+            max_new_tokens=new_tokens(stage),
             seed=seed,
             batch_size=decoded_together(self.session, stage),
         )

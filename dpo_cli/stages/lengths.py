@@ -1,0 +1,50 @@
+"""How many tokens a completion may take, and whether that was enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+
+from dpo_cli.config import EvaluateConfig, PpoConfig, SampleConfig
+from dpo_cli.records import EncodedExample
+
+PERCENTILE = 95  # of the responses' lengths: the longest few would double the work
+MOST_FINISH = 0.9  # a smaller share of finished completions is told
+
+Sampling = TypeVar("Sampling", SampleConfig, EvaluateConfig, PpoConfig)
+
+
+def needed_tokens(examples: Sequence[EncodedExample]) -> int:
+    """What 95% of the rows' responses do not exceed, their end of text among the tokens."""
+    lengths = [len(ids) for e in examples for ids in e.response_ids]
+    return int(np.percentile(lengths, PERCENTILE, method="inverted_cdf")) if lengths else 1
+
+
+def with_new_tokens(
+    stage: Sampling, examples: Sequence[EncodedExample], note: Callable[[str], None]
+) -> Sampling:
+    """The stage with its `max_new_tokens`, from the rows where it is null."""
+    if stage.max_new_tokens is not None:
+        return stage
+    found = needed_tokens(examples)
+    note(f"stage.max_new_tokens={found}: {PERCENTILE}% of the data's responses are no longer")
+    return replace(stage, max_new_tokens=found)
+
+
+def new_tokens(stage: SampleConfig | EvaluateConfig | PpoConfig) -> int:
+    """Of a stage that `with_new_tokens` has seen."""
+    assert stage.max_new_tokens is not None
+    return stage.max_new_tokens
+
+
+def unfinished_line(finished: float, most: int) -> str | None:
+    """What is told where too few completions ended by themselves."""
+    if finished >= MOST_FINISH:
+        return None
+    return (
+        f"only {finished:.0%} of the completions ended within {most} tokens, the others were cut: "
+        "raise stage.max_new_tokens"
+    )
