@@ -27,6 +27,7 @@ from dpo_cli.config import (
 from dpo_cli.config.rewards import TASKS
 from dpo_cli.errors import ConfigError
 from dpo_cli.hints import TABLES, did_you_mean, optional, unknown_key
+from dpo_cli.run_data import with_run_data
 
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 PAIRED = ("dpo", "reward")  # stages that compare responses
@@ -50,9 +51,17 @@ def prepare(cfg: DictConfig, typed: Sequence[str] = (), coming: Sequence[Path] =
     typed: what the user wrote on the command line; coming: folders whose files need not be
     there yet.
     """
-    config = with_default_reward(finalise(build(cfg)), typed)
+    config = finalise(build(cfg))
+    words = _overrides(cfg)
+    if words:  # of a resumed run, those it was started with
+        config = with_default_reward(with_run_data(config, words), words)
     check(config, typed, coming)
     return config
+
+
+def _overrides(cfg: DictConfig) -> list[str]:
+    """All that the configuration was composed with; nothing where Hydra's node is left out."""
+    return list(cfg.hydra.overrides.task) if "hydra" in cfg else []
 
 
 def with_default_reward(config: RunConfig, typed: Sequence[str]) -> RunConfig:

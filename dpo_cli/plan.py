@@ -48,12 +48,15 @@ from dpo_cli.model.probe import refuse_unavailable
 from dpo_cli.model.reward import check_kind
 from dpo_cli.plan_facts import SCORER_KEY, facts_of, planned_runtime, steps_of, targets
 from dpo_cli.report.console import summary_table
+from dpo_cli.run_data import data_line
 from dpo_cli.stage_checks import unread, value_at
-from dpo_cli.stages.policies import find_policies
+from dpo_cli.stages.policies import PolicyPoint, find_policies, reference_of
 from dpo_cli.stages.ppo_baseline import plan_rollouts, steps_of_rollout
 from dpo_cli.stages.rows import trained_line
 from dpo_cli.stages.sample import distinct_prompts
 from dpo_cli.train.runtime import Runtime
+
+NO_REFERENCE = "none: the KL is not measured (stage.reference)"
 
 
 def print_plan(config: RunConfig) -> None:
@@ -79,10 +82,10 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
         rows += frontier_rows(config.stage)
     if config.stage.name in WITHOUT_DATA:
         return [*rows, ("writes", config.run_dir)], []
-    if isinstance(config.stage, EvaluateConfig) and config.stage.policies:
-        points = find_policies(config, lambda line: rows.append(("", line)))
-        rows.append(("policies", f"{len(points):,}, the first of them:"))
+    points, told = planned_policies(config)
+    if points and value_at(config, "stage.policies"):
         config = replace(config, model=points[0].source)
+    rows += told
     tokenizer = load_tokenizer(config.model)
     stage = config.stage
     reward = isinstance(stage, RewardConfig)
@@ -101,8 +104,7 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
     if config.lora.name != "none" and stage.name in TRAINING:
         trained = count_trained(config.model, tokenizer, config.lora, auto)
         rows.append(("trained", trained_line(config, trained, shape.parameters)))
-    if isinstance(stage, (DpoConfig, PpoConfig, EvaluateConfig)):
-        rows.append(("reference", stage.reference or "the policy as loaded"))
+    rows += reference_rows(config, points)
     context = configured_context(config.model, tokenizer)
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
     rows += data_rows(config, splits)
@@ -113,6 +115,29 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
     memory = planned_memory(config, runtime, shape, splits)
     rows += [("device", device_line(config, runtime)), ("writes", config.run_dir)]
     return rows, memory
+
+
+def planned_policies(config: RunConfig) -> tuple[list[PolicyPoint], list[Row]]:
+    """What an evaluation is of; nothing for other stages."""
+    if not isinstance(config.stage, EvaluateConfig):
+        return [], []
+    rows: list[Row] = []
+    points = find_policies(config, lambda line: rows.append(("", line)))
+    if config.stage.policies:
+        rows.append(("policies", f"{len(points):,}, the first of them:"))
+    return points, rows
+
+
+def reference_rows(config: RunConfig, points: Sequence[PolicyPoint]) -> list[Row]:
+    """The reference that the run will use; of an evaluation, how its data is that of the policy."""
+    stage = config.stage
+    if isinstance(stage, EvaluateConfig):
+        line = data_line(config)
+        reference = reference_of(stage, points) or NO_REFERENCE
+        return [("reference", reference), *([("", line)] if line else [])]
+    if not isinstance(stage, (DpoConfig, PpoConfig)):
+        return []
+    return [("reference", stage.reference or "the policy as loaded")]
 
 
 def device_line(config: RunConfig, runtime: Runtime) -> str:

@@ -120,10 +120,11 @@ def planned_texts(config: RunConfig, splits: EncodedSplits) -> Texts | None:
     prompts = distinct_prompts(splits.train + splits.eval)
     most = stage.max_new_tokens or needed_tokens([*splits.train, *splits.eval])
     lengths = sampled_lengths(prompts, stage.completions, most)
-    if not isinstance(stage, PpoConfig):
-        return texts_of(lengths, ())
-    longest = sorted(range(len(lengths)), key=lambda i: lengths[i][0])
-    return texts_of(lengths, [longest[-(config.train.batch_size // stage.completions) :]])
+    steps: list[list[int]] = []
+    if isinstance(stage, PpoConfig):
+        longest = sorted(range(len(lengths)), key=lambda i: lengths[i][0])
+        steps = [longest[-(config.train.batch_size // stage.completions) :]]
+    return replace(texts_of(lengths, steps), new=most)
 
 
 def scorer_parameters(config: RunConfig) -> int:

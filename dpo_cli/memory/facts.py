@@ -20,7 +20,8 @@ Lengths = tuple[int, Sequence[int]]  # of a prompt and of its responses, in toke
 class Texts:
     """Lengths in tokens. step: packed, of the fullest step, over all devices; longest: packed,
     of one example; typical: of the example a token is in, on average; keys: as in `Rows`;
-    scored: share of tokens that are targets; prompt: the longest."""
+    scored: share of tokens that are targets; prompt: the longest; new: what a completion may
+    take, of a stage that samples."""
 
     step: int
     longest: int
@@ -28,6 +29,7 @@ class Texts:
     keys: float
     scored: float
     prompt: int
+    new: int = 0
 
 
 @dataclass(frozen=True)

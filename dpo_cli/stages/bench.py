@@ -16,6 +16,7 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.scorers import Scorer
 from dpo_cli.model.load import configured_context, load_tokenizer
 from dpo_cli.records import EncodedExample, Prompt
+from dpo_cli.run_data import data_line
 from dpo_cli.stages.lengths import new_tokens, with_new_tokens
 from dpo_cli.stages.measure import pairs_config
 from dpo_cli.stages.policies import PolicyPoint, reference_of
@@ -65,6 +66,8 @@ def set_up(session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint
     tokenizer = load_tokenizer(first)
     named = named_reference(session, stage, points)
     context = configured_context(first, tokenizer)
+    if line := data_line(session.config):
+        session.note(line)
     splits = load_data(session, context, tokenizer)
     models = known_models(session.config, {p.label: p.source.path for p in points})
     chosen = distinct_prompts(splits.eval or splits.train)[: stage.prompts]

@@ -15,6 +15,7 @@ from dpo_cli.model.source import model_folder
 from dpo_cli.records import EncodedExample
 
 BY_CHANCE = ("sentiment", "imdb")  # data whose prompts are first words, which many texts share
+FEW = 0.01  # a share of the rows that two files may have in common without being the same
 NAMED = 3  # models in a message
 
 
@@ -41,8 +42,8 @@ def check_held_out(
 ) -> str | None:
     """What is to be told of rows that some model was trained on; None if there are none.
 
-    what: `held-out prompts`. Raises DataError unless the run allows them, or its prompts are too
-    short to tell a row.
+    what: `held-out prompts`. Raises DataError unless they are a few, the run allows them, or its
+    prompts are too short to tell a row.
     """
     counts = {label: int(shared_rows(rows, keys).sum()) for label, keys in models.items()}
     told = [f"{count:,} by {label}" for label, count in counts.items() if count]
@@ -50,8 +51,9 @@ def check_held_out(
         return None
     rest = f" and {len(told) - NAMED} more models" if len(told) > NAMED else ""
     line = f"of {len(rows):,} {what} were trained on: {', '.join(told[:NAMED])}{rest}"
+    few = max(counts.values()) <= FEW * len(rows)
     allowed = getattr(config.stage, "allow_trained", False) or config.data.name in BY_CHANCE
-    if not allowed:
+    if not (few or allowed):
         raise DataError(
             f"{line}; use the data settings of that run (data.path, data.eval_rows, "
             "data.eval_path), or stage.allow_trained=true to measure them all the same"
