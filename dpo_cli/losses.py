@@ -121,3 +121,15 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "unlikelihood": unlikelihood_loss,
     "plackett_luce": plackett_luce_loss,
 }
+
+
+ROUNDING = 2.0**-20  # of a difference of float32 sums, relative to what they are sums of
+
+
+def preferences(margins: Tensor, sizes: Tensor) -> Tensor:
+    """(E,) 1 where the chosen response ranks above the rejected one, 0 where below; 1/2 where their
+    margin is within rounding of zero, as it is of a policy that is its own reference: the same
+    tokens in another packed row have not the same bits. sizes: (E,) sums of the absolute
+    log-probabilities that a margin is the difference of."""
+    right = (margins.sign() + 1.0) / 2.0
+    return torch.where(margins.abs() <= ROUNDING * sizes, 0.5, right)

@@ -268,4 +268,4 @@ def test_choices_are_those_of_the_code() -> None:
 
     assert set(STAGES) == set(STAGE_SCHEMAS)
     assert set(ONE_PROCESS) == set(STAGES) - set(PARALLEL)
-    assert set(REWARD_FN_SCHEMAS) == {*SCORERS, "classifier", "reward_model", "lexicon"}
+    assert set(REWARD_FN_SCHEMAS) == {*SCORERS, "classifier", "reward_model", "lexicon", "none"}

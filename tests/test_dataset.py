@@ -212,7 +212,10 @@ class TestLoadSplits:
     def test_eval_file(self, file: Path, tmp_path: Path) -> None:
         other = tmp_path / "other.jsonl"
         other.write_text(
-            "\n".join(map(json.dumps, [ROWS[0], ROWS[1] | {"chosen": ""}, *ROWS[2:9]]))
+            "\n".join(
+                json.dumps({**row, "prompt": f"another, {row['prompt']}"})
+                for row in [ROWS[0], ROWS[1] | {"chosen": ""}, *ROWS[2:9]]
+            )
         )
         config = JsonlDataConfig(path=str(file), eval_path=str(other))
         splits = load_splits(config, 0)

@@ -96,9 +96,13 @@ def win_rate(wins: int, losses: int, ties: int) -> WinRate:
     rather than too narrow.
     """
     n = wins + losses + ties
+    return share_interval((wins + ties / 2) / n if n else math.nan, n)
+
+
+def share_interval(share: float, n: int) -> WinRate:
+    """A share of n with Wilson's score interval; NaN without any."""
     if n == 0:
         return WinRate(math.nan, math.nan, math.nan)
-    share = (wins + ties / 2) / n
     z2 = Z_95**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))

@@ -22,7 +22,7 @@ from dpo_cli.report.files import encode
 from dpo_cli.report.page_frontier import frontier_tables, points
 from dpo_cli.report.page_pictures import Picture, pictures_of
 from dpo_cli.report.page_read import Folder, cleaned, read_folder
-from dpo_cli.report.page_story import Tile, tiles_of, title_of, verdict_of
+from dpo_cli.report.page_story import title_of, verdict_of
 from dpo_cli.report.page_tables import (
     Samples,
     Table,
@@ -31,6 +31,7 @@ from dpo_cli.report.page_tables import (
     sweep,
     win_rates,
 )
+from dpo_cli.report.page_tiles import Tile, tiles_of
 
 REPORT = "report.html"
 _POLICY = (

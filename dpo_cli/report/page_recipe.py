@@ -14,7 +14,7 @@ from dpo_cli.report.page import run_parts, write_page
 from dpo_cli.report.page_frontier import frontier_tables
 from dpo_cli.report.page_pictures import KEY, Picture, pictures_of
 from dpo_cli.report.page_read import Folder, Row, cleaned, read_folder, read_object
-from dpo_cli.report.page_story import MOST_TILES, TILES, Tile, tiles_of, verdict_of
+from dpo_cli.report.page_story import interval, method_of, verdict_of
 from dpo_cli.report.page_tables import (
     Cell,
     Samples,
@@ -26,9 +26,18 @@ from dpo_cli.report.page_tables import (
     side_by_side,
     win_rates,
 )
-from dpo_cli.report.page_text import NOTHING, count, figure, is_number, label, lower, with_unit
+from dpo_cli.report.page_text import NOTHING, count, figure, is_number, lower, with_unit
+from dpo_cli.report.page_tiles import (
+    MOST_TILES,
+    TILES,
+    Tile,
+    shown_name,
+    tile_of,
+    tiles_of,
+    words_of,
+)
 
-_TOLD = ("reward", "kl", "accuracy", "win_rate", "eval/rewards/accuracies", "eval/loss", "loss")
+_TOLD = ("reward", "kl", "accuracy", "win_rate", "rewards/accuracies", "loss")
 _DONE = {"run": "ran", "resume": "resumed", "skip": "skipped"}
 
 
@@ -154,14 +163,33 @@ def _verdict(models: Sequence[Model], folders: Sequence[Folder]) -> str:
         return ""
     first, last = models[0], models[-1]
     told = []
+    compared = comparable(first, last)
     for metric in _TOLD:
-        now, was = last.summary.get(metric), first.summary.get(metric)
-        if is_number(now):
-            start = f"from {figure(metric, was)} to " if is_number(was) and first != last else ""
-            words = lower(label(metric).partition(" (")[0])
-            told.append(f"{words} {start}{with_unit(metric, now)}")
-    who = f"From {first.label} to {last.label}" if first != last else last.label
+        name = shown_name(last.folder, metric)
+        now = name and last.summary.get(name)
+        if name and is_number(now):
+            was = first.summary.get(name) if compared else None
+            start = f"from {figure(name, was)} to " if is_number(was) else ""
+            words = lower(words_of(last.folder, name).partition(" (")[0])
+            before = "" if compared else _before(last.summary, name)
+            told.append(
+                f"{words} {start}{with_unit(name, now)}{interval(last.summary, name)}{before}"
+            )
+    who = f"From {first.label} to {last.label}" if compared else last.label
     return f"{who}: {', '.join(told[:3])}." if told else ""
+
+
+def comparable(first: Model, last: Model) -> bool:
+    """Whether a figure of one name is the same thing of both: the loss of SFT is no DPO's, and an
+    accuracy is one thing in training and another by a reward model."""
+    ways = [(m.folder.stage, method_of(m.folder)) for m in (first, last)]
+    return first != last and ways[0] == ways[1]
+
+
+def _before(summary: Row, name: str) -> str:
+    """` (50.0% before)`: the run's own start."""
+    was = summary.get(f"first/{name}")
+    return f" ({figure(name, was)} before)" if is_number(was) else ""
 
 
 def _tiles(models: Sequence[Model], steps: Sequence[Step]) -> list[Tile]:
@@ -169,12 +197,13 @@ def _tiles(models: Sequence[Model], steps: Sequence[Step]) -> list[Tile]:
     tiles: list[Tile] = []
     if models:
         first, last = models[0], models[-1]
-        for metric in TILES:
-            value, was = last.summary.get(metric), first.summary.get(metric)
-            if is_number(value):
-                known = first != last and is_number(was)
-                note = f"{first.label}: {figure(metric, was)}" if known else ""
-                tiles.append(Tile(label(metric), figure(metric, value), note))
+        averaged_folder = replace(last.folder, summary=last.summary)
+        for tile, metric in ((tile_of(averaged_folder, metric), metric) for metric in TILES):
+            was = first.summary.get(shown_name(averaged_folder, metric) or "")
+            if tile is not None:
+                known = comparable(first, last) and is_number(was)
+                note = f"{first.label}: {figure(metric, was)}" if known else tile.note
+                tiles.append(replace(tile, note=note))
         tiles = tiles or tiles_of(last.folder)
     seconds = [step.seconds for step in steps if step.seconds is not None]
     ran = "all steps" if len(seconds) == len(steps) else f"{len(seconds)} of {len(steps)} steps"

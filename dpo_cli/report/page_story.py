@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from dpo_cli.report.page_read import Folder, Row
 from dpo_cli.report.page_text import (
+    BOUNDS,
     count,
     figure,
     is_number,
@@ -18,7 +17,6 @@ from dpo_cli.report.page_text import (
     with_unit,
 )
 
-MOST_TILES = 6
 MOST_FINISH = 0.9  # a smaller share of finished completions is told
 MOST_FINDINGS = 4  # sentences of frontier.md
 LOSSES = {
@@ -39,21 +37,6 @@ METHODS = {
 }
 UNITS = {"dpo": "pair", "reward": "pair", "ppo-baseline": "prompt"}  # what a row trains
 BASELINES = ("optimum", "best-of-n")  # rows of points.jsonl that are no trained policy
-
-# Of these a report shows the first it has, held-out figures before those of the last steps.
-TILES = (
-    "reward", "score", "kl", "accuracy", "win_rate", "rewards/accuracies", "loss", "perplexity",
-    "ece", "rewards/margins", "shortfall", "finished", "distinct_2",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A figure to see first, with what it is and what it was before."""
-
-    label: str
-    value: str
-    note: str = ""
 
 
 def title_of(folder: Folder) -> str:
@@ -134,8 +117,8 @@ def _of_training(summary: Row) -> list[str]:
     name = f"{prefix}rewards/accuracies"
     if is_number(summary.get(name)):
         told.append(
-            f"the chosen response ranks first in {figure(name, summary[name])} of the {where} "
-            f"pairs{_was(summary, name)}"
+            f"the chosen response ranks first in {figure(name, summary[name])}"
+            f"{interval(summary, name)} of the {where} pairs{_was(summary, name)}"
         )
     metrics = ("score", "kl") if prefix + "score" in summary else ("loss", "perplexity", "ece")
     for name in (prefix + metric for metric in metrics):
@@ -143,6 +126,13 @@ def _of_training(summary: Row) -> list[str]:
             words = label(name).partition(" (")[0]
             told.append(f"{lower(words)} {with_unit(name, summary[name])}{_was(summary, name)}")
     return [*told, _unfinished(summary, "eval/finished", "rollout/finished")]
+
+
+def interval(summary: Row, name: str) -> str:
+    """` (57.1% to 69.0%)` where it is known."""
+    low, high = (summary.get(f"{name}_{bound}") for bound in BOUNDS)
+    known = is_number(low) and is_number(high)
+    return f" ({figure(name, low)} to {figure(name, high)})" if known else ""
 
 
 def _was(summary: Row, metric: str) -> str:
@@ -233,54 +223,3 @@ def point_name(row: Row) -> str:
     parts = [row.get("method") or "a policy", row.get("setting")]
     name = " ".join(str(part) for part in parts if part)
     return f"{name}, step {step:,}" if isinstance(step, int) else name
-
-
-def tiles_of(folder: Folder) -> list[Tile]:
-    """The first figures of TILES that the run has."""
-    summary = folder.summary
-    rates = [name for name in summary if re.fullmatch(r"win_rate_t[\d.e-]+", name)][:2]
-    found = [
-        tile
-        for name in TILES
-        for metric in (rates if name == "win_rate" else [name])
-        if (tile := _tile(summary, f"eval/{metric}", metric)) is not None
-    ]
-    if len(trained(folder.points)) > 1:
-        found = _point_tiles(folder.points) + found
-    return found[:MOST_TILES]
-
-
-def _tile(summary: Row, *names: str) -> Tile | None:
-    name = next((name for name in names if is_number(summary.get(name))), None)
-    if name is None:
-        return None
-    before = summary.get(f"first/{name}")
-    error, low, high = (summary.get(f"{name}_{bound}") for bound in ("se", "low", "high"))
-    note = f"{figure(name, before)} before" if is_number(before) else ""
-    if is_number(error):
-        _, _, margin = figure(name, summary[name], error).partition("±")
-        note = f"±{margin} standard error"
-    elif is_number(low) and is_number(high):
-        note = f"{figure(name, low)} to {figure(name, high)}"
-    return Tile(label(name), figure(name, summary[name]), note)
-
-
-def _point_tiles(points: Sequence[Row]) -> list[Tile]:
-    policies = trained(points)
-    best = best_point(policies)
-    tiles = [
-        Tile(
-            "Policies",
-            f"{len(policies):,}",
-            count(len({r.get("method") for r in policies}), "method"),
-        )
-    ]
-    if best is not None:
-        tiles.append(Tile("Highest reward", figure("reward", best["reward"]), point_name(best)))
-        if is_number(best.get("kl")):
-            tiles.append(Tile("Its KL (nats)", figure("kl", best["kl"]), "to the reference"))
-        if is_number(best.get("shortfall")):
-            tiles.append(
-                Tile("Short of the optimum by", figure("reward", best["shortfall"]), "at that KL")
-            )
-    return tiles

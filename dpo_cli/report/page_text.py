@@ -91,11 +91,17 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+BOUNDS = ("low", "high")  # of a 95% interval
+
+
 def label(metric: str) -> str:
     """`eval/loss` -> Held-out loss; a name without a label stays as it is."""
     if metric.startswith("first/"):
         return f"{label(metric.removeprefix('first/'))}, before"
     base = metric.removeprefix("eval/")
+    for bound in BOUNDS:
+        if base.endswith(f"_{bound}") and base.removesuffix(f"_{bound}") in LABELS:
+            return f"{label(metric.removesuffix(f'_{bound}'))}, {bound}"
     if base.startswith("win_rate_t"):
         temperature, _, bound = base.removeprefix("win_rate_t").partition("_")
         return f"Win rate at temperature {temperature}{bound and f', {bound}'}"
@@ -113,6 +119,8 @@ def lower(words: str) -> str:
 
 def _unit(metric: str) -> str:
     base = metric.removeprefix("first/").removeprefix("eval/")
+    for bound in BOUNDS:
+        base = base.removesuffix(f"_{bound}")
     if base.rpartition("/")[2] in _SHARES or base.startswith("win_rate"):
         return "%"
     return NATS if base in _NATS or base.partition("/")[0] in _NATS else ""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dpo_cli.config import LOSS_OPTIONS, DpoConfig
 from dpo_cli.errors import DataError
 from dpo_cli.logprobs import sum_by_sequence
-from dpo_cli.losses import LOSSES, RankedLogprobs
+from dpo_cli.losses import LOSSES, RankedLogprobs, preferences
 from dpo_cli.model.adapters import is_adapted
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
@@ -28,6 +28,7 @@ from dpo_cli.stages.rows import (
     distinct_responses,
     mean_figures,
     step_plan,
+    with_interval,
 )
 from dpo_cli.stages.sampling import sample_writer
 from dpo_cli.stages.session import Loaded, Session, load_policy_and_data
@@ -168,16 +169,17 @@ def objective(logprobs: RankedLogprobs, stage: DpoConfig) -> Tensor:
 def preference_metrics(logprobs: RankedLogprobs, beta: float) -> list[tuple[str, Tensor]]:
     """Per-example figures; chosen is the first response, rejected the last.
 
-    An accuracy counts a tie as one half, so identical models score 0.5.
+    An accuracy counts a tie within rounding as one half, so identical models score 0.5.
     """
     rho = logprobs.logratios.detach()
     chosen, rejected = rho[:, 0], rho[:, -1]
     margin = chosen - rejected
+    sizes = (logprobs.policy.detach().abs() + logprobs.reference.abs())[:, [0, -1]].sum(1)
     return [
         ("rewards/chosen", beta * chosen),
         ("rewards/rejected", beta * rejected),
         ("rewards/margins", beta * margin),
-        ("rewards/accuracies", (margin.sign() + 1.0) / 2.0),
+        ("rewards/accuracies", preferences(margin, sizes)),
         ("logps/chosen", logprobs.policy.detach()[:, 0]),
         ("logps/rejected", logprobs.policy.detach()[:, -1]),
         ("logratios/chosen", chosen),
@@ -195,6 +197,7 @@ def evaluate(
     """The training figures on the held-out rows; empty without any."""
     if reference_of is None:
         return {}
-    return mean_figures(
+    found = mean_figures(
         session, examples, lambda row: dpo_loss(loaded.model, row, reference_of, stage)
     )
+    return with_interval(found, "rewards/accuracies", len(examples))

@@ -16,6 +16,7 @@ from dpo_cli.data.sources import read_rows
 from dpo_cli.evaluation.scorers import Completed, Scorer
 from dpo_cli.evaluation.statistics import distinct_ngrams, mean_and_error, share_of
 from dpo_cli.logprobs import sum_by_sequence, target_logprobs, token_kl
+from dpo_cli.losses import preferences
 from dpo_cli.model.forward import head_of, hidden_states, sequence_logprobs
 from dpo_cli.model.generate import Completion
 from dpo_cli.records import Batch, EncodedExample, Prompt
@@ -133,26 +134,27 @@ def preference_accuracy(
 
     `accuracy`: by the implicit reward log pi - log pi_ref; `likelihood_accuracy`: by log pi.
     """
-    margins: dict[str, list[float]] = {"likelihood_accuracy": [], "accuracy": []}
+    shares: dict[str, list[float]] = {"likelihood_accuracy": [], "accuracy": []}
     with session.progress.phase("preference accuracy", len(rows)) as tick:
 
         def both(row: Batch) -> tuple[list[float], list[float]]:
             logprobs = sequence_logprobs(policy, row).view(-1, row.branches)
+            sizes = logprobs.abs()
             if reference is None:
-                return margin(logprobs), []
+                return ranked_right(logprobs, sizes), []
             other = sequence_logprobs(reference, row).view(-1, row.branches)
-            return margin(logprobs), margin(logprobs - other)
+            implied = ranked_right(logprobs - other, sizes + other.abs())
+            return ranked_right(logprobs, sizes), implied
 
         made = session.within_memory(
             lambda: [made for _, made in over_rows(session, rows, both, tick=tick)]
         )
     for likelihood, implied in made:
-        margins["likelihood_accuracy"] += likelihood
-        margins["accuracy"] += implied
+        shares["likelihood_accuracy"] += likelihood
+        shares["accuracy"] += implied
     figures: dict[str, float] = {"pairs": len(rows)}
-    for name, values in margins.items():
-        if values:
-            right = [(np.sign(m) + 1.0) / 2.0 for m in values]
+    for name, right in shares.items():
+        if right:
             figures[name], figures[f"{name}_se"] = mean_and_error(right)
             share = share_of(right)
             figures |= {f"{name}_low": share.low, f"{name}_high": share.high}
@@ -169,7 +171,9 @@ def pairs_config(path: str, of_run: DataConfig) -> JsonlDataConfig:
     return replace(data, finished_field="finished" if known else None)
 
 
-def margin(values: torch.Tensor) -> list[float]:
-    """(E, K) -> first minus last of each example."""
-    found: list[float] = (values[:, 0] - values[:, -1]).tolist()
+def ranked_right(values: torch.Tensor, sizes: torch.Tensor) -> list[float]:
+    """(E, K) -> of each example 1 where the first is above the last, 1/2 where they are equal
+    within rounding. sizes: (E, K) what the values are differences of."""
+    margins, ends = values[:, 0] - values[:, -1], sizes[:, 0] + sizes[:, -1]
+    found: list[float] = preferences(margins, ends).tolist()
     return found

@@ -20,7 +20,14 @@ from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages.normalisation import normalise
 from dpo_cli.stages.precision import quantised_base
-from dpo_cli.stages.rows import batches_of, begin_training, check_lengths, over_rows, step_plan
+from dpo_cli.stages.rows import (
+    batches_of,
+    begin_training,
+    check_lengths,
+    over_rows,
+    step_plan,
+    with_interval,
+)
 from dpo_cli.stages.session import Session, load_policy_and_data
 from dpo_cli.stages.trained import trained_files
 from dpo_cli.train.loop import fit
@@ -159,7 +166,8 @@ def evaluate(
     for row, (out, values) in over_rows(session, rows.examples, measured, keep_last=True):
         totals.add(out)
         rows.rewards[row.example_ids] = values
-    return {**totals.means(), "ece": calibration_error(reliability(pair_margins(rows.rewards)))}
+    means = with_interval(totals.means(), "rewards/accuracies", len(rows.examples))
+    return {**means, "ece": calibration_error(reliability(pair_margins(rows.rewards)))}
 
 
 def pair_margins(values: Tensor) -> list[float]:

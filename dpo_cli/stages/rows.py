@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dpo_cli.config import RunConfig
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import DataError
+from dpo_cli.evaluation.statistics import share_interval
 from dpo_cli.model.attention import prepare
 from dpo_cli.model.source import origin_of
 from dpo_cli.packing import pack_all, pack_share, pack_sorted
@@ -123,6 +124,14 @@ def mean_figures(
     for _, out in made:
         totals.add(out)
     return totals.means() if totals.sums else {}
+
+
+def with_interval(figures: dict[str, float], name: str, count: int) -> dict[str, float]:
+    """The figures, a share of so many rows among them with its 95% interval: `_low`, `_high`."""
+    if name not in figures:
+        return figures
+    found = share_interval(figures[name], count)
+    return {**figures, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def keep_responses(examples: Sequence[EncodedExample], count: int) -> list[EncodedExample]:
