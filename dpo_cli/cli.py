@@ -24,6 +24,8 @@ from dpo_cli.usage import quick_answer
 if TYPE_CHECKING:  # Hydra takes 0.2 s to import, which --help does without
     from omegaconf import DictConfig
 
+    from dpo_cli.config import RunConfig
+
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal, as shells have it
 
 
@@ -211,14 +213,30 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
     if leading:
         config = elastic.as_started(config)
     chosen = config.run_dir or (cfg.hydra.run.dir if cfg.hydra.run.dir != "." else "")
+    if not chosen and config.stage.name == "inspect":  # leaves nothing to look at later
+        with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch:
+            return _start(cfg, config, Path(scratch), words)
     folder = Path(chosen) if chosen else run_folder.default_run_dir(config)
     if config.resume and not chosen:
         raise ConfigError("resume=true: which run? give resume=<run folder>")
     if not leading and elastic.on_several_nodes(config):
         return elastic.launch(config, words)  # the folder is for the first rank to look at
+    try:
+        return _start(cfg, config, folder, words)
+    except UserError:
+        if not chosen:
+            run_folder.remove_bare(folder)
+        raise
+
+
+def _start(cfg: DictConfig, config: RunConfig, folder: Path, words: list[str]) -> int:
+    """Claim the folder and run, here or in a process per device."""
+    from dpo_cli import run_folder
+
+    leading = elastic.rank() is not None
     run_folder.check_free(folder, config.resume)
-    asked, config.run_dir = config.resume, str(folder)
-    config.resume = asked and not run_folder.is_bare(folder)  # else it never got going
+    config.run_dir = str(folder)
+    config.resume &= not run_folder.is_bare(folder)  # else it never got going
     environment = {str(key): str(value) for key, value in cfg.hydra.job.env_set.items()}
     os.environ.update(environment)
     _let_segments_grow()

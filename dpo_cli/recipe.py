@@ -9,6 +9,7 @@ what the steps it uses have written, and the version of dpo-run.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.compose import prepare
-from dpo_cli.durable import write_json
+from dpo_cli.durable import disk_errors, write_json
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.launch import as_override, run_child, shell_status
 from dpo_cli.overrides import composed, first_job, parsed
@@ -30,6 +31,8 @@ from dpo_cli.recipe_report import Outcome, print_outcomes, print_report
 from dpo_cli.recipe_state import Decision, examine, first_few, identity, record_of
 from dpo_cli.run_folder import is_bare, is_used, make, read_json, refuse_locked, set_aside
 from dpo_cli.train.guard import run_lock
+
+RECIPE, REPORT = "recipe.json", "report.html"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def run_recipe(words: Sequence[str]) -> int:
     """Run the command `dpo-run <words>`; the exit code of the first step that fails."""
     command = parse(words)
     recipe = load_recipe(find_recipe(command.recipe), command.settings)
-    run_dir = command.run_dir or Path("runs", recipe.name)
+    run_dir = command.run_dir or default_folder(recipe)
     _refuse_foreign(run_dir, recipe)
     _check_steps(recipe, run_dir)
     if command.dry_run:
@@ -54,7 +57,7 @@ def run_recipe(words: Sequence[str]) -> int:
         return 0
     make(run_dir)
     with run_lock(run_dir):
-        write_json(run_dir / "recipe.json", {"recipe": recipe.name, "vars": recipe.variables})
+        write_json(run_dir / RECIPE, {"recipe": recipe.name, "vars": recipe.variables})
         return _run_steps(recipe, run_dir)
 
 
@@ -83,9 +86,37 @@ def parse(words: Sequence[str]) -> Command:
     return Command(name, settings, run_dir, dry_run)
 
 
+def default_folder(recipe: Recipe) -> Path:
+    """`runs/<recipe>`, or the first of `-2`, `-3`, ... where no run of it with other variables has
+    finished: its models and its report stay."""
+    variables = json.loads(json.dumps(recipe.variables))
+    number = 1
+    while True:
+        folder = Path("runs", recipe.name if number == 1 else f"{recipe.name}-{number}")
+        stored = read_json(folder / RECIPE)
+        finished = stored.get("recipe") == recipe.name and (folder / REPORT).is_file()
+        if not finished or stored.get("vars") == variables:
+            if number > 1:
+                print(f"runs/{recipe.name} has other variables; this run is in {folder}")
+            return folder
+        number += 1
+
+
+def keep_report(run_dir: Path, outcomes: Sequence[Outcome]) -> None:
+    """The report of steps that were now run anew stays, as `report.old-1.html`, `-2`, ..."""
+    report = run_dir / REPORT
+    if report.is_file() and any(outcome.action != "skip" for outcome in outcomes):
+        number = 1
+        while (old := run_dir / f"report.old-{number}.html").exists():
+            number += 1
+        with disk_errors(report):
+            report.rename(old)
+        print(f"the earlier report is kept as {old}")
+
+
 def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
     """The folder must be new, or this recipe's."""
-    owner = read_json(run_dir / "recipe.json").get("recipe")
+    owner = read_json(run_dir / RECIPE).get("recipe")
     if is_used(run_dir) and owner != recipe.name:
         whose = f"belongs to recipe {owner}" if owner else "is not empty"
         raise ConfigError(f"run_dir={run_dir}: {whose}; choose another run_dir")
@@ -156,6 +187,7 @@ def _run_steps(recipe: Recipe, run_dir: Path) -> int:
     print_report(told["report"], recipe.repeat.key if recipe.repeat else "")
     from dpo_cli.report.page_recipe import write_recipe_report  # jinja2 is slow to import
 
+    keep_report(run_dir, outcomes)
     print(f"report: {write_recipe_report(run_dir, told)}")
     return 0
 

@@ -99,7 +99,8 @@ def finish(
         write_model_card(run_dir / "final", card_facts(config, figures, argv, session))
     write_redacted_json(run_dir / "summary.json", summary)
     session.progress.show(summary_table(config.stage.name, figures.items()))
-    session.progress.note(f"results in {run_dir}")
+    if config.stage.name != "inspect":
+        session.progress.note(f"results in {run_dir}")
     if config.logger.report and config.stage.name in REPORTED:
         from dpo_cli.report.page import write_run_report  # so is jinja2
 

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,16 @@ def is_bare(folder: Path) -> bool:
     metrics = folder / "metrics.jsonl"
     ours = _is_run(folder) or names <= {COMPOSED, LOCK}
     return ours and names <= PAPERS and not (metrics.exists() and metrics.stat().st_size)
+
+
+def remove_bare(folder: Path) -> None:
+    """Take away what a start that failed has left, if that is all there is; and `runs/`, if there
+    is nothing else in it."""
+    if not (folder.is_dir() and is_bare(folder)):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # not empty
+        folder.parent.rmdir()
 
 
 def refuse_locked(folder: Path) -> None:

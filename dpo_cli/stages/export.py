@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
@@ -20,18 +23,22 @@ from transformers import (
 )
 
 from dpo_cli.config import ExportConfig, ModelConfig
+from dpo_cli.data.trained import TRAINED_PROMPTS
 from dpo_cli.errors import ConfigError
 from dpo_cli.model.classifier import CLASSIFIER
 from dpo_cli.model.load import hf_config, load_tokenizer
 from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.reward import set_padding
-from dpo_cli.model.source import Origin, origin_of, source_of
+from dpo_cli.model.source import Origin, model_folder, origin_of, source_of
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.files import versions
+from dpo_cli.stages.policies import run_of
 from dpo_cli.stages.precision import QUANTIZATION
 from dpo_cli.stages.session import Session, base_provenance
-from dpo_cli.train.checkpoint import save_final
+from dpo_cli.train.checkpoint import PROVENANCE, save_final
 
+MODEL_FACTS = ("name", "hub_id", "revision", "path")
+LOCAL = ["MANIFEST.json", PROVENANCE, TRAINED_PROMPTS]  # of use here alone, with paths of this disk
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}  # safetensors' names
 
@@ -50,8 +57,11 @@ def run(session: Session) -> dict[str, Any]:
     model.to(DTYPES[dtype])  # type: ignore[arg-type]
     for line in told(origin, dtype, over):
         session.note(line)
-    save_final(final, model, tokenizer, provenance)
-    write_model_card(final, card_facts(session, provenance))
+    known = model_folder(source.path) / TRAINED_PROMPTS if source.path else None
+    files = {TRAINED_PROMPTS: known.read_bytes()} if known and known.is_file() else {}
+    save_final(final, model, tokenizer, provenance, files=files)
+    chat = tokenizer.chat_template is not None
+    write_model_card(final, card_facts(session, provenance, chat))
     if stage.push_to_hub is not None:
         push(final, stage.push_to_hub)
         session.note(f"pushed to {stage.push_to_hub}")
@@ -99,17 +109,76 @@ def load_whole(source: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTr
     return model
 
 
-def card_facts(session: Session, provenance: dict[str, Any]) -> dict[str, Any]:
-    """What the card says: how the weights were trained, as far as their folder tells."""
-    source = vars(session.config.model)
-    return {
+def card_facts(session: Session, provenance: dict[str, Any], chat: bool) -> dict[str, Any]:
+    """What the card says: how the weights were trained, as far as their run's folder tells. Of
+    local paths, which say nothing to others, the last part alone."""
+    source = session.config.model
+    run = run_of(model_folder(source.path))[0] if source.path else None
+    stored = read_stored(run)
+    settings = ("stage", "lora", "optim", "train", "seed")
+    config: dict[str, Any] = {k: stored[k] for k in settings if k in stored}
+    data = {k: v for k, v in (stored.get("data") or {}).items() if k in ("name", "hub_id", "path")}
+    facts = {
         "stage": provenance.get("stage", "export"),
         "name": session.run_dir.name,
-        "model": {k: source[k] for k in ("name", "hub_id", "revision", "path")},
-        "data": {"name": provenance["data"]} if "data" in provenance else {},
-        "config": {"trained": provenance} if provenance else {},
+        "model": base_of(source),
+        "data": data or ({"name": provenance["data"]} if "data" in provenance else {}),
+        "command": stored_command(run),
+        "chat": chat,
+        "config": config or ({"trained": provenance} if provenance else {}),
+        "results": read_object(run / "summary.json", ("stage", "run_dir")) if run else {},
         "versions": versions(),
     }
+    cleaned: dict[str, Any] = without_paths(facts)
+    return cleaned
+
+
+def base_of(source: ModelConfig) -> dict[str, Any]:
+    """The weights that the chain of runs began with: a hub id, or a folder that is no run's."""
+    found, seen = source, set()
+    while found.path and found.path not in seen:
+        seen.add(found.path)
+        stored = read_stored(run_of(model_folder(found.path))[0]).get("model")
+        if not isinstance(stored, dict) or not (stored.get("path") or stored.get("hub_id")):
+            break
+        if stored.get("path") and not Path(stored["path"]).exists():
+            return {k: stored.get(k) for k in MODEL_FACTS} | {"name": Path(stored["path"]).name}
+        name, hub_id, revision, path = (stored.get(key) for key in MODEL_FACTS)
+        found = ModelConfig(str(name), path, hub_id, revision)
+    name = Path(found.path).name if found.path else found.name
+    return {k: getattr(found, k) for k in MODEL_FACTS} | {"name": name}
+
+
+def read_stored(run: Path | None) -> dict[str, Any]:
+    """A run's resolved configuration; nothing of other folders."""
+    path = run / "config.yaml" if run else None
+    stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path and path.is_file() else None
+    return stored if isinstance(stored, dict) else {}
+
+
+def read_object(path: Path, without: Sequence[str]) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: value for key, value in found.items() if key not in without}
+
+
+def stored_command(run: Path | None) -> list[str]:
+    path = run / "command.txt" if run else None
+    lines = path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else []
+    return shlex.split(lines[0]) if lines else []
+
+
+def without_paths(value: Any) -> Any:
+    """Texts that are local paths, and words `key=<path>`, with the path's last part alone."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    key, sign, path = value.partition("=")
+    named = path if sign else value
+    local = named.startswith(("/", "./", "../", "~")) or Path(named).exists()
+    return f"{key}{sign}" * bool(sign) + Path(named).name if local else value
 
 
 def push(folder: Path, repository: str) -> None:
@@ -118,7 +187,7 @@ def push(folder: Path, repository: str) -> None:
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(
-            repo_id=repository, folder_path=folder, ignore_patterns=["MANIFEST.json"],
+            repo_id=repository, folder_path=folder, ignore_patterns=LOCAL,
             commit_message="Model exported by dpo-run",
         )  # fmt: skip
     except (OSError, ValueError, HTTPError) as error:
