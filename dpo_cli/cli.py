@@ -209,8 +209,7 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
     from dpo_cli.compose import prepare
 
     config = prepare(cfg, words)
-    leading = elastic.rank() is not None
-    if leading:
+    if elastic.rank() is not None:
         config = elastic.as_started(config)
     chosen = config.run_dir or (cfg.hydra.run.dir if cfg.hydra.run.dir != "." else "")
     if not chosen and config.stage.name == "inspect":  # leaves nothing to look at later
@@ -219,7 +218,7 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
     folder = Path(chosen) if chosen else run_folder.default_run_dir(config)
     if config.resume and not chosen:
         raise ConfigError("resume=true: which run? give resume=<run folder>")
-    if not leading and elastic.on_several_nodes(config):
+    if elastic.rank() is None and elastic.on_several_nodes(config):
         return elastic.launch(config, words)  # the folder is for the first rank to look at
     try:
         return _start(cfg, config, folder, words)
