@@ -206,3 +206,21 @@ def test_what_cannot_work_is_refused(words, message):
     typed = ["stage=export", "model=gpt2", words]
     told = problems(typed, typed)
     assert any(message in line for line in told), told
+
+
+def test_the_card_tells_base_results_and_command_without_a_local_path(
+    base, runs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(export, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "asked", [])
+    exported(tmp_path / "e", runs / "dora", "stage.push_to_hub=me/mine", "stage.dtype=fp32")
+    card = (tmp_path / "e" / "final" / "README.md").read_text()
+    assert "llama after Direct Preference Optimization on" in card  # the base, not model=tiny
+    assert "| first/loss | 0.6931 |" in card
+    assert "dpo-run stage=dpo model.path=llama lora=dora" in card
+    for folder in (base, runs, tmp_path):
+        assert str(folder) not in card
+    _, sent = Hub.asked
+    assert {"dpo_run.json", "trained_prompts.bin"} <= set(sent[2])  # paths and hashes stay here
+    known = (runs / "dora" / "final" / "trained_prompts.bin").read_bytes()
+    assert (tmp_path / "e" / "final" / "trained_prompts.bin").read_bytes() == known

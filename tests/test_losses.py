@@ -16,6 +16,7 @@ from dpo_cli.losses import (
     hinge_loss,
     ipo_loss,
     plackett_luce_loss,
+    preferences,
     sigmoid_loss,
     unlikelihood_loss,
 )
@@ -160,3 +161,10 @@ def trl_loss(module, loss_type, beta, policy, reference, completion_mask):
     }
     with patch.object(module, "disable_gradient_checkpointing", lambda *a: nullcontext()):
         return module.DPOTrainer._compute_loss(trainer, lambda **k: outputs["policy"], batch, False)
+
+
+def test_a_margin_within_rounding_is_a_tie():
+    """2**-20 of 400 is 0.00038: what two packings of the same float32 sums may differ by."""
+    margins = torch.tensor([0.0, 3e-4, -3e-4, 4e-4, -4e-4, 1.0])
+    found = preferences(margins, torch.full((6,), 400.0))
+    assert found.tolist() == [0.5, 0.5, 0.5, 1.0, 0.0, 1.0]

@@ -67,6 +67,38 @@ def test_a_sweep_is_a_step(tmp_path):
     assert "dpo-run -m stage=dpo stage.beta=0.1,1" in page.text
 
 
+def test_losses_of_two_stages_are_not_compared(tmp_path):
+    """SFT's negative log-likelihood is not DPO's loss; training batches are not held-out rows."""
+    sft = dpo_run(
+        tmp_path / "01-sft", config={"stage": {"name": "sft"}, "model": {"name": "tiny"}},
+        summary={"stage": "sft", "first/eval/loss": 5.9, "eval/loss": 5.152, "loss": 5.0},
+    )  # fmt: skip
+    bounds = {"eval/rewards/accuracies_low": 0.57, "eval/rewards/accuracies_high": 0.69}
+    summary = {
+        "stage": "dpo", "first/eval/loss": 0.6931, "eval/loss": 0.6912, "loss": 0.61,
+        "first/eval/rewards/accuracies": 0.5, "eval/rewards/accuracies": 0.632, **bounds,
+        "rewards/accuracies": 0.656, "rewards/margins": 0.3, "finished": 0.5,
+    }  # fmt: skip
+    page = recipe_report(tmp_path, [sft, dpo_run(tmp_path / "02-dpo", summary=summary)])
+    told = " ".join(page.text.split())
+    assert (
+        "DPO: held-out preference accuracy 63.2% (57.0% to 69.0%) (50.0% before), held-out loss "
+        "0.691 (0.693 before)." in told
+    )
+    top = told[: told.index("Completions")]
+    assert "5.152" not in top
+    assert "65.6%" not in top
+    assert "SFT: " not in top.partition("Comparison")[0]
+
+
+def test_figures_of_training_are_called_so_without_held_out_rows(tmp_path):
+    summary = {"stage": "dpo", "first/loss": 0.6931, "loss": 0.5, "rewards/accuracies": 0.75}
+    runs = [dpo_run(tmp_path / name, summary=summary) for name in ("01-a", "02-b")]
+    told = " ".join(recipe_report(tmp_path, runs).text.split())
+    assert "training preference accuracy from 75.0% to 75.0%, training loss from" in told
+    assert "Held-out" not in told.partition("Completions")[0]
+
+
 RECIPE = """\
 description: One step
 steps:

@@ -14,6 +14,7 @@ from recipe_helpers import run_cli, starts
 pytest_plugins = ["recipe_fixtures"]
 
 ALL = ["run sft", "run dpo", "run score"]
+HERE = "run_dir=runs/small"  # where the first run went by itself
 
 
 def test_steps_run_in_order_with_their_references(
@@ -55,14 +56,14 @@ def test_a_changed_variable_reruns_what_depends_on_it(
     run_cli()
     starts(folder)
     (folder / "value-sft").write_text("0.7")
-    assert run_cli("vars.rows=9") == 0
+    assert run_cli("vars.rows=9", HERE) == 0
     assert starts(folder) == ALL
     out = capfd.readouterr().out
     assert "sft: run (again, now train.max_steps=9, no longer train.max_steps=8)" in out
     assert "dpo: run (again, sft has changed)" in out
     assert (folder / "runs/small/01-sft.old-1/summary.json").is_file()
     (folder / "value-sft").write_text("0.8")
-    assert run_cli() == 0  # back again: nothing is thrown away
+    assert run_cli(HERE) == 0  # back again: nothing is thrown away
     assert sorted(p.name for p in (folder / "runs/small").glob("01-sft*")) == [
         "01-sft", "01-sft.json", "01-sft.old-1", "01-sft.old-2",
     ]  # fmt: skip
@@ -71,8 +72,40 @@ def test_a_changed_variable_reruns_what_depends_on_it(
 def test_a_step_whose_inputs_come_out_the_same_is_not_repeated(folder: Path) -> None:
     run_cli()
     starts(folder)
-    assert run_cli("vars.rows=9") == 0  # the stub writes the same summary
+    assert run_cli("vars.rows=9", HERE) == 0  # the stub writes the same summary
     assert starts(folder) == ["run sft"]
+
+
+def test_other_variables_have_a_folder_of_their_own(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first run's models and its report stay as they are."""
+    run_cli()
+    first = {p: p.read_bytes() for p in (folder / "runs/small").rglob("*") if p.is_file()}
+    (folder / "value-sft").write_text("0.7")
+    assert run_cli("vars.rows=9") == 0
+    assert "runs/small has other variables; this run is in runs/small-2" in capfd.readouterr().out
+    assert {p: p.read_bytes() for p in first} == first
+    assert (folder / "runs/small-2/report.html").is_file()
+    starts(folder)
+    assert run_cli("vars.rows=9") == 0  # goes on where it was
+    assert run_cli() == 0
+    assert starts(folder) == []
+    assert run_cli("vars.rows=10") == 0
+    assert (folder / "runs/small-3/report.html").is_file()
+
+
+def test_a_report_of_steps_that_run_anew_is_kept(folder: Path) -> None:
+    run_cli()
+    report = folder / "runs/small/report.html"
+    before = report.read_bytes()
+    run_cli()  # all skipped: the same report again
+    assert not (folder / "runs/small/report.old-1.html").exists()
+    before = report.read_bytes()
+    (folder / "value-sft").write_text("0.7")
+    assert run_cli("vars.rows=9", HERE) == 0
+    assert (folder / "runs/small/report.old-1.html").read_bytes() == before
+    assert report.read_bytes() != before
 
 
 def test_changed_outputs_are_noticed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +189,7 @@ def test_dry_run_tells_what_would_be_done_and_writes_nothing(
     run_cli()
     before = sorted(folder.rglob("*"))
     capsys.readouterr()
-    assert run_cli("dry_run=true", "vars.note=x") == 0
+    assert run_cli("dry_run=true", "vars.note=x", HERE) == 0
     out = capsys.readouterr().out
     assert "01-sft: skip" in out
     assert "02-dpo: run (again, now logger.wandb_project=x" in out

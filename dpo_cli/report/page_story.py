@@ -157,7 +157,7 @@ def _of_evaluation(folder: Folder) -> list[str]:
         if is_number(summary.get("kl")):
             told[0] += f" at a KL of {_pair(summary, 'kl')} to the reference"
     if is_number(summary.get("accuracy")):
-        told.append(f"{_pair(summary, 'accuracy')} of the pairs ranked right")
+        told.append(f"{_pair(summary, 'accuracy')} of the held-out pairs ranked right")
     told += [_optimum(summary), *_of_win_rates(folder.win_rates)]
     return [*told, _unfinished(summary, "finished"), _trained_on(summary)]
 
