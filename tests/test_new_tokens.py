@@ -114,7 +114,7 @@ def rows_of(tmp_path):
 def test_own_rows_need_no_reward(sft, tmp_path):
     words = (
         "stage=evaluate", "data=jsonl", f"data.path={rows_of(tmp_path)}", "data.eval_rows=6",
-        "logger=none", "hardware=cpu", "stage.prompts=4",
+        "logger=none", "hardware=cpu", "stage.prompts=4", "reward_fn=none",
     )  # fmt: skip
     config = configure(*words, f"model.path={sft}", f"stage.reference={sft}")
     assert config.reward_fn.name == "none"
