@@ -145,6 +145,8 @@ def averaged(summaries: Sequence[Row]) -> Row:
 def _comparison(models: Sequence[Model]) -> Table | None:
     table = comparison([model.label for model in models], [model.summary for model in models])
     most = max((model.repeats for model in models), default=1)
+    if table is not None and not comparable(models[0], models[-1]) and models[0] != models[-1]:
+        table = replace(table, caption=f"{table.caption}; a loss is each method's own")
     if table is None or most == 1:
         return table
     return replace(table, caption=f"Means of {count(most, 'run')}, ± standard deviations")

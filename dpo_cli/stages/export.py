@@ -117,6 +117,9 @@ def card_facts(session: Session, provenance: dict[str, Any], chat: bool) -> dict
     stored = read_stored(run)
     settings = ("stage", "lora", "optim", "train", "seed")
     config: dict[str, Any] = {k: stored[k] for k in settings if k in stored}
+    if isinstance(config.get("stage"), dict):  # the card would write the reference's whole path
+        own = {k: v for k, v in config["stage"].items() if k != "reference"}
+        config["stage"] = own | {"trained_against": provenance.get("reference")}
     data = {k: v for k, v in (stored.get("data") or {}).items() if k in ("name", "hub_id", "path")}
     facts = {
         "stage": provenance.get("stage", "export"),
