@@ -27,7 +27,7 @@ from dpo_cli.config import (
     SftConfig,
 )
 from dpo_cli.config.endpoint import endpoint_from_environment
-from dpo_cli.data.dataset import EncodedSplits, load_encoded
+from dpo_cli.data.dataset import EncodedSplits, load_encoded, refuse_same
 from dpo_cli.memory.budget import fitting, is_open, with_tokens
 from dpo_cli.memory.facts import (
     Lengths,
@@ -107,6 +107,8 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
     rows += reference_rows(config, points)
     context = configured_context(config.model, tokenizer)
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
+    if stage.name in TRAINING:
+        refuse_same(splits)
     rows += data_rows(config, splits)
     if isinstance(stage, (SftConfig, DpoConfig, RewardConfig)):
         rows += training_rows(config, lengths_of(targets(config, splits.train)))

@@ -168,7 +168,9 @@ def test_a_response_that_sampling_cut_is_scored_at_its_last_token(sft, tmp_path)
              "ended": [i % 2 == 0, i % 3 == 0]} for i in range(12)]  # fmt: skip
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run_jsonl(tmp_path / "r", f"model.path={sft}", f"data.path={path}", f"data.eval_path={path}",
+    others = tmp_path / "train.jsonl"
+    others.write_text(path.read_text().replace("The film", "A film"))
+    run_jsonl(tmp_path / "r", f"model.path={sft}", f"data.path={others}", f"data.eval_path={path}",
               "data.finished_field=ended")  # fmt: skip
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "r" / "final").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "r" / "final")
@@ -221,8 +223,9 @@ def test_the_usage_in_the_model_card_scores_what_was_trained(tmp_path, chat):
                "rejected": said("assistant", "Another.")}  # fmt: skip
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    run_jsonl(tmp_path / "r", f"model.path={tmp_path / 'policy'}", f"data.path={path}",
-              f"data.eval_path={path}")  # fmt: skip
+    (tmp_path / "train.jsonl").write_text(path.read_text().replace("Your", "Our"))
+    run_jsonl(tmp_path / "r", f"model.path={tmp_path / 'policy'}", f"data.eval_path={path}",
+              f"data.path={tmp_path / 'train.jsonl'}")  # fmt: skip
     card = (tmp_path / "r" / "final" / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
     names: dict = {}

@@ -165,8 +165,9 @@ def test_an_eval_file_of_training_prompts(tmp_path):
         data = "data=jsonl", f"data.path={path}", f"data.eval_path={held}"
         return load_splits(configure(*data).data, 0)
 
+    data = "data=jsonl", f"data.path={path}", f"data.eval_path={path}"
     with pytest.raises(DataError, match="all 6 held-out prompts are training prompts, too"):
-        splits(path)
+        train(tmp_path / "same", "stage=sft", *data, *QUICK)
     (line,) = splits(other).drops.summary_lines()
     assert line == (
         "note on 2 of 11 rows: eval split: the prompt is a training prompt, too (rows 0, 1)"

@@ -174,28 +174,30 @@ def _read_splits(config: DataConfig, seed: int, train: Source, held: Source | No
     count = _eval_count(config, len(chosen))
     if count is not None and count < len(chosen):
         _, chosen = hold_out(chosen, count)
-    _note_overlap(examples, chosen, held.origin, eval_drops)
+    _note_overlap(examples, chosen, eval_drops)
     drops.absorb(eval_drops, EVAL_PREFIX)
     return Splits(examples, chosen, drops, train.origin, train.revision)
 
 
 def _note_overlap(
-    train: Sequence[PreferenceExample],
-    held: Sequence[PreferenceExample],
-    origin: str,
-    drops: DropReport,
+    train: Sequence[PreferenceExample], held: Sequence[PreferenceExample], drops: DropReport
 ) -> None:
-    """Of eval rows from a file of their own. DataError where all of them are trained on."""
+    """Of eval rows from a file of their own."""
     known = {prompt_text(example.prompt) for example in train}
-    both = [example.row for example in held if prompt_text(example.prompt) in known]
-    if both and len(both) == len(held):
+    for example in held:
+        if prompt_text(example.prompt) in known:
+            drops.add_note("the prompt is a training prompt, too", example.row)
+
+
+def refuse_same(splits: EncodedSplits) -> None:
+    """DataError where a run would train on all the prompts that it calls held out."""
+    known = {example.key for example in splits.train}
+    if splits.eval and all(example.key in known for example in splits.eval):
         raise DataError(
-            f"{origin}: all {len(both):,} held-out prompts are training prompts, too; give other "
-            "rows (data.eval_path), or hold some out (data.eval_path=null data.eval_split=null "
-            "data.eval_rows=0.1)"
+            f"{splits.origin}: all {len(splits.eval):,} held-out prompts are training prompts, "
+            "too; give other rows (data.eval_path), or hold some out (data.eval_path=null "
+            "data.eval_split=null data.eval_rows=0.1)"
         )
-    for row in both:
-        drops.add_note("the prompt is a training prompt, too", row)
 
 
 def _hold_out_of(

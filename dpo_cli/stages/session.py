@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import ModelConfig, RunConfig
 from dpo_cli.data.chat import is_chat
-from dpo_cli.data.dataset import EncodedSplits, load_encoded
+from dpo_cli.data.dataset import EncodedSplits, load_encoded, refuse_same
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.adapters import Adaptation, is_adapted
 from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of
@@ -239,6 +239,7 @@ def load_policy_and_data(
     splits = load_data(session, context_length(model), tokenizer)
     if not splits.train:
         raise DataError(f"data={config.data.name}: no training rows are left")
+    refuse_same(splits)
     if not splits.eval:
         session.note(
             "no rows are held out: no figure will tell how the model does on other prompts; "
