@@ -205,7 +205,8 @@ def sequences_of(config: RunConfig) -> int:
 def sampling_of(run: Run, sequences: int) -> Parts:
     """Keys and values of prompts, which a prompt's samples share, and of what is sampled."""
     config, shape, stage = run.config, run.facts.shape, run.config.stage
-    new = run.facts.texts.new or config.train.sample_max_new_tokens
+    asked = getattr(stage, "max_new_tokens", None) or run.facts.texts.new
+    new = asked or config.train.sample_max_new_tokens
     prompts = -(-sequences // getattr(stage, "completions", 1))
     tokens = prompts * run.facts.texts.prompt + sequences * new
     cache = 2 * shape.layers * shape.keys * run.numbers.compute * tokens
