@@ -104,11 +104,8 @@ def _files(config: RunConfig, coming: Sequence[Path]) -> Iterator[str]:
                     f"{key}={path}: has no points.jsonl; give folders of finished stage=evaluate "
                     "runs"
                 )
-    for key in (
-        "stage.reference",
-        "stage.opponent",
-        "model.tokenizer",
-    ):  # a hub id looks like owner/name
+    # a hub id looks like owner/name
+    for key in ("stage.reference", "stage.opponent", "model.tokenizer"):
         value = value_at(config, key)
         local = value is not None and (value.startswith((".", "/")) or value.count("/") > 1)
         if local and absent(value):
