@@ -209,8 +209,7 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
     from dpo_cli.compose import prepare
 
     config = prepare(cfg, words)
-    if elastic.rank() is not None:
-        config = elastic.as_started(config)
+    config = config if elastic.rank() is None else elastic.as_started(config)
     chosen = config.run_dir or (cfg.hydra.run.dir if cfg.hydra.run.dir != "." else "")
     if not chosen and config.stage.name == "inspect":  # leaves nothing to look at later
         with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch:

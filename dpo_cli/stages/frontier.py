@@ -34,6 +34,7 @@ from dpo_cli.report.frontier import (
     rich_table,
     with_error,
 )
+from dpo_cli.stages.lengths import new_tokens_of
 from dpo_cli.stages.session import Session
 
 OPTIMUM, BEST_OF = "optimum", "best-of-n"
@@ -121,15 +122,6 @@ def refuse_mixed(folders: Sequence[Path]) -> None:
                     f"stage.evaluations: {first[0]} and {folder} differ in {key} "
                     f"({first[1][key]} against {value}); draw them apart"
                 )
-
-
-def new_tokens_of(folder: Path, stage: Row) -> Any:
-    """As it was set, else as the evaluation found it in its data."""
-    if stage.get("max_new_tokens") is not None:
-        return stage["max_new_tokens"]
-    points = folder / "points.jsonl"
-    lines = points.read_text(encoding="utf-8").splitlines() if points.is_file() else []
-    return json.loads(lines[-1]).get("max_new_tokens") if lines else None
 
 
 def read_points(folder: Path) -> list[Row]:

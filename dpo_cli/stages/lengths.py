@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -38,6 +40,15 @@ def new_tokens(stage: SampleConfig | EvaluateConfig | PpoConfig) -> int:
     """Of a stage that `with_new_tokens` has seen."""
     assert stage.max_new_tokens is not None
     return stage.max_new_tokens
+
+
+def new_tokens_of(folder: Path, stage: Mapping[str, Any]) -> Any:
+    """Of an earlier evaluation: as it was set, else as it was found in its data."""
+    if stage.get("max_new_tokens") is not None:
+        return stage["max_new_tokens"]
+    points = folder / "points.jsonl"
+    lines = points.read_text(encoding="utf-8").splitlines() if points.is_file() else []
+    return json.loads(lines[-1]).get("max_new_tokens") if lines else None
 
 
 def unfinished_line(finished: float, most: int) -> str | None:
