@@ -88,14 +88,18 @@ def parse(words: Sequence[str]) -> Command:
 
 def default_folder(recipe: Recipe) -> Path:
     """`runs/<recipe>`, or the first of `-2`, `-3`, ... where no run of it with other variables has
-    finished: its models and its report stay."""
+    finished: its models and its report stay. More values of what it repeats replace nothing."""
+    repeated = list(recipe.repeat.values.values()) if recipe.repeat else None
     variables = json.loads(json.dumps(recipe.variables))
+    free = {name for name, value in recipe.variables.items() if value == repeated}
     number = 1
     while True:
         folder = Path("runs", recipe.name if number == 1 else f"{recipe.name}-{number}")
         stored = read_json(folder / RECIPE)
         finished = stored.get("recipe") == recipe.name and (folder / REPORT).is_file()
-        if not finished or stored.get("vars") == variables:
+        before = stored.get("vars") or {}
+        changed = {n for n in {*before, *variables} if before.get(n) != variables.get(n)}
+        if not finished or changed <= free:
             if number > 1:
                 print(f"runs/{recipe.name} has other variables; this run is in {folder}")
             return folder
