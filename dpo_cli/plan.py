@@ -27,7 +27,7 @@ from dpo_cli.config import (
     SftConfig,
 )
 from dpo_cli.config.endpoint import endpoint_from_environment
-from dpo_cli.data.dataset import EncodedSplits, load_encoded, refuse_same
+from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.memory.budget import fitting, is_open, with_tokens
 from dpo_cli.memory.facts import (
     Lengths,
@@ -54,6 +54,7 @@ from dpo_cli.stages.policies import PolicyPoint, find_policies, reference_of
 from dpo_cli.stages.ppo_baseline import plan_rollouts, steps_of_rollout
 from dpo_cli.stages.rows import trained_line
 from dpo_cli.stages.sample import distinct_prompts
+from dpo_cli.stages.trained import refuse_same
 from dpo_cli.train.runtime import Runtime
 
 NO_REFERENCE = "none: the KL is not measured (stage.reference)"
@@ -108,7 +109,7 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
     context = configured_context(config.model, tokenizer)
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
     if stage.name in TRAINING:
-        refuse_same(splits)
+        refuse_same(config.data, splits)
     rows += data_rows(config, splits)
     if isinstance(stage, (SftConfig, DpoConfig, RewardConfig)):
         rows += training_rows(config, lengths_of(targets(config, splits.train)))

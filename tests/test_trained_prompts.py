@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +14,7 @@ from dpo_cli.durable import damage
 from dpo_cli.errors import DataError
 from dpo_cli.records import EncodedExample
 from dpo_cli.run import run
+from dpo_cli.stages.trained import MANY, refuse_same
 from small_runs import TINY, configure
 from small_runs import train as train_tiny
 
@@ -180,3 +182,15 @@ def test_a_run_without_held_out_rows_says_so(tmp_path, capsys):
         words = "stage=sft", "data=jsonl", f"data.path={path}", f"data.eval_rows={rows}", *QUICK
         train(tmp_path / f"r{rows}", *words, "logger.progress=plain")
         assert capsys.readouterr().err.count("no rows are held out") == said
+
+
+def test_few_short_prompts_may_all_be_known_by_chance():
+    def splits(count):
+        rows = [EncodedExample(None, (), n, key=n + 1) for n in range(count)]
+        return SimpleNamespace(train=rows, eval=rows, origin="x")
+
+    generated, own = configure("stage=sft").data, configure(*jsonl(__file__)).data
+    refuse_same(generated, splits(MANY - 1))
+    for config, count in ((generated, MANY), (own, 1)):
+        with pytest.raises(DataError, match=f"all {count} held-out prompts are training prompts"):
+            refuse_same(config, splits(count))

@@ -189,17 +189,6 @@ def _note_overlap(
             drops.add_note("the prompt is a training prompt, too", example.row)
 
 
-def refuse_same(splits: EncodedSplits) -> None:
-    """DataError where a run would train on all the prompts that it calls held out."""
-    known = {example.key for example in splits.train}
-    if splits.eval and all(example.key in known for example in splits.eval):
-        raise DataError(
-            f"{splits.origin}: all {len(splits.eval):,} held-out prompts are training prompts, "
-            "too; give other rows (data.eval_path), or hold some out (data.eval_path=null "
-            "data.eval_split=null data.eval_rows=0.1)"
-        )
-
-
 def _hold_out_of(
     rows: Rows, config: DataConfig, seed: int, drops: DropReport
 ) -> tuple[list[PreferenceExample], list[PreferenceExample]]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import ModelConfig, RunConfig
 from dpo_cli.data.chat import is_chat
-from dpo_cli.data.dataset import EncodedSplits, load_encoded, refuse_same
+from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.adapters import Adaptation, is_adapted
 from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of
@@ -30,6 +30,7 @@ from dpo_cli.report.console import Progress
 from dpo_cli.report.sinks import Sink
 from dpo_cli.shard import make_mesh, shard
 from dpo_cli.stages.precision import hold_as_trained, refuse_rounding
+from dpo_cli.stages.trained import refuse_same
 from dpo_cli.train.checkpoint import Snapshot, load_provenance
 from dpo_cli.train.memory import TokenBudget, read_budget, within
 from dpo_cli.train.runtime import Runtime
@@ -239,7 +240,7 @@ def load_policy_and_data(
     splits = load_data(session, context_length(model), tokenizer)
     if not splits.train:
         raise DataError(f"data={config.data.name}: no training rows are left")
-    refuse_same(splits)
+    refuse_same(config.data, splits)
     if not splits.eval:
         session.note(
             "no rows are held out: no figure will tell how the model does on other prompts; "

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.config import RewardModelFn, RunConfig
+from dpo_cli.config import DataConfig, RewardModelFn, RunConfig
 from dpo_cli.data import trained
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.errors import DataError
@@ -15,6 +15,7 @@ from dpo_cli.model.source import model_folder
 from dpo_cli.records import EncodedExample
 
 BY_CHANCE = ("sentiment", "imdb")  # data whose prompts are first words, which many texts share
+MANY = 32  # rows of such data, which are not all in the training rows by chance
 FEW = 0.01  # a share of the rows that two files may have in common without being the same
 NAMED = 3  # models in a message
 
@@ -24,6 +25,19 @@ def trained_files(config: RunConfig, splits: EncodedSplits) -> dict[str, bytes]:
     the weights it started from were trained on."""
     base = trained.read(model_folder(config.model.path)) if config.model.path else None
     return {trained.TRAINED_PROMPTS: trained.as_bytes((e.key for e in splits.train), base)}
+
+
+def refuse_same(config: DataConfig, splits: EncodedSplits) -> None:
+    """DataError where a run would train on all the prompts that it calls held out."""
+    if config.name in BY_CHANCE and len(splits.eval) < MANY:
+        return
+    known = {example.key for example in splits.train}
+    if splits.eval and all(example.key in known for example in splits.eval):
+        raise DataError(
+            f"{splits.origin}: all {len(splits.eval):,} held-out prompts are training prompts, "
+            "too; give other rows (data.eval_path), or hold some out (data.eval_path=null "
+            "data.eval_split=null data.eval_rows=0.1)"
+        )
 
 
 def known_models(config: RunConfig, policies: Mapping[str, str | None]) -> dict[str, np.ndarray]:
