@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -226,6 +227,19 @@ class TestLoadSplits:
             40,
             3,
         ]
+
+    def test_far_fewer_than_asked_are_told(self, tmp_path: Path) -> None:
+        """Of two prompts, the one that comes first has one example, the other twenty."""
+        first, second = sorted("ab", key=lambda p: hashlib.sha256(p.encode()).digest())
+        rows = [{"prompt": p, "chosen": f"c{i}", "rejected": f"r{i}"}
+                for i, p in enumerate([first, *[second] * 20])]  # fmt: skip
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for count, held in ((10, 1), (1, 1)):
+            splits = load_splits(JsonlDataConfig(path=str(path), eval_rows=count), 0)
+            assert [len(splits.train), len(splits.eval)] == [21 - held, held]
+            told = [what for what in splits.drops.noted if "holds out 1 examples" in what]
+            assert len(told) == (count == 10)
 
     def test_generated(self) -> None:
         config = SentimentDataConfig(rows=20, eval_rows=5, responses=2)

@@ -28,6 +28,7 @@ from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.records import EncodedExample, PreferenceExample
 
 GENERATED = "sentiment"  # the one data set that is not read from anywhere
+ENOUGH = 0.9  # of the examples to hold out; fewer are told
 EVAL_PREFIX = "eval split: "  # of messages about a file that is not the training rows'
 
 
@@ -174,9 +175,20 @@ def _read_splits(config: DataConfig, seed: int, train: Source, held: Source | No
     count = _eval_count(config, len(chosen))
     if count is not None and count < len(chosen):
         _, chosen = hold_out(chosen, count)
+        _note_fewer(chosen, count, eval_drops)
     _note_overlap(examples, chosen, eval_drops)
     drops.absorb(eval_drops, EVAL_PREFIX)
     return Splits(examples, chosen, drops, train.origin, train.revision)
+
+
+def _note_fewer(held: Sequence[PreferenceExample], asked: int, drops: DropReport) -> None:
+    """Where prompts have many examples each, those of the next one may be far too many."""
+    if len(held) < ENOUGH * asked:
+        drops.add_note(
+            f"data.eval_rows={asked:,} holds out {len(held):,} examples: the next prompt has more "
+            "than are left",
+            held[0].row,
+        )
 
 
 def _note_overlap(
@@ -201,6 +213,7 @@ def _hold_out_of(
             f"{most:,} that can be used"
         )
     kept, chosen = hold_out(examples, count)
+    _note_fewer(chosen, count, drops)
     room = most - len(chosen)
     if room < len(kept):
         picked = sorted(random.Random(seed).sample(range(len(kept)), room))
