@@ -424,7 +424,7 @@ class TestRealFiles:
     def test_hh(self, shared: Path, tmp_path: Path) -> None:
         path = shared / "data/preferences/hh_harmless_base_test.jsonl.gz"
         tokenizer = AutoTokenizer.from_pretrained(shared / "data/models/stories260k-llama")
-        config = HhDataConfig(path=str(path), eval_split="test", eval_rows=312)
+        config = HhDataConfig(path=str(path), eval_rows=312)
         splits = load_encoded(config, tokenizer, 512, 0, tmp_path)
         assert splits.drops.read == 2312
         assert splits.drops.dropped == {"chosen is blank": [86, 516, 925, 1103]}
@@ -446,7 +446,7 @@ class TestRealFiles:
     def test_many_answers_a_prompt(self, shared: Path) -> None:
         path = shared / "data/preferences/finegrained_qa_human.jsonl.gz"
         splits = load_splits(JsonlDataConfig(path=str(path), eval_rows=200), 0)
-        assert len(splits.eval) == 200
+        assert 190 < len(splits.eval) <= 200  # up to the first prompt that does not fit
         assert {e.prompt for e in splits.train}.isdisjoint(e.prompt for e in splits.eval)
 
     def test_imdb_sample_has_both_labels(self, shared: Path) -> None:
