@@ -60,7 +60,7 @@ def cpu_model() -> str:
 
 
 def system() -> str:
-    return f"{platform.system()} {platform.release()}"
+    return f"{platform.system()} {platform.release().partition('-')[0]}"
 
 
 def slug(machine: Mapping[str, Any], device: str) -> str:
