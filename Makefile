@@ -23,7 +23,7 @@ CHECK_PYTHON := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo bench gpu faults test lint typecheck format check wheel clean distclean
+.PHONY: help install demo bench gpu faults test test-slow lint typecheck format check wheel clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ faults: $(READY) ## Kill, damage and starve runs, and print what was seen (most 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
+test-slow: $(READY) ## Run the tests that take long (whole experiments, compiled code)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
 lint: $(READY) ## Check style, format, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,7 +61,7 @@ format: $(READY) ## Format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-check: lint test ## Everything CI runs
+check: lint test test-slow ## Everything CI runs
 
 wheel: $(READY) ## Build the sdist and the wheel into dist/
 	$(BIN)/python -m build --no-isolation

@@ -279,6 +279,7 @@ def test_the_reference_knows_how_it_was_computed(graphs):
     assert forward.computed_by(model) == "varlen compiled"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
@@ -328,6 +329,7 @@ def test_auto_compiles_long_runs_on_a_gpu(choice, device, steps, expected):
     assert session.compiles(run) is expected
 
 
+@pytest.mark.slow
 def test_whole_runs_start_at_ln_2_and_learn_the_same(tmp_path, graphs):
     words = ("stage=dpo", "train.max_steps=3", "optim.lr=1e-3", "train.sample_prompts=0",
              "model.attention=sdpa")  # fmt: skip

@@ -18,6 +18,7 @@ COLUMNS = {"method", "seed", "setting", "step", "kl", "reward", "kl_se", "reward
            "optimum_reward_at_kl"}  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # a process a step, some with jobs of their own
 def test_every_method_is_measured_against_the_optimum(cli, tmp_path):
     done = cli(*SMALL, seconds=500)

@@ -174,7 +174,8 @@ def preference_metrics(logprobs: RankedLogprobs, beta: float) -> list[tuple[str,
     rho = logprobs.logratios.detach()
     chosen, rejected = rho[:, 0], rho[:, -1]
     margin = chosen - rejected
-    sizes = (logprobs.policy.detach().abs() + logprobs.reference.abs())[:, [0, -1]].sum(1)
+    size = logprobs.policy.detach().abs() + logprobs.reference.abs()
+    sizes = size[:, 0] + size[:, -1]  # a list as an index would be copied to the device
     return [
         ("rewards/chosen", beta * chosen),
         ("rewards/rejected", beta * rejected),
