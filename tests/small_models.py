@@ -97,9 +97,10 @@ def oracle(model: Any, rows: list[EncodedExample]) -> torch.Tensor:
 
 
 def weighted(values: torch.Tensor, first: int, total: int) -> torch.Tensor:
-    """A loss that gives every token another weight."""
-    coefficients = torch.linspace(-1.0, 2.0, total, dtype=values.dtype)
-    return (values * coefficients[first : first + len(values)].to(values)).sum()
+    """A loss that gives every token another weight. Made on the device: a copy would wait for it,
+    which a test of what waits would take for the product's."""
+    coefficients = torch.linspace(-1.0, 2.0, total, dtype=values.dtype, device=values.device)
+    return (values * coefficients[first : first + len(values)]).sum()
 
 
 def packed_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
