@@ -43,38 +43,50 @@ class Graphs:
         graph.register_generator_state(self.generator)  # or each replay would draw the same
         torch.cuda.synchronize(self.generator.device)
         # Not torch.cuda.graph, which empties the allocator's cache before every recording.
-        with torch.cuda.stream(self.stream):
-            # Other threads (data, checkpoints) may use the device meanwhile.
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                step()
+        try:
+            with torch.cuda.stream(self.stream):
+                # Other threads (data, checkpoints) may use the device meanwhile.
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    step()
+                except BaseException:
+                    with suppress(RuntimeError):  # CUDA refuses to end it well
+                        graph.capture_end()
+                    raise
                 graph.capture_end()
-            except BaseException:
-                self._abandon(graph)
-                raise
+        except BaseException:
+            self._abandon()  # on the caller's stream: that of the recording may not take work
+            raise
         return graph
 
-    def _abandon(self, failed: torch.cuda.CUDAGraph) -> None:
-        """End a recording that an error broke, so that what follows is not broken as well.
+    def _abandon(self) -> None:
+        """Clean up behind a recording that an error broke, so that what follows is not broken, too.
 
-        CUDA refuses to end it, upon which PyTorch leaves its generators recording, for good: the
-        next draw of any random number would raise. A recording that ends resets them.
+        PyTorch leaves the device's generators recording, for good: the next draw of any random
+        number would raise. A recording that ends resets them; should it not, new states with the
+        same numbers to come take their place.
         """
-        with suppress(RuntimeError):
-            failed.capture_end()
         device = self.generator.device
         with suppress(RuntimeError):
             torch._C._cuda_endAllocateToPool(device.index or 0, self.pool)
         self.recorded.clear()
         _stream.cache_clear()
         self.stream, self.pool = _stream(device), torch.cuda.graph_pool_handle()
-        number, again = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
-        again.register_generator_state(self.generator)
+        with suppress(RuntimeError):
+            self._record_anything()
+        for generator in (torch.cuda.default_generators[device.index or 0], self.generator):
+            generator.graphsafe_set_state(generator.clone_state())
+
+    def _record_anything(self) -> None:
+        """A recording that ends."""
+        device = self.generator.device
+        number, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
         torch.cuda.synchronize(device)
         with torch.cuda.stream(self.stream):
-            again.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             number.add_(1)
-            again.capture_end()
+            graph.capture_end()
 
 
 @cache
