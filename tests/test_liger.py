@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm, silu
+from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
 from dpo_cli.errors import ConfigError
@@ -47,8 +48,8 @@ def written_out():
 @pytest.fixture(autouse=True)
 def own_rotary(monkeypatch):
     """What the test replaces in transformers' source is put back."""
-    own = modeling_llama.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling_llama, liger.ROTARY, own)
+    for source in (modeling_gemma2, modeling_llama):
+        monkeypatch.setattr(source, liger.ROTARY, getattr(source, liger.ROTARY))
 
 
 def figures(model):
