@@ -3,10 +3,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from dpo_cli.errors import ConfigError
+from dpo_cli.model.generate import SamplingOptions, sample
 from dpo_cli.model.load import load_model, load_tokenizer
 from small_runs import configure, train
 
@@ -84,3 +88,43 @@ def test_an_empty_folder_names_what_is_missing(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"no config\.json"):
         load(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("output_attentions", True), ("output_hidden_states", True), ("return_dict", False)],
+)
+def test_flags_that_ask_for_more_outputs_change_nothing(trained, copy, tmp_path, key, value):
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(settings | {key: value}))
+    models, ids = (load(copy), load(trained)), torch.arange(6)[None]
+    for model in models:
+        model.set_attn_implementation("eager")
+    with torch.no_grad():
+        one, other = (model(ids).logits for model in models)
+    assert torch.equal(one, other)
+    run = tmp_path / "run"
+    train(run, "stage=dpo", "train.max_steps=1", f"model.path={copy}")
+    assert load(run).config.n_layer == 2
+
+
+def test_router_logits_are_not_asked_for(trained, tmp_path):
+    tokenizer = load_tokenizer(configure("model=custom", f"model.path={trained}").model)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3}
+    config = MixtralConfig(vocab_size=len(tokenizer), output_router_logits=True, **shape)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["output_router_logits"]
+    model = load(tmp_path / "moe")
+    prompts = [np.array([3, 4, 5], np.int32), np.array([6, 7], np.int32)]
+    options = SamplingOptions(temperature=0.0, max_new_tokens=4)
+    rows = sample(model, prompts, options, 0, 1)
+    model.set_attn_implementation("eager")
+    for prompt, (row,) in zip(prompts, rows, strict=True):
+        ids = prompt.tolist()
+        while len(ids) < len(prompt) + 4 and (ids[-1] != 0 or len(ids) == len(prompt)):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert row.ids.tolist() == ids[len(prompt) :]

@@ -59,6 +59,7 @@ def read_pretrained(
         settings = adaptation.settings if adaptation is not None else None
         trained = [] if settings is None else [*settings.modules_to_save, REWARD_HEAD]
         hold(model, torch.float32 if settings is None else on.dtype, trained)
+    plain_outputs(model)
     steady(model)
     multiply_in(model, on.dtype)
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -85,3 +86,13 @@ def read_pretrained(
             f"{others[0]}: it is damaged or no causal language model"
         )
     return cast(PreTrainedModel, model), bool(lacking)
+
+
+def plain_outputs(model: PreTrainedModel) -> None:
+    """Take back what config.json asks a model to give beside its logits, or instead of named
+    outputs: mixtures of experts are often saved so, and sampling and saving would trip over it."""
+    for config in (model.config, model.config.get_text_config()):
+        for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
+            if getattr(config, name, False):
+                setattr(config, name, False)
+        config.return_dict = True
