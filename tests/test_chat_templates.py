@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chat_templates import ENDS, TEMPLATES, tokenizer
-from dpo_cli.config import JsonlDataConfig
+from dpo_cli.config import HhDataConfig, JsonlDataConfig
 from dpo_cli.data.adapters import jsonl
 from dpo_cli.data.chat import turn_end
+from dpo_cli.data.dataset import load_encoded
 from dpo_cli.data.drops import BadRow, DropReport
 from dpo_cli.data.encode import Limits, encode_completed, encode_examples
 from dpo_cli.data.template import Renderer
@@ -311,3 +314,22 @@ def test_a_template_of_ones_own(tmp_path: Any) -> None:
     (example,) = encode_examples(examples, of, config, WIDE, DropReport())
     (wanted,) = encoded("ChatML", row)
     assert example.prompt_ids.tolist() == wanted.prompt_ids.tolist()
+
+
+@pytest.mark.parametrize("family", ["ChatML", None])
+def test_hh_is_messages_for_a_model_with_a_template(tmp_path: Path, family: str | None) -> None:
+    """Else the text as the data set has it: an instruct model would never end its turn."""
+    said = "\n\nHuman: Two plus two?\n\nAssistant:"
+    rows = [{"chosen": f"{said} Four {i}.", "rejected": f"{said} No."} for i in range(3)]
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of = tokenizer(family or "ChatML")
+    if family is None:
+        of.chat_template = None
+    config = HhDataConfig(path=str(tmp_path / "hh.jsonl"))
+    example = load_encoded(config, of, 256, 0, None).train[1]
+    prompt, chosen = (of.decode(ids) for ids in (example.prompt_ids, example.response_ids[0]))
+    if family is None:
+        assert (prompt, chosen) == (said, " Four 1.</s>")
+    else:
+        assert prompt == rendered(family, ASK, opened=True)
+        assert chosen == "Four 1.<|im_end|>"
