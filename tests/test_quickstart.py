@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 SMALL = ("recipe=quickstart", "run_dir=q", "vars.rows=320", "vars.prompts=12",
          "vars.eval_prompts=6", "vars.evaluate_prompts=8", "vars.reference_samples=16")  # fmt: skip
 
 
+@pytest.mark.slow  # `make demo` is the whole of it
 def test_quickstart_runs_and_then_skips(cli, tmp_path):
     first = cli(*SMALL)
     assert first.returncode == 0, first.stderr[-2000:]

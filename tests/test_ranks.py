@@ -152,16 +152,19 @@ def test_two_ranks_train_as_one(two: Path, name: str) -> None:
         torch.testing.assert_close(value, truth[key], rtol=0, atol=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_FOUR)
 def test_four_ranks_train_as_one(four: Path, name: str) -> None:
     assert_same_run(four / f"four-{name}", four / f"one-{name}")
 
 
+@pytest.mark.slow
 def test_nodes_that_each_hold_the_weights_train_as_one(four: Path) -> None:
     """Two nodes of two devices: hybrid sharding."""
     assert_same_run(four / "four-hybrid", four / "one-dpo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "run"), [(2, "two-sft"), (4, "four-dpo")])
 def test_every_example_is_trained_on_once(four: Path, count: int, run: str) -> None:
     """An epoch, over all ranks; each step the examples that one process would have taken."""
@@ -178,6 +181,7 @@ def distinct_steps(steps: list[Counter[int]]) -> list[Counter[int]]:
     return [s for i, s in enumerate(steps) if s not in steps[:i]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sft", "sft-lora"])
 def test_a_checkpoint_of_two_goes_on_with_four(four: Path, name: str) -> None:
     found, truth = figures(four / f"four-on-{name}"), figures(four / f"one-{name}")
