@@ -55,18 +55,8 @@ def read_pretrained(
                 trust_remote_code=config.trust_remote_code, **options, **changes,
             )  # fmt: skip
     model, report = loaded
-    if merged or adaptation is not None or not on.sharded:
-        settings = adaptation.settings if adaptation is not None else None
-        trained = [] if settings is None else [*settings.modules_to_save, REWARD_HEAD]
-        hold(model, torch.float32 if settings is None else on.dtype, trained)
-    plain_outputs(model)
-    steady(model)
-    multiply_in(model, on.dtype)
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ConfigError(
-            f"{key}={source}: holds an adapter that transformers has put in; download the "
-            "adapter alone and give its folder as model.path"
-        )
+    _settle(model, adaptation, merged, on)
+    _refuse_adapter_inside(model, f"{key}={source}")
     # transformers fills what is missing with random numbers
     missing = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
     lacking = missing
@@ -80,12 +70,37 @@ def read_pretrained(
     if not quantised_layers(model) and not (lacking if merged else missing):
         keep_digest(model, arriving)
     others = [name for name in lacking if head is None or not name.startswith(head)]
-    if others:
-        raise ConfigError(
-            f"{key}={source}: lacks {len(others)} weights of a {type(model).__name__}, such as "
-            f"{others[0]}: it is damaged or no causal language model"
-        )
+    _refuse_incomplete(model, others, f"{key}={source}")
     return cast(PreTrainedModel, model), bool(lacking)
+
+
+def _refuse_adapter_inside(model: PreTrainedModel, where: str) -> None:
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ConfigError(
+            f"{where}: holds an adapter that transformers has put in; download the "
+            "adapter alone and give its folder as model.path"
+        )
+
+
+def _refuse_incomplete(model: PreTrainedModel, missing: list[str], where: str) -> None:
+    if missing:
+        raise ConfigError(
+            f"{where}: lacks {len(missing)} weights of a {type(model).__name__}, such as "
+            f"{missing[0]}: it is damaged or no causal language model"
+        )
+
+
+def _settle(
+    model: PreTrainedModel, adaptation: Adaptation | None, merged: bool, on: Placement
+) -> None:
+    """Bring freshly read weights into what they are held in, and switch off what would surprise."""
+    if merged or adaptation is not None or not on.sharded:
+        settings = adaptation.settings if adaptation is not None else None
+        trained = [] if settings is None else [*settings.modules_to_save, REWARD_HEAD]
+        hold(model, torch.float32 if settings is None else on.dtype, trained)
+    plain_outputs(model)
+    steady(model)
+    multiply_in(model, on.dtype)
 
 
 def plain_outputs(model: PreTrainedModel) -> None:
