@@ -25,7 +25,10 @@ OPTIONS = sorted(  # test_presets.py tries those that set other groups' keys, or
     if path.relative_to(conf_dir()).parts[0] not in (PRESET, "hydra")
 )
 RECIPES = sorted(recipes_dir().rglob("*.yaml"))
-REQUIRED = {"preferences": ("model_path", "data_path")}
+REQUIRED = {
+    "preferences": ("model_path", "data_path"),
+    "instruct": ("model_path", "data_path", "reward_path"),
+}
 NEEDS = {  # what an option cannot do without
     "model/custom": ["model.hub_id=somebody/something"],
     "data/jsonl": ["data.hub_id=somebody/something"],
