@@ -11,7 +11,8 @@ import small_models
 from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.model import forward, generate, prefix_cache
 from dpo_cli.model.attention import Placement
-from dpo_cli.model.decoding import shares_prompts, start
+from dpo_cli.model.decode_trial import shares_prompts
+from dpo_cli.model.decoding import start
 from dpo_cli.model.draw import BLOCK, draw
 from dpo_cli.model.generate import SamplingOptions, sample
 from dpo_cli.model.prefix_cache import Grid
@@ -189,7 +190,7 @@ def test_kept_logprobs_are_those_of_packed_rows(kind, precision, atol):
 
 def test_a_prompts_keys_are_kept_once_and_leave_with_its_last_row():
     model = build("llama")
-    rows, position, logits = start(model, PROMPTS, 4, PAD, shared=True)
+    rows, position, logits = start(model, PROMPTS, 4, PAD, "shared")
     assert position.tolist() == [0] * 4 + [3] * 4 + [1] * 4 + [2] * 4
     assert logits.shape == (16, 24)
     shapes = lambda: {tuple(x.prompt[0].shape) for x in rows.cache.shared}  # noqa: E731

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from dpo_cli.model import forward, generate, static_cache, stepper
-from dpo_cli.model.decoding import shares_prompts
+from dpo_cli.model.decode_trial import shares_prompts
 from dpo_cli.model.generate import SamplingOptions, sample
 from dpo_cli.model.stepper import Stepper, can_step
 from small_models import FAMILIES, compute_in_float64

@@ -29,7 +29,8 @@ KERNEL = "dpo_kernel"  # the attribute of a model that names its kernel
 # (heads, T, T) scores a layer; a plain forward repeats prompts.
 MOST_TOKENS = {"dense": 2048, "plain": 8192}
 
-
+SHORT_WINDOW = 3  # so that the few tokens of a trial reach beyond it
+WINDOWS = ("sliding_window", "attention_chunk_size")
 CPU = torch.device("cpu")
 
 
@@ -125,6 +126,21 @@ def layout_for(model: PreTrainedModel, batch: Batch) -> Layout:
     kernel = kernel_of(model)
     layout: Layout = prepare(batch, kernel).layouts[kernel]
     return layout
+
+
+@contextmanager
+def short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Sliding windows and chunks cut short, so that a family that hides them is found out."""
+    config = model.config.get_text_config()
+    before = [(part, name, vars(part)[name]) for part in (config, *model.modules())
+              for name in WINDOWS if isinstance(vars(part).get(name), int)]  # fmt: skip
+    for part, name, _ in before:
+        setattr(part, name, SHORT_WINDOW)
+    try:
+        yield
+    finally:
+        for part, name, value in before:
+            setattr(part, name, value)
 
 
 @contextmanager

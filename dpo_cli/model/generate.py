@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,12 @@ from dpo_cli.device_memory import free_memory, ran_out
 from dpo_cli.errors import ConfigError
 from dpo_cli.logprobs import promoted
 from dpo_cli.model.attention import attention_as
-from dpo_cli.model.decoding import Note, advance, shares_prompts, start
+from dpo_cli.model.decode_trial import Note, way_of
+from dpo_cli.model.decoding import start
 from dpo_cli.model.draw import draw
 from dpo_cli.model.sampled import Completion, Ends, Sampled, SamplingOptions, ended_by
 from dpo_cli.model.stepper import Stepper, can_step, has_kernel
+from dpo_cli.model.unpadded import ONE_LENGTH
 
 LOOK_EVERY = {"cpu": 1, "cuda": 4}  # steps; a look for finished rows makes the host wait
 STATIC = {"cpu": False, "cuda": True}  # steps of static shape, which CUDA graphs can record
@@ -57,10 +60,13 @@ def sample(
     was_training = model.training
     model.eval()
     with _casting_once(model):
+        way = way_of(model, note)
+        alone = way in ONE_LENGTH
+        alike = [(room, len(prompts[i]) * alone) for room, i in zip(rooms, order, strict=True)]
         longest = max((len(p) for p in prompts), default=1)
-        decoder = _decoder(model, options, ends, pad_id, note, longest)
+        decoder = _decoder(model, options, ends, pad_id, note, longest, way)
         decode = _WithinMemory(decoder, model.device, note)
-        for first, last in islice(_batches(rooms, per_batch), share[0], None, share[1]):
+        for first, last in islice(_batches(alike, per_batch), share[0], None, share[1]):
             batch = [prompts[i] for i in order[first:last]]
             rows = decode(batch, rooms[first], options.seed * 1_000_003 + first)
             for place, i in enumerate(order[first:last]):
@@ -89,15 +95,14 @@ def _casting_once(model: PreTrainedModel) -> Iterator[None]:
 
 def _decoder(
     model: PreTrainedModel, options: SamplingOptions, ends: Ends, pad_id: int, note: Note,
-    longest: int,
+    longest: int, way: str,
 ) -> Decode:  # fmt: skip
-    """The fastest way of decoding that is right for the model."""
-    shared = shares_prompts(model, note)
-    if shared and STATIC[model.device.type] and can_step(model, note):
+    """The fastest way of decoding that is right for the model; way: of those without graphs."""
+    if way == "shared" and STATIC[model.device.type] and can_step(model, note):
         record, kernel = model.device.type == "cuda", has_kernel(model, note)
         return Stepper(model, options, ends, pad_id, record, note, kernel, longest).decode
     return lambda prompts, steps, seed: _decode(
-        model, prompts, options, steps, ends, pad_id, shared,
+        model, prompts, options, steps, ends, pad_id, way,
         torch.Generator(model.device).manual_seed(seed),
     )  # fmt: skip
 
@@ -139,7 +144,7 @@ def rows_that_fit(
     if model.device.type != "cuda":
         return SamplingOptions.batch_size or MOST_ROWS
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # Mamba, RWKV: none
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kept = getattr(config, "num_key_value_heads", None) or heads
     half = torch.is_autocast_enabled("cuda") or model.dtype != torch.float32
@@ -155,12 +160,12 @@ def rows_that_fit(
     return rows
 
 
-def _batches(rooms: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) of at most `size` neighbours that have the same room."""
+def _batches(kinds: Sequence[Any], size: int) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of at most `size` neighbours of the same kind."""
     first = 0
-    while first < len(rooms):
-        near = rooms[first : first + size]
-        last = first + next((n for n, room in enumerate(near) if room != near[0]), len(near))
+    while first < len(kinds):
+        near = kinds[first : first + size]
+        last = first + next((n for n, kind in enumerate(near) if kind != near[0]), len(near))
         yield first, last
         first = last
 
@@ -183,11 +188,11 @@ def _decode(
     steps: int,
     ends: Ends,
     pad_id: int,
-    shared: bool,
+    way: str,
     generator: torch.Generator,
 ) -> list[Completion]:
     """Decode one batch of prompts; returns prompts x completions rows, prompt-major."""
-    rows, position, logits = start(model, prompts, options.completions, pad_id, shared)
+    rows, position, logits = start(model, prompts, options.completions, pad_id, way)
     total = len(position)
     sampled = Sampled(total, steps, promoted(logits.dtype), model.device)
     alive = torch.arange(len(position), device=model.device)  # original row of each live row
@@ -209,5 +214,5 @@ def _decode(
                         x[order] for x in (alive, ended, position, chosen)
                     )
             position = position + 1
-            logits = advance(model, rows, chosen, position)
+            logits = rows.advance(model, chosen, position)
     return sampled.completions(total, steps, ends)

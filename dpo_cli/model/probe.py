@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.logprobs import logits_of
 from dpo_cli.model import attention, forward, kernels, varlen
-from dpo_cli.model.attention import MOST_TOKENS, PACKED, Placement, Seen
+from dpo_cli.model.attention import MOST_TOKENS, PACKED, Placement, Seen, short_windows
 from dpo_cli.model.layout import Layout
 from dpo_cli.model.layouts import LAYOUTS, PaddedLayout
 from dpo_cli.model.quantise import dense_weights, dequantised
@@ -79,7 +79,7 @@ def choose_attention(
         refuse_non_finite(type(model).__name__, dense_weights(model))
     reasons: dict[str, str] = {}
     few = smallest(model.eval(), on.device, plain_values)
-    with dequantised(few), _Trial(few, plain_values, packed_values).short_windows() as trial:
+    with dequantised(few), _Trial(few, plain_values, packed_values).begin() as trial:
         for kernel in _order(choice, on):
             why = trial.refuted(kernel, on)
             if why is None:
@@ -129,24 +129,13 @@ class _Trial:
         self.interface: str | None = None  # why no packed kernel can be used
 
     @contextmanager
-    def short_windows(self) -> Iterator[_Trial]:
-        """Sliding windows and chunks cut short, so that a family that hides them is found out."""
-        config = self.model.config.get_text_config()
-        places = [(part, name) for part in (config, *self.model.modules()) for name in WINDOWS
-                  if isinstance(vars(part).get(name), int)]  # fmt: skip
-        before = [(part, name, getattr(part, name)) for part, name in places]
-        for part, name in places:
-            setattr(part, name, SHORT_WINDOW)
-        try:
-            with torch.enable_grad():
-                self.model.set_attn_implementation("eager")
-                self.truth = self._figures(self._plainly())
-                _refuse_overflow(self.model, self.truth.values)
-                self.interface = self._packed(self.exact)
-                yield self
-        finally:
-            for part, name, value in before:
-                setattr(part, name, value)
+    def begin(self) -> Iterator[_Trial]:
+        with short_windows(self.model), torch.enable_grad():
+            self.model.set_attn_implementation("eager")
+            self.truth = self._figures(self._plainly())
+            _refuse_overflow(self.model, self.truth.values)
+            self.interface = self._packed(self.exact)
+            yield self
 
     def refuted(self, kernel: str, on: Placement) -> str | None:
         """Why a kernel cannot be used, or None."""

@@ -21,17 +21,8 @@ from dpo_cli.device_memory import ran_out
 from dpo_cli.logprobs import promoted
 from dpo_cli.model import prefix_cache
 from dpo_cli.model.attention import attention_as
-from dpo_cli.model.decoding import (
-    Note,
-    Trial,
-    advance,
-    first_line,
-    in_half,
-    prefill,
-    refuse_non_finite,
-    tried_once,
-    why_not,
-)
+from dpo_cli.model.decode_trial import Note, Trial, first_line, in_half, tried_once, why_not
+from dpo_cli.model.decoding import advance, prefill, refuse_non_finite
 from dpo_cli.model.draw import draw
 from dpo_cli.model.graphs import Graphs, refusing_to_wait
 from dpo_cli.model.sampled import Completion, Ends, Sampled, SamplingOptions, ended_by
@@ -209,7 +200,9 @@ def _why_no_steps(model: PreTrainedModel, kernel: bool) -> str | None:
     return next((why for why in whys if why is not None), None)
 
 
-def _trial(model: PreTrainedModel, samples: int, kernel: bool, trial: Trial) -> Tensor:
+def _trial(
+    model: PreTrainedModel, samples: int, kernel: bool, trial: Trial, plain: Tensor
+) -> Tensor:
     """(len(tokens), R, V) logits of two samples a prompt, or of each prompt twice."""
     prompts, tokens = [p for p in trial[0] for _ in range(2 // samples)], trial[1]
     steps, reasons = len(tokens) + WORTH_RECORDING, []  # type: int, list[str]
