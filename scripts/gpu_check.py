@@ -7,8 +7,6 @@ A step that fails, crashes or hangs does not stop the next. On a CPU every step 
 from __future__ import annotations
 
 import argparse
-import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -17,13 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpu_checks.facts import ROOT
-from gpu_checks.machine import look, slug
-from gpu_checks.page import Circumstances, commit
-from gpu_checks.runner import Report, Run
-from gpu_checks.steps import STEPS
+from scripts.common import ROOT, commit, shown_command
+from scripts.gpu_checks.machine import look, slug
+from scripts.gpu_checks.page import Circumstances
+from scripts.gpu_checks.runner import Report, Run
+from scripts.gpu_checks.steps import STEPS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,15 +69,6 @@ def listing() -> str:
     )
 
 
-def shown_command(argv: Sequence[str]) -> str:
-    """As typed, but paths as names."""
-    words = []
-    for word in argv:
-        key, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        words.append(key + equals + (Path(value).name if os.sep in value else value))
-    return shlex.join(["python", "scripts/gpu_check.py", *words])
-
-
 def stop(number: int, frame: Any) -> NoReturn:
     raise SystemExit(128 + number)  # through the `finally` clauses that end processes
 
@@ -103,8 +92,8 @@ def main(argv: Sequence[str]) -> int:
         p.error(f"--device cuda: no CUDA device here ({machine.get('why', 'none was found')})")
     device = machine.pop("device")
     date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    code = args.commit or commit()
-    circumstances = Circumstances(shown_command(argv), date, code, device, machine)
+    code = args.commit or commit() or "unknown"
+    circumstances = Circumstances(shown_command("gpu_check.py", argv), date, code, device, machine)
     report = Report(args.out, slug(machine, device), circumstances, chosen)
     with tempfile.TemporaryDirectory(prefix="dpo-run-gpu-check-", dir=args.work) as work:
         run = Run(device, Path(work), args.data, args.tokenizer, 60 * args.minutes, report)

@@ -28,7 +28,7 @@ def crashes(setup: Any) -> Iterator[tuple[str, Any]]:
 
 
 def skips(setup: Any) -> Iterator[tuple[str, Any]]:
-    from gpu_checks.facts import Skip
+    from scripts.gpu_checks.facts import Skip
 
     raise Skip("no such package")
     yield

@@ -2,61 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from bench_workers import SMALL, Record, job_of, runner
+from scripts.bench import compare, launch, ratios, report, run, shapes, summary
+from scripts.bench.equal import agreement
+from scripts.bench.page import listed
+from scripts.bench.plan import Plan
+from scripts.bench.workers import prepare
+from scripts.common import shown_command
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "bench.py"
-SMALL = (
-    "--layers=1", "--width=32", "--heads=2", "--vocab=64", "--length=40", "--batch=2", "--steps=1",
-    "--warmup=1", "--rounds=1", "--threads=1", "--busy-ok", "--json",
-)  # fmt: skip
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`module("bench_run")`: a module of scripts/."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    return import_module
-
-
-@pytest.fixture
-def bench(module: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Any:
-    """`bench("--task=dpo", ...)`: the record of a small measurement, written to `tmp_path`.
-
-    The workers run in this process: importing torch, transformers and TRL in each takes most
-    of a minute. Processes are tested by `test_a_worker_is_a_process`.
-    """
-
-    def worker(script: str, files: list[Path], scratch: Path, *_: Any) -> None:
-        scratch.mkdir(parents=True)
-        code = module(script.removesuffix(".py"))
-        if script == "bench_prepare.py":
-            code.prepare(code.Plan.load(files[0]))
-        else:
-            job = module("bench_job").Job(**json.loads(files[0].read_text()))
-            files[1].write_text(json.dumps(code.measure(job)))
-
-    def run(*words: str) -> dict[str, Any]:
-        assert module("bench").main([*SMALL, f"--out={tmp_path}", *words]) == 0
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    monkeypatch.setattr(module("bench_run"), "run_python", worker)
-    return run
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Callable[..., Record]:
+    """`bench("--task=dpo", ...)`: the record of a small comparison, written to `tmp_path`. Its
+    workers run in this process; processes are tested by `test_a_worker_is_a_process`."""
+    small = runner(compare, monkeypatch, capsys, tmp_path)
+    return lambda *words: small(*SMALL, *words)
 
 
 @pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
-def test_dpo_does_the_same_work_as_trl(bench: Any, module: Any, tmp_path: Path) -> None:
+def test_dpo_does_the_same_work_as_trl(bench: Any, tmp_path: Path) -> None:
     record = bench("--sides=ours,ours-live,trl-best", "--lr=1e-2")
     ours, live, theirs = (record["sides"][name] for name in ("ours", "ours-live", "trl-best"))
     assert ours["figures_by_step"]["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
@@ -73,7 +52,7 @@ def test_dpo_does_the_same_work_as_trl(bench: Any, module: Any, tmp_path: Path) 
     assert theirs["reference_seconds"]["median"] > 0
     assert record["shape"]["layers"] == 1
     check_results(record)
-    check_files(module("bench_report"), record, tmp_path)
+    check_files(record, tmp_path)
 
 
 def check_results(record: dict[str, Any]) -> None:
@@ -121,13 +100,14 @@ def test_reward_models_do_the_same_work_as_trls(bench: Any, tmp_path: Path) -> N
                      text, re.MULTILINE)  # fmt: skip
 
 
-def check_files(report: ModuleType, record: dict[str, Any], folder: Path) -> None:
+def check_files(record: dict[str, Any], folder: Path) -> None:
     """The same conditions replace their section, others get one of their own."""
     path = folder / "dpo-gpt2-1x32-h2-v64-cpu.md"
+    assert path.stem == report.name_of(record)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert str(folder) not in path.read_text()
-    report.keep(record | {"date": "2001-02-03"}, folder)
-    report.keep(record | {"precision": "bf16", "date": "2004-05-06"}, folder)
+    report.PAGE.keep(record | {"date": "2001-02-03"}, folder, path.stem)
+    report.PAGE.keep(record | {"precision": "bf16", "date": "2004-05-06"}, folder, path.stem)
     text = path.read_text()
     assert text.count("\n## ") == 2
     assert text.count("2001-02-03, commit") == text.count("2004-05-06, commit") == 1
@@ -144,68 +124,57 @@ def test_decoding_draws_from_the_same_model(bench: Any) -> None:
     assert record["ratio_vs_trl_best"] > 0
 
 
-def test_growing_prompts_leave_a_curve(bench: Any, tmp_path: Path) -> None:
-    lengths = "--grow-lengths=4,16"
-    record = bench("--grow=prompts", lengths, "--response-length=4", "--vocab=63")
-    rows = [(row["prompt_tokens"], row["side"]) for row in record["curve"]]
-    assert rows == [(4, "ours"), (4, "plain"), (16, "ours"), (16, "plain")]
-    text = (tmp_path / "grow-prompts-gpt2-1x32-h2-v63-cpu.csv").read_bytes()
-    assert text.count(b"\n") == 5
-    assert b"\r" not in text
-
-
-def test_a_worker_is_a_process(module: Any, tmp_path: Path) -> None:
-    run_python = module("bench_run").run_python
-    run_python("bench_shapes.py", [], tmp_path / "a", threads=1)
-    with pytest.raises(SystemExit, match=r"bench_none\.py failed with exit code 2"):
-        run_python("bench_none.py", [], tmp_path / "b", threads=1)
+def test_a_worker_is_a_process(tmp_path: Path) -> None:
+    launch.run_worker("__init__", [], tmp_path / "a", threads=1)
+    with pytest.raises(SystemExit, match=r"none failed with exit code 1"):
+        launch.run_worker("none", [], tmp_path / "b", threads=1)
     done = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True,
                           check=True)  # fmt: skip
     assert "--trl-python" in done.stdout
 
 
 def test_a_worker_finds_what_the_caller_finds(
-    module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Packages in a folder that PYTHONPATH names, except for the Python of another environment."""
-    launch, scratch = module("bench_launch"), tmp_path / "scratch"
     (tmp_path / "carried.py").write_text("")
-    (tmp_path / "bench_trl.py").write_text("import carried, dpo_cli")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(launch, "HERE", tmp_path)
-    launch.run_python("bench_trl.py", [], scratch, 1)
+    toys = tmp_path / "toys"
+    toys.mkdir()
+    (toys / "trl.py").write_text("import carried, dpo_cli")
+    monkeypatch.setattr(launch, "WORKERS", "toys")
+    launch.run_worker("trl", [], tmp_path / "scratch", 1)
     other = launch.Launch(trl_python=sys.executable)
-    (tmp_path / "bench_trl.py").write_text("import os; print(os.environ['PYTHONPATH']); 1 / 0")
+    (toys / "trl.py").write_text("import os; print(os.environ['PYTHONPATH']); 1 / 0")
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
     with pytest.raises(launch.Failed):
-        launch.run_python("bench_trl.py", [], tmp_path / "other", 1, other)
-    assert (tmp_path / "other" / "log.txt").read_text().startswith(f"{ROOT}\n")
+        launch.run_worker("trl", [], tmp_path / "other", 1, other)
+    assert (tmp_path / "other" / "log.txt").read_text().startswith(f"{tmp_path}\n")
 
 
-def test_versions_are_those_of_the_workers(module: Any) -> None:
+def test_versions_are_those_of_the_workers() -> None:
     rows = {"ours": {"torch": "2.13", "numpy": "2"}, "trl-best": {"torch": "2.11", "trl": "1.16"}}
     results = {side: [{"versions": versions}] for side, versions in rows.items()}
-    found = module("bench_summary").versions_of(results)
+    found = summary.versions_of(results)
     assert found["versions"] == {"torch": "2.13", "numpy": "2", "trl": "1.16"}
     assert found["other_versions"] == {"trl-best": {"torch": "2.11"}}
-    assert module("bench_report").listed(found["versions"]) == "torch 2.13, numpy 2, trl 1.16"
+    assert listed(found["versions"]) == "torch 2.13, numpy 2, trl 1.16"
 
 
 @pytest.mark.parametrize(
     ("words", "why"),
     [
         (["--data=missing.jsonl"], "missing.jsonl: no such file"),
-        (["--grow=prompts", "--task=sft"], "--grow: measures --task dpo"),
         (["--width=33"], "--width 33: must be a multiple of --heads 4"),
         (["--warmup=0"], "must be at least 1"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(module: Any, words: list[str], why: str) -> None:
+def test_what_cannot_be_measured_is_refused(words: list[str], why: str) -> None:
     with pytest.raises(SystemExit, match=why):
-        module("bench").main(words)
+        compare.main(words)
 
 
-def test_a_busy_machine_is_refused(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = module("bench_run")
+def test_a_busy_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.os, "cpu_count", lambda: 4)
     monkeypatch.setattr(run, "busy_cpu_seconds", iter([100.0, 100.02] * 3).__next__)
     assert run.refuse_if_busy(allowed=False, seconds=0.1) == pytest.approx(0.2)
@@ -218,8 +187,7 @@ def results(*figures: dict[str, list[float]]) -> list[dict[str, Any]]:
     return [{"figures": f} for f in figures]
 
 
-def test_unequal_work_is_noticed(module: Any) -> None:
-    agreement = module("bench_run").agreement
+def test_unequal_work_is_noticed() -> None:
     base = {"loss": [0.7, 0.6], "logps/chosen": [-200.0, -100.0]}
     close = {"loss": [0.7, 0.6005], "logps/chosen": [-200.01, -100.0]}
     found = agreement({"trl-default": results(base), "ours": results(base, close)}, "fp32")
@@ -237,33 +205,29 @@ def test_unequal_work_is_noticed(module: Any) -> None:
         ]
 
 
-def test_ratios_are_taken_within_a_round(module: Any) -> None:
+def test_ratios_are_taken_within_a_round() -> None:
     rounds = {
         "ours": [{"per_second": v} for v in (4.0, 9.0, 10.0)],
         "other": [{"per_second": v} for v in (2.0, 3.0, 1.0)],
     }
-    found = module("bench_run").ratio(rounds, "ours", "other", "per_second")
+    found = ratios.ratio(rounds, "ours", "other", "per_second")
     assert found == {"median": 3.0, "min": 2.0, "max": 10.0}
 
 
-def test_one_epoch_counts_the_reference_pass(module: Any) -> None:
-    job = module("bench_job").Job(
-        task="dpo", model="", ids="", overrides=[], batch=5, warmup=1, steps=3, lr=0.0,
-        precision="fp32", device="cpu", threads=1, length=0, samples=0, new_tokens=0,
-    )  # fmt: skip
-    assert module("bench_run").per_second(job, seconds=3.0) == 5.0
-    one_epoch = module("bench_ratios").one_epoch  # 20 pairs: 4 s of steps, 1 s of reference
+def test_one_epoch_counts_the_reference_pass() -> None:
+    job = job_of(batch=5, steps=3)
+    assert run.per_second(job, seconds=3.0) == 5.0
+    one_epoch = ratios.one_epoch  # 20 pairs: 4 s of steps, 1 s of reference
     assert one_epoch(job, {"per_second": 5.0, "reference_seconds": 1.0}) == 4.0
     assert one_epoch(job, {"per_second": 5.0, "reference_seconds": None}) == 5.0
 
 
-def test_synthetic_lengths_are_those_of_hh(module: Any) -> None:
+def test_synthetic_lengths_are_those_of_hh() -> None:
     """Medians and the tail of harmless-base/test in GPT-2's tokens."""
-    prepare = module("bench_prepare")
-    plan = prepare.Plan("", module("bench_shapes").PRESETS["gpt2"], 1024, 20_000, 512, seed=0)
+    plan = Plan("", shapes.PRESETS["gpt2"], 1024, 20_000, 512, seed=0)
     import numpy as np
 
-    columns = np.array(prepare.draw_lengths(plan, np.random.default_rng(0))).T
+    columns = prepare.lengths_of(plan, np.random.default_rng(0)).T
     for drawn, (median, p95) in zip(columns, ((96, 349), (29, 121), (37.5, 147)), strict=True):
         assert np.median(drawn) == pytest.approx(median, rel=0.2)
         assert np.percentile(drawn, 95) == pytest.approx(p95, rel=0.25)
@@ -273,22 +237,19 @@ def test_synthetic_lengths_are_those_of_hh(module: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "means"), [("tldr", (350, 35, 35)), ("ultrafeedback", (180, 350, 350))]
 )
-def test_synthetic_lengths_of_other_datasets(
-    module: Any, name: str, means: tuple[float, float, float]
-) -> None:
+def test_synthetic_lengths_of_other_datasets(name: str, means: tuple[float, float, float]) -> None:
     import numpy as np
 
-    lengths = module("bench_lengths")
-    drawn = lengths.draw(name, 20_000, np.random.default_rng(0))
+    drawn = shapes.draw_lengths(name, 20_000, np.random.default_rng(0))
     assert drawn.mean(axis=0) == pytest.approx(means, rel=0.1)
-    assert np.all(drawn >= lengths.KNOWN[name].shortest)
-    assert np.all(drawn <= lengths.KNOWN[name].longest)
+    assert np.all(drawn >= shapes.KNOWN[name].shortest)
+    assert np.all(drawn <= shapes.KNOWN[name].longest)
     longest = drawn[:, 0].max() / np.median(drawn[:, 0])
     assert longest > 20 if name == "ultrafeedback" else longest < 2  # a long tail, or none
 
 
-def test_published_commands_name_no_folder(module: Any) -> None:
-    shown = module("bench_summary").shown_command
-    assert shown(["--data", "/home/me/my pairs.jsonl", "--out=/tmp/x", "--json"]) == (
+def test_published_commands_name_no_folder() -> None:
+    words = ["--data", "/home/me/my pairs.jsonl", "--out=/tmp/x", "--json"]
+    assert shown_command("bench.py", words) == (
         "python scripts/bench.py --data 'my pairs.jsonl' --out=x --json"
     )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench_workers import SCRIPTS, SMALL, Record, in_process
+from bench_workers import SMALL, Record, in_process, job_of, use
+from scripts.bench import compare, launch, options, ratios, run, sides
+from scripts.bench.equal import drop_unequal
+from scripts.bench.launch import Failed
 
 NAME = "gpt2-1x32-h2-v64-cpu"
 needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed")
@@ -26,25 +28,24 @@ class Bench:
         self.capsys, self.out = capsys, out
         self.fails: Callable[[str, Record], BaseException | None] = lambda script, settings: None
 
-    def worker(self, script: str, files: list[Path], *others: Any) -> None:
+    def worker(self, worker: str, files: list[Path], *others: Any) -> None:
         settings = {}
-        if script != "bench_prepare.py":
+        if worker != "prepare":
             settings = json.loads(files[0].read_text())["settings"]
-        if error := self.fails(script, settings):
+        if error := self.fails(worker, settings):
             raise error
-        in_process(script, files, *others)
+        in_process(worker, files, *others)
 
     def __call__(self, *words: str) -> tuple[int, Record, str]:
-        code = import_module("bench").main([*SMALL, f"--out={self.out}", *words])
+        code = compare.main([*SMALL, f"--out={self.out}", *words])
         printed = self.capsys.readouterr()
         return code, json.loads(printed.out.splitlines()[-1]), printed.err
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Bench:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     made = Bench(capsys, tmp_path)
-    monkeypatch.setattr(import_module("bench_run"), "run_python", made.worker)
+    use(made.worker, monkeypatch)
     return made
 
 
@@ -72,9 +73,8 @@ def test_candidates_are_measured_instead_of_a_search(bench: Bench, tmp_path: Pat
 
 @needs_trl
 def test_a_side_that_fails_is_a_row(bench: Bench, tmp_path: Path) -> None:
-    failed = import_module("bench_launch").Failed
     bench.fails = lambda script, settings: (
-        failed(MEMORY) if settings.get("gradient_checkpointing") is False else None
+        Failed(MEMORY) if settings.get("gradient_checkpointing") is False else None
     )
     code, record, told = bench("--candidate=cached", "--candidate=cached-ckpt", "--rounds=2")
     assert code == 0  # the others are measured
@@ -91,8 +91,7 @@ def test_a_side_that_fails_is_a_row(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_a_page_without_the_other_side_claims_nothing(bench: Bench, tmp_path: Path) -> None:
-    failed = import_module("bench_launch").Failed
-    bench.fails = lambda script, settings: failed(MEMORY) if script == "bench_trl.py" else None
+    bench.fails = lambda script, settings: Failed(MEMORY) if script == "trl" else None
     code, record, _ = bench("--candidate=cached", "--candidate=cached-2")
     assert code == 0
     assert record["ratios"] == {}
@@ -104,9 +103,8 @@ def test_a_page_without_the_other_side_claims_nothing(bench: Bench, tmp_path: Pa
 
 
 def test_ours_may_fail_too(bench: Bench) -> None:
-    failed = import_module("bench_launch").Failed
     bench.fails = lambda script, settings: (
-        failed("error: no room") if settings.get("train.micro_batch_tokens") else None
+        Failed("error: no room") if settings.get("train.micro_batch_tokens") else None
     )
     code, record, _ = bench("--sides=ours", "--also=train.micro_batch_tokens=2048")
     assert code == 1
@@ -117,7 +115,6 @@ def test_ours_may_fail_too(bench: Bench) -> None:
 
 
 def test_what_is_done_when_time_is_up_is_reported(bench: Bench) -> None:
-    launch = import_module("bench_launch")
     bench.fails = lambda script, settings: launch.TimeIsUp() if settings else None
     words = ("--sides=ours,ours-live", "--minutes=1")
     _, record, _ = bench(*words, "--rounds=2")
@@ -129,9 +126,7 @@ def test_what_is_done_when_time_is_up_is_reported(bench: Bench) -> None:
 
 
 def test_a_slow_side_leaves_time_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    run, launch = import_module("bench_run"), import_module("bench_launch")
-    sides = [import_module("bench_sides").Side(name, "x.py", {}) for name in "abc"]
+    three = [sides.Side(name, "x", {}) for name in "abc"]
     now, took = [0.0], {"a": 10.0, "b": 99.0, "c": 24.0}
     given: list[float] = []
 
@@ -146,30 +141,25 @@ def test_a_slow_side_leaves_time_for_the_others(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(run, "run_side", run_side)
     monkeypatch.setattr(launch.time, "monotonic", lambda: now[0])
     failures: dict[str, str] = {}
-    job = import_module("bench_job").Job(
-        task="dpo", model="", ids="", overrides=[], batch=2, warmup=1, steps=1, lr=0.0,
-        precision="fp32", device="cpu", threads=1, length=0, samples=0, new_tokens=0,
-    )  # fmt: skip
+    job = job_of()
     hurry = launch.Launch(until=100.0, goes_on=False)
-    results = run.run_what_runs(job, sides, 3, Path(), hurry, failures)
+    results = run.run_rounds(job, three, 3, Path(), hurry, failures)
     # a has 50 of 100 and takes 10; b gets 45 of 90; c all of 45; then a half of 21, c the rest
     assert given == [50.0, 45.0, 45.0, 10.5, 11.0]
     assert failures == {"b": run.LATE}
     assert {name: len(rows) for name, rows in results.items()} == {"a": 1, "c": 1}
 
 
-def test_ready_made_commands_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ready_made_commands_are_taken() -> None:
     """Of docs/benchmarks/gpu.md, on a machine without the files that they name."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    args = import_module("bench_args")
-    text = (SCRIPTS.parent / "docs" / "benchmarks" / "gpu.md").read_text().replace("\\\n", "")
+    root = Path(__file__).resolve().parent.parent
+    text = (root / "docs" / "benchmarks" / "gpu.md").read_text().replace("\\\n", "")
     commands = [
         line.split()[2:] for line in text.splitlines() if line.startswith("python scripts/bench.py")
     ]
     assert len(commands) == 7
     for words in commands:
-        given = args.parser(None).parse_args(words)
-        args.check(given)
+        given = options.parse(options.parser(None), words)
         assert given.minutes is not None
         assert (given.device, given.precision, given.lr) == ("cuda", "bf16", 1e-5)
         assert given.length == (512 if given.lengths_of == "hh" else 1024)
@@ -179,11 +169,7 @@ def result(loss: float, **more: Any) -> dict[str, Any]:
     return {"figures": {"loss": [0.69, loss]}, "per_second": 1.0} | more
 
 
-def test_the_side_that_differs_from_the_others_is_the_failed_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    run = import_module("bench_run")
+def test_the_side_that_differs_from_the_others_is_the_failed_one() -> None:
     same, other, nan = [result(0.6)], [result(0.5)], [result(float("nan"))]
     for results, wrong in (
         ({"ours": same, "trl-a": other, "trl-b": same}, {"trl-a"}),
@@ -194,33 +180,29 @@ def test_the_side_that_differs_from_the_others_is_the_failed_one(
         ({"ours": [result(0.6), result(0.5)], "trl-a": [*same, *same]}, {"ours"}),
     ):
         failures: dict[str, str] = {}
-        kept = run.drop_unequal(results, "fp32", failures)
+        kept = drop_unequal(results, "fp32", failures)
         assert failures.keys() == wrong
         assert kept.keys() == results.keys() - wrong
 
 
-def test_reasons_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    reason = import_module("bench_launch").reason
+def test_reasons_are_one_line() -> None:
     trace = "Traceback (most recent call last):\n  File 'x', line 1\n    boom()\n"
-    assert reason(1, f"{trace}{MEMORY}\nsome warning at exit\n") == MEMORY
+    assert launch.reason(1, f"{trace}{MEMORY}\nsome warning at exit\n") == MEMORY
     elastic = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n====\n"
-    assert reason(1, f"{trace}KeyError: 'a'\n{trace}{elastic}") == "KeyError: 'a'"
-    assert reason(1, "error: Liger has no kernels for gpt2\n") == (
+    assert launch.reason(1, f"{trace}KeyError: 'a'\n{trace}{elastic}") == "KeyError: 'a'"
+    assert launch.reason(1, "error: Liger has no kernels for gpt2\n") == (
         "error: Liger has no kernels for gpt2"
     )
-    assert reason(-9, "half a line") == "killed by SIGKILL"
-    assert reason(1, "") == "it wrote nothing"
-    assert len(reason(1, "ValueError: " + "x" * 900)) == 200
+    assert launch.reason(-9, "half a line") == "killed by SIGKILL"
+    assert launch.reason(1, "") == "it wrote nothing"
+    assert len(launch.reason(1, "ValueError: " + "x" * 900)) == 200
 
 
-def test_names_of_candidates(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    sides = import_module("bench_sides")
+def test_names_of_candidates(capsys: Any) -> None:
     for task in ("dpo", "sft", "reward", "decode"):
         for name in (*sides.TRIED[task], *sides.TRIED_ON_CUDA[task]):
             assert sides.settings_of(task, name) is not None
-        assert import_module("bench").main([f"--task={task}", "--list-candidates"]) == 0
+        assert compare.main([f"--task={task}", "--list-candidates"]) == 0
         assert sides.TRIED[task][0] in capsys.readouterr().out
     found = sides.settings_of("dpo", "cached-4-liger-regional")
     assert found == {"gradient_checkpointing": False, "precompute_ref_log_probs": True,
@@ -244,24 +226,15 @@ def test_names_of_candidates(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> No
         ("ours,trl-default", ["ours", "trl-default", "trl-live"]),
     ],
 )
-def test_candidates_beside_other_sides(
-    monkeypatch: pytest.MonkeyPatch, words: str | None, names: list[str]
-) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    sides = import_module("bench_sides")
+def test_candidates_beside_other_sides(words: str | None, names: list[str]) -> None:
     live = {"live": sides.settings_of("dpo", "live")}
     assert [side.name for side in sides.with_candidates("dpo", words, live)] == names
     with pytest.raises(SystemExit, match="--sides: no trl-best"):
         sides.with_candidates("dpo", "trl-best", live)
 
 
-def test_the_fastest_candidate_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    sides, ratios = import_module("bench_sides"), import_module("bench_ratios")
-    job = import_module("bench_job").Job(
-        task="dpo", model="", ids="", overrides=[], batch=2, warmup=1, steps=1, lr=0.0,
-        precision="fp32", device="cpu", threads=1, length=0, samples=0, new_tokens=0,
-    )  # fmt: skip
+def test_the_fastest_candidate_is_the_best() -> None:
+    job = job_of()
     speeds = {"ours": 8.0, "trl-cached": 2.0, "trl-cached-2": 4.0, "trl-live": 5.0}
     named = sides.named("dpo", ["cached", "cached-2", "live"], "fp32", "none")
     measured = sides.with_candidates("dpo", None, named)

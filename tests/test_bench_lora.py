@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import bench_workers
-from bench_workers import SCRIPTS, Record
+from bench_workers import Record, in_process, job_of, use
+from scripts.bench import compare, launch, run, sides
+from scripts.bench.summary import compute_facts
 
 TINY = (
     "--preset=mistral-7b", "--layers=1", "--width=64", "--heads=4", "--vocab=96", "--length=40",
@@ -31,23 +31,22 @@ class Bench:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: Any, out: Path) -> None:
         self.capsys, self.out, self.scripts = capsys, out, []
         self.answers: dict[str, BaseException] = {}  # script -> what it ends with
-        monkeypatch.setattr(import_module("bench_run"), "run_python", self.worker)
+        use(self.worker, monkeypatch)
 
     def worker(self, script: str, *others: Any) -> None:
         self.scripts.append(script)
         if script in self.answers:
             raise self.answers[script]
-        bench_workers.in_process(script, *others)
+        in_process(script, *others)
 
     def __call__(self, *words: str) -> tuple[int, Record]:
         self.scripts.clear()
-        code = import_module("bench").main([*TINY, f"--out={self.out}", *words])
+        code = compare.main([*TINY, f"--out={self.out}", *words])
         return code, json.loads(self.capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Bench:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     return Bench(monkeypatch, capsys, tmp_path)
 
 
@@ -82,10 +81,10 @@ def test_sides_of_two_commands_make_one_page(bench: Bench, tmp_path: Path) -> No
     page, kept = tmp_path / f"dpo-lora-{NAME}.md", f"--keep={tmp_path / 'kept'}"
     words = ("--lora=lora", kept, "--minutes=5")
     assert bench(*words, "--sides=ours")[0] == 0
-    assert bench.scripts == ["bench_prepare.py", "bench_ours.py"]
+    assert bench.scripts == ["prepare", "ours"]
     assert not page.exists()  # one side alone is no comparison
     assert bench(*words, "--sides=ours,trl-best")[0] == 0
-    assert bench.scripts == ["bench_trl.py"]
+    assert bench.scripts == ["trl"]
     record = bench(*words, "--sides=trl-best")[1]
     assert bench.scripts == []
     assert record["results"]["trl-best"]["tflops"] > 0  # the work that ours counted before
@@ -140,7 +139,7 @@ def trained_from(folder: Path) -> dict[str, Any]:
 
 def test_without_trl_the_page_says_so(bench: Bench, tmp_path: Path) -> None:
     why = "TRL cannot be imported: ModuleNotFoundError: No module named 'trl'"
-    bench.answers["bench_trl.py"] = import_module("bench_launch").Unavailable(why)
+    bench.answers["trl"] = launch.Unavailable(why)
     code, record = bench("--search", "--sides=ours,trl-best")
     assert code == 0
     assert list(record["sides"]) == ["ours"]
@@ -155,14 +154,7 @@ def test_without_trl_the_page_says_so(bench: Bench, tmp_path: Path) -> None:
 def test_settings_that_fail_are_left_out_of_the_search(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    run, launch = import_module("bench_run"), import_module("bench_launch")
-    sides, jobs = import_module("bench_sides"), import_module("bench_job")
-    job = jobs.Job(
-        task="dpo", model="", ids="", overrides=[], batch=4, warmup=1, steps=1, lr=0.0,
-        precision="fp32", device="cpu", threads=1, length=0, samples=0, new_tokens=0,
-    )  # fmt: skip
-
+    job = job_of(batch=4)
     asked: list[float | None] = []
 
     def worker(script: str, files: list[Path], *_: Any) -> None:
@@ -173,8 +165,8 @@ def test_settings_that_fail_are_left_out_of_the_search(
         result = {"seconds": settings["seconds"], "peak_memory_mb": 1.0, "figures": {"loss": [0.7]}}
         files[1].write_text(json.dumps(result))
 
-    monkeypatch.setattr(run, "run_python", worker)
-    tried = [sides.Side(str(s), "bench_trl.py", {"seconds": s}) for s in (None, 2.0, 1.0)]
+    use(worker, monkeypatch)
+    tried = [sides.Side(str(s), "trl", {"seconds": s}) for s in (None, 2.0, 1.0)]
     best, table = run.search(job, tried, tmp_path / "search")
     assert best == "1.0"
     assert [row.get("failed", False) for row in table] == [True, False, False]
@@ -188,34 +180,32 @@ def test_settings_that_fail_are_left_out_of_the_search(
 def test_a_worker_is_stopped_when_time_is_up(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    launch = import_module("bench_launch")
-    monkeypatch.setattr(launch, "HERE", tmp_path)
-    (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
-    (tmp_path / "lacks.py").write_text(f"raise SystemExit({launch.UNAVAILABLE!r} + 'no trl')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(launch, "WORKERS", "toys")
+    toys = tmp_path / "toys"
+    toys.mkdir()
+    (toys / "slow.py").write_text("import time; time.sleep(60)")
+    (toys / "lacks.py").write_text(f"raise SystemExit({launch.UNAVAILABLE!r} + 'no trl')")
     started = time.monotonic()
     with pytest.raises(SystemExit, match="time is up"):
-        launch.run_python("slow.py", [], tmp_path / "a", 1, launch.Launch(until=started + 0.3))
+        launch.run_worker("slow", [], tmp_path / "a", 1, launch.Launch(until=started + 0.3))
     with pytest.raises(SystemExit, match="time is up"):
-        launch.run_python("slow.py", [], tmp_path / "b", 1, launch.Launch(until=started))
+        launch.run_worker("slow", [], tmp_path / "b", 1, launch.Launch(until=started))
     assert time.monotonic() - started < 20
     assert not (tmp_path / "b").exists()
     with pytest.raises(launch.Unavailable, match="TRL cannot be imported: no trl"):
-        launch.run_python("lacks.py", [], tmp_path / "c", 1)
+        launch.run_worker("lacks", [], tmp_path / "c", 1)
 
 
-def test_several_devices_are_ranks_of_torchs_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    launch = import_module("bench_launch").Launch("other-python", devices=4)
+def test_several_devices_are_ranks_of_torchs_launcher() -> None:
+    four = launch.Launch("other-python", devices=4)
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    command = launch.command("bench_trl.py")
-    assert command[:-1] == ["other-python", *words]
-    assert launch.command("bench_ours.py")[0] != "other-python"
+    command = four.command("trl")
+    assert command == ["other-python", *words, "-m", "scripts.bench.workers.trl"]
+    assert four.command("ours")[0] != "other-python"
 
 
-def test_what_is_tried_on_the_other_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    sides = import_module("bench_sides")
+def test_what_is_tried_on_the_other_side() -> None:
     known = sides.candidates("dpo", "cuda", "bf16", "lora", devices=2, batch=4)
     assert all(settings["dtype"] == "bfloat16" for settings in known.values())
     assert known["cached-sharded"]["fsdp"] is True
@@ -227,17 +217,15 @@ def test_what_is_tried_on_the_other_side(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [side.name for side in chosen] == ["ours", "trl-default", "trl-best", "trl-best-live"]
 
 
-def test_mfu_is_of_the_same_work_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mfu_is_of_the_same_work_on_both_sides() -> None:
     """By hand: 6 TFLOP in 2 s and in 4 s, of two devices of 10 TFLOP/s."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    facts = import_module("bench_summary").compute_facts
     ours = [{"seconds": 2.0, "flops": 6e12, "peak_tflops": 10.0}]
     theirs = [{"seconds": 4.0, "flops": 0.0}]
     for rows, speed in ((ours, 3.0), (theirs, 1.5)):
-        found = facts(ours[0], rows, 2)
+        found = compute_facts(ours[0], rows, 2)
         assert found["tflops_per_second"]["median"] == pytest.approx(speed)
         assert found["mfu"]["median"] == pytest.approx(speed / 20)
-    assert facts(theirs[0], theirs, 2) == {}
+    assert compute_facts(theirs[0], theirs, 2) == {}
 
 
 @pytest.mark.parametrize(
@@ -254,9 +242,6 @@ def test_mfu_is_of_the_same_work_on_both_sides(monkeypatch: pytest.MonkeyPatch) 
         (["--devices=2", "--task=decode"], "--devices: measures training"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], why: str
-) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+def test_what_cannot_be_measured_is_refused(words: list[str], why: str) -> None:
     with pytest.raises(SystemExit, match=why):
-        import_module("bench").main([*TINY, *words])
+        compare.main([*TINY, *words])

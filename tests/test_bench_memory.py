@@ -1,32 +1,24 @@
-"""`bench_memory.py`: what it runs, what it compares, and its page."""
+"""`bench.py memory`: what it runs, what it compares, and its page."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench_workers import SCRIPTS, runner
+from bench_workers import runner
+from scripts.bench import memory, shapes
 
 SMALL = ("--length=40", "--batch=4", "--warmup=1", "--steps=1", "--threads=1", "--busy-ok",
          "--json", "--precisions=fp32", "--presets=tiny4x256")  # fmt: skip
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    shapes = import_module("bench_shapes")
-    small = shapes.Shape("gpt2", 2, 32, 2, 64)
-    monkeypatch.setitem(shapes.PRESETS, "tiny4x256", small)
-    return import_module("bench_memory")
-
-
 def test_estimated_beside_measured(
-    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:
-    run = runner("bench_memory", monkeypatch, capsys, tmp_path)
+    monkeypatch.setitem(shapes.PRESETS, "tiny4x256", shapes.Shape("gpt2", 2, 32, 2, 64))
+    run = runner(memory, monkeypatch, capsys, tmp_path)
     record = run(*SMALL, "--cases=full,rmsprop")
     full, rmsprop = record["runs"]
     # 29,184 weights: 64 x 32 words, 1024 x 32 places, two blocks of 12,704, the last norm
@@ -40,10 +32,10 @@ def test_estimated_beside_measured(
         assert run_facts["ratio"] == run_facts["estimated_mb"] / run_facts["peak_memory_mb"] > 0
     page = (tmp_path / "memory-cpu.md").read_text()
     assert "| tiny4x256 | fp32      | full    |" in page
-    assert "`python scripts/bench_memory.py --length=40" in page
+    assert "`python scripts/bench.py memory --length=40" in page
 
 
 @pytest.mark.parametrize("word", ["--presets=gpt5", "--cases=full,none", "--precisions=fp16"])
-def test_unknown_names_are_told(script: Any, word: str) -> None:
+def test_unknown_names_are_told(word: str) -> None:
     with pytest.raises(SystemExit, match=r"^--\w+: no (gpt5|none|fp16); give "):
-        script.main([word])
+        memory.main([word])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,20 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from bench_workers import SCRIPTS, SMALL, Record, runner
+from bench_workers import SMALL, Record, runner
 from dpo_cli.model import attention
+from scripts.bench import profile
+from scripts.bench.workers import matmul as flops
+from scripts.bench.workers.parts import Clocks
 
 PARTS = {"packing", "forward", "head and loss", "backward", "optimiser", "the rest"}
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    return import_module
-
-
-@pytest.fixture
-def profiled(
-    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
-) -> Callable[..., Record]:
-    flops = module("bench_flops")
+def profiled(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Callable[..., Record]:
     monkeypatch.setattr(flops, "SIZES", {"cpu": (32, 64)})
     monkeypatch.setattr(flops, "PEAK_SECONDS", 0.005)
-    return runner("bench_profile", monkeypatch, capsys, tmp_path)
+    return runner(profile, monkeypatch, capsys, tmp_path)
 
 
 def test_the_parts_make_up_the_step(profiled: Any, tmp_path: Path) -> None:
@@ -83,10 +76,7 @@ def test_bf16_is_measured_against_its_own_peak(profiled: Any) -> None:
     )
 
 
-def test_a_peak_is_the_fastest_of_what_was_tried(
-    module: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flops = module("bench_flops")
+def test_a_peak_is_the_fastest_of_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {(32, torch.float32): 2.0, (64, torch.float32): 3.0, (32, torch.bfloat16): 5.0}
     monkeypatch.setattr(flops, "SIZES", {"cpu": (32, 64)})
     monkeypatch.setattr(flops, "kernels", lambda device: {"matmul": torch.matmul})
@@ -100,8 +90,8 @@ def test_a_peak_is_the_fastest_of_what_was_tried(
 
 
 @pytest.mark.parametrize("name", ["matmul", "oneDNN"])
-def test_the_kernels_multiply(module: Any, name: str) -> None:
-    kernels = module("bench_flops").kernels("cpu")
+def test_the_kernels_multiply(name: str) -> None:
+    kernels = flops.kernels("cpu")
     if name not in kernels:
         pytest.skip(f"this build of PyTorch has no {name}")
     a, b = torch.randn(8, 8), torch.randn(8, 8)
@@ -109,8 +99,8 @@ def test_the_kernels_multiply(module: Any, name: str) -> None:
     torch.testing.assert_close(kernels[name](a, b), expected)
 
 
-def test_packing_ahead_of_time_is_no_part_of_a_step(module: Any) -> None:
-    clocks = module("bench_parts").Clocks("cpu")
+def test_packing_ahead_of_time_is_no_part_of_a_step() -> None:
+    clocks = Clocks("cpu")
     batches = clocks.around_batches(lambda rows: lambda step: [rows, step])("rows")
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(batches, 3).result() == ["rows", 3]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import bench_workers
-from bench_workers import SCRIPTS, SMALL, Record, runner
+from bench_workers import SMALL, Record, in_process, runner, use
+from scripts.bench import scale
+from scripts.bench.job import Job
+from scripts.bench.page import short
 
 SIZES = ("--length=24", "--lengths=12,24", "--batches=1,2", "--models=1x32,2x64", "--vocab=61")
 
@@ -22,15 +23,15 @@ def test_each_curve_changes_one_size(
     given: list[tuple[str, int, set[tuple[int, ...]]]] = []
 
     def worker(script: str, files: list[Path], *others: Any) -> None:
-        if script == "bench_ours.py":
-            job = import_module("bench_job").Job(**json.loads(files[0].read_text()))
+        if script == "ours":
+            job = Job(**json.loads(files[0].read_text()))
             shape = json.loads((Path(job.model) / "config.json").read_text())
             lengths = {tuple(map(len, row.values())) for row in job.rows()}
             given.append((f"{shape['n_layer']}x{shape['n_embd']}", job.batch, lengths))
-        bench_workers.in_process(script, files, *others)
+        in_process(script, files, *others)
 
-    run = runner("bench_scale", monkeypatch, capsys, tmp_path)
-    monkeypatch.setattr(import_module("bench_run"), "run_python", worker)
+    run = runner(scale, monkeypatch, capsys, tmp_path)
+    use(worker, monkeypatch)
     record = run(*SMALL, *SIZES, "--rounds=2")
     once = [
         ("1x32", 2, {(8, 4, 4)}), ("1x32", 2, {(16, 8, 8)}), ("1x32", 1, {(16, 8, 8)}),
@@ -62,11 +63,11 @@ def check_page(record: Record, path: Path) -> None:
         assert text.count(f"\n{start}") == 1
     point = record["curves"]["lengths"][0]
     tokens = (8 + 4 + 4) / point["seconds_per_pair"]["median"]
-    assert f"| {import_module('bench_report').short(tokens)} " in text
+    assert f"| {short(tokens)} " in text
 
 
 def test_a_single_curve(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
-    run = runner("bench_scale", monkeypatch, capsys, tmp_path)
+    run = runner(scale, monkeypatch, capsys, tmp_path)
     assert list(run(*SMALL, *SIZES, "--curves=batches")["curves"]) == ["batches"]
     assert "by batches; else 24 tokens" in (tmp_path / "scale-gpt2-1x32-h2-v61-cpu.md").read_text()
 
@@ -81,9 +82,6 @@ def test_a_single_curve(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: 
         (["--batches=0,1"], "--batches: must be at least 1"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], why: str
-) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+def test_what_cannot_be_measured_is_refused(words: list[str], why: str) -> None:
     with pytest.raises(SystemExit, match=why):
-        import_module("bench_scale").main(words)
+        scale.main(words)

@@ -69,7 +69,7 @@ def test_the_error_of_all_ranks_is_told_once(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parent.parent / "scripts" / "faults_rank.py"
+    script = Path(__file__).resolve().parent.parent / "scripts" / "faults" / "rank.py"
     words = ("launch", "hang", *SFT, "hardware.devices=2", "train.max_steps=5", "run_dir=run",
              "hardware.timeout_seconds=4", "train.eval_every_steps=0")  # fmt: skip
     done = run([sys.executable, str(script)], *words, cwd=tmp_path)

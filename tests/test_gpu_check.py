@@ -14,50 +14,51 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench_workers import in_process, use
+from scripts import gpu_check as script
+from scripts.bench import compare
+from scripts.common import ROOT
+from scripts.gpu_checks import attention, commands, facts, page, runner, speed, steps, suite
+
 SMALL_CHECKS = ("ceilings", "attention", "exactness", "shortage", "sharding", "sampling", "saving",
                 "output_layer")  # fmt: skip
 
 
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`module("gpu_checks.facts")`: a module of scripts/."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    return import_module
 
 
 @pytest.fixture
-def setup(module: Any, tmp_path: Path) -> Any:
-    return module("gpu_checks.facts").Setup("cpu", str(tmp_path / "work"), threads=1, seconds=100)
+def setup(tmp_path: Path) -> facts.Setup:
+    return facts.Setup("cpu", str(tmp_path / "work"), threads=1, seconds=100)
 
 
-def seen(module: Any, setup: Any, run: str) -> dict[str, Any]:
+def seen(setup: facts.Setup, run: str) -> dict[str, Any]:
     """The facts of a step's small form, which are as the step expects them."""
-    steps = {step.run: step for step in module("gpu_checks.steps").STEPS}
+    by_run = {step.run: step for step in steps.STEPS}
+    run = f"scripts.gpu_checks.{run}"
     name, _, function = run.partition(":")
-    facts = dict(getattr(module(name), function)(setup))
-    verdict = module("gpu_checks.facts").judge(steps[run].expected, facts, "cpu")
+    found = dict(getattr(import_module(name), function)(setup))
+    verdict = facts.judge(by_run[run].expected, found, "cpu")
     assert verdict.failures == []
-    return facts
+    return found
 
 
-def test_every_step_names_a_check_and_the_table_fits_into_eight_minutes(module: Any) -> None:
-    steps, in_turn = module("gpu_checks.steps").STEPS, module("gpu_checks.runner").in_turn
-    assert sorted(step.number for step in steps) == list(range(len(steps)))
-    for step in steps:
+def test_every_step_names_a_check_and_the_table_fits_into_eight_minutes() -> None:
+    assert sorted(step.number for step in steps.STEPS) == list(range(len(steps.STEPS)))
+    for step in steps.STEPS:
         name, _, function = step.run.partition(":")
-        assert callable(getattr(module(name), function))
+        assert callable(getattr(import_module(name), function))
         assert step.seconds < step.limit
-    up_to_decoding = [step for step in steps if step.number in {*range(13), 16}]
-    groups = list(in_turn(up_to_decoding, True))
+    up_to_decoding = [step for step in steps.STEPS if step.number in {*range(13), 16}]
+    groups = list(runner.in_turn(up_to_decoding, True))
     assert [len(group) for group in groups] == [1, 7, *[1] * 6]
     assert sum(max(step.seconds for step in group) for group in groups) <= 480
-    assert all(len(group) == 1 for group in in_turn(steps, False))
+    assert all(len(group) == 1 for group in runner.in_turn(steps.STEPS, False))
 
 
-def test_what_is_expected(module: Any) -> None:
-    facts = module("gpu_checks.facts")
+def test_what_is_expected() -> None:
     expected = [facts.Expect("loss *", low=1, high=2), facts.Expect("speed", about=(5, 6)),
                 facts.Expect("passed", low=1, cuda=True)]  # fmt: skip
     good = {"loss a": 1.0, "loss b": 2, "speed": 5.5, "passed": 3}
@@ -73,11 +74,10 @@ def test_what_is_expected(module: Any) -> None:
 
 
 @pytest.fixture
-def toys(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def toys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """`toys("fine", "hangs")`: the report of a run of these checks, and the exit status."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
-    steps, facts = module("gpu_checks.steps"), module("gpu_checks.facts")
-    monkeypatch.setattr(module("gpu_checks.runner"), "CPU_PATIENCE", 1)
+    monkeypatch.setattr(runner, "CPU_PATIENCE", 1)
 
     def run(*names: str, words: tuple[str, ...] = (), limit: int = 20) -> tuple[list[Any], int]:
         made = tuple(
@@ -85,7 +85,6 @@ def toys(module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
                        "a toy", [facts.Expect("answer", 42, 42)], alone=number > 2)
             for number, name in enumerate(names)
         )  # fmt: skip
-        script = module("gpu_check")
         monkeypatch.setattr(script, "STEPS", made)
         code = script.main(
             ["--device=cpu", f"--out={tmp_path / 'out'}", f"--work={tmp_path}", *words]
@@ -126,9 +125,9 @@ def test_a_step_that_goes_wrong_stops_no_other(
 
 
 def test_a_hanging_step_is_killed_with_workers_in_sessions_of_their_own(
-    toys: Any, module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    toys: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pids, runner = [], module("gpu_checks.runner")
+    pids: list[int] = []
     real = runner.outcome_of
 
     def kept(*args: Any) -> Any:  # before the folder is removed
@@ -142,10 +141,10 @@ def test_a_hanging_step_is_killed_with_workers_in_sessions_of_their_own(
     assert not stat.exists() or ") Z " in stat.read_text()
 
 
-def test_what_does_not_fit_into_the_minutes(toys: Any, module: Any, tmp_path: Path) -> None:
+def test_what_does_not_fit_into_the_minutes(toys: Any, tmp_path: Path) -> None:
     assert toys("fine")[1] == 0
-    run_class, step = module("gpu_checks.runner").Run, module("gpu_checks.steps").STEPS[7]
-    late = run_class("cuda", tmp_path, None, None, step.seconds / 2, SimpleNamespace())
+    step = steps.STEPS[7]
+    late = runner.Run("cuda", tmp_path, None, None, step.seconds / 2, SimpleNamespace())
     outcome = late.made(step, 1)
     assert outcome.status == "skipped"
     assert "are left (--minutes)" in outcome.why[0]
@@ -158,50 +157,46 @@ def test_a_step_that_the_end_of_the_time_cuts_off_has_not_failed(toys: Any) -> N
     assert re.fullmatch(r"cut off after [12] s by --minutes", row["why"][0])
 
 
-def test_what_was_wrong_before_the_cut_has_failed(module: Any) -> None:
-    page, suite = module("gpu_checks.page"), module("gpu_checks.steps").STEPS[1]
-    seen = {"seen to fail: test_toy_cuda.py::test_bad": True}
-    statuses = [page.outcome_of(suite, {"facts": facts}, page.CUT_OFF, 3.0, "cuda").status
-                for facts in ({}, seen)]  # fmt: skip
+def test_what_was_wrong_before_the_cut_has_failed() -> None:
+    step = steps.STEPS[1]
+    failed = {"seen to fail: test_toy_cuda.py::test_bad": True}
+    statuses = [page.outcome_of(step, {"facts": told}, page.CUT_OFF, 3.0, "cuda").status
+                for told in ({}, failed)]  # fmt: skip
     assert statuses == ["skipped", "FAIL"]
 
 
-def test_words_that_mean_nothing(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    script = module("gpu_check")
+def test_words_that_mean_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["--only=99"], ["--skip=x"], ["--only=3", "--skip=0-9"], ["--data=absent"]):
         with pytest.raises(SystemExit, match="2"):
             script.main(words)
     assert script.main(["--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(module("gpu_checks.steps").STEPS)
+    assert len(capsys.readouterr().out.splitlines()) == len(steps.STEPS)
 
 
 @pytest.mark.parametrize("name", SMALL_CHECKS)
 def test_the_small_form_of_a_step(
-    name: str, module: Any, setup: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, setup: facts.Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dpo = import_module("dpo_cli.stages.dpo")
     monkeypatch.setattr(dpo, "dpo_loss", dpo.dpo_loss)  # a check replaces it in its own process
-    facts = seen(module, setup, f"gpu_checks.{name}:check")
-    assert len(facts) > 2
+    assert len(seen(setup, f"{name}:check")) > 2
 
 
 def test_a_kernel_that_is_wrong_is_seen(
-    module: Any, setup: Any, monkeypatch: pytest.MonkeyPatch
+    setup: facts.Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = import_module("dpo_cli.model.kernels")
     real = kernels.padded
     monkeypatch.setattr(
         kernels, "padded", lambda q, k, v, mask, call: 1.03 * real(q, k, v, mask, call)
     )
-    facts = dict(module("gpu_checks.attention").check(setup))
-    assert max(v for k, v in facts.items() if k.startswith("difference, sdpa")) > 0.02
+    found = dict(attention.check(setup))
+    assert max(v for k, v in found.items() if k.startswith("difference, sdpa")) > 0.02
 
 
-def test_the_command_in_its_small_form(
-    module: Any, setup: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_in_its_small_form(setup: facts.Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process: three seconds of imports each would be most of the time."""
-    cli, commands = import_module("dpo_cli.cli"), module("gpu_checks.commands")
+    cli = import_module("dpo_cli.cli")
 
     def start(runs: Any, name: str, words: list[str]) -> Any:
         try:
@@ -212,14 +207,14 @@ def test_the_command_in_its_small_form(
         return SimpleNamespace(wait=lambda: code)
 
     monkeypatch.setattr(commands.Runs, "start", start)
-    facts = seen(module, setup, "gpu_checks.commands:check")
-    assert {"sft: exit code", "dpo: exit code"} <= facts.keys()
+    found = seen(setup, "commands:check")
+    assert {"sft: exit code", "dpo: exit code"} <= found.keys()
 
 
-def test_the_words_of_the_whole_form_are_accepted(module: Any, tmp_path: Path) -> None:
-    commands, compose = module("gpu_checks.commands"), import_module("dpo_cli.compose")
+def test_the_words_of_the_whole_form_are_accepted(tmp_path: Path) -> None:
+    compose = import_module("dpo_cli.compose")
     composed = import_module("dpo_cli.overrides").composed
-    setup = module("gpu_checks.facts").Setup("cuda", str(tmp_path))
+    setup = facts.Setup("cuda", str(tmp_path))
     runs = commands.Runs(setup, setup.folder("commands"))
     for name in ("sft", "reward"):
         (runs.folder / name).mkdir()
@@ -232,9 +227,8 @@ def test_the_words_of_the_whole_form_are_accepted(module: Any, tmp_path: Path) -
 
 
 def test_the_suite_counts_what_failed(
-    module: Any, setup: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    setup: facts.Setup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    suite = module("gpu_checks.suite")
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_toy_cuda.py").write_text(
         "import pytest\n"
@@ -246,46 +240,37 @@ def test_the_suite_counts_what_failed(
         "def test_skipped(): pass\n"
     )
     monkeypatch.setattr(suite, "ROOT", tmp_path)
-    facts = dict(suite.check(setup))
+    found = dict(suite.check(setup))
     wanted = {"passed": 1, "failed": 1, "skipped": 1, "exit code": 1, "skipped as no device": 1}
-    assert wanted.items() <= facts.items()
-    assert "1 == 2" in facts["failed: test_bad"]
-    assert facts["seen to fail: test_toy_cuda.py::test_bad"]  # also where the suite is killed
+    assert wanted.items() <= found.items()
+    assert "1 == 2" in found["failed: test_bad"]
+    assert found["seen to fail: test_toy_cuda.py::test_bad"]  # also where the suite is killed
 
 
 @pytest.fixture
-def bench(module: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The benchmark and its workers in this process, as in `test_bench.py`."""
-
-    def worker(script: str, files: list[Path], scratch: Path, *_: Any) -> None:
-        scratch.mkdir(parents=True)
-        code = module(script.removesuffix(".py"))
-        if script == "bench_prepare.py":
-            code.prepare(code.Plan.load(files[0]))
-        else:
-            job = module("bench_job").Job(**json.loads(files[0].read_text()))
-            files[1].write_text(json.dumps(code.measure(job)))
 
     def run(command: list[str], seconds: float) -> tuple[int, str]:
         capsys.readouterr()
-        code = module("bench").main(command[2:])
+        code = compare.main(command[2:])
         return code, capsys.readouterr().out
 
-    monkeypatch.setattr(module("bench_run"), "run_python", worker)
-    monkeypatch.setattr(module("gpu_checks.speed"), "output_of", run)
+    use(in_process, monkeypatch)
+    monkeypatch.setattr(speed, "output_of", run)
 
 
 @pytest.mark.parametrize("side", ["weights", "ours", "compiled", "trl", "qlora"])
-def test_the_benchmark_in_its_small_form(side: str, module: Any, setup: Any, bench: None) -> None:
+def test_the_benchmark_in_its_small_form(side: str, setup: facts.Setup, bench: None) -> None:
     if side == "trl" and find_spec("trl") is None:
         pytest.skip("trl is not installed")
     ours = {"losses": "0.6931 0.6931", "ours, pairs/s": 1e6, "ours, peak memory, GiB": 1.0}
     setup.folder(".")
     Path(setup.work, "step-7.json").write_text(json.dumps({"facts": ours}))
-    facts = seen(module, setup, f"gpu_checks.speed:{side}")
-    assert side == "weights" or "bench.py" in facts["command"]
+    found = seen(setup, f"speed:{side}")
+    assert side == "weights" or "bench.py" in found["command"]
     if side == "trl":
-        assert facts["pairs/s, ours / TRL"] == pytest.approx(1e6 / facts["TRL, pairs/s"])
-        assert 0 <= facts["losses, largest difference from ours"] < 0.01
+        assert found["pairs/s, ours / TRL"] == pytest.approx(1e6 / found["TRL, pairs/s"])
+        assert 0 <= found["losses, largest difference from ours"] < 0.01
     if side == "compiled":
-        assert facts["pairs/s, compiled / ours"] == facts["compiled, pairs/s"] / 1e6
+        assert found["pairs/s, compiled / ours"] == found["compiled, pairs/s"] / 1e6

@@ -12,7 +12,7 @@ from dpo_cli.model.attention import PACKED
 from dpo_cli.model.kernels import Call
 from dpo_cli.model.layouts import LAYOUTS
 from dpo_cli.records import Segment
-from gpu_checks.facts import Fact, Setup
+from scripts.gpu_checks.facts import Fact, Setup
 
 # Ragged, with branches of no token and of one; longer than a block of any kernel.
 SEGMENTS = (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from gpu_checks.facts import Fact, Setup
+from scripts.gpu_checks.facts import Fact, Setup
 
 MIB = 2**20
 

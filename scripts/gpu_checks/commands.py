@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpu_checks.facts import Fact, Setup
+from scripts.gpu_checks.facts import Fact, Setup
 
 COMMON = ("logger=none", "logger.progress=plain", "data=sentiment", "data.rows=256",
           "data.eval_rows=16")  # fmt: skip

@@ -19,7 +19,7 @@ from dpo_cli.model.probe import choose_attention
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 from dpo_cli.stages.dpo import dpo_loss
-from gpu_checks.facts import Fact, Setup
+from scripts.gpu_checks.facts import Fact, Setup
 
 BETA = 0.1
 # (prompt, chosen, rejected) tokens, as in HH

@@ -9,8 +9,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from scripts.common import cpu_model
 
 LOOK = """
 import json, torch
@@ -50,13 +51,6 @@ def driver() -> dict[str, str]:
         return {}
     values = done.stdout.strip().splitlines()[0].split(",")
     return {n.replace(".", "_"): v.strip() for n, v in zip(names, values, strict=False)}
-
-
-def cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def system() -> str:

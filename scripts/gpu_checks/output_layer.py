@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dpo_cli import fused_head
 from dpo_cli.logprobs import Head, fused_loss, target_logprobs
-from gpu_checks.ceilings import best_seconds
-from gpu_checks.facts import Fact, Setup
+from scripts.gpu_checks.ceilings import best_seconds
+from scripts.gpu_checks.facts import Fact, Setup
 
 CHECKED = 64  # rows held against float64
 BF16 = torch.bfloat16

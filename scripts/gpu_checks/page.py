@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from gpu_checks.facts import ROOT, judge, shown
-from gpu_checks.steps import Step
+from scripts.common import markdown_row as row
+from scripts.gpu_checks.facts import judge, shown
+from scripts.gpu_checks.steps import Step
 
 TOLD = 230  # characters of a cell
 CUT_OFF = 1000  # no process ends with it
@@ -134,11 +133,6 @@ def section(step: Step, outcome: Outcome) -> list[str]:
     return lines
 
 
-def row(cells: Sequence[Any]) -> str:
-    safe = (str(cell).replace("|", "/").replace("\n", " ") for cell in cells)
-    return f"| {' | '.join(safe)} |"
-
-
 def shortened(text: str) -> str:
     return text if len(text) <= TOLD else text[: TOLD - 1] + "…"
 
@@ -147,21 +141,3 @@ def json_lines(circumstances: Circumstances, outcomes: Sequence[Outcome]) -> str
     """The circumstances, then a line a step."""
     rows = [asdict(circumstances), *(outcome.record() for outcome in outcomes)]
     return "".join(json.dumps(row, default=str) + "\n" for row in rows)
-
-
-def commit() -> str:
-    """Of the checkout, `+` if it has changes; `unknown` away from git."""
-    try:
-        head, status = (
-            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
-            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
-
-
-def write_whole(path: Path, text: str) -> None:
-    half = path.with_name(f"{path.name}.half")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)

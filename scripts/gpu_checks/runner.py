@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -11,19 +12,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gpu_checks.facts import Setup
-from gpu_checks.page import (
+from scripts.common import ROOT, environment, write_whole
+from scripts.gpu_checks.facts import Setup
+from scripts.gpu_checks.page import (
     CUT_OFF,
     Circumstances,
     Outcome,
     json_lines,
     outcome_of,
     page,
-    write_whole,
 )
-from gpu_checks.processes import Process, environment, python
-from gpu_checks.steps import Step
+from scripts.gpu_checks.steps import Step
+from scripts.processes import Process
 
+OUTPUT = {"MPLBACKEND": "Agg", "COLUMNS": "160", "PYTHONUNBUFFERED": "1"}
 LOG_TAIL = 600_000  # bytes of each step that the log keeps
 MIRROR_SECONDS = 3.0
 ENOUGH = 0.6  # of the expected time of a step: it is started if so much is left
@@ -127,8 +129,9 @@ class Run:
         answer = self.work / f"step-{step.number}.json"
         log = self.work / f"step-{step.number}.log"
         self.report.logs[step.number] = self.work
-        words = "-m", "gpu_checks.child", step.run, setup.text(), str(answer)
-        process = Process(python(*words), log, environment(self.work, threads))
+        words = "-m", "scripts.gpu_checks.child", step.run, setup.text(), str(answer)
+        env = environment(self.work, threads) | OUTPUT
+        process = Process([sys.executable, *words], log, env, ROOT)
         self.running.add(process)
         code = process.wait(limit)
         self.running.discard(process)

@@ -13,8 +13,8 @@ import torch
 from dpo_cli.model.attention import use
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.model.generate import SamplingOptions, sample
-from gpu_checks.exactness import LARGE, SMALL, random_gpt2
-from gpu_checks.facts import Fact, Setup
+from scripts.gpu_checks.exactness import LARGE, SMALL, random_gpt2
+from scripts.gpu_checks.facts import Fact, Setup
 
 PROMPT = 96  # tokens; half to all of them
 NEW_TOKENS = 64

@@ -23,8 +23,8 @@ from dpo_cli.model.load import load_model, load_tokenizer
 from dpo_cli.paths import conf_dir
 from dpo_cli.plan import plan_tables
 from dpo_cli.run import run
-from gpu_checks.exactness import LARGE, SMALL, random_gpt2
-from gpu_checks.facts import Fact, Setup, Skip
+from scripts.gpu_checks.exactness import LARGE, SMALL, random_gpt2
+from scripts.gpu_checks.facts import Fact, Setup, Skip
 
 SAVED, STEPS = 16, 20  # a checkpoint in between, when room for its copy is made; one at the end
 LOOK = 0.005  # seconds between two looks at metrics.jsonl

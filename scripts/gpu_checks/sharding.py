@@ -22,7 +22,7 @@ from dpo_cli.shard import gathered, make_mesh, settle, shard, whole
 from dpo_cli.stages.dpo import dpo_loss
 from dpo_cli.train import sharded
 from dpo_cli.train.optim import build_optimizer, take_step
-from gpu_checks.facts import Fact, Setup
+from scripts.gpu_checks.facts import Fact, Setup
 
 SHAPE = {
     "num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 500,

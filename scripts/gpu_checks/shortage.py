@@ -15,7 +15,7 @@ from dpo_cli.compose import prepare
 from dpo_cli.paths import conf_dir
 from dpo_cli.run import run
 from dpo_cli.stages import dpo
-from gpu_checks.facts import Fact, Setup
+from scripts.gpu_checks.facts import Fact, Setup
 
 COMMON = (
     "stage=dpo", "model=tiny", "data=sentiment", "data.eval_rows=0", "logger=none",

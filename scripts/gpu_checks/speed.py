@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gpu_checks.facts import ROOT, Fact, Setup, Skip
+from scripts.common import ROOT
+from scripts.gpu_checks.facts import Fact, Setup, Skip
 
 LARGE = ("--preset=gpt2-large", "--batch=64", "--steps=6", "--warmup=2")
 SEVEN = ("--preset=mistral-7b", "--batch=16", "--steps=6", "--warmup=2")
@@ -77,17 +78,12 @@ def weights(setup: Setup) -> Iterator[Fact]:
 
 def make(setup: Setup, words: Sequence[str]) -> float:
     """Weights and rows for these words, where a command with the same words finds them. Seconds."""
-    import bench
-    import bench_args
-    import bench_run
-    import bench_shapes
+    from scripts.bench import options
+    from scripts.bench.plan import make_plan, shape_of
 
     began = time.monotonic()
-    args = bench_args.parser(None).parse_args(arguments(setup, words))
-    bench_args.check(args)
-    changes = {key: getattr(args, key) for key in bench_shapes.CHANGEABLE}
-    shape = bench_shapes.resized(args.preset, changes)[1]
-    bench_run.prepare(bench.make_plan(args, shape, Path(args.keep)), setup.threads)
+    args = options.parse(options.parser(None), arguments(setup, words))
+    make_plan(args, shape_of(args)[1], Path(args.keep)).prepare(setup.threads)
     return time.monotonic() - began
 
 

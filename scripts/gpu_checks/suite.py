@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_checks.facts import ROOT, Fact, Setup, Skip
+from scripts.common import ROOT
+from scripts.gpu_checks.facts import Fact, Setup, Skip
 
 WORKERS = 10
 TO_REPORT = 30  # seconds that are kept for what was seen, of a suite that is cut short

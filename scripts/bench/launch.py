@@ -1,0 +1,127 @@
+"""Starts the workers of the benchmark, each in a process of its own, and ends them."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from scripts.bench.job import STARTED, UNAVAILABLE
+from scripts.common import ROOT, environment
+from scripts.processes import Process
+
+WORKERS = "scripts.bench.workers"
+ERROR = re.compile(r"error: |([A-Za-z_]\w*\.)*[A-Za-z_]\w*(Error|Exception|Interrupt)\b(:|$)")
+LAUNCHERS_ERROR = "ChildFailedError"
+LONGEST = 200  # characters of a reason
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Failed(SystemExit):
+    """A worker that ended without an answer. why: one line."""
+
+    def __init__(self, why: str, worker: str = "") -> None:
+        super().__init__(f"{worker}: {why}" if worker else why)
+        self.why = why
+
+
+class Unavailable(Failed):
+    """The other side cannot be imported here."""
+
+
+class TimeIsUp(SystemExit):
+    """--minutes are over."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "time is up (--minutes); what is finished is kept in the folder of --keep: the same "
+            "command goes on (with fewer --steps, if it never gets further)"
+        )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How workers are started. python: of TRL's side, where it is another one. devices:
+    processes of a worker, by torch's launcher. until: `time.monotonic()` at which work stops;
+    goes_on: another command may finish it (--keep)."""
+
+    trl_python: str = ""
+    devices: int = 1
+    until: float | None = None
+    goes_on: bool = True
+
+    def other_python(self, worker: str) -> str:
+        return self.trl_python if worker == "trl" else ""
+
+    def command(self, worker: str) -> list[str]:
+        ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.devices}"]
+        start = [self.other_python(worker) or sys.executable, *(ranks if self.devices > 1 else [])]
+        return [*start, "-m", f"{WORKERS}.{worker}"]
+
+    def half(self) -> Launch:
+        """With half of the time that is left."""
+        left = self.seconds_left()
+        return self if left is None else replace(self, until=time.monotonic() + left / 2)
+
+    def seconds_left(self) -> float | None:
+        if self.until is None:
+            return None
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeIsUp()
+        return left
+
+
+PLAIN = Launch()  # one process of this Python, however long it takes
+
+
+def run_worker(
+    worker: str, arguments: Sequence[Path], scratch: Path, threads: int, launch: Launch = PLAIN
+) -> None:
+    """Exits with the end of what a worker wrote if it fails or takes too long."""
+    seconds = launch.seconds_left()
+    scratch.mkdir(parents=True)
+    env = environment(scratch, threads) | allocator()
+    env |= {STARTED: repr(time.time()), "TMPDIR": str(scratch)}
+    if launch.other_python(worker):
+        env["PYTHONPATH"] = str(ROOT)  # ours may hold packages for this Python alone
+    log = scratch / "log.txt"
+    process = Process([*launch.command(worker), *map(str, arguments)], log, env)
+    code = process.wait(seconds)
+    if code is None:
+        raise TimeIsUp()
+    if code:
+        raise failure(worker, code, log.read_text(errors="replace"))
+
+
+def allocator() -> dict[str, str]:
+    """The CUDA allocator as `dpo-run` sets it, on all sides."""
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        return {}
+    return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+def failure(worker: str, code: int, written: str) -> Failed:
+    missing = [line for line in written.splitlines() if line.startswith(UNAVAILABLE)]
+    if missing:
+        return Unavailable(missing[0])
+    say(written[-4000:])
+    return Failed(reason(code, written), f"{worker} failed with exit code {code}")
+
+
+def reason(code: int, written: str) -> str:
+    """One line: the error at the end of what a worker wrote, not the one of torch's launcher."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    lines = [line.strip() for line in written.splitlines() if line.strip()]
+    errors = [line for line in lines if ERROR.match(line) and LAUNCHERS_ERROR not in line]
+    last = [*lines[-1:], *errors[-1:]] or ["it wrote nothing"]
+    return last[-1] if len(last[-1]) <= LONGEST else f"{last[-1][: LONGEST - 3]}..."

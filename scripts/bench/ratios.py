@@ -1,0 +1,89 @@
+"""Figures over the rounds, ours to theirs: which sides are compared, and how they differ."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from scripts.bench.equal import Results
+from scripts.bench.job import Job
+from scripts.bench.sides import PEER, STANDARD, Side
+
+CACHED = "precompute_ref_log_probs"
+
+
+def roles_of(job: Job, sides: Sequence[Side], results: Results) -> dict[str, str]:
+    """default, best, best-live -> the side of the others that plays it, where one does. Of
+    candidates the fastest is the best: best-live of those with the reference in the loop."""
+    peer = PEER[job.task]
+    found = {role: f"{peer}-{role}" for role in STANDARD if f"{peer}-{role}" in results}
+    others = [s for s in sides if s.name.startswith(peer) and s.name in results]
+    tried = [s for s in others if s.name not in found.values()]
+    live = [s for s in tried if job.task == "dpo" and not s.settings.get(CACHED)]
+    cached = [s for s in tried if s not in live]
+    for role, names in (("best", cached), ("best-live", live)):
+        if names and role not in found:
+            found[role] = max((s.name for s in names), key=lambda name: speed(results, name))
+    return found
+
+
+def speed(results: Results, name: str) -> float:
+    return statistics.median(row["per_second"] for row in results[name])
+
+
+def ratios(job: Job, roles: dict[str, str], results: Results) -> dict[str, dict[str, float]]:
+    """Speed, where more is better, and memory, where less is. Only of sides that were measured."""
+    found: dict[str, dict[str, float]] = {}
+    for role in ("default", "best"):
+        if "ours" in results and role in roles:
+            for key, figure in (("ratio", "per_second"), ("memory_ratio", "peak_memory_mb")):
+                found[f"{key}_vs_trl_{role}"] = ratio(results, "ours", roles[role], figure)
+    for role in ("default", "best-live"):
+        if "ours-live" in results and role in roles:
+            key = f"ratio_live_vs_trl_{role.replace('-', '_')}"
+            found[key] = ratio(results, "ours-live", roles[role], "per_second")
+    for name in results:
+        if name.startswith("ours-") and name != "ours-live" and "best" in roles:
+            found[f"ratio_{name}_vs_trl_best"] = ratio(results, name, roles["best"], "per_second")
+    if job.task == "dpo":
+        found |= one_epoch_ratio(job, roles, results)
+    return found
+
+
+def one_epoch_ratio(
+    job: Job, roles: dict[str, str], results: Results
+) -> dict[str, dict[str, float]]:
+    """Against whatever is fastest for one epoch on the other side, cached or live."""
+    theirs = [roles[role] for role in ("best", "best-live") if role in roles]
+    if "ours" not in results or not theirs:
+        return {}
+    return {"ratio_one_epoch_vs_trl_best": spread([
+        one_epoch(job, ours) / max(one_epoch(job, results[name][i]) for name in theirs)
+        for i, ours in enumerate(results["ours"])
+    ])}  # fmt: skip
+
+
+def job_rows(job: Job) -> int:
+    return job.total_steps * job.batch
+
+
+def one_epoch(job: Job, result: dict[str, Any]) -> float:
+    """Pairs a second over one epoch, its pass over the reference included."""
+    rows = job_rows(job)
+    return rows / (rows / result["per_second"] + (result["reference_seconds"] or 0.0))
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(results: Results, ours: str, other: str, key: str) -> dict[str, float]:
+    """Of the two sides within each round."""
+    pairs = zip(results[ours], results[other], strict=True)
+    return spread([a[key] / b[key] for a, b in pairs])
+
+
+def over(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
+    """One figure over the rounds."""
+    return spread([row[key] for row in rows])

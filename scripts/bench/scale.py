@@ -1,0 +1,251 @@
+"""How the cost of a pair and the peak memory of dpo-run's DPO grow, one size at a time.
+
+  lengths  tokens of prompt and response together, two thirds of them prompt: 64 to 2048
+  batches  pairs a step: 1 to 32
+  models   presets, or LAYERSxWIDTH for a GPT-2 with heads of 64: tiny4x256, 8x512, gpt2
+
+Every other size stays at --preset, --length and --batch. Pairs are synthetic and all of one
+length, so that nothing but the named size changes. Every point of every round is a process
+of its own, points in turn; a point that several curves share is measured once. Results go to
+<out>/scale-<preset>-<device>.md and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scripts.bench import options
+from scripts.bench.job import Job
+from scripts.bench.launch import say
+from scripts.bench.page import (
+    BLUE,
+    INK,
+    MEDIANS,
+    Page,
+    Rows,
+    ranged,
+    rounds_told,
+    short,
+    table,
+    threads_of,
+    where_and_when,
+)
+from scripts.bench.plan import Plan, make_job, make_plan, shape_of
+from scripts.bench.ratios import over, spread
+from scripts.bench.run import run_side, workplace
+from scripts.bench.shapes import CHANGEABLE, PRESETS, Shape, resized
+from scripts.bench.sides import OURS
+from scripts.bench.summary import Record, circumstances
+
+HEAD_WIDTH = 64
+CURVES = {"lengths": "tokens of a sequence", "batches": "pairs a step", "models": "model"}
+MODEL = re.compile(r"(\d+)x(\d+)")
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one process measures."""
+
+    model: str
+    length: int
+    batch: int
+
+    def size(self, curve: str) -> str:
+        return str({"lengths": self.length, "batches": self.batch, "models": self.model}[curve])
+
+
+def curves_of(args: argparse.Namespace, model: str) -> dict[str, list[Point]]:
+    """Each curve changes one size of the same point."""
+    middle = Point(model, args.length, args.batch)
+    found = {
+        "lengths": [replace(middle, length=length) for length in args.lengths],
+        "batches": [replace(middle, batch=batch) for batch in args.batches],
+        "models": [replace(middle, model=model) for model in args.models],
+    }
+    return {name: found[name] for name in args.curves}
+
+
+def model_shape(model: str) -> Shape:
+    if model in PRESETS:
+        return PRESETS[model]
+    found = MODEL.fullmatch(model)
+    if found is None:
+        raise SystemExit(f"--models: no {model}; give LAYERSxWIDTH or one of {', '.join(PRESETS)}")
+    layers, width = map(int, found.groups())
+    return resized("gpt2", {"layers": layers, "width": width,
+                            "heads": max(1, width // HEAD_WIDTH)})[1]  # fmt: skip
+
+
+def prompt_of(length: int) -> int:
+    """Tokens of the prompt."""
+    return length - length // 3
+
+
+def plans_of(
+    args: argparse.Namespace, shapes: dict[str, Shape], points: Sequence[Point], folder: Path
+) -> dict[Point, tuple[Plan, Job]]:
+    """A folder a model, whose context holds its longest sequences."""
+    made = {}
+    for point in points:
+        longest = max(p.length for p in points if p.model == point.model)
+        here = argparse.Namespace(**vars(args) | {
+            "batch": point.batch, "length": point.length,
+            "prompt_length": prompt_of(point.length),
+            "response_length": point.length - prompt_of(point.length),
+        })  # fmt: skip
+        plan = make_plan(here, shapes[point.model], folder / point.model)
+        plan = replace(plan, context=max(plan.shape.context, longest),
+                       folder=str(folder / point.model))  # fmt: skip
+        made[point] = plan, make_job(here, plan)
+    return made
+
+
+def measure(
+    made: dict[Point, tuple[Plan, Job]], rounds: int, folder: Path
+) -> dict[Point, list[Record]]:
+    """The results of every point in each round."""
+    for plan, job in made.values():
+        plan.prepare(job.threads)
+    found: dict[Point, list[Record]] = {point: [] for point in made}
+    for number in range(rounds):
+        for index, (point, (_, job)) in enumerate(made.items()):
+            result = run_side(OURS, job, folder / f"{number}-{index}")
+            if not all(map(math.isfinite, result["figures"]["loss"])):
+                raise SystemExit(f"{point}: the loss is not finite: {result['figures']['loss']}")
+            found[point].append(result)
+            say(f"round {number + 1}/{rounds}  {point.model} length {point.length} batch "
+                f"{point.batch}  {result['per_second']:.3f} pairs/s "
+                f"{result['peak_memory_mb']:.0f} MB")  # fmt: skip
+    return found
+
+
+def point_facts(point: Point, plan: Plan, results: Sequence[Record]) -> Record:
+    """`tokens_per_pair` counts its prompt once, as it is computed."""
+    weights = sum(path.stat().st_size for path in plan.model.glob("*.safetensors")) / 4  # float32
+    return {
+        **vars(point),
+        "parameters": int(weights),
+        "seconds_per_pair": spread([1.0 / r["per_second"] for r in results]),
+        "tokens_per_pair": 2 * point.length - prompt_of(point.length),
+        "peak_memory_mb": over(results, "peak_memory_mb"),
+        "memory_before_the_model_mb": over(results, "start_memory_mb"),
+    }
+
+
+def heading(record: Record) -> str:
+    settings, curves = record["settings"], ", ".join(record["curves"])
+    return (
+        f"{record['precision']}, by {curves}; else {settings['length']} tokens, batch "
+        f"{settings['batch']}{threads_of(record)}"
+    )
+
+
+def size_of(point: Record, curve: str) -> str:
+    return Point(point["model"], point["length"], point["batch"]).size(curve)
+
+
+def curve_rows(record: Record, curve: str) -> Rows:
+    rows = [[CURVES[curve], "ms a pair", "pairs/s", "tokens/s", "peak memory, MB"]]
+    for point in record["curves"][curve]:
+        size, seconds = size_of(point, curve), point["seconds_per_pair"]
+        if curve == "models":
+            size += f" ({point['parameters'] / 1e6:,.1f}M weights)"
+        tokens = point["tokens_per_pair"] / seconds["median"]
+        rows.append([size, ranged(seconds, 1e3), short(1.0 / seconds["median"]), short(tokens),
+                     ranged(point["peak_memory_mb"])])  # fmt: skip
+    return rows
+
+
+def section(record: Record) -> list[str]:
+    tables = [
+        line for curve in record["curves"] for line in (*table(curve_rows(record, curve)), "")
+    ]
+    return [
+        *tables,
+        f"{rounds_told(record, 'point')} A pair's tokens count its prompt once. Two thirds of a "
+        "sequence are its prompt.", "", *where_and_when(record),
+    ]  # fmt: skip
+
+
+def draw(axes: Any, record: Record) -> None:
+    """Cost and peak memory of each curve. Numbers on a linear axis, so that a straight line is a
+    constant price; models as names."""
+    kinds = (("seconds_per_pair", 1e3, "ms a pair"), ("peak_memory_mb", 1.0, "peak memory, MB"))
+    panels = iter(axes)
+    for curve, points in record["curves"].items():
+        named = curve == "models"
+        places = [p["model"] if named else int(size_of(p, curve)) for p in points]
+        for key, factor, label in kinds:
+            panel, values = next(panels), [p[key] for p in points]
+            low, middle, high = ([factor * v[k] for v in values] for k in ("min", "median", "max"))
+            panel.fill_between(places, low, high, color=BLUE, alpha=0.2, linewidth=0)
+            panel.plot(places, middle, "o-", color=BLUE, markersize=4)
+            panel.set_ylim(0, 1.15 * max(high))
+            panel.set_xlabel(f"{CURVES[curve]}: {label}", fontsize=8, color=INK)
+    for unused in panels:
+        unused.set_axis_off()
+
+
+PAGE = Page(
+    f"Cost of a pair and peak memory of dpo-run's DPO, as one size grows. {MEDIANS} Written by "
+    "`scripts/bench.py scale`.", heading, section, draw, grid=(2, len(CURVES)), height=4.6,
+)  # fmt: skip
+
+
+def own_parser() -> argparse.ArgumentParser:
+    model = options.OPTIONS["model"]
+    sizes = {
+        **{word: model[word] for word in ("preset", *CHANGEABLE)},
+        "length": {"type": int, "default": 192, "help": "tokens, for batches and models"},
+        "curves": {"type": options.names, "default": tuple(CURVES), "metavar": "A,B",
+                   "help": "only these of " + ",".join(CURVES)},
+        "lengths": {"type": options.numbers, "default": (64, 128, 256, 512, 1024, 2048),
+                    "metavar": "64,128,..."},
+        "batches": {"type": options.numbers, "default": (1, 2, 4, 8, 16, 32),
+                    "metavar": "1,2,..."},
+        "models": {"type": options.names, "default": ("tiny4x256", "8x512", "gpt2"),
+                   "metavar": "A,B,..."},
+    }  # fmt: skip
+    return options.parser(__doc__, groups=("measurement", "output"), more=sizes, steps=6)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Exit with what is wrong with the sizes."""
+    options.refuse_unknown("curves", args.curves, list(CURVES))
+    if min(args.length, *args.lengths) < 6:
+        raise SystemExit("--length, --lengths: must be at least 6 tokens")
+    if len({prompt_of(length) for length in args.lengths}) < len(args.lengths):
+        raise SystemExit("--lengths: two of them round to the same prompt")
+    if min(args.batches) < 1:
+        raise SystemExit("--batches: must be at least 1")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure the curves that the words name; an exit code."""
+    args = options.parse(own_parser(), argv)
+    check(args)
+    name, shape = shape_of(args)
+    curves = curves_of(args, name)
+    points = list(dict.fromkeys(point for curve in curves.values() for point in curve))
+    shapes = {p.model: shape if p.model == name else model_shape(p.model) for p in points}
+    with workplace(args, f"{len(points)} points") as folder:
+        made = plans_of(args, shapes, points, folder)
+        found = measure(made, args.rounds, folder / "rounds")
+        facts = {p: point_facts(p, made[p][0], found[p]) for p in points}
+    keys = ("batch", "length", "warmup", "steps", "rounds", "lr", "threads", "seed")
+    record = {
+        "preset": name,
+        "device": args.device,
+        "precision": args.precision,
+        "curves": {curve: [facts[p] for p in of_curve] for curve, of_curve in curves.items()},
+        "settings": {key: getattr(args, key) for key in keys},
+        **circumstances({str(p): rows for p, rows in found.items()}, "bench.py scale", argv),
+    }
+    tables = [curve_rows(record, curve) for curve in curves]
+    return PAGE.publish(record, args, f"scale-{name}-{args.device}", tables)

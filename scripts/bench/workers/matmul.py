@@ -1,0 +1,54 @@
+"""How many floating-point operations this machine can do a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scripts.bench.job import synchronise
+
+SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}  # of square matrices
+PEAK_SECONDS = 0.5  # for each size, kernel and precision
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def matmul_peaks(device: str) -> dict[str, dict[str, Any]]:
+    """Precision -> the fastest product of two square matrices: its FLOP/s, size and kernel."""
+    found: dict[str, dict[str, Any]] = {}
+    for precision, dtype in DTYPES.items():
+        tried = [
+            {"flops_per_second": speed(kernel, size, dtype, device), "size": size, "kernel": name}
+            for size in SIZES[device]
+            for name, kernel in kernels(device).items()
+        ]
+        found[precision] = max(tried, key=lambda one: one["flops_per_second"])
+    return found
+
+
+def kernels(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """PyTorch's own choice; on a CPU oneDNN as well, which it passes over in float32."""
+    found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"matmul": torch.matmul}
+    if device == "cpu" and torch.backends.mkldnn.is_available():
+        linear = torch.ops.mkldnn._linear_pointwise
+        found["oneDNN"] = lambda a, b: linear(a, b, None, "none", [], "")
+    return found
+
+
+def speed(
+    kernel: Callable[[Tensor, Tensor], Tensor], size: int, dtype: torch.dtype, device: str
+) -> float:
+    """FLOP/s of the fastest of the calls that fit in PEAK_SECONDS."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    kernel(a, b)
+    synchronise(device)
+    best, until = float("inf"), time.perf_counter() + PEAK_SECONDS
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        kernel(a, b)
+        synchronise(device)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best

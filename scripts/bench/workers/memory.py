@@ -1,0 +1,60 @@
+"""dpo-run's own estimate of a run's memory, and the peak of that run from start to end."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_cli.memory.estimate import Estimate, estimate
+from dpo_cli.plan_facts import plan_facts
+from dpo_cli.report.console import Progress
+from dpo_cli.stages import load_stage
+from dpo_cli.stages.session import Session
+from dpo_cli.train.runtime import start_runtime
+from scripts.bench.job import Job, peak_memory_mb, resident_mb, work, worker_versions
+from scripts.bench.workers.ours import compose, training_overrides
+
+NOT_TENSORS = {  # parts of the estimate that the peak leaves out: before the model, not allocated
+    "cpu": ("program",),
+    "cuda": ("program", "allocator"),
+}
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Loading, the reference's pass, every step, the evaluation and the saved weights."""
+    config = compose(training_overrides(job))
+    stage = load_stage(config.stage.name)
+    facts = plan_facts(config)
+    assert facts is not None
+    runtime = start_runtime(config.hardware, config.seed)
+    torch.ones(64, 64, device=runtime.device).matmul(torch.ones(64, 64, device=runtime.device))
+    if config.lora.name != "none":  # what adapters import is the program's, too
+        for name in ("dpo_cli.model.lora", *(["bitsandbytes"] if config.lora.quantization else [])):
+            import_module(name)
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True)
+    before = resident_mb("VmRSS") if job.device == "cpu" else 0.0
+    stage(Session(config, run_dir, runtime, Progress("off"), []))
+    found = estimate(config, facts)
+    return {
+        "estimated_mb": compared(found, job.device) / 2**20,
+        "moment": found.moment,
+        "parts_mb": {name: size / 2**20 for name, size in found.parts.items()},
+        # A tiny run may fit into what importing has freed: not less than can be told apart.
+        "peak_memory_mb": max(1.0, peak_memory_mb(job.device) - before),
+        "device_name": torch.cuda.get_device_name() if job.device == "cuda" else None,
+        "versions": worker_versions(),
+        "seconds": 1.0,  # nothing is timed
+        "others_cpu": 0.0,
+    }
+
+
+def compared(found: Estimate, device: str) -> float:
+    return found.total - sum(found.parts[name] for name in NOT_TENSORS[device])
+
+
+if __name__ == "__main__":
+    work(measure)

@@ -1,0 +1,84 @@
+"""What the programs of this folder share: this checkout, this machine, children, files."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled",
+}  # fmt: skip
+PACKAGES = (
+    "torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "liger-kernel", "flash-attn",
+    "kernels", "tokenizers", "accelerate", "datasets", "hydra-core", "numpy",
+)  # fmt: skip
+
+
+def environment(folder: Path, threads: int) -> dict[str, str]:
+    """Of a child: offline, caches in `folder`, this checkout first on its import path, behind it
+    what ours has, such as a folder of packages."""
+    return os.environ | OFFLINE | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": str(threads), "HF_HOME": str(folder / "hf"),
+        "DPO_RUN_CACHE": str(folder / "cache"),
+    }  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of this process's Python and of the packages that it can import."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Of the checkout, `+` if it has changes; None away from git."""
+    try:
+        head, status = (
+            subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def cpu_model() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def shown_command(program: str, argv: Sequence[str]) -> str:
+    """As typed, but paths as names: a published figure needs nobody's folders."""
+    words = []
+    for word in argv:
+        key, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        words.append(key + equals + (Path(value).name if os.sep in value else value))
+    return f"python scripts/{program} {shlex.join(words)}".rstrip()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is there when all of it is: a process may be stopped at any moment."""
+    half = path.with_name(f"{path.name}.half")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)
+
+
+def markdown_row(cells: Sequence[Any]) -> str:
+    """A line of a Markdown table; what would end a cell is replaced."""
+    safe = (str(cell).replace("|", "/").replace("\n", " ") for cell in cells)
+    return f"| {' | '.join(safe)} |"

@@ -1,0 +1,285 @@
+"""Where faults are injected: small runs as processes of their own, and what is left of them.
+
+`Lab.dpo` starts a fresh `python -m dpo_cli`. `Lab.forked` runs the same command in a fork of
+this process, which has torch imported already and can be given a fault to install first; a
+fork dies of SIGKILL as any process does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from scripts.common import environment
+from scripts.processes import Process
+
+TINY = (
+    "model=tiny", "model.architecture.layers=2", "model.architecture.hidden=32",
+    "model.architecture.heads=2", "data.rows=48", "data.eval_rows=8", "train.batch_size=8",
+    "logger.progress=plain", "logger.tensorboard=false", "logger.plots=false",
+    "logger.report=false", "hardware=cpu", "train.sample_prompts=0",
+)  # fmt: skip
+OVER = tuple(w for w in TINY if not w.startswith("model.arch"))  # with model.path
+SFT = (*TINY, "stage=sft", "optim.lr=3e-3")
+SAVES = (*SFT, "train.max_steps=3", "train.save_every_steps=1", "train.eval_every_steps=1")
+PPO = (
+    "stage=ppo-baseline", "stage.rollout_samples=8", "train.batch_size=4", "stage.ppo_epochs=1",
+    "stage.max_new_tokens=4", "stage.normalise_prompts=8", "stage.eval_prompts=4",
+    "stage.no_eos_score=null", "reward_fn=length", "stage.kl_control=adaptive",
+    "stage.target_kl=0.5", "stage.kl_horizon=64",
+)  # fmt: skip
+PRELOADED = ("dpo_cli", "torch", "transformers", "safetensors", "hydra", "omegaconf", "tokenizers")
+Fault = Callable[[], object]  # installs it, in the process that is to fail
+
+
+class Failed(Exception):
+    """What was seen where something else was required."""
+
+
+def check(ok: object, seen: str) -> None:
+    if not ok:
+        raise Failed(seen)
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a process ended: its exit code (-N: by signal N), all it printed, wall time."""
+
+    code: int
+    told: str
+    seconds: float
+
+    @property
+    def last(self) -> str:
+        """Its error line, or the last one, for a table's cell."""
+        lines = self.told.strip().splitlines() or ["nothing printed"]
+        return next((line for line in lines if line.startswith("error:")), lines[-1])[:160]
+
+    def must(self, code: int | None, what: str = "", *told: str) -> Done:
+        """Itself; Failed where it ended with another code (None: any), or has not `told` this."""
+        name = f"{what}: " if what else ""
+        check(code in (None, self.code), f"{name}exit {self.code}: {self.last}")
+        for text in told:
+            check(text in self.told, f"{name}`{text}` not told: {self.told.strip()[-200:]}")
+        return self
+
+
+@dataclass
+class Lab:
+    """folder: for all that is made. kills: of each loop. made: runs that others start from."""
+
+    folder: Path
+    kills: int = 20
+    seed: int = 0
+    selected: list[str] = field(default_factory=list)  # numbers of the cases to run
+    outcomes: dict[str, str] = field(default_factory=dict)  # of tests, see covered.py
+    made: dict[str, Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        os.environ.update(environment(self.folder, threads=1))
+
+    def fresh(self, name: str) -> Path:
+        """A path in the lab where nothing is."""
+        path = self.folder / name
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+    def copy(self, run: Path, name: str) -> Path:
+        """A run folder again, under another name."""
+        target = self.fresh(name)
+        shutil.copytree(run, target, symlinks=True)
+        return target
+
+    # ------------------------------------------------------------ processes
+
+    def start(self, *words: str) -> Process:
+        """`python -m dpo_cli <words>`; all that it starts can be killed with it."""
+        return self.python("-m", "dpo_cli", *words)
+
+    def python(self, *words: str) -> Process:
+        out = self.folder / "out.txt"
+        out.unlink(missing_ok=True)
+        return Process([sys.executable, *words], out, os.environ, self.folder)
+
+    def wait(self, child: Process, seconds: float = 300) -> Done:
+        """Its end; whatever still runs after so many seconds is killed and told as code -9."""
+        code = child.wait(seconds)
+        told = child.log.read_text(errors="replace")
+        return Done(-signal.SIGKILL if code is None else code, told, child.seconds)
+
+    def dpo(self, *words: str, code: int | None = 0, what: str = "") -> Done:
+        """`dpo-run <words>`, which must end with this code."""
+        return self.wait(self.start(*words)).must(code, what)
+
+    def forked(
+        self, *words: str, fault: Fault | None = None, code: int | None = 0, what: str = "",
+        told: Sequence[str] = (),
+    ) -> Done:  # fmt: skip
+        """`dpo-run <words>` in a fork, after `fault()`; how it must end, as in `Done.must`."""
+        self.preload()
+        return self._fork(list(words), fault, 120).must(code, what, *told)
+
+    def _fork(self, words: list[str], fault: Fault | None, seconds: float) -> Done:
+        out, began = self.folder / "fork.txt", time.monotonic()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if (pid := os.fork()) == 0:
+            _child(words, fault, out, self.folder)
+        code = _waited(pid, began + seconds)
+        return Done(code, out.read_text(errors="replace"), time.monotonic() - began)
+
+    def preload(self) -> None:
+        """Import here, once, what a run imports, so that forks need not."""
+        if "preload" in self.made:
+            return
+        names, run = self.folder / "modules.json", self.fresh("preload")
+        self.made["preload"] = run
+
+        def list_modules() -> None:
+            from dpo_cli import run
+
+            def finish(real: Any, *args: Any) -> Any:
+                names.write_text(json.dumps(sorted(sys.modules)))
+                return real(*args)
+
+            around(run, "finish", finish)
+
+        words = [*SFT, "train.max_steps=1", f"run_dir={run}"]
+        self._fork(words, list_modules, 300).must(0, "a run without a fault")
+        for name in json.loads(names.read_text()):
+            if name.partition(".")[0] in PRELOADED and not name.endswith("__main__"):
+                importlib.import_module(name)
+
+    # ------------------------------------------------------------ runs that others start from
+
+    def once(self, name: str, words: Sequence[str], start: Callable[..., Done]) -> Path:
+        """The folder of a run that nothing interrupts, made by `start(*words)` the first time."""
+        if name not in self.made:
+            run = self.fresh(f"whole-{name}")
+            start(*words, f"run_dir={run}", what=f"{name}, no fault")
+            self.made[name] = run
+        return self.made[name]
+
+    def whole(self, name: str, *words: str) -> Path:
+        """An uninterrupted run."""
+        return self.once(name, words, self.forked)
+
+    def saves(self) -> Path:
+        """One with checkpoints 2 and 3 of 3."""
+        return self.whole("saves", *SAVES)
+
+    def base(self) -> Path:
+        """A policy to start from."""
+        return self.whole("base", *SFT, "train.max_steps=12")
+
+    def cut(self, run: Path, name: str, *steps: int) -> Path:
+        """Its copy without the final model and without the checkpoints of these steps."""
+        found = self.copy(run, name)
+        shutil.rmtree(found / "final")
+        for step in steps:
+            shutil.rmtree(checkpoint(found, step))
+        return found
+
+    def resumes(self, run: Path, truth: Path, *words: str, what: str = "", after: int = -1) -> Done:
+        """A resume, which must end well and with the final weights of `truth`, after this step."""
+        told = [f"resuming after step {after} "] if after >= 0 else []
+        done = self.forked(f"resume={run}", *words, what=what or "resume", told=told)
+        check(same_final(run, truth), f"{what}: final weights differ".removeprefix(": "))
+        return done
+
+
+def around(place: Any, name: str, function: Callable[..., Any]) -> None:
+    """`function(real, ...)` instead of `place.name(...)`, in a process that is to fail."""
+    real = getattr(place, name)
+    setattr(place, name, lambda *args, **named: function(real, *args, **named))
+
+
+def until(seen: Callable[[], object], child: Process, seconds: float = 180) -> None:
+    """Wait until something is seen of a process, or it has ended."""
+    deadline = time.monotonic() + seconds
+    while not seen() and child.running():
+        if time.monotonic() > deadline:
+            child.end()
+            raise Failed(f"nothing seen of a start for {seconds:.0f} s")
+        time.sleep(0.005)
+
+
+def _waited(pid: int, deadline: float) -> int:
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _child(words: list[str], fault: Fault | None, out: Path, cwd: Path) -> NoReturn:
+    """Ends by `os._exit`: what its parent registered for the end, such as removing the lab, is
+    not due."""
+    code = 1
+    try:
+        handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        os.chdir(cwd)
+        from dpo_cli.cli import main
+
+        if fault is not None:
+            fault()
+        main(words)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:  # noqa: BLE001 - a child must not go on as its parent
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+# ---------------------------------------------------------------- what is left of a run
+
+
+def checkpoint(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step}"
+
+
+def final_digest(run: Path) -> str:
+    """sha256 of all weights that a run published."""
+    files = sorted((run / "final").glob("*.safetensors"))
+    total = hashlib.sha256()
+    for path in files:
+        total.update(path.name.encode())
+        total.update(path.read_bytes())
+    return total.hexdigest() if files else "no final weights"
+
+
+def same_final(run: Path, truth: Path) -> bool:
+    return (truth / "final").is_dir() and final_digest(run) == final_digest(truth)
+
+
+def steps_of(run: Path) -> list[int]:
+    """Published checkpoints."""
+    found = (run / "checkpoints").glob("step-*")
+    return sorted(int(path.name.removeprefix("step-")) for path in found)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl, without a line that is being written."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]

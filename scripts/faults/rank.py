@@ -1,0 +1,48 @@
+"""dpo-run with a rank that fails: `python scripts/faults/rank.py launch <raise|hang> <words>`.
+
+The launcher of dpo-run starts this file again as each rank, whose second one then raises or
+stops answering in its third step.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from dpo_cli import elastic
+from dpo_cli.cli import main
+
+HOW = "DPO_RUN_FAULT"
+
+
+def spoil() -> None:
+    from dpo_cli.train import loop
+
+    real = loop._train_step
+
+    def train_step(run: Any) -> dict[str, float]:
+        if run.step == 2 and elastic.rank() == 1:
+            print(f"fault at {time.time():.3f}", file=sys.stderr, flush=True)
+            if os.environ[HOW] == "raise":
+                raise ValueError("injected into rank 1")
+            never_answers()
+        return real(run)
+
+    loop._train_step = train_step
+
+
+def never_answers() -> None:
+    while True:
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "launch":
+        os.environ[HOW] = sys.argv[2]
+        elastic.worker = lambda: [__file__]
+        main(sys.argv[3:])
+    else:
+        spoil()
+        main()
