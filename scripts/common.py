@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import resource
 import shlex
 import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = {
@@ -82,3 +85,43 @@ def markdown_row(cells: Sequence[Any]) -> str:
     """A line of a Markdown table; what would end a cell is replaced."""
     safe = (str(cell).replace("|", "/").replace("\n", " ") for cell in cells)
     return f"| {' | '.join(safe)} |"
+
+
+def resident_mb(field: str) -> float:
+    """Of this process: VmRSS, its memory now, or VmHWM, at most. Not ru_maxrss where it can be
+    helped: that one is inherited from the parent across fork and exec."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
+    lines = status.read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(f"{field}:")) / 1024
+
+
+def synchronise(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without a line that is being written."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def outcomes_of(report: Path) -> dict[str, tuple[str, str]]:
+    """Of pytest's JUnit report: `file::Class::name[parameters]` -> (passed, failure, error or
+    skipped; why)."""
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        # pytest writes the folders of the file, its name and the classes with dots between
+        parts = case.get("classname", "").split(".")
+        at = next((i for i, part in enumerate(parts) if part.startswith("test_")), 0)
+        name = "::".join([f"{parts[at]}.py", *parts[at + 1 :], case.get("name", "")])
+        bad = [(part.tag, part.get("message", "")) for part in case
+               if part.tag in ("failure", "error", "skipped")]  # fmt: skip
+        found[name] = bad[0] if bad else ("passed", "")
+    return found

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from scripts import processes
-from scripts.common import ROOT
+from scripts.common import ROOT, outcomes_of
 from scripts.faults import lab, main
 from scripts.faults.cases import CASES, Case
-from scripts.faults.covered import COVERED, read_report
+from scripts.faults.covered import COVERED
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +74,8 @@ def test_a_skipped_test_has_not_passed(tmp_path: Path) -> None:
         '<testcase classname="tests.test_a" name="test_d"><skipped message="no GPU"/></testcase>'
         "</testsuite></testsuites>"
     )
-    found = read_report(report)
-    assert found == {
-        "test_a.py::TestB::test_c[1]": "passed", "test_a.py::test_d": "skipped: no GPU"
+    assert outcomes_of(report) == {
+        "test_a.py::TestB::test_c[1]": ("passed", ""), "test_a.py::test_d": ("skipped", "no GPU"),
     }  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.common import versions, write_whole
+from scripts.common import resident_mb, synchronise, versions, write_whole
 
 # What both sides log, by our names.
 COMPARED = ("loss", "logps/chosen", "logps/rejected")
@@ -130,13 +129,6 @@ def worker_versions() -> dict[str, str]:
     return versions() | cuda
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
-
-
 def highest_of_ranks(value: float) -> float:
     """The largest of all processes that share the work."""
     import torch.distributed as dist
@@ -155,16 +147,6 @@ def peak_memory_mb(device: str) -> float:
 
         return torch.cuda.max_memory_allocated() / 2**20
     return resident_mb("VmHWM")
-
-
-def resident_mb(field_name: str) -> float:
-    """VmRSS or VmHWM of /proc. Not ru_maxrss where it can be helped: that one is inherited
-    from the parent across fork and exec."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
-    lines = status.read_text().splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith(f"{field_name}:")) / 1024
 
 
 def own_cpu_seconds() -> float:

@@ -14,22 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scripts.bench import options
+from scripts.bench import options, page
 from scripts.bench.equal import Results, agreement
 from scripts.bench.job import Job
-from scripts.bench.page import (
-    BLUE,
-    MEDIANS,
-    Page,
-    Rows,
-    bars,
-    differ,
-    ranged,
-    rounds_told,
-    table,
-    threads_of,
-    where_and_when,
-)
+from scripts.bench.page import Page, Rows
 from scripts.bench.plan import make_job, make_plan, shape_of
 from scripts.bench.ratios import over, spread
 from scripts.bench.run import run_rounds, run_side, workplace
@@ -84,7 +72,7 @@ def peak_facts(results: Results) -> dict[str, Record]:
 
 def heading(record: Record) -> str:
     batch, label = record["settings"]["batch"], record["data"]["label"]
-    return f"{record['precision']}, batch {batch}, {label}{threads_of(record)}"
+    return f"{record['precision']}, batch {batch}, {label}{page.threads_of(record)}"
 
 
 def part_rows(record: Record) -> Rows:
@@ -92,10 +80,10 @@ def part_rows(record: Record) -> Rows:
     whole = record["parts"]["step"]["seconds"]["median"]
     for name, part in record["parts"].items():
         share = f"{part['seconds']['median'] / whole:.0%}" if name != "ours" else ""
-        row = [LABELS[name], ranged(part["seconds"], 1e3), share]
+        row = [LABELS[name], page.ranged(part["seconds"], 1e3), share]
         if "flops" in part:
-            row += [f"{part['flops'] / 1e9:,.4g}", ranged(part["flops_per_second"], 1e-9),
-                    ranged(part["share_of_peak"], 100) + " %"]  # fmt: skip
+            row += [f"{part['flops'] / 1e9:,.4g}", page.ranged(part["flops_per_second"], 1e-9),
+                    page.ranged(part["share_of_peak"], 100) + " %"]  # fmt: skip
         rows.append(row + [""] * (6 - len(row)))
     return rows
 
@@ -111,17 +99,17 @@ def operator_rows(record: Record) -> Rows:
 def section(record: Record) -> list[str]:
     work = record["work"]
     peaks = "; ".join(
-        f"{precision}: {ranged(peak['flops_per_second'], 1e-9)} GFLOP/s "
+        f"{precision}: {page.ranged(peak['flops_per_second'], 1e-9)} GFLOP/s "
         f"({peak['kernel']}, {peak['size']} x {peak['size']})"
         for precision, peak in record["peaks"].items()
     )
     return [
-        *table(part_rows(record)), "",
+        *page.table(part_rows(record)), "",
         f"Matmul peak in the same process: {peaks}. A step holds {work['tokens']:,.0f} tokens, "
-        f"{work['scored']:,.0f} of them scored. {rounds_told(record)}", "",
+        f"{work['scored']:,.0f} of them scored. {page.rounds_told(record)}", "",
         f"The {len(record['operators'])} operators that took longest by themselves, under "
         "torch.profiler in a process of its own:", "",
-        *table(operator_rows(record)), "", *where_and_when(record),
+        *page.table(operator_rows(record)), "", *page.where_and_when(record),
     ]  # fmt: skip
 
 
@@ -135,11 +123,11 @@ def draw(axes: Any, record: Record) -> None:
     ):
         values = {name: {k: factor * v for k, v in part[key].items()}
                   for name, part in parts.items() if key in part}  # fmt: skip
-        bars(panel, values, label, BLUE)
+        page.bars(panel, values, label, page.BLUE)
 
 
 PAGE = Page(
-    f"The parts of one DPO step of dpo-run. {MEDIANS} FLOPs are those that the model needs, "
+    f"The parts of one DPO step of dpo-run. {page.MEDIANS} FLOPs are those that the model needs, "
     "without padding. Written by `scripts/bench.py profile`.", heading, section, draw,
 )  # fmt: skip
 
@@ -167,6 +155,6 @@ def main(argv: Sequence[str]) -> int:
             **circumstances(results, "bench.py profile", argv),
         }
     if not record["losses_agree"]["agree"]:
-        return differ(record, "the clocks change what is computed")
-    page = f"profile-{name}-{args.device}"
-    return PAGE.publish(record, args, page, [part_rows(record), operator_rows(record)])
+        return page.differ(record, "the clocks change what is computed")
+    tables = [part_rows(record), operator_rows(record)]
+    return PAGE.publish(record, args, f"profile-{name}-{args.device}", tables)

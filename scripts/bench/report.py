@@ -6,20 +6,8 @@ from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
 
-from scripts.bench.page import (
-    BLUE,
-    GREY,
-    MEDIANS,
-    Page,
-    Rows,
-    bars,
-    ranged,
-    rounds_told,
-    short,
-    table,
-    threads_of,
-    where_and_when,
-)
+from scripts.bench import page
+from scripts.bench.page import Page, Rows
 from scripts.bench.summary import Record
 
 WORK = (
@@ -54,12 +42,12 @@ def heading(record: Record) -> str:
     rank = f"LoRA rank {record['lora']['r']}, " if record.get("lora") else ""
     many = f", {settings['devices']} devices" if settings.get("devices", 1) > 1 else ""
     return (f"{rank}{record['precision']}, batch {settings['batch']}, {data}{many}"
-            f"{threads_of(record)}{trl}")  # fmt: skip
+            f"{page.threads_of(record)}{trl}")  # fmt: skip
 
 
 def section(record: Record) -> list[str]:
     facts = [
-        f"{rounds_told(record)} {compared(record)}",
+        f"{page.rounds_told(record)} {compared(record)}",
         "Settings: " + "; ".join(f"{name}: `{facts['settings'] or 'defaults'}`"
                                  for name, facts in record["sides"].items()) + ".",
         *(f"**{one['name']} failed: {one['why']}.** Its settings: "
@@ -73,14 +61,14 @@ def section(record: Record) -> list[str]:
     if record["settings"].get("devices", 1) > 1:
         facts.append("Peak memory is that of the device that needs most.")
     paragraphs = [line for fact in facts for line in (fact, "")]
-    steps = [line for rows in step_tables(record) for line in (*table(rows), "")]
+    steps = [line for rows in step_tables(record) for line in (*page.table(rows), "")]
     folded = ["<details><summary>What the sides logged in each step</summary>", "", *steps]
-    tables = [*table(side_rows(record)), ""]
+    tables = [*page.table(side_rows(record)), ""]
     if record["ratios"]:
-        tables += [*table(ratio_rows(record)), ""]
+        tables += [*page.table(ratio_rows(record)), ""]
     if record["searched"]:
-        tables += ["Settings tried, one process each:", "", *table(search_rows(record)), ""]
-    return [*tables, *where_and_when(record), *paragraphs, *folded, "</details>", ""]
+        tables += ["Settings tried, one process each:", "", *page.table(search_rows(record)), ""]
+    return [*tables, *page.where_and_when(record), *paragraphs, *folded, "</details>", ""]
 
 
 def compared(record: Record) -> str:
@@ -113,7 +101,7 @@ def side_rows(record: Record) -> Rows:
     }  # fmt: skip
     rows = [["side", *columns, "failed"]]
     for name, side in record["sides"].items():
-        row = [ranged(side[key]) if key in side else "" for key in columns.values()]
+        row = [page.ranged(side[key]) if key in side else "" for key in columns.values()]
         if tokens:
             row[1] = f"{side['per_second']['median'] * tokens:,.0f}"
         rows.append([name, *row, ""])
@@ -128,7 +116,7 @@ def ratio_rows(record: Record) -> Rows:
     best = record.get("roles", {}).get("best", "")
     peer += "" if best.endswith("-best") or not best else f" ({best})"
     named = [(ratio_name(key, peer), value) for key, value in record["ratios"].items()]
-    return [["ratio", "median [range]"], *([name, ranged(value)] for name, value in named)]
+    return [["ratio", "median [range]"], *([name, page.ranged(value)] for name, value in named)]
 
 
 def ratio_name(key: str, peer: str) -> str:
@@ -143,7 +131,7 @@ def search_rows(record: Record) -> Rows:
         if tried.get("failed"):
             rows.append([tried["name"], "", "", "failed"])
             continue
-        figures = (short(tried[key]) for key in ("per_second", "peak_memory_mb"))
+        figures = (page.short(tried[key]) for key in ("per_second", "peak_memory_mb"))
         rows.append([tried["name"], *figures, "yes" if tried["agrees"] else "no"])
     return rows
 
@@ -176,9 +164,10 @@ def draw(axes: Any, record: Record) -> None:
     """Speed and peak memory; our sides are blue."""
     labels = {"per_second": f"{record['unit']}/s (more is better)",
               "peak_memory_mb": "peak memory, MB (less is better)"}  # fmt: skip
-    colours = [BLUE if name.startswith("ours") else GREY for name in record["sides"]]
+    sides = record["sides"]
+    colours = [page.BLUE if name.startswith("ours") else page.GREY for name in sides]
     for panel, (key, label) in zip(axes, labels.items(), strict=True):
-        bars(panel, {name: side[key] for name, side in record["sides"].items()}, label, colours)
+        page.bars(panel, {name: side[key] for name, side in sides.items()}, label, colours)
 
 
-PAGE = Page(f"{MEDIANS} Written by `scripts/bench.py`.", heading, section, draw)
+PAGE = Page(f"{page.MEDIANS} Written by `scripts/bench.py`.", heading, section, draw)

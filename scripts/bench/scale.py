@@ -20,22 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scripts.bench import options
+from scripts.bench import options, page
 from scripts.bench.job import Job
 from scripts.bench.launch import say
-from scripts.bench.page import (
-    BLUE,
-    INK,
-    MEDIANS,
-    Page,
-    Rows,
-    ranged,
-    rounds_told,
-    short,
-    table,
-    threads_of,
-    where_and_when,
-)
+from scripts.bench.page import Page, Rows
 from scripts.bench.plan import Plan, make_job, make_plan, shape_of
 from scripts.bench.ratios import over, spread
 from scripts.bench.run import run_side, workplace
@@ -45,6 +33,7 @@ from scripts.bench.summary import Record, circumstances
 
 HEAD_WIDTH = 64
 CURVES = {"lengths": "tokens of a sequence", "batches": "pairs a step", "models": "model"}
+CHANGED = {"lengths": "length", "batches": "batch", "models": "model"}  # of a point
 MODEL = re.compile(r"(\d+)x(\d+)")
 
 
@@ -55,9 +44,6 @@ class Point:
     model: str
     length: int
     batch: int
-
-    def size(self, curve: str) -> str:
-        return str({"lengths": self.length, "batches": self.batch, "models": self.model}[curve])
 
 
 def curves_of(args: argparse.Namespace, model: str) -> dict[str, list[Point]]:
@@ -142,34 +128,31 @@ def heading(record: Record) -> str:
     settings, curves = record["settings"], ", ".join(record["curves"])
     return (
         f"{record['precision']}, by {curves}; else {settings['length']} tokens, batch "
-        f"{settings['batch']}{threads_of(record)}"
+        f"{settings['batch']}{page.threads_of(record)}"
     )
-
-
-def size_of(point: Record, curve: str) -> str:
-    return Point(point["model"], point["length"], point["batch"]).size(curve)
 
 
 def curve_rows(record: Record, curve: str) -> Rows:
     rows = [[CURVES[curve], "ms a pair", "pairs/s", "tokens/s", "peak memory, MB"]]
     for point in record["curves"][curve]:
-        size, seconds = size_of(point, curve), point["seconds_per_pair"]
+        size, seconds = str(point[CHANGED[curve]]), point["seconds_per_pair"]
         if curve == "models":
             size += f" ({point['parameters'] / 1e6:,.1f}M weights)"
         tokens = point["tokens_per_pair"] / seconds["median"]
-        rows.append([size, ranged(seconds, 1e3), short(1.0 / seconds["median"]), short(tokens),
-                     ranged(point["peak_memory_mb"])])  # fmt: skip
+        speeds = (page.short(x) for x in (1.0 / seconds["median"], tokens))
+        memory = page.ranged(point["peak_memory_mb"])
+        rows.append([size, page.ranged(seconds, 1e3), *speeds, memory])
     return rows
 
 
 def section(record: Record) -> list[str]:
     tables = [
-        line for curve in record["curves"] for line in (*table(curve_rows(record, curve)), "")
+        line for curve in record["curves"] for line in (*page.table(curve_rows(record, curve)), "")
     ]
     return [
         *tables,
-        f"{rounds_told(record, 'point')} A pair's tokens count its prompt once. Two thirds of a "
-        "sequence are its prompt.", "", *where_and_when(record),
+        f"{page.rounds_told(record, 'point')} A pair's tokens count its prompt once. Two thirds "
+        "of a sequence are its prompt.", "", *page.where_and_when(record),
     ]  # fmt: skip
 
 
@@ -179,22 +162,21 @@ def draw(axes: Any, record: Record) -> None:
     kinds = (("seconds_per_pair", 1e3, "ms a pair"), ("peak_memory_mb", 1.0, "peak memory, MB"))
     panels = iter(axes)
     for curve, points in record["curves"].items():
-        named = curve == "models"
-        places = [p["model"] if named else int(size_of(p, curve)) for p in points]
+        places = [p[CHANGED[curve]] for p in points]
         for key, factor, label in kinds:
             panel, values = next(panels), [p[key] for p in points]
             low, middle, high = ([factor * v[k] for v in values] for k in ("min", "median", "max"))
-            panel.fill_between(places, low, high, color=BLUE, alpha=0.2, linewidth=0)
-            panel.plot(places, middle, "o-", color=BLUE, markersize=4)
+            panel.fill_between(places, low, high, color=page.BLUE, alpha=0.2, linewidth=0)
+            panel.plot(places, middle, "o-", color=page.BLUE, markersize=4)
             panel.set_ylim(0, 1.15 * max(high))
-            panel.set_xlabel(f"{CURVES[curve]}: {label}", fontsize=8, color=INK)
+            panel.set_xlabel(f"{CURVES[curve]}: {label}", fontsize=8, color=page.INK)
     for unused in panels:
         unused.set_axis_off()
 
 
 PAGE = Page(
-    f"Cost of a pair and peak memory of dpo-run's DPO, as one size grows. {MEDIANS} Written by "
-    "`scripts/bench.py scale`.", heading, section, draw, grid=(2, len(CURVES)), height=4.6,
+    f"Cost of a pair and peak memory of dpo-run's DPO, as one size grows. {page.MEDIANS} Written "
+    "by `scripts/bench.py scale`.", heading, section, draw, grid=(2, len(CURVES)), height=4.6,
 )  # fmt: skip
 
 

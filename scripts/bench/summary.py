@@ -14,7 +14,7 @@ from typing import Any
 from scripts.bench.equal import Failures, Results, agreement, drop_unequal
 from scripts.bench.job import Job
 from scripts.bench.plan import Plan
-from scripts.bench.ratios import job_rows, one_epoch, ratios, roles_of, spread
+from scripts.bench.ratios import job_rows, one_epoch, over, ratios, roles_of, spread
 from scripts.bench.sides import PEER, UNITS, Side
 from scripts.common import commit, cpu_model, shown_command
 
@@ -89,10 +89,10 @@ def side_facts(
     """What one side did, over the rounds. work: a result of ours."""
     facts: dict[str, Any] = {
         "settings": side.settings,
-        "per_second": spread([r["per_second"] for r in results]),
+        "per_second": over(results, "per_second"),
         **compute_facts(work, results, job.devices),
-        "peak_memory_mb": spread([r["peak_memory_mb"] for r in results]),
-        "memory_before_the_model_mb": spread([r["start_memory_mb"] for r in results]),
+        "peak_memory_mb": over(results, "peak_memory_mb"),
+        "memory_before_the_model_mb": over(results, "start_memory_mb"),
         "startup_seconds": spread([startup(r) for r in results]),
         "others_cpu": max(r["others_cpu"] for r in results),
         **{
@@ -103,7 +103,7 @@ def side_facts(
     if job.task == "dpo":
         facts["per_second_one_epoch"] = spread([one_epoch(job, r) for r in results])
     if results[0]["reference_seconds"] is not None:
-        facts["reference_seconds"] = spread([r["reference_seconds"] for r in results])
+        facts["reference_seconds"] = over(results, "reference_seconds")
         facts["reference_share_of_epoch"] = spread(
             [r["reference_seconds"] * r["per_second"] / job_rows(job) for r in results]
         )

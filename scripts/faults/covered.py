@@ -5,10 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from xml.etree import ElementTree
 
-from scripts.common import ROOT
+from scripts.common import ROOT, outcomes_of
 from scripts.faults.lab import Failed, Lab, check
 
 ROWS = "test_dataset.py::TestAdapt::"
@@ -134,17 +132,6 @@ def results(lab: Lab) -> dict[str, str]:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if not report.is_file() or done.returncode not in (0, 1):
             raise Failed(f"pytest ended with {done.returncode}: {done.stdout.strip()[-300:]}")
-        lab.outcomes = read_report(report)
+        lab.outcomes = {name: how if how == "passed" else f"{how}: {why[:120]}"
+                        for name, (how, why) in outcomes_of(report).items()}  # fmt: skip
     return lab.outcomes
-
-
-def read_report(report: Path) -> dict[str, str]:
-    """`passed`, or what became of a test and why."""
-    found = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        _, module, *classes = case.get("classname", "").split(".")
-        name = "::".join([f"{module}.py", *classes, case.get("name", "")])
-        bad = [f"{part.tag}: {part.get('message', '')[:120]}" for part in case
-               if part.tag in ("failure", "error", "skipped")]  # fmt: skip
-        found[name] = bad[0] if bad else "passed"
-    return found

@@ -276,10 +276,3 @@ def steps_of(run: Path) -> list[int]:
     """Published checkpoints."""
     found = (run / "checkpoints").glob("step-*")
     return sorted(int(path.name.removeprefix("step-")) for path in found)
-
-
-def rows_of(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl, without a line that is being written."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]

@@ -9,8 +9,8 @@ import signal
 import time
 from pathlib import Path
 
-from scripts.common import ROOT
-from scripts.faults.lab import SFT, Done, Lab, check, final_digest, rows_of, same_final, until
+from scripts.common import ROOT, metrics_of
+from scripts.faults.lab import SFT, Done, Lab, check, final_digest, same_final, until
 
 TWO = (*SFT, "hardware.devices=2", "train.eval_every_steps=0", "train.save_every_steps=2")
 FORTY = (*TWO, "train.max_steps=40")
@@ -39,7 +39,7 @@ def killed_rank(lab: Lab) -> str:
     """Case 23."""
     truth, run = two_ranks(lab), lab.fresh("one-dies")
     child = lab.start(*FORTY, f"run_dir={run}")
-    until(lambda: len(rows_of(run)) >= 5, child)
+    until(lambda: len(metrics_of(run)) >= 5, child)
     ranks = children(child.popen.pid)
     check(len(ranks) == 2, f"{len(ranks)} ranks were running")
     os.kill(ranks[1], signal.SIGKILL)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from scripts.common import metrics_of
 from scripts.faults.crash import Watch, signaller
 from scripts.faults.lab import (
     OVER,
@@ -17,7 +18,6 @@ from scripts.faults.lab import (
     around,
     check,
     checkpoint,
-    rows_of,
     same_final,
     steps_of,
     until,
@@ -57,7 +57,7 @@ def signals(lab: Lab) -> str:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         run = lab.fresh("signalled")
         child = lab.start(*LONG, f"run_dir={run}")
-        until(lambda run=run: len(rows_of(run)) >= 3, child)
+        until(lambda run=run: len(metrics_of(run)) >= 3, child)
         os.kill(child.popen.pid, number)
         sent = time.monotonic()
         lab.wait(child).must(75, number.name)
@@ -130,7 +130,7 @@ def two_runs(lab: Lab) -> str:
     beside = Lab(lab.folder / "beside", lab.kills, lab.seed)  # its output has a file of its own
     child = lab.start(*LONG, f"run_dir={run}")
     try:
-        until(lambda: rows_of(run), child)
+        until(lambda: metrics_of(run), child)
         for words in ([*LONG, f"run_dir={run}"], [f"resume={run}"], [*LONG, f"run_dir={run}"]):
             took.append(beside.dpo(*words, code=6, what="the second").seconds)
     finally:
@@ -143,7 +143,7 @@ def stale_lock(lab: Lab) -> str:
     """Case 18."""
     run = lab.fresh("stale")
     child = lab.start(*LONG, f"run_dir={run}")
-    until(lambda: rows_of(run), child)
+    until(lambda: metrics_of(run), child)
     child.end()
     pid = child.popen.pid
     check((run / ".lock").read_text() == str(pid), "no lock was left")
@@ -190,7 +190,7 @@ def other_rate(lab: Lab) -> str:
     if done.code == 2:  # the warm-up is part of the run, the rate is not
         done = lab.forked(f"resume={run}", "optim.lr=1e-4", code=None)
     done.must(0)
-    now, was = ({row["step"]: row["lr"] for row in rows_of(folder) if "lr" in row}[3]
+    now, was = ({row["step"]: row["lr"] for row in metrics_of(folder) if "lr" in row}[3]
                 for folder in (run, lab.saves()))  # fmt: skip
     check(abs(now / was - 1e-4 / 3e-3) < 1e-9, f"step 3 at {now:g}, uninterrupted {was:g}")
     return f"applied: step 3 at {now:g} instead of {was:g}"
@@ -203,7 +203,7 @@ def own_reference(lab: Lab) -> str:
     lab.forked(*again, f"run_dir={lab.fresh('own')}", code=2, told=["stage.reference="])
     named = lab.fresh("named")
     lab.forked(*again, f"stage.reference={lab.base()}", f"run_dir={named}", what="named")
-    ratio = next(r["logratios/chosen"] for r in rows_of(named) if "logratios/chosen" in r)
+    ratio = next(r["logratios/chosen"] for r in metrics_of(named) if "logratios/chosen" in r)
     check(abs(ratio) >= 1e-6, "the policy's own weights were taken for the reference")
     return f"exit 2, asks for stage.reference; named, the first log-ratio is {ratio:.3g}, not 0"
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from scripts.gpu_checks.facts import Fact, Setup
+from scripts.measuring import best_seconds
 
 MIB = 2**20
 
@@ -28,31 +29,11 @@ def check(setup: Setup) -> Iterator[Fact]:
     yield "disk write, GB/s", disk_speed(setup, 4 * MIB if setup.small else 1024 * MIB) / 1e9
 
 
-def best_seconds(device: torch.device, work: Callable[[], object], times: int = 10) -> float:
-    """Of one call, the fastest of five groups of calls."""
-    for _ in range(3):
-        work()
-    found = []
-    for _ in range(5):
-        synchronise(device)
-        began = time.perf_counter()
-        for _ in range(times):
-            work()
-        synchronise(device)
-        found.append((time.perf_counter() - began) / times)
-    return min(found)
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def copy_speed(device: torch.device, size: int) -> float:
     """Bytes a second, read and written, of a copy on the device."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / best_seconds(device, lambda: target.copy_(source))
+    return 2 * size / best_seconds(device.type, lambda: target.copy_(source))
 
 
 def matmul_speed(device: torch.device, side: int) -> float:
@@ -63,7 +44,7 @@ def matmul_speed(device: torch.device, side: int) -> float:
     def product() -> Tensor:
         return torch.mm(a, b, out=out)
 
-    return 2 * side**3 / best_seconds(device, product)
+    return 2 * side**3 / best_seconds(device.type, product)
 
 
 def disk_speed(setup: Setup, size: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scripts.common import metrics_of
 from scripts.gpu_checks.facts import Fact, Setup
 
 COMMON = ("logger=none", "logger.progress=plain", "data=sentiment", "data.rows=256",
@@ -59,8 +59,7 @@ class Runs:
         return Path(self.setup.work, f"step-4-{name}.log")
 
     def losses(self, name: str) -> dict[int, float]:
-        path = self.folder / name / "metrics.jsonl"
-        rows = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
+        rows = metrics_of(self.folder / name)
         return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -20,6 +19,7 @@ from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 from dpo_cli.stages.dpo import dpo_loss
 from scripts.gpu_checks.facts import Fact, Setup
+from scripts.measuring import random_examples
 
 BETA = 0.1
 # (prompt, chosen, rejected) tokens, as in HH
@@ -35,7 +35,7 @@ def check(setup: Setup) -> Iterator[Fact]:
     device = torch.device(setup.device)
     torch.set_num_threads(setup.threads)
     model = random_gpt2(SMALL if setup.small else LARGE, device)
-    rows = examples(SHORT if setup.small else LENGTHS, model.config.vocab_size)
+    rows = random_examples(SHORT if setup.small else LENGTHS, model.config.vocab_size)
     exact = copy.deepcopy(model).cpu()
     fuse_gelu(model)
     choose_attention(model, "auto", on=Placement(device, torch.bfloat16, print))
@@ -59,12 +59,6 @@ def random_gpt2(shape: dict[str, int], device: torch.device) -> Any:
     rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     with device:
         return GPT2LMHeadModel(GPT2Config(**shape, **rates)).eval()
-
-
-def examples(lengths: Sequence[tuple[int, int, int]], vocab: int) -> list[EncodedExample]:
-    rng = np.random.default_rng(0)
-    ids = lambda n: rng.integers(0, vocab, n).astype(np.int32)  # noqa: E731
-    return [EncodedExample(ids(p), (ids(c), ids(r)), i) for i, (p, c, r) in enumerate(lengths)]
 
 
 def packed(model: Any, rows: Sequence[EncodedExample], device: torch.device) -> dict[str, Any]:

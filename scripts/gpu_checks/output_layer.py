@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dpo_cli import fused_head
 from dpo_cli.logprobs import Head, fused_loss, target_logprobs
-from scripts.gpu_checks.ceilings import best_seconds
 from scripts.gpu_checks.facts import Fact, Setup
+from scripts.measuring import best_seconds
 
 CHECKED = 64  # rows held against float64
 BF16 = torch.bfloat16
@@ -80,11 +80,11 @@ class Work:
             products = 3 if self.shape.whole else 2
             flop = 2.0 * self.shape.tokens * self.shape.width * self.shape.vocab
             before = self._memory(reset=True)
-            seconds = best_seconds(self.device, self.step, times=2)
+            seconds = best_seconds(self.device.type, self.step, times=2)
             yield name, "step, ms", 1e3 * seconds
             yield name, "step, TFLOP/s", products * flop / seconds / 1e12
             yield name, "step, peak GB", (self._memory() - before) / 1e9
-            seconds = best_seconds(self.device, self.score, times=2)
+            seconds = best_seconds(self.device.type, self.score, times=2)
             yield name, "scoring, ms", 1e3 * seconds
             yield name, "scoring, TFLOP/s", flop / seconds / 1e12
 

@@ -6,28 +6,28 @@ import gc
 import json
 import shutil
 import statistics
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
-import hydra
 import torch
 
-from dpo_cli.compose import prepare
 from dpo_cli.config import ModelConfig, RunConfig
 from dpo_cli.grammar.tokenizer import build_tokenizer
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.load import load_model, load_tokenizer
-from dpo_cli.paths import conf_dir
 from dpo_cli.plan import plan_tables
 from dpo_cli.run import run
+from dpo_cli.train import loop
+from scripts.common import resident_mb
 from scripts.gpu_checks.exactness import LARGE, SMALL, random_gpt2
 from scripts.gpu_checks.facts import Fact, Setup, Skip
+from scripts.measuring import compose
 
 SAVED, STEPS = 16, 20  # a checkpoint in between, when room for its copy is made; one at the end
-LOOK = 0.005  # seconds between two looks at metrics.jsonl
 SEVEN_WIDTH = 4096  # of Mistral 7B
 VOCAB = 1024  # of the generated reviews
 
@@ -43,7 +43,7 @@ def check(setup: Setup) -> Iterator[Fact]:
     config = configured(setup, folder)
     estimated = [value for name, value in plan_tables(config)[1] if name.startswith("in all")]
     yield "memory, estimated", str((estimated or ["no estimate"])[0])
-    with watching(folder / "run" / "metrics.jsonl") as seen:
+    with watching() as seen:
         run(config, ["dpo-run"])
         ended = time.monotonic()
     if not setup.small:
@@ -75,7 +75,7 @@ def write_model(setup: Setup, folder: Path) -> None:
 
 def loading(setup: Setup, name: str, folder: Path) -> Iterator[Fact]:
     """As a run loads a policy, probed and on its device; and the host memory that this took."""
-    before, began = resident("VmRSS"), time.monotonic()
+    before, began = resident_mb("VmRSS"), time.monotonic()
     source = ModelConfig(path=str(folder))
     dtype = torch.float32 if setup.small else torch.bfloat16
     on = Placement(torch.device(setup.device), dtype, print)
@@ -84,51 +84,32 @@ def loading(setup: Setup, name: str, folder: Path) -> Iterator[Fact]:
     if not setup.small:
         torch.cuda.synchronize()
     yield name, time.monotonic() - began
-    yield name.replace(", s", ", GiB of the host"), max(0.0, resident("VmHWM") - before)
+    yield name.replace(", s", ", GiB of the host"), max(0.0, resident_mb("VmHWM") - before) / 1024
 
 
 def configured(setup: Setup, folder: Path) -> RunConfig:
-    words = [
+    return compose([
         "stage=dpo", "model=custom", f"model.path={folder / 'model'}", "data=sentiment",
         "data.rows=64", "data.eval_rows=0", "train.batch_size=4", f"train.max_steps={STEPS}",
         f"train.save_every_steps={SAVED}", "train.eval_every_steps=0", "train.sample_prompts=0",
         "logger=none", "logger.progress=off", f"hardware={setup.device}",
         f"run_dir={folder / 'run'}", f"cache_dir={folder / 'cache'}",
-    ]  # fmt: skip
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return prepare(hydra.compose("config", overrides=words), words)
+    ])  # fmt: skip
 
 
 @contextmanager
-def watching(path: Path) -> Iterator[dict[int, float]]:
-    """When each step was logged, looked at from outside."""
+def watching() -> Iterator[dict[int, float]]:
+    """When each step was done, its checkpoint not counted."""
     seen: dict[int, float] = {}
-    stop = threading.Event()
+    real = loop._train_step
 
-    def look() -> None:
-        while not stop.wait(LOOK):
-            lines = path.read_text().splitlines() if path.is_file() else []
-            for line in lines[len(seen) :]:
-                note(line, seen)
+    def train_step(run: Any) -> dict[str, float]:
+        values = real(run)
+        seen[run.step] = time.monotonic()
+        return values
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
+    with mock.patch.object(loop, "_train_step", train_step):
         yield seen
-    finally:
-        time.sleep(2 * LOOK)
-        stop.set()
-        thread.join()
-
-
-def note(line: str, seen: dict[int, float]) -> None:
-    """A line that is half written is read again."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        return
-    if "loss" in row:
-        seen.setdefault(int(row["step"]), time.monotonic())
 
 
 def newest(folder: Path) -> Path:
@@ -137,9 +118,3 @@ def newest(folder: Path) -> Path:
 
 def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def resident(field: str) -> float:
-    """GiB of this process, now (VmRSS) or at most (VmHWM)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith(f"{field}:")) / 2**20

@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_cli.config import DpoConfig, OptimConfig
 from dpo_cli.model.attention import kernel_of, prepare, use
-from dpo_cli.model.generate import SamplingOptions, sample
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 from dpo_cli.shard import gathered, make_mesh, settle, shard, whole
@@ -23,6 +22,7 @@ from dpo_cli.stages.dpo import dpo_loss
 from dpo_cli.train import sharded
 from dpo_cli.train.optim import build_optimizer, take_step
 from scripts.gpu_checks.facts import Fact, Setup
+from scripts.measuring import random_examples, sampled
 
 SHAPE = {
     "num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 500,
@@ -38,7 +38,7 @@ def check(setup: Setup) -> Iterator[Fact]:
     try:
         yield "backend", dist.get_backend()
         kernel = "varlen" if cuda else "grouped"
-        rows = examples()
+        rows = random_examples([(9, 5, 7)] * PROMPTS, SHAPE["vocab_size"])
         model = build(kernel).to(setup.device)
         expected = train(model, rows, setup.device)[0]
         tokens = greedy(model, rows, setup.device)
@@ -66,12 +66,6 @@ def join(backend: str) -> None:
     dist.init_process_group(backend)
 
 
-def examples() -> list[EncodedExample]:
-    rng = np.random.default_rng(0)
-    ids = lambda n: rng.integers(1, 500, n).astype(np.int32)  # noqa: E731
-    return [EncodedExample(ids(9), (ids(5), ids(7)), i) for i in range(PROMPTS)]
-
-
 def build(kernel: str) -> Any:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
@@ -94,10 +88,9 @@ def train(model: Any, rows: list[EncodedExample], device: str) -> tuple[list[Any
 
 
 def greedy(model: Any, rows: list[EncodedExample], device: str) -> list[list[int]]:
-    options = SamplingOptions(max_new_tokens=4, temperature=0.0)
     with torch.autocast(device, torch.bfloat16):
-        found = sample(model, [row.prompt_ids for row in rows], options, -1, 0)
-    return [completions[0].ids.tolist() for completions in found]
+        found = sampled(model, [row.prompt_ids for row in rows], 1, 4, temperature=0.0)
+    return [completion.ids.tolist() for completion in found]
 
 
 def restored(setup: Setup, model: Any, optimizer: Any) -> float:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 
-from dpo_cli.compose import prepare
-from dpo_cli.paths import conf_dir
 from dpo_cli.run import run
 from dpo_cli.stages import dpo
+from scripts.common import metrics_of
 from scripts.gpu_checks.facts import Fact, Setup
+from scripts.measuring import compose
 
 COMMON = (
     "stage=dpo", "model=tiny", "data=sentiment", "data.eval_rows=0", "logger=none",
@@ -58,11 +56,8 @@ def check(setup: Setup) -> Iterator[Fact]:
 def losses(run_dir: Path, words: Sequence[str]) -> list[dict[str, Any]]:
     """The logged steps of a run in this process."""
     overrides = [*words, f"run_dir={run_dir}"]
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = prepare(hydra.compose("config", overrides=overrides), overrides)
-    run(config, ["dpo-run", *overrides])
-    rows = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if "loss" in row]
+    run(compose(overrides), ["dpo-run", *overrides])
+    return [row for row in metrics_of(run_dir) if "loss" in row]
 
 
 def failing_above(tokens: int, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from scripts.common import ROOT
+from scripts.common import ROOT, outcomes_of
 from scripts.gpu_checks.facts import Fact, Setup, Skip
 
 WORKERS = 10
@@ -55,17 +55,13 @@ def config_without_timeout(setup: Setup) -> Path:
 
 def counts(report: Path) -> Iterator[Fact]:
     """passed, failed, skipped, and the names of those that failed."""
-    cases = list(ET.parse(report).getroot().iter("testcase"))
-    failed = [c for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    skipped = [c for c in cases if c.find("skipped") is not None]
-    yield "passed", len(cases) - len(failed) - len(skipped)
+    found = outcomes_of(report)
+    failed = {name: why for name, (how, why) in found.items() if how in ("failure", "error")}
+    skipped = Counter(why for how, why in found.values() if how == "skipped")
+    yield "passed", len(found) - len(failed) - skipped.total()
     yield "failed", len(failed)
-    yield "skipped", len(skipped)
-    for reason in sorted({str(c.find("skipped").get("message")) for c in skipped}):  # type: ignore[union-attr]
-        yield f"skipped as {reason[:100]}", sum(
-            str(c.find("skipped").get("message")) == reason for c in skipped  # type: ignore[union-attr]
-        )  # fmt: skip
-    for case in failed:
-        fault = case.find("failure")
-        fault = case.find("error") if fault is None else fault
-        yield f"failed: {case.get('name')}", str(fault.get("message"))[:300]  # type: ignore[union-attr]
+    yield "skipped", skipped.total()
+    for reason, count in sorted(skipped.items()):
+        yield f"skipped as {reason[:100]}", count
+    for name, why in failed.items():
+        yield f"failed: {name.rpartition('::')[2]}", why[:300]

@@ -6,24 +6,22 @@ yields batch * samples * new_tokens tokens. `settings.side` is `ours` or `hf`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from dpo_cli.config import HardwareConfig, ModelConfig
 from dpo_cli.model.attention import Placement
-from dpo_cli.model.generate import Completion, SamplingOptions, sample
 from dpo_cli.model.load import load_model, load_tokenizer
 from dpo_cli.train.runtime import start_runtime
 from scripts.bench.job import Job, Window, work
+from scripts.measuring import Prompts, generated, greedy_generated, greedy_sampled, sampled
 
 GREEDY_TOKENS = 8
-Prompts = Sequence[np.ndarray]
-Sampler = Callable[[Prompts, int], list[int]]  # prompts, seed -> new tokens of each sample
+Sampler = Callable[[Prompts, int], object]  # prompts, seed; asserts how much it draws
 Scorer = Callable[[Prompts], list[float]]  # log-probability of each prompt's greedy continuation
 
 
@@ -32,80 +30,55 @@ def measure(job: Job) -> dict[str, Any]:
     settings = dict(job.settings)
     make = {"ours": ours, "hf": generate}[settings.pop("side")]
     window = Window(job)
-    lengths_of_samples, greedy_logprobs = make(job, settings)
+    draw, greedy_logprobs = make(job, settings)
     prompts = [np.array(row["prompt"], np.int32) for row in job.rows()]
     window.figures["logps/greedy"] = greedy_logprobs(prompts[: job.batch])
     for step in range(job.total_steps):
-        batch = prompts[step * job.batch : (step + 1) * job.batch]
-        lengths = lengths_of_samples(batch, step)
-        assert lengths == [job.new_tokens] * (len(batch) * job.samples)
+        draw(prompts[step * job.batch : (step + 1) * job.batch], step)
         window.end_of_step(step + 1, {})
     return window.result(reference_seconds=None)
 
 
 def ours(job: Job, settings: dict[str, Any]) -> tuple[Sampler, Scorer]:
-    """`sample()` as stage=sample calls it; an EOS id of -1 is never drawn."""
+    """`sample()` as stage=sample calls it."""
     assert not settings, f"settings that nothing reads: {settings}"
     hardware = HardwareConfig(device=job.device, precision=job.precision, threads=job.threads)
     runtime = start_runtime(hardware, seed=0)
     source = ModelConfig(path=job.model)
-    tokenizer = load_tokenizer(source)
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    model = load_model(source, tokenizer, on=Placement(runtime.device, dtype))
+    model = load_model(source, load_tokenizer(source), on=Placement(runtime.device, dtype))
     model.to(runtime.device)
-    many = SamplingOptions(
-        completions=job.samples, max_new_tokens=job.new_tokens,
-        batch_size=job.batch * job.samples,
-    )  # fmt: skip
-    one = replace(many, completions=1, temperature=0.0, max_new_tokens=GREEDY_TOKENS)
 
-    def decode(prompts: Prompts, options: SamplingOptions) -> list[Completion]:
+    def draw(prompts: Prompts, seed: int) -> None:
         with runtime.autocast():
-            rows = sample(model, prompts, options, -1, tokenizer.pad_token_id)
-        return [completion for row in rows for completion in row]
+            sampled(model, prompts, job.samples, job.new_tokens, seed=seed)
 
-    return (
-        lambda prompts, seed: [len(c.ids) for c in decode(prompts, replace(many, seed=seed))],
-        lambda prompts: [float(c.logprobs.sum()) for c in decode(prompts, one)],
-    )
+    def score(prompts: Prompts) -> list[float]:
+        with runtime.autocast():
+            return greedy_sampled(model, prompts, GREEDY_TOKENS)
+
+    return draw, score
 
 
 def generate(job: Job, settings: dict[str, Any]) -> tuple[Sampler, Scorer]:
     """`model.generate(num_return_sequences=N)`, drawing from the whole distribution."""
     dtype = getattr(torch, settings.pop("dtype", "float32"))
-    attention = settings.pop("attn_implementation", None)
-    tokenizer = AutoTokenizer.from_pretrained(job.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(
-        job.model, dtype=dtype, attn_implementation=attention
+        job.model, dtype=dtype, attn_implementation=settings.pop("attn_implementation", None)
     )
     model.to(job.device).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
     low = job.precision == "bf16" and dtype != torch.bfloat16
 
-    def decode(prompts: Prompts, **how: Any) -> Any:
-        padded = tokenizer.pad({"input_ids": [p.tolist() for p in prompts]}, return_tensors="pt")
-        with torch.no_grad(), torch.autocast(job.device, torch.bfloat16, enabled=low):
-            return model.generate(
-                **padded.to(job.device), **how, **settings,
-                return_dict_in_generate=True,
-            )  # fmt: skip
-
-    def lengths(prompts: Prompts, seed: int) -> list[int]:
+    def draw(prompts: Prompts, seed: int) -> None:
         torch.manual_seed(seed)
-        out = decode(
-            prompts, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-            num_return_sequences=job.samples, max_new_tokens=job.new_tokens,
-        )  # fmt: skip
-        new_tokens = out.sequences.shape[1] - max(map(len, prompts))
-        return [new_tokens] * len(out.sequences)
+        with torch.autocast(job.device, torch.bfloat16, enabled=low):
+            generated(model, prompts, job.samples, job.new_tokens, **settings)
 
-    def greedy(prompts: Prompts) -> list[float]:
-        out = decode(prompts, do_sample=False, max_new_tokens=GREEDY_TOKENS, output_logits=True)
-        steps = torch.stack(out.logits, 1).float().log_softmax(-1)  # (B, GREEDY_TOKENS, V)
-        return steps.max(-1).values.sum(1).tolist()
+    def score(prompts: Prompts) -> list[float]:
+        with torch.autocast(job.device, torch.bfloat16, enabled=low):
+            return greedy_generated(model, prompts, GREEDY_TOKENS, **settings)
 
-    return lengths, greedy
+    return draw, score
 
 
 if __name__ == "__main__":

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scripts.bench.job import synchronise
+from scripts.measuring import best_seconds
 
 SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}  # of square matrices
-PEAK_SECONDS = 0.5  # for each size, kernel and precision
+CALLS = 10  # of each size, kernel and precision
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -41,14 +40,7 @@ def kernels(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 def speed(
     kernel: Callable[[Tensor, Tensor], Tensor], size: int, dtype: torch.dtype, device: str
 ) -> float:
-    """FLOP/s of the fastest of the calls that fit in PEAK_SECONDS."""
+    """FLOP/s of the fastest of CALLS calls."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    kernel(a, b)
-    synchronise(device)
-    best, until = float("inf"), time.perf_counter() + PEAK_SECONDS
-    while time.perf_counter() < until:
-        started = time.perf_counter()
-        kernel(a, b)
-        synchronise(device)
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * size**3 / best
+    seconds = best_seconds(device, lambda: kernel(a, b), times=1, groups=CALLS)
+    return 2.0 * size**3 / seconds

@@ -14,8 +14,10 @@ from dpo_cli.report.console import Progress
 from dpo_cli.stages import load_stage
 from dpo_cli.stages.session import Session
 from dpo_cli.train.runtime import start_runtime
-from scripts.bench.job import Job, peak_memory_mb, resident_mb, work, worker_versions
-from scripts.bench.workers.ours import compose, training_overrides
+from scripts.bench.job import Job, peak_memory_mb, work, worker_versions
+from scripts.bench.workers.ours import training_overrides
+from scripts.common import resident_mb
+from scripts.measuring import compose
 
 NOT_TENSORS = {  # parts of the estimate that the peak leaves out: before the model, not allocated
     "cpu": ("program",),

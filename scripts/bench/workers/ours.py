@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch.distributed as dist
 
 from dpo_cli import ranks
-from dpo_cli.compose import prepare
-from dpo_cli.config import RunConfig
-from dpo_cli.paths import conf_dir
 from dpo_cli.plan_facts import tokens_chooser
 from dpo_cli.report.console import Progress
 from dpo_cli.stages import load_stage
 from dpo_cli.stages.session import Session
 from dpo_cli.train.flops import peak_tflops
 from dpo_cli.train.runtime import start_runtime
-from scripts.bench.job import Job, Window, synchronise, work
+from scripts.bench.job import Job, Window, work
 from scripts.bench.lora import lora_overrides
+from scripts.common import synchronise
+from scripts.measuring import compose
 
 
 class Measured(Exception):
@@ -60,12 +58,6 @@ class PhaseClock(Progress):
             synchronise(self.device)
             seconds = time.perf_counter() - started
             self.reference_seconds = (self.reference_seconds or 0.0) + seconds
-
-
-def compose(overrides: Sequence[str]) -> RunConfig:
-    """The configuration as the command line makes it."""
-    with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return prepare(hydra.compose("config", overrides=list(overrides)), overrides)
 
 
 def training_overrides(job: Job) -> list[str]:

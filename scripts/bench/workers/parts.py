@@ -27,10 +27,11 @@ from dpo_cli.records import Batch
 from dpo_cli.stages import dpo
 from dpo_cli.train import loop
 from dpo_cli.train.flops import Sizes, Work, step_flops
-from scripts.bench.job import Job, Window, synchronise, work
+from scripts.bench.job import Job, Window, work
 from scripts.bench.workers import ours
 from scripts.bench.workers.matmul import matmul_peaks
 from scripts.bench.workers.ours import ClockSink
+from scripts.common import synchronise
 
 TOP_OPERATORS = 15
 

@@ -151,7 +151,7 @@ def real_rows(plan: Plan, tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def data_config(plan: Plan, path: str) -> Any:
-    from scripts.bench.workers.ours import compose
+    from scripts.measuring import compose
 
     return compose(plan.data_overrides(path)).data
 

@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from scripts.bench.job import UNAVAILABLE, Job, Window, synchronise, work
+from scripts.bench.job import UNAVAILABLE, Job, Window, work
 from scripts.bench.lora import start_equal, trainer_arguments
+from scripts.common import synchronise
 
 try:
     import datasets
