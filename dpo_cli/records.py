@@ -92,6 +92,7 @@ class Batch:
     last_index: (S,) row of each branch's last token (its prompt's if the branch is empty);
     None where last tokens are left out.
     filler: a row that counts for nothing, computed to keep step with other ranks.
+    cuts: lengths on either side of which sequences do not share a segment (`packing.pack`).
     layouts: kernel -> how its attention finds its way in the row, made when first needed.
     """
 
@@ -108,6 +109,7 @@ class Batch:
     last_index: Tensor | None = None
     filler: bool = False
     places: tuple[int, ...] = ()
+    cuts: tuple[int, ...] = ()
     layouts: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: Any) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.model import forward
+from dpo_cli.model.rope import cuts_of
 from dpo_cli.packing import pack
 from dpo_cli.records import Batch, EncodedExample
 
@@ -77,8 +79,8 @@ def examples(branches: int) -> list[EncodedExample]:
     ]
 
 
-def packed(rows: list[EncodedExample], keep_last: bool = False) -> Batch:
-    return pack(rows, range(len(rows)), keep_last)
+def packed(rows: list[EncodedExample], keep_last: bool = False, cuts: Sequence[int] = ()) -> Batch:
+    return pack(rows, range(len(rows)), keep_last, cuts)
 
 
 def sequences(rows: list[EncodedExample]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -120,7 +122,7 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def assert_loss_and_gradients_are_the_plain_ones(model: Any, rows: list[EncodedExample]) -> None:
     """The model's rows as it is set now, against the plain forward: 1e-10."""
-    loss, got = packed_loss(model, packed(rows))
+    loss, got = packed_loss(model, packed(rows, cuts=cuts_of(model.config)))
     got_grads = gradients(model, loss)
     expected = oracle(model, rows)
     expected_loss = weighted(expected, 0, len(expected))

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from dpo_cli.model.kernels import Call
 from dpo_cli.model.layout import Layout
 from dpo_cli.model.layouts import LAYOUTS
+from dpo_cli.model.rope import SplitLayout, cuts_of
 from dpo_cli.records import Batch
 
 NAME = "dpo_packed"
@@ -117,13 +118,14 @@ def kernel_of(model: PreTrainedModel) -> str:
 def prepare(batch: Batch, kernel: str) -> Batch:
     """The batch with its layout for a kernel, where its tensors are."""
     if kernel not in batch.layouts:
-        layout = LAYOUTS[kernel].build(batch.layout)
+        layout = SplitLayout.split(batch.layout, batch.cuts, LAYOUTS[kernel])
         batch.layouts[kernel] = layout.to(batch.input_ids.device)
     return batch
 
 
 def layout_for(model: PreTrainedModel, batch: Batch) -> Layout:
     kernel = kernel_of(model)
+    assert set(cuts_of(model.config)) <= set(batch.cuts), "pack(..., cuts=cuts_of(model.config))"
     layout: Layout = prepare(batch, kernel).layouts[kernel]
     return layout
 

@@ -22,6 +22,7 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.load import context_length, hf_config
 from dpo_cli.model.read import read_pretrained
+from dpo_cli.model.rope import apart
 from dpo_cli.model.source import loading, tokenizer_source
 
 CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of their classes
@@ -53,7 +54,8 @@ class Classifier:
         ids = [tuple(row) for row in self._encode(texts)]
         distinct = sorted(set(ids), key=len, reverse=True)
         size = 1 if self.pad is None else self.batch_size
-        rows = [self._forward(distinct[i : i + size]) for i in range(0, len(distinct), size)]
+        together = [distinct[i : i + size] for i in range(0, len(distinct), size)]
+        rows = [self._forward(part) for some in together for part in apart(some, self.model.config)]
         place = {row: i for i, row in enumerate(distinct)}
         return torch.cat(rows).cpu().double()[[place[row] for row in ids]]
 

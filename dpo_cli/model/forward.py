@@ -19,6 +19,7 @@ from dpo_cli.logprobs import (
 from dpo_cli.model import attention
 from dpo_cli.model.blocks import BLOCKS
 from dpo_cli.model.fuse import RESIDUAL
+from dpo_cli.model.rope import cuts_of
 from dpo_cli.records import Batch
 from dpo_cli.shard import computed
 
@@ -45,6 +46,7 @@ def computed_by(model: PreTrainedModel) -> str:
         attention.kernel_of(model)
         + " compiled" * hasattr(model, BLOCKS)
         + " rounded" * hasattr(model, RESIDUAL)
+        + " by length" * bool(cuts_of(model.config))
     )
 
 

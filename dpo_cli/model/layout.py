@@ -57,6 +57,8 @@ class Layout:
 def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return move(value)
+    if isinstance(value, Layout):
+        return value._each(move)
     return tuple(_moved(v, move) for v in value) if isinstance(value, tuple) else value
 
 

@@ -20,6 +20,7 @@ from dpo_cli.model.attention import MOST_TOKENS, PACKED, Placement, Seen, short_
 from dpo_cli.model.layout import Layout
 from dpo_cli.model.layouts import LAYOUTS, PaddedLayout
 from dpo_cli.model.quantise import dense_weights, dequantised
+from dpo_cli.model.rope import cut_short, cuts_of
 from dpo_cli.model.skeleton import TRIED, smallest
 from dpo_cli.model.stored import refuse_non_finite
 from dpo_cli.packing import pack
@@ -39,7 +40,7 @@ Packed = Callable[[PreTrainedModel, Sequence[EncodedExample]], Tensor]
 
 
 def _packed_logprobs(model: PreTrainedModel, examples: Sequence[EncodedExample]) -> Tensor:
-    row = pack(examples, range(len(examples))).to(model.device)
+    row = pack(examples, range(len(examples)), cuts=cuts_of(model.config)).to(model.device)
     logits = logits_of(forward.target_states(model, row), forward.head_of(model))
     return logits.log_softmax(-1).gather(1, row.targets[:, None]).squeeze(1)
 
@@ -130,7 +131,7 @@ class _Trial:
 
     @contextmanager
     def begin(self) -> Iterator[_Trial]:
-        with short_windows(self.model), torch.enable_grad():
+        with short_windows(self.model), cut_short(self.model), torch.enable_grad():
             self.model.set_attn_implementation("eager")
             self.truth = self._figures(self._plainly())
             _refuse_overflow(self.model, self.truth.values)

@@ -38,6 +38,7 @@ from dpo_cli.model.load import (
 )
 from dpo_cli.model.probe import choose_attention, refuse_unavailable
 from dpo_cli.model.read import read_pretrained
+from dpo_cli.model.rope import cuts_of
 from dpo_cli.model.source import origin_of
 from dpo_cli.packing import pack
 from dpo_cli.records import Batch, EncodedExample
@@ -201,5 +202,5 @@ def _plain_reward(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> T
 
 def _packed_rewards(model: PreTrainedModel, examples: Sequence[EncodedExample]) -> Tensor:
     examples = without_padding(examples, model)
-    row = pack(examples, range(len(examples)), keep_last=True)
+    row = pack(examples, range(len(examples)), keep_last=True, cuts=cuts_of(model.config))
     return rewards(model, row.to(model.device))

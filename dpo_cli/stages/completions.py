@@ -15,6 +15,7 @@ from dpo_cli.data.encode import encode_completed, resolve_limits
 from dpo_cli.evaluation.scorers import Completed
 from dpo_cli.model.attention import MOST_TOKENS, kernel_of
 from dpo_cli.model.load import context_length
+from dpo_cli.model.rope import cuts_of
 from dpo_cli.packing import pack_sorted
 from dpo_cli.records import Batch, EncodedExample
 from dpo_cli.stages.session import Session
@@ -59,9 +60,12 @@ def values_of(
     rows of other lengths theirs would differ by rounding, and look like a preference.
     """
     budget = min(session.token_budget, MOST_TOKENS.get(kernel_of(model), session.token_budget))
+    cuts = sorted(
+        {*session.cuts, *cuts_of(model.config)}
+    )  # of models that it is compared with, too
     values = [0.0] * len(examples)
     for shared, places in _sharing_prompts(examples):
-        batches = list(pack_sorted(shared, budget, keep_last))
+        batches = list(pack_sorted(shared, budget, keep_last, cuts))
         made = session.ranks.spread(
             batches, lambda batch: compute(batch.to(session.runtime.device)).cpu()
         )

@@ -15,6 +15,7 @@ from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import DataError
 from dpo_cli.evaluation.statistics import share_interval
 from dpo_cli.model.attention import prepare
+from dpo_cli.model.rope import refuse_shared
 from dpo_cli.model.source import origin_of
 from dpo_cli.packing import pack_all, pack_share, pack_sorted
 from dpo_cli.records import Batch, EncodedExample, LossOutput
@@ -75,11 +76,12 @@ def packed_rows(
     keep_last: bool = False,
 ) -> list[Batch]:
     """This rank's micro-batches of the given examples, ready for the trained model."""
-    budget, ranks = session.token_budget, session.ranks
+    budget, ranks, cuts = session.token_budget, session.ranks, session.cuts
     if ranks.size == 1:
-        rows = pack_all(examples, indices, budget, keep_last)
+        rows = pack_all(examples, indices, budget, keep_last, cuts)
     else:
-        rows = pack_share(examples, indices, budget, ranks.rank, ranks.size, keep_last)
+        refuse_shared([examples[i] for i in indices], cuts)
+        rows = pack_share(examples, indices, budget, ranks.rank, ranks.size, keep_last, cuts)
     return [prepare(row, session.kernel) for row in rows]
 
 
@@ -106,9 +108,10 @@ def over_rows(
         tick(done)
         return made
 
-    rows = pack_sorted(examples, session.token_budget, keep_last)
+    rows = pack_sorted(examples, session.token_budget, keep_last, session.cuts)
     if session.ranks.size == 1:  # one row after the other, none of them kept
         return ((row, computed(row)) for row in rows)
+    refuse_shared(examples, session.cuts)
     listed = list(rows)
     return zip(listed, session.ranks.spread(listed, computed), strict=True)
 

@@ -23,6 +23,7 @@ from dpo_cli.model.fuse import round_residual
 from dpo_cli.model.liger import use_liger
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
 from dpo_cli.model.recompute import recompute_blocks
+from dpo_cli.model.rope import cuts_of
 from dpo_cli.model.source import model_folder
 from dpo_cli.model.stored import refuse_non_finite
 from dpo_cli.ranks import Ranks
@@ -67,6 +68,9 @@ class Session:
     choose_tokens: Callable[[PreTrainedTokenizerFast, EncodedSplits], Chosen] | None = None
     data_facts: dict[str, Any] = field(default_factory=dict)  # for the model card
     budget: TokenBudget = field(init=False)
+    cuts: tuple[int, ...] = field(
+        init=False, default=()
+    )  # where its models' rows are cut, by length
     kernel: str = field(init=False, repr=False)  # of the trained model, known when it is loaded
 
     def __post_init__(self) -> None:
@@ -158,6 +162,7 @@ def load(
             session.note("hardware.kernels=liger: not used: hardware.compile=auto compiles blocks")
     elif liger:
         use_liger(model, session.placement)
+    session.cuts = tuple(sorted({*session.cuts, *cuts_of(model.config)}))
     if kernel_of(model) in MOST_TOKENS:
         session.budget.limit(MOST_TOKENS[kernel_of(model)])
     held = None if is_adapted(model) else torch.float32

@@ -1,0 +1,132 @@
+"""Rotary embeddings whose factors depend on the length of the sequence (longrope).
+
+transformers takes the short or the long factors for a whole forward, by its largest position. So
+sequences of both kinds never share a forward: a row is cut at the model's original length (`cuts`
+of `packing.pack`), and each part goes through the model on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dpo_cli.errors import ConfigError
+from dpo_cli.model.layout import Layout
+from dpo_cli.packing import kinds_of
+from dpo_cli.records import Batch, EncodedExample, Segment
+
+Row = TypeVar("Row", bound=Sequence[int])
+
+ORIGINAL = "original_max_position_embeddings"
+SHORT_ORIGINAL = 5  # so that the probe's few tokens lie on both sides
+
+
+def cuts_of(config: PretrainedConfig) -> tuple[int, ...]:
+    """Lengths up to which a sequence is rotated in one way, and beyond in another; none of most
+    models. `dynamic` factors change beyond the context alone, where no row is."""
+    return tuple(sorted({int(found[ORIGINAL]) for found in _dependent(config)}))
+
+
+def _dependent(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
+    """The rotary parameters that depend on the length; some families have a set per layer type."""
+    whole = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    for found in (whole, *whole.values()):
+        if isinstance(found, dict) and found.get("rope_type") == "longrope":
+            yield found
+
+
+def apart(rows: Sequence[Row], config: PretrainedConfig) -> Iterator[list[Row]]:
+    """Neighbouring rows of token ids that may share a forward, in their order."""
+    cuts = cuts_of(config)
+    for _, part in groupby(rows, key=lambda row: kinds_of(0, [len(row)], cuts)):
+        yield list(part)
+
+
+@contextmanager
+def cut_short(model: PreTrainedModel) -> Iterator[None]:
+    """The body with an original length of few tokens, so that a probe shows both ways."""
+    places = list(_dependent(model.config))
+    config = vars(model.config.get_text_config())
+    if places and ORIGINAL in config:  # from where some families take it again and again
+        places.append(config)
+    before = [place[ORIGINAL] for place in places]
+    for place in places:
+        place[ORIGINAL] = SHORT_ORIGINAL
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place[ORIGINAL] = value
+
+
+@dataclass
+class SplitLayout(Layout):
+    """Parts of a row that go through the model one after the other.
+
+    parts: of each, its packed tokens, (n,), and its layout; place: (T,) where each packed token
+    lies in the concatenation of the parts.
+    """
+
+    parts: tuple[tuple[Tensor, Layout], ...]
+    place: Tensor
+
+    @classmethod
+    def split(cls, segments: Sequence[Segment], cuts: Sequence[int], kind: type[Layout]) -> Layout:
+        """The layout of a row; of that `kind` where none of its sequences lies beyond a cut."""
+        by_kind: dict[int, list[Segment]] = {}
+        for segment in segments:
+            (number,) = kinds_of(segment.prompt, segment.branches, cuts) or (0,)
+            by_kind.setdefault(number, []).append(segment)
+        if len(by_kind) == 1:
+            return kind.build(segments)
+        tokens = [np.concatenate([_tokens(s) for s in part]) for part in by_kind.values()]
+        parts = [
+            (torch.from_numpy(places), kind.build(_from_zero(part)))
+            for places, part in zip(tokens, by_kind.values(), strict=True)
+        ]
+        return cls(tuple(parts), torch.from_numpy(np.argsort(np.concatenate(tokens))))
+
+    def states(self, base_model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
+        found = [
+            layout.states(base_model, _part(batch, tokens), dtype) for tokens, layout in self.parts
+        ]
+        return torch.cat(found).index_select(0, self.place)
+
+
+def _part(batch: Batch, tokens: Tensor) -> Batch:
+    return replace(
+        batch, input_ids=batch.input_ids[tokens], position_ids=batch.position_ids[tokens]
+    )
+
+
+def _tokens(segment: Segment) -> np.ndarray:
+    return np.arange(segment.start, segment.start + segment.prompt + sum(segment.branches))
+
+
+def _from_zero(segments: Sequence[Segment]) -> list[Segment]:
+    moved, start = [], 0
+    for segment in segments:
+        moved.append(replace(segment, start=start))
+        start += segment.prompt + sum(segment.branches)
+    return moved
+
+
+def refuse_shared(examples: Sequence[EncodedExample], cuts: Sequence[int]) -> None:
+    """ConfigError where several devices, which must do the same forwards, would do others."""
+    for example in examples:
+        lengths = [len(ids) for ids in example.response_ids]
+        if any(kinds_of(len(example.prompt_ids), lengths, cuts)):
+            raise ConfigError(
+                f"row {example.row} is longer than the {cuts[0]:,} tokens up to which the model "
+                "was trained at first (longrope), and is computed apart from shorter ones, which "
+                f"several devices cannot share: set data.max_length={cuts[0]} or use "
+                "hardware.devices=1"
+            )
