@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.model import attention, forward, grouped, probe
@@ -10,12 +9,10 @@ from dpo_cli.model.attention import Placement, kernel_of, use
 from dpo_cli.model.grouped import Group, GroupedLayout
 from dpo_cli.model.kernels import Call
 from dpo_cli.model.layouts import PaddedLayout
-from dpo_cli.model.load import set_dropout
 from dpo_cli.model.probe import choose_attention
 from dpo_cli.records import EncodedExample, Segment
 from small_models import (
     FAMILIES,
-    GPT2_LIKE,
     SMALL,
     assert_loss_and_gradients_are_the_plain_ones,
     build,
@@ -233,19 +230,3 @@ def test_a_branch_does_not_see_its_sibling():
     after = forward.sequence_logprobs(model, packed([*changed, rows[2]]))
     keep = [0, 1, 3, 4, 5]
     torch.testing.assert_close(after[keep], before[keep], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("family", ["opt", "starcoder2", "gpt2"])
-def test_dropout_off_is_off_whatever_the_family_calls_it(family):
-    options = GPT2_LIKE if family == "gpt2" else {**SMALL, "num_key_value_heads": 2}
-    if family == "opt":
-        options = {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}
-    config = AutoConfig.for_model(family, **options)
-    for name in ("residual_dropout", "embedding_dropout", "attention_dropout", "dropout"):
-        if hasattr(config, name):
-            setattr(config, name, 0.5)
-    model = AutoModelForCausalLM.from_config(config).train()
-    ids = torch.arange(8)[None]
-    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
-    set_dropout(model, 0.0)
-    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -24,6 +24,7 @@ from dpo_cli.grammar.tokenizer import build_tokenizer
 from dpo_cli.model import adapters
 from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.attention import Placement
+from dpo_cli.model.dropout import set_dropout
 from dpo_cli.model.fuse import fuse_gelu, skip_padding_check
 from dpo_cli.model.probe import choose_attention, refuse_unavailable
 from dpo_cli.model.read import read_pretrained
@@ -165,19 +166,6 @@ def _refuse_classifier(model: PreTrainedModel, config: ModelConfig, key: str) ->
                 f"{key}={config.path or config.hub_id}: is a {name}, such as stage=reward trains, "
                 "not a policy: give the model it was made from"
             )
-
-
-def set_dropout(model: PreTrainedModel, rate: float) -> None:
-    """Dropout would make policy and reference differ at step 0, so the default is none.
-
-    Families call it attention_dropout, resid_pdrop, layerdrop, ...: all with "drop" in them.
-    """
-    for part in (model.config, *model.modules()):
-        if isinstance(part, torch.nn.Dropout):
-            part.p = rate
-        for name, value in vars(part).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, rate if value <= 1.0 else value)
 
 
 def context_length(model: PreTrainedModel) -> int:

@@ -1,0 +1,77 @@
+"""Many families of decoders, as each is used in training: against its own plain forward."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_cli.model import forward
+from dpo_cli.model.attention import Placement, use
+from dpo_cli.model.dropout import set_dropout
+from dpo_cli.model.probe import choose_attention
+from dpo_cli.model.rope import cuts_of
+from many_families import FAMILIES, build
+from small_models import examples, oracle, packed, packed_loss
+
+IDS = torch.arange(3, 15)[None]
+QUIET = ("ernie4_5", "lfm2", "mamba", "mpt")  # families without anything random
+
+
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_and_padded_rows_are_right_and_train(family):
+    model, rows = build(family), examples(3)
+    expected = oracle(model, rows).detach()
+    set_dropout(model, 0.0)
+    choose_attention(model, "auto", on=Placement(note=lambda line: None))
+    batch = packed(rows, cuts=cuts_of(model.config))
+    loss, got = packed_loss(model.train(), batch)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert any(grad.norm() > 0 for grad in grads)
+    use(model, "plain")
+    padded = forward.token_logprobs(model, batch)
+    torch.testing.assert_close(padded, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_random_in_training(family):
+    """Though the family's configuration asks for dropout of every name, and for jitter."""
+    model = build(family)
+    truth = logits(model)
+    model.train()
+    assert torch.stack([logits(model) for _ in range(3)]).std(0).any() == (family not in QUIET)
+    model.eval()
+    set_dropout(model, 0.0)
+    assert model.train() is model
+    assert model.training
+    for _ in range(2):
+        assert torch.equal(logits(model), truth)
+    model.eval()
+    assert not any(part.training for part in model.modules())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi", "starcoder2", "mpt"])
+def test_dropout_that_is_asked_for_is_drawn(family):
+    model = build(family)
+    truth = logits(model)
+    set_dropout(model, 0.2)
+    model.train()
+    first, second = logits(model), logits(model)
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(logits(model), truth)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "phimoe"])
+def test_routers_draw_nothing_beside_dropout(family):
+    model = build(family)
+    truth = logits(model)
+    set_dropout(model, 1e-30)  # practically never
+    torch.testing.assert_close(logits(model.train()), truth, rtol=0, atol=1e-5)
