@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
-from dpo_cli.model import forward
+from dpo_cli.model import forward, lora
 from dpo_cli.model.attention import Placement, use
 from dpo_cli.model.dropout import set_dropout
 from dpo_cli.model.probe import choose_attention
 from dpo_cli.model.rope import cuts_of
+from dpo_cli.model.skeleton import skeleton
 from many_families import FAMILIES, build
 from small_models import examples, oracle, packed, packed_loss
 
@@ -75,3 +77,32 @@ def test_routers_draw_nothing_beside_dropout(family):
     truth = logits(model)
     set_dropout(model, 1e-30)  # practically never
     torch.testing.assert_close(logits(model.train()), truth, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_adapters_draw_at_their_own_rate(rate, dora):
+    model = build("phimoe")
+    set_dropout(model, 0.0)
+    names = ["q_proj", "o_proj"]
+    lora.put_in(model, LoraConfig(lora_dropout=rate, use_dora=dora, target_modules=names), None)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    truth = logits(model)
+    model.train()
+    assert torch.equal(logits(model), logits(model)) == (rate == 0.0)
+    assert not any(part.training for name, part in model.named_modules() if "base_layer" in name)
+    if rate == 0.0:
+        torch.testing.assert_close(logits(model), truth, rtol=0, atol=1e-6)
+
+
+def test_a_copy_trains_itself_alone():
+    """The probe copies models that have been made ready."""
+    model = build("llama")
+    set_dropout(model, 0.0)
+    few = skeleton(model, model.device)
+    few.train()
+    assert few.training
+    assert not model.training
