@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import small_tokenizers
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import attention, forward, rope
+from dpo_cli.model import attention, decode_trial, forward, generate, rope
 from dpo_cli.model.attention import Placement, kernel_of
 from dpo_cli.model.classifier import Classifier
+from dpo_cli.model.generate import SamplingOptions, sample
 from dpo_cli.model.probe import choose_attention
 from dpo_cli.model.reward import rewards
 from dpo_cli.packing import pack, pack_all, pack_sorted
@@ -52,6 +53,14 @@ def in_float64(monkeypatch):
 def ids(*lengths):
     rng = np.random.default_rng(5)
     return [rng.integers(0, 96, n).astype(np.int32) for n in lengths]
+
+
+def sharp(model):
+    """In float32, with weights for which the factors make nats of difference."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3.0 if weight.ndim > 1 else 1.0)
+    return model.float()
 
 
 @pytest.mark.parametrize("branches", [1, 2, 4])
@@ -164,10 +173,7 @@ def test_several_devices_refuse_what_they_would_do_apart():
 def test_policy_and_reference_are_one_at_first(tmp_path):
     """A run on pairs of a short chosen and a long rejected response, and the other way round."""
     torch.manual_seed(0)
-    model = build("phi3", {**FAMILIES["phi3"], "vocab_size": 102, "eos_token_id": 100}).float()
-    with torch.no_grad():  # so that the factors make nats of difference
-        for weight in model.parameters():
-            weight.mul_(3.0 if weight.ndim > 1 else 1.0)
+    model = sharp(build("phi3", {**FAMILIES["phi3"], "vocab_size": 102, "eos_token_id": 100}))
     model.save_pretrained(tmp_path / "model")
     tokenizer = small_tokenizers.words()
     tokenizer.save_pretrained(tmp_path / "model")
@@ -196,3 +202,69 @@ def test_policy_and_reference_are_one_at_first(tmp_path):
         for side in ("chosen", "rejected"):
             assert row[f"logps/{side}"] == pytest.approx(logp(pair["prompt"], pair[side]), abs=1e-3)
             assert row[f"logratios/{side}"] == pytest.approx(0.0, abs=1e-4)
+
+
+def greedily(model, prompt, steps):
+    """A forward of the whole text for each token."""
+    text = prompt.tolist()
+    with torch.no_grad():
+        for _ in range(steps):
+            text.append(int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+    return text[len(prompt) :]
+
+
+def sampled_greedily(model, prompts, steps, completions=2):
+    options = SamplingOptions(
+        completions, temperature=0.0, max_new_tokens=steps, batch_size=completions * len(prompts)
+    )
+    return sample(model, prompts, options, ends=-1, pad_id=0, note=lambda line: None)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("way", ["shared", "repeated", "own", "whole"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_that_grow_beyond_the_original_length(monkeypatch, family, way, static):
+    """Short, about to cross, at the edge, beyond: decoded together, each as if it were alone."""
+    model = sharp(build(family, FAMILIES[family]))
+    monkeypatch.setitem(generate.STATIC, "cpu", static and way == "shared")
+    setattr(model, decode_trial.WAY, way)
+    prompts = ids(2, 2, 7, 7, CUT - 1, CUT, CUT + 1, CUT + 4, 3)
+    steps = 12
+    for prompt, made in zip(prompts, sampled_greedily(model, prompts, steps), strict=True):
+        expected = greedily(model, prompt, steps)
+        for completion in made:
+            assert completion.ids.tolist() == expected
+
+
+@pytest.mark.parametrize("family", ["phi3", "phimoe"])
+def test_samples_are_those_of_generate(family):
+    """Which starts its cache anew where these families cross."""
+    model = sharp(build(family, FAMILIES[family]))
+    prompts, steps = ids(3, 7, CUT, CUT + 2), 10
+    found = sampled_greedily(model, prompts, steps, completions=1)
+    for prompt, (made,) in zip(prompts, found, strict=True):
+        given = torch.from_numpy(prompt).long()[None]
+        text = model.generate(
+            given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=steps,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert made.ids.tolist() == text[0, len(prompt) :].tolist()
+
+
+def test_finished_rows_drop_out_before_and_after_the_crossing():
+    """Sampled, with log-probabilities: those of a forward of the finished text, where it is on
+    one side; of the text up to each token where it is on both."""
+    torch.manual_seed(0)
+    model = build("phi3", FAMILIES["phi3"]).float()
+    (prompt,) = ids(CUT - 3)
+    options = SamplingOptions(40, max_new_tokens=9, seed=3, batch_size=40)
+    ends = list(range(24))
+    (made,) = sample(model, [prompt], options, ends, pad_id=0, note=lambda line: None)
+    assert {len(c.ids) for c in made} >= {1, 2, 3, 4, 5, 9}
+    for completion in made:
+        text = [*prompt.tolist(), *completion.ids.tolist()]
+        for n, value in enumerate(completion.logprobs):
+            with torch.no_grad():
+                logits = model(torch.tensor([text[: len(prompt) + n]]), use_cache=False).logits
+            expected = logits[0, -1].log_softmax(-1)[text[len(prompt) + n]]
+            assert float(value) == pytest.approx(float(expected), abs=1e-4)

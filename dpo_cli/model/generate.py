@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from dpo_cli.device_memory import free_memory, ran_out
 from dpo_cli.errors import ConfigError
 from dpo_cli.logprobs import promoted
+from dpo_cli.model import rope
 from dpo_cli.model.attention import attention_as
 from dpo_cli.model.decode_trial import Note, way_of
 from dpo_cli.model.decoding import start
@@ -62,7 +63,10 @@ def sample(
     with _casting_once(model):
         way = way_of(model, note)
         alone = way in ONE_LENGTH
-        alike = [(room, len(prompts[i]) * alone) for room, i in zip(rooms, order, strict=True)]
+        alike = [
+            (room, len(prompts[i]) * alone, rope.way_through(model.config, len(prompts[i]), room))
+            for room, i in zip(rooms, order, strict=True)
+        ]
         longest = max((len(p) for p in prompts), default=1)
         decoder = _decoder(model, options, ends, pad_id, note, longest, way)
         decode = _WithinMemory(decoder, model.device, note)
@@ -98,13 +102,21 @@ def _decoder(
     longest: int, way: str,
 ) -> Decode:  # fmt: skip
     """The fastest way of decoding that is right for the model; way: of those without graphs."""
-    if way == "shared" and STATIC[model.device.type] and can_step(model, note):
-        record, kernel = model.device.type == "cuda", has_kernel(model, note)
-        return Stepper(model, options, ends, pad_id, record, note, kernel, longest).decode
-    return lambda prompts, steps, seed: _decode(
-        model, prompts, options, steps, ends, pad_id, way,
-        torch.Generator(model.device).manual_seed(seed),
-    )  # fmt: skip
+
+    def plainly(prompts: Sequence[np.ndarray], steps: int, seed: int) -> list[Completion]:
+        generator = torch.Generator(model.device).manual_seed(seed)
+        return _decode(model, prompts, options, steps, ends, pad_id, way, generator)
+
+    if way != "shared" or not STATIC[model.device.type] or not can_step(model, note):
+        return plainly
+    record, kernel = model.device.type == "cuda", has_kernel(model, note)
+    stepper = Stepper(model, options, ends, pad_id, record, note, kernel, longest)
+
+    def decode(prompts: Sequence[np.ndarray], steps: int, seed: int) -> list[Completion]:
+        crosses = rope.way_through(model.config, len(prompts[0]), steps).crossing
+        return (plainly if crosses else stepper.decode)(prompts, steps, seed)
+
+    return decode
 
 
 class _WithinMemory:
@@ -197,6 +209,7 @@ def _decode(
     sampled = Sampled(total, steps, promoted(logits.dtype), model.device)
     alive = torch.arange(len(position), device=model.device)  # original row of each live row
     ended = torch.zeros_like(alive, dtype=torch.bool)
+    cuts = rope.cuts_of(model.config)
     with attention_as(model, rows.attention):
         for step in range(steps):
             chosen, logp = draw(logits, options.temperature, options.top_p, generator)
@@ -213,6 +226,24 @@ def _decode(
                     alive, ended, position, chosen = (
                         x[order] for x in (alive, ended, position, chosen)
                     )
+            if (
+                len(prompts[0]) + step in cuts
+            ):  # all rows have this length, and no cache is right now
+                texts = _texts(
+                    prompts, options.completions, sampled.tokens[alive, : step + 1], alive
+                )
+                rows, position, logits = start(model, texts, 1, pad_id, way)
+                continue
             position = position + 1
             logits = rows.advance(model, chosen, position)
     return sampled.completions(total, steps, ends)
+
+
+def _texts(
+    prompts: Sequence[np.ndarray], completions: int, tokens: torch.Tensor, rows: torch.Tensor
+) -> list[np.ndarray]:
+    """The prompts of some rows, (R,), with their tokens, (R, n), behind them."""
+    return [
+        np.concatenate([prompts[row // completions], ids])
+        for row, ids in zip(rows.tolist(), tokens.cpu().numpy(), strict=True)
+    ]

@@ -50,6 +50,23 @@ def apart(rows: Sequence[Row], config: PretrainedConfig) -> Iterator[list[Row]]:
         yield list(part)
 
 
+@dataclass(frozen=True)
+class WayThrough:
+    """On which side of the cuts a text is sampled. crossing: 0, or the length of a prompt whose
+    completion crosses one, and which is decoded beside prompts of that length alone: they all
+    cross at the same token, where nothing in a cache has the right factors any more."""
+
+    kind: int
+    crossing: int = 0
+
+
+def way_through(config: PretrainedConfig, prompt: int, steps: int) -> WayThrough:
+    """Of a prompt of so many tokens, and as many more; the last one is never read."""
+    cuts = cuts_of(config)
+    kinds = kinds_of(prompt, [0, max(0, steps - 1)], cuts)
+    return WayThrough(kinds[0], prompt if len(kinds) > 1 else 0)
+
+
 @contextmanager
 def cut_short(model: PreTrainedModel) -> Iterator[None]:
     """The body with an original length of few tokens, so that a probe shows both ways."""
