@@ -81,12 +81,14 @@ def _stage(config: RunConfig) -> Iterator[str]:
     elif isinstance(stage, EvaluateConfig):
         yield from _evaluation(config, stage)
     elif isinstance(stage, ExportConfig):
-        yield from _export(stage)
+        yield from _export(config, stage)
     elif isinstance(stage, FrontierConfig) and not stage.evaluations:
         yield "stage.evaluations=[]: nothing to draw; give folders of stage=evaluate runs"
 
 
-def _export(stage: ExportConfig) -> Iterator[str]:
+def _export(config: RunConfig, stage: ExportConfig) -> Iterator[str]:
+    if not (config.model.path or config.model.hub_id):
+        yield "stage=export: nothing to export; set model.path=<folder of a run>"
     named = stage.push_to_hub
     if named is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", named):
         yield f"stage.push_to_hub={named}: must be owner/name"
