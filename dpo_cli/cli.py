@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dpo_cli import elastic
+from dpo_cli.config.paths import conf_dir
+from dpo_cli.config.usage import quick_answer
 from dpo_cli.errors import ConfigError, PeerLost, UserError
-from dpo_cli.paths import conf_dir
-from dpo_cli.usage import quick_answer
 
 if TYPE_CHECKING:  # Hydra takes 0.2 s to import, which --help does without
     from omegaconf import DictConfig
@@ -73,7 +73,7 @@ def report_error(error: UserError) -> int:
 
 
 def dispatch(words: list[str]) -> int:
-    from dpo_cli.overrides import composed, quiet_hydra
+    from dpo_cli.config.hydra import composed, quiet_hydra, with_new_names
 
     quiet_hydra()
     if elastic.rank() is not None:
@@ -87,7 +87,7 @@ def dispatch(words: list[str]) -> int:
         _refuse_ranks("a recipe")
         return run_recipe(words)
     folder = _resume_folder(words)
-    expanded = _stored_command(folder, words) if folder else words
+    expanded = with_new_names(_stored_command(folder, words) if folder else words)
     args = _parse(expanded)
     if args.cfg or args.info or args.hydra_help or args.shell_completion:
         _ask_hydra(args)
@@ -173,8 +173,8 @@ def _ask_hydra(args: Namespace) -> None:
 def _hydra_main(args: Namespace, extra: Sequence[str] = ()) -> None:
     import hydra
 
-    from dpo_cli.hydra_errors import explained
-    from dpo_cli.overrides import HYDRA_VERSION
+    from dpo_cli.config.hydra import HYDRA_VERSION
+    from dpo_cli.config.hydra_errors import explained
     from dpo_cli.sweep import run_job
 
     overrides = [*args.overrides, *extra]
@@ -206,7 +206,7 @@ def _follow(words: list[str]) -> int:
 def _run(cfg: DictConfig, words: list[str]) -> int:
     """Check everything that can be checked cheaply, then claim the folder and run."""
     from dpo_cli import run_folder
-    from dpo_cli.compose import prepare
+    from dpo_cli.config.read import prepare
 
     config = prepare(cfg, words)
     config = config if elastic.rank() is None else elastic.as_started(config)
@@ -266,7 +266,8 @@ def _let_segments_grow() -> None:
 
 def _sweep(args: Namespace) -> int:
     """Hand the jobs to Hydra, then sum up."""
-    from dpo_cli import overrides, sweep
+    from dpo_cli import sweep
+    from dpo_cli.config import hydra as overrides
 
     if any(word.startswith("run_dir=") for word in args.overrides):
         remedy = "each job of a sweep has its own folder; use hydra.sweep.dir=<folder>"

@@ -24,10 +24,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config import HardwareConfig, RunConfig
+from dpo_cli.config import HardwareConfig, RunConfig, spec_of
 from dpo_cli.errors import ConfigError, PeerLost, Preempted, UserError
 
-PARALLEL = ("sft", "dpo", "reward", "ppo-baseline", "sample", "label", "evaluate")  # stages
 CONFIG = "dpo_run_config"  # the key under which the first rank leaves the configuration
 COMPOSE_SECONDS = 300.0
 SAVE_SECONDS = 600  # from a signal to the end: a step and a checkpoint
@@ -48,7 +47,7 @@ def rank() -> int | None:
 def wanted(config: RunConfig) -> bool:
     """Whether the run takes more than one process; stages that compute little take one."""
     hardware = config.hardware
-    return hardware.devices * hardware.nodes > 1 and config.stage.name in PARALLEL
+    return hardware.devices * hardware.nodes > 1 and spec_of(config.stage).parallel
 
 
 def on_several_nodes(config: RunConfig) -> bool:
@@ -251,7 +250,7 @@ def as_started(config: RunConfig) -> RunConfig:
     size = int(os.environ["WORLD_SIZE"])
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     hardware = config.hardware
-    if config.stage.name not in PARALLEL:
+    if not spec_of(config.stage).parallel:
         raise ConfigError(f"stage={config.stage.name}: takes one process; start it by dpo-run")
     hardware.devices, hardware.nodes = devices, max(1, size // devices)
     return config

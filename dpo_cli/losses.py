@@ -42,14 +42,14 @@ def sigmoid_loss(
     logprobs: RankedLogprobs,
     beta: float = 0.1,
     label_smoothing: float = 0.0,
-    length_normalised: bool = False,
+    length_normalized: bool = False,
 ) -> Tensor:
     """DPO, arXiv 2305.18290 eq. 7; with label_smoothing e the conservative cDPO.
 
-    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h). `length_normalised` divides each
+    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h). `length_normalized` divides each
     rho by its response's length first.
     """
-    rho = logprobs.logratios / logprobs.lengths if length_normalised else logprobs.logratios
+    rho = logprobs.logratios / logprobs.lengths if length_normalized else logprobs.logratios
     return _smoothed_nll(beta * _pair_difference(rho), label_smoothing)
 
 
@@ -60,10 +60,10 @@ def _smoothed_nll(logits: Tensor, label_smoothing: float) -> Tensor:
 
 
 def hinge_loss(
-    logprobs: RankedLogprobs, beta: float = 0.1, length_normalised: bool = False
+    logprobs: RankedLogprobs, beta: float = 0.1, length_normalized: bool = False
 ) -> Tensor:
     """relu(1 - beta h), SLiC-HF (arXiv 2305.10425) on log-ratios as in RSO (2309.06657)."""
-    rho = logprobs.logratios / logprobs.lengths if length_normalised else logprobs.logratios
+    rho = logprobs.logratios / logprobs.lengths if length_normalized else logprobs.logratios
     return torch.relu(1.0 - beta * _pair_difference(rho))
 
 

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dpo_cli.checks import ONE_PROCESS, TRAINING, WITHOUT_DATA
 from dpo_cli.config import (
     ClassifierRewardFn,
     DpoConfig,
@@ -25,8 +24,11 @@ from dpo_cli.config import (
     RewardModelFn,
     RunConfig,
     SftConfig,
+    spec_of,
 )
 from dpo_cli.config.endpoint import endpoint_from_environment
+from dpo_cli.config.run_data import data_line
+from dpo_cli.config.unread import unread, value_at
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.memory.budget import fitting, is_open, with_tokens
 from dpo_cli.memory.facts import (
@@ -48,8 +50,6 @@ from dpo_cli.model.probe import refuse_unavailable
 from dpo_cli.model.reward import check_kind
 from dpo_cli.plan_facts import SCORER_KEY, facts_of, planned_runtime, steps_of, targets
 from dpo_cli.report.console import summary_table
-from dpo_cli.run_data import data_line
-from dpo_cli.stage_checks import unread, value_at
 from dpo_cli.stages.policies import PolicyPoint, find_policies, reference_of
 from dpo_cli.stages.ppo_baseline import plan_rollouts, steps_of_rollout
 from dpo_cli.stages.rows import trained_line
@@ -81,7 +81,7 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
     rows += scoring_rows(config)
     if isinstance(config.stage, FrontierConfig):
         rows += frontier_rows(config.stage)
-    if config.stage.name in WITHOUT_DATA:
+    if not spec_of(config.stage).reads_model:
         return [*rows, ("writes", config.run_dir)], []
     points, told = planned_policies(config)
     if points and value_at(config, "stage.policies"):
@@ -102,13 +102,13 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
     rows.append(("reward model" if reward else "policy", made_of))
     if isinstance(stage, ExportConfig):
         return [*rows, export_row(stage), ("writes", config.run_dir)], []
-    if config.lora.name != "none" and stage.name in TRAINING:
+    if config.lora.name != "none" and spec_of(stage).trains:
         trained = count_trained(config.model, tokenizer, config.lora, auto)
         rows.append(("trained", trained_line(config, trained, shape.parameters)))
     rows += reference_rows(config, points)
     context = configured_context(config.model, tokenizer)
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
-    if stage.name in TRAINING:
+    if spec_of(stage).trains:
         refuse_same(config.data, splits)
     rows += data_rows(config, splits)
     if isinstance(stage, (SftConfig, DpoConfig, RewardConfig)):
@@ -147,7 +147,7 @@ def device_line(config: RunConfig, runtime: Runtime) -> str:
     """`16 devices on 2 nodes, sharded; cuda, bf16`."""
     hardware, where = config.hardware, f"{runtime.device}, {runtime.precision}"
     count = hardware.devices * hardware.nodes
-    if count == 1 or config.stage.name in ONE_PROCESS:
+    if count == 1 or not spec_of(config.stage).parallel:
         return where
     nodes = f" on {hardware.nodes} nodes" * (hardware.nodes > 1)
     copies = " within a node, copied across nodes" * (hardware.sharding == "hybrid")

@@ -26,6 +26,7 @@ from dpo_cli.config import (
     SampleConfig,
     SftConfig,
 )
+from dpo_cli.config.unread import unread
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.memory.budget import Fitting, fitting, is_open
@@ -48,7 +49,6 @@ from dpo_cli.model.load import (
 from dpo_cli.model.source import source_of
 from dpo_cli.model.stored import stored_dtype, weight_files
 from dpo_cli.records import EncodedExample
-from dpo_cli.stage_checks import unread
 from dpo_cli.stages.lengths import needed_tokens
 from dpo_cli.stages.sample import distinct_prompts
 from dpo_cli.train.runtime import Runtime, start_runtime

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.compose import prepare
+from dpo_cli.config.hydra import composed, first_job, parsed
+from dpo_cli.config.read import prepare
 from dpo_cli.durable import disk_errors, write_json
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.launch import as_override, run_child, shell_status
-from dpo_cli.overrides import composed, first_job, parsed
 from dpo_cli.recipe_expand import Folders, Task, expand, resolve
 from dpo_cli.recipe_file import Recipe, find_recipe, load_recipe
 from dpo_cli.recipe_plan import because, print_plan

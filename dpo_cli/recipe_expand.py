@@ -8,8 +8,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.errors import ConfigError
-from dpo_cli.hints import did_you_mean
 from dpo_cli.launch import as_override
 from dpo_cli.recipe_file import REFERENCE, Recipe, Step
 

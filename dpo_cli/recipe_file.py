@@ -32,9 +32,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dpo_cli.config.paths import recipes_dir
+from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.errors import ConfigError
-from dpo_cli.hints import did_you_mean
-from dpo_cli.paths import recipes_dir
 from dpo_cli.run_folder import key_of
 
 RESERVED = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from dpo_cli.overrides import job_count
+from dpo_cli.config.hydra import job_count
 from dpo_cli.recipe_expand import Folders, Task, expand, resolve
 from dpo_cli.recipe_file import Recipe
 from dpo_cli.recipe_report import counted, folded

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli import __version__
-from dpo_cli.compose import PATH_KEYS
+from dpo_cli.config.hints import path_keys
+from dpo_cli.config.hydra import parsed, values
 from dpo_cli.durable import file_digest
 from dpo_cli.errors import ConfigError
-from dpo_cli.overrides import parsed, values
 from dpo_cli.recipe_expand import Folders, Task, resolve
 from dpo_cli.recipe_file import Recipe
 from dpo_cli.run_folder import JOBS, SWEEP, is_used, read_json
@@ -27,7 +27,6 @@ from dpo_cli.run_folder import JOBS, SWEEP, is_used, read_json
 HASHED_BYTES = 16 * 2**20  # larger files count by name and size; their summary tells the rest
 PENDING = "not there yet"  # identity of a step that has yet to run
 OUTPUT_NAMES = ("summary.json", "sweep.csv")  # beside *.jsonl and what is in final/
-PATH_WORDS = {f"{group}.{key}" for group, keys in PATH_KEYS.items() for key in keys}
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def outside_files(overrides: Sequence[str], run_dir: Path) -> dict[str, str]:
     """Digests of the files and folders that a step reads and no earlier step wrote."""
     found: dict[str, str] = {}
     for word in parsed(overrides):
-        for value in values(word) if word.key_or_group in PATH_WORDS else ():
+        for value in values(word) if word.key_or_group in path_keys() else ():
             path = Path(str(value)).expanduser()
             if path.exists() and not path.resolve().is_relative_to(run_dir.resolve()):
                 found[str(path)] = _digest(path)

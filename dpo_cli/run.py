@@ -13,8 +13,7 @@ from typing import Any
 
 import yaml
 
-from dpo_cli.checks import TRAINING
-from dpo_cli.config import RunConfig
+from dpo_cli.config import RunConfig, spec_of
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.model.source import hub_commit
 from dpo_cli.plan_facts import tokens_chooser
@@ -30,8 +29,6 @@ from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import run_lock
 from dpo_cli.train.memory import explained, smaller_next_time
 from dpo_cli.train.runtime import start_runtime
-
-REPORTED = (*TRAINING, "evaluate", "frontier")  # stages whose figures people read
 
 # What a resumed run may change without becoming another run.
 MAY_CHANGE = (
@@ -95,13 +92,13 @@ def finish(
         from dpo_cli.report.plots import draw_curves  # matplotlib is slow to import
 
         draw_curves(run_dir)
-    if (run_dir / "final").is_dir() and config.stage.name in TRAINING:
+    if (run_dir / "final").is_dir() and spec_of(config.stage).trains:
         write_model_card(run_dir / "final", card_facts(config, figures, argv, session))
     write_redacted_json(run_dir / "summary.json", summary)
     session.progress.show(summary_table(config.stage.name, figures.items()))
     if config.stage.name != "inspect":
         session.progress.note(f"results in {run_dir}")
-    if config.logger.report and config.stage.name in REPORTED:
+    if config.logger.report and spec_of(config.stage).reported:
         from dpo_cli.report.page import write_run_report  # so is jinja2
 
         path = write_run_report(run_dir, session.data_facts)
@@ -151,7 +148,7 @@ def card_facts(
 
 @contextmanager
 def sinks_of(config: RunConfig, run_dir: Path, step: int) -> Iterator[list[Sink]]:
-    training = config.stage.name in TRAINING
+    training = spec_of(config.stage).trains
     sinks = open_sinks(config.logger, run_dir, step, asdict(config)) if training else []
     try:
         yield sinks

@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_cli.compose import prepare
+from dpo_cli.config.hints import groups
+from dpo_cli.config.paths import conf_dir
+from dpo_cli.config.read import prepare
 from dpo_cli.errors import ConfigError
-from dpo_cli.hints import groups
-from dpo_cli.paths import conf_dir
 
 
 def composed(*overrides: str) -> DictConfig:

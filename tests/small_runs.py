@@ -8,9 +8,9 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from dpo_cli.compose import prepare
 from dpo_cli.config import RunConfig
-from dpo_cli.paths import conf_dir
+from dpo_cli.config.paths import conf_dir
+from dpo_cli.config.read import prepare
 from dpo_cli.run import run
 
 TINY = (

@@ -27,7 +27,7 @@ HERE = (*TINY, "hardware=cuda", "data.rows=16", "data.eval_rows=4", "train.max_s
         "train.eval_every_steps=0")  # fmt: skip
 PPO = (
     "stage=ppo-baseline", "stage.rollout_samples=8", "train.max_steps=4", "stage.ppo_epochs=2",
-    "train.batch_size=4", "stage.max_new_tokens=6", "stage.normalise_prompts=4",
+    "train.batch_size=4", "stage.max_new_tokens=6", "stage.normalize_prompts=4",
     "stage.eval_prompts=3", "stage.no_eos_score=null",
 )  # fmt: skip
 
@@ -92,7 +92,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     small = ("data.rows=24", "train.max_steps=2", "data.eval_rows=4")
     train(folder / "sft", *small, "stage=sft", "train.sample_prompts=0")
-    train(folder / "reward", *small, "stage=reward", "stage.normalise_prompts=0",
+    train(folder / "reward", *small, "stage=reward", "stage.normalize_prompts=0",
           f"model.path={folder / 'sft'}")  # fmt: skip
     return folder
 
@@ -107,7 +107,7 @@ def test_a_step_waits_for_its_figures_and_its_norm(
 ) -> None:
     words = {
         "sft": ("stage=sft",), "dpo": ("stage=dpo",), "ppo": (*PPO, *rewarded(base)),
-        "reward": ("stage=reward", "stage.normalise_prompts=4"),
+        "reward": ("stage=reward", "stage.normalize_prompts=4"),
         "live": ("stage=dpo", "stage.reference_logprobs=live"),
         "lora": ("stage=dpo", "lora=lora"),
         "recomputed": ("stage=sft", "hardware.activation_checkpointing=1"),

@@ -50,7 +50,7 @@ def test_the_snippet_loads_the_policy_that_was_evaluated(base, tmp_path, kind):
 def test_the_snippet_of_a_reward_model_scores_as_it_was_evaluated(base, tmp_path):
     run, final = tmp_path / "r", tmp_path / "r" / "final"
     train(
-        run, "stage=reward", f"model.path={base}", "lora=lora", "stage.normalise_prompts=0", *SMALL
+        run, "stage=reward", f"model.path={base}", "lora=lora", "stage.normalize_prompts=0", *SMALL
     )
     _, names = snippet(final, "answers =")
     model, scores = names["model"].eval(), []

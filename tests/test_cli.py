@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,11 +14,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from cli_helpers import fails
+from cli_helpers import Starts, fails
 from conftest import Cli
 from dpo_cli import __version__, cli
+from dpo_cli.config import DpoConfig
+from dpo_cli.config.hints import groups, option_schema
+from dpo_cli.config.paths import conf_dir
 from dpo_cli.errors import DataError
-from dpo_cli.paths import conf_dir
 
 pytest_plugins = ["cli_fixtures"]
 HEAVY = ("torch", "transformers", "datasets", "numpy", "matplotlib")
@@ -29,7 +32,7 @@ HEAVY = ("torch", "transformers", "datasets", "numpy", "matplotlib")
 def test_help_lists_what_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main([])
     text = capsys.readouterr().out
-    cli.main(["stage=dpo", "--help"])
+    cli.main(["--help", "stage.beta=1"])
     assert capsys.readouterr().out == text
     for folder in conf_dir().iterdir():
         if folder.is_dir():
@@ -37,6 +40,31 @@ def test_help_lists_what_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> No
                 assert option.stem in text
     assert "quickstart" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_help_explains_every_key_of_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in conf_dir().glob("*/*.yaml"):
+        group, option = path.parent.name, path.stem
+        if group not in groups():
+            continue
+        cli.main([f"{group}={option}", "--help"])
+        text = capsys.readouterr().out
+        schema = option_schema(group, option)
+        for field in dataclasses.fields(schema):
+            assert f"  {group}.{field.name}=" in text or field.name == "name", field
+        assert max(map(len, text.splitlines())) <= 110
+    cli.main(["stage=dpo", "--help"])
+    assert "stage.beta=0.1\n      strength of the pull" in capsys.readouterr().out
+
+
+def test_keys_of_earlier_versions_are_taken_and_told(
+    empty: Path, starts: Starts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["stage=dpo", "stage.length_normalised=true"])
+    assert capsys.readouterr().err == (
+        "note: stage.length_normalised is called stage.length_normalized now\n"
+    )
+    assert starts[0][0].stage == DpoConfig(length_normalized=True)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,7 +147,7 @@ def test_a_closed_pipe_is_no_error(clean_env: dict[str, str]) -> None:
         ("judge=http", "judge=http: has no effect with stage=sft; remove it"),
         ("+train.batch_size=3", "+train.batch_size: this key exists already; leave out the +"),
         ("~train.nothing", "~train.nothing: there is no such key to leave out"),
-        ("data.max_rows=3", "data.max_rows: the YAML of the chosen data leaves this key out"),
+        ("data.max_rows=3", "data.max_rows=3: has no effect with data=sentiment; remove it"),
         ("train={a:1}", "train: choose an option, train=<name>, or set its keys one by one"),
         ("stage=null", "Config group override must be a string or a list. Got NoneType (in: st"),
         ("hydra.run.dirr=x", "hydra.run.dirr: unknown key; see dpo-run --cfg hydra"),
@@ -172,7 +200,7 @@ def test_several_problems_are_a_list(empty: Path, capsys: pytest.CaptureFixture[
         ("name: [", 'model/mine.yaml", line 1'),
         ("name: a\nname: b\n", "found duplicate key name"),
         ("defaults: [nope]\n", "model/nope: no such YAML file"),
-        ("- 1\n", "model=[1]: expected a group of keys"),
+        ("- 1\n", "conf/model/mine.yaml: expected keys and values, such as"),
         ("name: a\nhub_id: b/c\nattentoin: x\n", "model.attentoin: unknown key; did you mean mode"),
         ("name: a\nhub_id: b/c\ntrust_remote_code: true\n", "write it on the command line"),
         ("name: a\nhub_id: {_target_: os.system}\n", "model.hub_id._target_: a config may not"),

@@ -8,10 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from composing import composed, problems
-from dpo_cli.compose import build, finalise, prepare, refuse_targets
 from dpo_cli.config import DpoConfig, SentimentDataConfig
+from dpo_cli.config.hints import groups
+from dpo_cli.config.read import build, finalise, prepare, refuse_targets
 from dpo_cli.errors import ConfigError
-from dpo_cli.hints import groups
 
 
 def test_defaults_give_a_small_run_that_needs_no_file() -> None:
@@ -42,7 +42,7 @@ def test_defaults_give_a_small_run_that_needs_no_file() -> None:
         ("lora=lora +lora.rank=8", "lora.rank: unknown key; did you mean lora.r?"),
         ("lora=lora +lora.lora_alpha=8", "lora.lora_alpha: unknown key; did you mean lora.alpha?"),
         ("+lora.lora_dropout=0.1", "lora.lora_dropout: unknown key; did you mean lora.dropout?"),
-        ("+lora.quantisation=x", "lora.quantisation: unknown key; did you mean lora.quantization?"),
+        ("+lora.quantisation=x", "lora.quantization=x: must be one of nf4, int8"),
         ("logger.progress=false", "logger.progress=False: expected text; put it in quotes"),
         (
             "reward_fn=classifier reward_fn.label=1.5",

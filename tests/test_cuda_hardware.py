@@ -176,7 +176,7 @@ def test_a_classifier_scores_in_float32_on_the_device(tmp_path: Path) -> None:
 def test_a_reward_model_ranks_on_the_device_as_in_float32(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
 ) -> None:
-    words = (*TINY, *HERE, "stage=reward", "run_dir=reward", "stage.normalise_prompts=0",
+    words = (*TINY, *HERE, "stage=reward", "run_dir=reward", "stage.normalize_prompts=0",
              "train.max_steps=12", "optim.lr=3e-3")  # fmt: skip
     words = tuple(word for word in words if not word.startswith("train.sample"))
     made = chain(tmp_path_factory, "reward", [words])

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.timeout(125)]
 LEARN = ("optim.lr=3e-3",)
 PPO = (
     "stage=ppo-baseline", "stage.rollout_samples=16", "train.batch_size=8", "stage.ppo_epochs=2",
-    "stage.max_new_tokens=12", "stage.normalise_prompts=8", "stage.eval_prompts=4",
+    "stage.max_new_tokens=12", "stage.normalize_prompts=8", "stage.eval_prompts=4",
     "train.max_steps=8", "stage.no_eos_score=null", "optim.lr=1e-4", *SAMPLES,
 )  # fmt: skip
 
@@ -28,8 +28,8 @@ def training(where: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [
         (*both, *SAMPLES, "stage=sft", "run_dir=sft"),
         (*after, *SAMPLES, "stage=dpo", "run_dir=dpo"),
-        (*after, "stage=reward", "run_dir=reward", "stage.normalise_prompts=16",
-         "stage.normalise_max_new_tokens=12"),
+        (*after, "stage=reward", "run_dir=reward", "stage.normalize_prompts=16",
+         "stage.normalize_max_new_tokens=12"),
     ]  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def runs(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for kind in ("dora", "qlora"):
         train(folder / kind, "stage=dpo", f"model.path={base}", f"lora={kind}", *SMALL)
-    words = ("lora=lora", "stage.normalise_prompts=4", "stage.normalise_max_new_tokens=4")
+    words = ("lora=lora", "stage.normalize_prompts=4", "stage.normalize_max_new_tokens=4")
     train(folder / "reward", "stage=reward", f"model.path={base}", *words, *SMALL)
     return folder
 

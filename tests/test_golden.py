@@ -13,9 +13,9 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_cli import cli
-from dpo_cli.hints import groups
-from dpo_cli.overrides import composed
-from dpo_cli.paths import conf_dir
+from dpo_cli.config.hints import groups
+from dpo_cli.config.hydra import composed
+from dpo_cli.config.paths import conf_dir
 from golden_files import golden
 from small_runs import metrics, train
 
@@ -92,7 +92,8 @@ def job(*overrides: str) -> Flat:
     """What `dpo-run --cfg job <overrides>` prints, key by key."""
     cfg = composed(overrides)
     values = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(cfg, DictConfig) and isinstance(values, dict)
+    assert isinstance(cfg, DictConfig)
+    assert isinstance(values, dict)
     del values["hydra"]
     return flat(values)
 
@@ -133,10 +134,10 @@ def test_errors_are_those_of_before(
 RUNS = {
     "sft": ["stage=sft"],
     "dpo": ["stage=dpo"],
-    "reward": ["stage=reward", "stage.normalise_prompts=8"],
+    "reward": ["stage=reward", "stage.normalize_prompts=8"],
     "ppo-baseline": [
         "stage=ppo-baseline", "stage.rollout_samples=16", "stage.ppo_epochs=1",
-        "stage.max_new_tokens=8", "stage.normalise_prompts=8", "stage.eval_prompts=4",
+        "stage.max_new_tokens=8", "stage.normalize_prompts=8", "stage.eval_prompts=4",
         "train.max_steps=4",
     ],
 }  # fmt: skip

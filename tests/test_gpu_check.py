@@ -212,8 +212,8 @@ def test_the_command_in_its_small_form(setup: facts.Setup, monkeypatch: pytest.M
 
 
 def test_the_words_of_the_whole_form_are_accepted(tmp_path: Path) -> None:
-    compose = import_module("dpo_cli.compose")
-    composed = import_module("dpo_cli.overrides").composed
+    compose = import_module("dpo_cli.config.read")
+    composed = import_module("dpo_cli.config.hydra").composed
     setup = facts.Setup("cuda", str(tmp_path))
     runs = commands.Runs(setup, setup.folder("commands"))
     for name in ("sft", "reward"):

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from composing import composed, problems
-from dpo_cli.compose import prepare
+from dpo_cli.config.read import prepare
 from dpo_cli.durable import file_digest
 from dpo_cli.errors import ConfigError
 from dpo_cli.model import load
@@ -25,12 +25,12 @@ SMALL = ("lora.r=4", "optim.lr=1e-2", "train.eval_every_steps=0", "train.sample_
          "logger.report=false")  # fmt: skip
 PPO = (
     "stage=ppo-baseline", "stage.rollout_samples=8", "stage.max_new_tokens=6",
-    "stage.normalise_prompts=4", "stage.eval_prompts=2", "train.max_steps=2", "stage.ppo_epochs=2",
+    "stage.normalize_prompts=4", "stage.eval_prompts=2", "train.max_steps=2", "stage.ppo_epochs=2",
 )  # fmt: skip
 STAGES = {
     "sft": ("stage=sft", "train.max_steps=2"),
     "dpo": ("stage=dpo", "train.max_steps=2"),
-    "reward": ("stage=reward", "train.max_steps=2", "stage.normalise_prompts=2"),
+    "reward": ("stage=reward", "train.max_steps=2", "stage.normalize_prompts=2"),
     "ppo-baseline": PPO,
 }
 ADAPTER = "final/adapter_model.safetensors"
@@ -157,7 +157,7 @@ def test_resumed_equals_uninterrupted(base, sft, tmp_path, monkeypatch, stage, k
               "train.save_every_steps=2")  # fmt: skip
     common += ("stage.reference_logprobs=live",) if stage == "dpo" else ()
     common += () if stage == "ppo-baseline" else ("lora.dropout=0.2",)
-    common += ("stage.normalise_prompts=0",) if stage == "reward" else ()
+    common += ("stage.normalize_prompts=0",) if stage == "reward" else ()
     train(tmp_path / "whole", *common)
     real = loop._train_step
 
@@ -206,7 +206,7 @@ def test_without_lora_an_adapter_is_merged_and_trained_whole(sft, tmp_path):
 
 def test_a_reward_model_on_an_sft_adapter(sft, tmp_path):
     """The body goes on from it, the score is new; PEFT reads the same rewards."""
-    words = ("lora=lora", *SMALL, "train.max_steps=1", "stage=reward", "stage.normalise_prompts=2")
+    words = ("lora=lora", *SMALL, "train.max_steps=1", "stage=reward", "stage.normalize_prompts=2")
     train(tmp_path / "r", *words, f"model.path={sft}")
     final = tmp_path / "r" / "final"
     card = (final / "README.md").read_text()

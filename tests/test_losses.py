@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dpo_cli.config import LOSS_OPTIONS, DpoConfig
+from dpo_cli.config import LOSS_FACTS, DpoConfig
 from dpo_cli.losses import (
     LOSSES,
     RankedLogprobs,
@@ -51,7 +51,7 @@ def test_label_smoothing_by_hand():
 
 def test_length_normalised_by_hand():
     expected = math.log(1 + math.exp(-2.0 * 1.25))
-    assert sigmoid_loss(EXAMPLE, beta=2.0, length_normalised=True).item() == pytest.approx(
+    assert sigmoid_loss(EXAMPLE, beta=2.0, length_normalized=True).item() == pytest.approx(
         expected, abs=1e-6
     )
 
@@ -100,9 +100,9 @@ def test_gradient_weight_is_the_papers():
 
 
 def test_tables_agree():
-    assert set(LOSSES) == set(LOSS_OPTIONS)
+    assert set(LOSSES) == set(LOSS_FACTS)
     fields = set(DpoConfig.__dataclass_fields__)
-    assert all(options <= fields for options in LOSS_OPTIONS.values())
+    assert all(options <= fields for options in (loss.options for loss in LOSS_FACTS.values()))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_tables_agree():
         (sigmoid_loss, "sigmoid"),
         (hinge_loss, "hinge"),
         (ipo_loss, "ipo"),
-        (lambda x, b: sigmoid_loss(x, b, length_normalised=True), "sigmoid_norm"),
+        (lambda x, b: sigmoid_loss(x, b, length_normalized=True), "sigmoid_norm"),
     ],
 )
 @pytest.mark.parametrize("beta", [0.05, 0.5, 5.0])

@@ -25,10 +25,10 @@ LOSSES = {"sft": (sft, "sft_loss"), "dpo": (dpo, "dpo_loss"), "reward": (reward,
 STEPS = ("optim.lr=1e-3", "optim.warmup_steps=0", "optim.eps=1e-3", "train.sample_prompts=0",
          "train.eval_every_steps=0", "train.max_steps=6")  # fmt: skip
 MORE = {
-    "sft": (), "dpo": (), "reward": ("stage.normalise_prompts=0",),
+    "sft": (), "dpo": (), "reward": ("stage.normalize_prompts=0",),
     "ppo-baseline": ("stage.rollout_samples=16", "stage.max_new_tokens=6", "stage.eval_prompts=4",
                      "reward_fn=length", "stage.no_eos_score=null", "stage.ppo_epochs=1",
-                     "stage.normalise=false"),
+                     "stage.normalize=false"),
 }  # fmt: skip
 MOST = {"sft": 150, "dpo": 150, "reward": 150, "ppo-baseline": 50}  # tokens
 CPU_MESSAGE = "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"

@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sft = f"model.path={base / 'sft'}"
     train(base / "sft", *SMALL, "stage=sft")
     train(base / "dpo", *SMALL, "stage=dpo", sft, "optim.lr=1e-2")
-    train(base / "reward", *SMALL[:3], "stage=reward", sft, "stage.normalise_prompts=0")
+    train(base / "reward", *SMALL[:3], "stage=reward", sft, "stage.normalize_prompts=0")
     go(base / "samples", sft, "stage=sample", "stage.completions=4", "stage.max_new_tokens=8")
     go(base / "pairs", sft, "stage=label", f"stage.samples={base / 'samples'}", "reward_fn=length")
     return base

@@ -187,7 +187,7 @@ def test_a_gpu_that_is_not_here_can_be_planned_for(monkeypatch: pytest.MonkeyPat
 
 def test_a_local_reward_model_is_counted(tmp_path: Path) -> None:
     reward = tmp_path / "reward"
-    train(reward, "stage=reward", "train.max_steps=1", "stage.normalise_prompts=0")
+    train(reward, "stage=reward", "train.max_steps=1", "stage.normalize_prompts=0")
     words = (*TINY, "stage=ppo-baseline", f"run_dir={tmp_path}/x", "stage.rollout_samples=8")
     config = configure(*words, "reward_fn=reward_model", f"reward_fn.path={reward}")
     with safe_open(reward / "final" / "model.safetensors", "pt") as file:

@@ -84,7 +84,7 @@ def test_ppo_and_sample_take_what_the_data_needs(sft, tmp_path, capsys):
     assert data.rows == 48
     ppo = (
         "stage=ppo-baseline", "stage.rollout_samples=8", "train.batch_size=8", "stage.ppo_epochs=1",
-        "stage.normalise_prompts=4", "stage.eval_prompts=2", f"model.path={sft}", *QUICK,
+        "stage.normalize_prompts=4", "stage.eval_prompts=2", f"model.path={sft}", *QUICK,
         "logger.progress=plain",
     )  # fmt: skip
     train(tmp_path / "p", *ppo)
@@ -149,8 +149,8 @@ def test_what_cannot_do_without_a_reward(words, message):
 
 
 def test_a_reward_that_is_named_is_not_replaced():
-    from dpo_cli.compose import prepare
-    from dpo_cli.overrides import composed
+    from dpo_cli.config.hydra import composed
+    from dpo_cli.config.read import prepare
 
     words = ["stage=evaluate", "data=jsonl", "data.path=pyproject.toml", "reward_fn=sentiment"]
     with pytest.raises(ConfigError, match="reward_fn=sentiment: rates the reviews"):

@@ -26,8 +26,8 @@ from scoring_helpers import scorer, session_of, texts
 from small_runs import train
 from test_scoring import saved
 
-REWARD = ("stage=reward", "optim.lr=1e-2", "train.max_steps=2", "stage.normalise_prompts=6",
-          "stage.normalise_max_new_tokens=6")  # fmt: skip
+REWARD = ("stage=reward", "optim.lr=1e-2", "train.max_steps=2", "stage.normalize_prompts=6",
+          "stage.normalize_max_new_tokens=6")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_a_model_trained_by_a_kernel_of_half_precision_is_scored_in_float32(trai
 
 def raw(tmp_path, path, *words):
     return scorer(tmp_path, "reward_fn=reward_model", f"reward_fn.path={path}",
-                  "reward_fn.normalised=false", *words)  # fmt: skip
+                  "reward_fn.normalized=false", *words)  # fmt: skip
 
 
 def test_a_reward_model_scores_as_transformers_does(trained, tmp_path):
@@ -178,7 +178,7 @@ def test_what_cannot_write_normalises_nothing(trained, tmp_path, capsys, start, 
     )
     rows = texts(" was good .", prompt="The film")
     assert load_scorer(session)(rows) == raw(tmp_path, tmp_path / "r")(rows)
-    assert [line.partition(":")[0] for line in said] == ["reward_fn.normalised=true"]
+    assert [line.partition(":")[0] for line in said] == ["reward_fn.normalized=true"]
     assert said[0].endswith("its rewards are raw")
 
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from dpo_cli import __version__
-from dpo_cli.paths import conf_dir, recipes_dir
+from dpo_cli.config.paths import conf_dir, recipes_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 YAML_DIRS = {"conf": "dpo_cli/_conf", "recipes": "dpo_cli/_recipes"}  # checkout -> wheel
@@ -101,7 +101,7 @@ def test_wheel_holds_the_package_the_yaml_and_nothing_else(wheel: Path) -> None:
 def test_installed_package_finds_its_own_yaml(
     installed: Path, tmp_path: Path, clean_env: dict[str, str]
 ) -> None:
-    query = "import dpo_cli.paths as p; print(p.__file__, p.conf_dir(), p.recipes_dir())"
+    query = "import dpo_cli.config.paths as p; print(p.__file__, p.conf_dir(), p.recipes_dir())"
     printed = check_run([installed / "python", "-c", query], cwd=tmp_path, env=clean_env)
     module, conf, recipes = map(Path, printed.split())
     assert module.is_relative_to(installed.parent.resolve())

@@ -25,7 +25,7 @@ from small_runs import TINY, configure, metrics, train
 
 PPO = (
     "stage=ppo-baseline", "stage.rollout_samples=16", "train.batch_size=8", "stage.ppo_epochs=2",
-    "stage.max_new_tokens=6", "stage.normalise_prompts=8", "stage.eval_prompts=4",
+    "stage.max_new_tokens=6", "stage.normalize_prompts=8", "stage.eval_prompts=4",
     "optim.lr=1e-3", "stage.no_eos_score=null", "reward_fn=length", "train.max_steps=12",
 )  # fmt: skip
 
@@ -261,8 +261,8 @@ def test_a_signal_waits_for_the_rollouts_end(sft, tmp_path, monkeypatch):
         (["stage.temperature=0"], r"stage\.temperature=0\.0: must be above 0"),
         (["stage.kl_control=fixed", "stage.target_kl=3"], r"has no effect with stage\.kl_control"),
         (["stage.vf_coef=0", "stage.value_lr_scale=3"], r"value_lr_scale=3\.0: has no effect with"),
-        (["stage.normalise_prompts=0"], r"normalise_prompts=0: nothing to measure"),
-        (["stage.normalise=false"], r"normalise_prompts=8: has no effect with stage\.normalise"),
+        (["stage.normalize_prompts=0"], r"normalise_prompts=0: nothing to measure"),
+        (["stage.normalize=false"], r"normalise_prompts=8: has no effect with stage\.normalise"),
     ],
 )
 def test_what_cannot_work_is_refused(words, message):

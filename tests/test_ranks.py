@@ -36,7 +36,7 @@ SHARED = (
 LORA = ("lora=lora", "lora.r=4", "optim.lr=1e-3")
 PPO = (
     "stage.rollout_samples=16", "stage.max_new_tokens=6", "stage.batch_size=4",
-    "stage.normalise_prompts=8", "stage.eval_prompts=6", "stage.ppo_epochs=2",
+    "stage.normalize_prompts=8", "stage.eval_prompts=6", "stage.ppo_epochs=2",
 )  # fmt: skip
 STAGES: dict[str, tuple[str, ...]] = {
     "sft": ("stage=sft", "train.epochs=1"),
@@ -48,7 +48,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "dpo-qlora": ("stage=dpo", "model.path={root}/llama", "train.max_steps=6", "lora.r=4",
                   "optim.lr=1e-3", "lora=qlora", "stage.reference_logprobs=live"),
     "reward": ("stage=reward", "model.path={root}/start", "train.max_steps=4",
-               "stage.normalise_prompts=8"),
+               "stage.normalize_prompts=8"),
     "ppo": ("stage=ppo-baseline", "model.path={root}/start", "train.max_steps=8", *PPO),
 }  # fmt: skip
 ON_FOUR = ("dpo", "dpo-lora")

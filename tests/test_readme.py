@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.compose import prepare
-from dpo_cli.overrides import composed
+from dpo_cli.config.hydra import composed
+from dpo_cli.config.read import prepare
 from small_runs import TINY, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,9 +23,9 @@ HUB = ("model.path=my-model", "data.path=hh.jsonl", "data.max_length=64",
        "data.max_prompt_length=32", "data.eval_rows=2")  # fmt: skip
 
 SMALL = {
-    "reward": ["stage.normalise_prompts=2", "stage.normalise_max_new_tokens=4"],
+    "reward": ["stage.normalize_prompts=2", "stage.normalize_max_new_tokens=4"],
     "ppo-baseline": ["stage.rollout_samples=4", "stage.ppo_epochs=1", "stage.max_new_tokens=4",
-                     "stage.normalise_prompts=2"],
+                     "stage.normalize_prompts=2"],
     "evaluate": ["stage.prompts=2", "stage.max_new_tokens=4"],
 }  # fmt: skip
 
@@ -36,7 +36,7 @@ def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     sft = folder / "runs" / "my-sft"
     train(sft, "stage=sft", "train.max_steps=1")
-    for stage, words in (("reward", ("stage.normalise_prompts=0",)), ("dpo", ())):
+    for stage, words in (("reward", ("stage.normalize_prompts=0",)), ("dpo", ())):
         own = (f"stage={stage}", f"model.path={sft}", "train.max_steps=1", *words)
         train(folder / "runs" / f"my-{stage}", *own)
     (folder / "my-model").symlink_to(folder / "runs" / "my-sft" / "final")

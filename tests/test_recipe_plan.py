@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cli import recipe, recipe_report
-from dpo_cli.overrides import job_count
+from dpo_cli.config.hydra import job_count
 from dpo_cli.recipe_file import load_recipe
 from dpo_cli.recipe_plan import Cost, cost_line, minutes, plan
 from dpo_cli.recipe_report import Outcome, counted

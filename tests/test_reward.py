@@ -24,7 +24,7 @@ from dpo_cli.plan import plan_rows
 from dpo_cli.run import run
 from small_runs import TINY, configure, metrics, train
 
-QUICK = ("stage=reward", "optim.lr=1e-3", "train.max_steps=2", "stage.normalise_prompts=0")
+QUICK = ("stage=reward", "optim.lr=1e-3", "train.max_steps=2", "stage.normalize_prompts=0")
 
 
 @pytest.fixture(scope="module")

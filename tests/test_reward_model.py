@@ -37,7 +37,7 @@ def sft(tmp_path_factory):
 def trained(sft, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reward") / "run"
     train(folder, "stage=reward", "train.max_steps=1", f"model.path={sft}",
-          "stage.normalise_prompts=0")  # fmt: skip
+          "stage.normalize_prompts=0")  # fmt: skip
     return folder
 
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from dpo_cli import cli
-from dpo_cli.compose import prepare
-from dpo_cli.overrides import composed
+from dpo_cli.config.hydra import composed
+from dpo_cli.config.read import prepare
 from dpo_cli.plan import plan_rows
 from dpo_cli.run import run
 from small_runs import TINY, configure

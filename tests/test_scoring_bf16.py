@@ -12,7 +12,7 @@ from scoring_helpers import session_of
 from small_runs import TINY, configure, train
 
 REWARD = ("stage=reward", "train.max_steps=24", "optim.lr=3e-3", "data.rows=200",
-          "stage.normalise_prompts=0", "model.architecture.hidden=64")  # fmt: skip
+          "stage.normalize_prompts=0", "model.architecture.hidden=64")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

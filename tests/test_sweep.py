@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from dpo_cli import cli, launch, overrides, sweep
+from dpo_cli import cli, launch, sweep
+from dpo_cli.config import hydra as overrides
 from dpo_cli.errors import ConfigError, RunLockedError
 from dpo_cli.train.guard import run_lock
 

@@ -9,7 +9,7 @@ from small_runs import train
 
 PPO = (
     "stage=ppo-baseline", "stage.rollout_samples=8", "train.batch_size=8", "stage.ppo_epochs=2",
-    "stage.max_new_tokens=4", "stage.normalise_prompts=4", "stage.eval_prompts=2",
+    "stage.max_new_tokens=4", "stage.normalize_prompts=4", "stage.eval_prompts=2",
     "train.max_steps=2",
 )  # fmt: skip
 
@@ -24,7 +24,7 @@ def folders(tmp_path_factory):
 
 
 def reward_model(folder, base, seed):
-    train(folder, "stage=reward", "train.max_steps=1", "stage.normalise_prompts=0",
+    train(folder, "stage=reward", "train.max_steps=1", "stage.normalize_prompts=0",
           f"model.path={base}", f"seed={seed}")  # fmt: skip
 
 

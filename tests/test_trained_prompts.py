@@ -62,7 +62,7 @@ def chain(tmp_path_factory):
     train(home / "sft", "stage=sft", *jsonl(first), *QUICK)
     on = f"model.path={home / 'sft'}"
     train(home / "dpo", "stage=dpo", on, *jsonl(second), *QUICK)
-    train(home / "reward", "stage=reward", on, *jsonl(second), *QUICK, "stage.normalise_prompts=0")
+    train(home / "reward", "stage=reward", on, *jsonl(second), *QUICK, "stage.normalize_prompts=0")
     return home
 
 

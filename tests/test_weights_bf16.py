@@ -117,7 +117,7 @@ def test_dpo_from_float32_weights_starts_at_ln_2(reference, tmp_path):
 def test_ppo_trains(tmp_path):
     train(tmp_path / "r", "stage=ppo-baseline", *HALF, *QUIET, "stage.rollout_samples=8",
           "stage.max_new_tokens=6", "stage.ppo_epochs=1", "reward_fn=length", "train.max_steps=1",
-          "stage.no_eos_score=null", "stage.normalise=false")  # fmt: skip
+          "stage.no_eos_score=null", "stage.normalize=false")  # fmt: skip
     (row,) = [row for row in metrics(tmp_path / "r") if "kl" in row]
     assert row["kl"] == pytest.approx(0.0, abs=1e-4)
 

@@ -12,7 +12,7 @@ import pytest
 
 import toy_space
 from composing import composed, problems
-from dpo_cli.compose import prepare
+from dpo_cli.config.read import prepare
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.statistics import win_rate
 from dpo_cli.report import win_rates as picture

@@ -1,9 +1,11 @@
-"""Keys of the `data` group, one dataclass an option."""
+"""Keys of the `data` group, one dataclass per option."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from dpo_cli.config.keys import LOCAL, at_least, day, key
 
 # Ways of writing conversations; another value of data.chat_template is a Jinja file.
 CHAT_TEMPLATES = ("auto", "always", "never", "human_assistant")
@@ -18,99 +20,155 @@ WRITING = (
 
 @dataclass
 class DataConfig:
-    """Keys every dataset has. `path` (local file or folder) wins over `hub_id`."""
+    """Keys every dataset has. `path` (local file or folder) takes precedence over `hub_id`."""
 
-    name: str = "jsonl"
-    hub_id: str | None = None
-    hub_config: str | None = None
-    revision: str | None = None
-    path: str | None = None
-    eval_path: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = "auto"  # auto: the usual one, where there is one; null: none
-    eval_rows: int | float | None = None  # of the eval split, else held out of train; < 1: a share
-    max_rows: int | None = None  # a seeded sample of the rows of each split
-    max_length: int | None = None  # tokens, prompt + response; null: min(512, model context)
-    max_prompt_length: int | None = None  # tokens kept if over max_length; null: half of it
-    keep_prompt: str = "end"  # which end of an over-long prompt survives: start | end
-    chat_template: str = "auto"  # auto | always | never | human_assistant | a Jinja file
-    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # variables of the template
-    date: str | None = None  # what a template is told of today; null: the day the run began
-    special_tokens: str = "text"  # how special tokens in texts are read: text | parse
+    name: str = key("jsonl", "which adapter reads the rows")
+    hub_id: str | None = key(None, "dataset on the hub, owner/name")
+    hub_config: str | None = key(None, "configuration of the hub's dataset, where it has several")
+    revision: str | None = key(None, "branch, tag or commit on the hub; the commit is recorded")
+    path: str | None = key(
+        None,
+        "local file (.jsonl, .jsonl.gz, .json, .parquet, .csv) or folder; takes precedence over "
+        "data.hub_id",
+        path=LOCAL,
+    )
+    eval_path: str | None = key(None, "file or folder of held-out rows", path=LOCAL)
+    train_split: str = key("train", "split to train on")
+    eval_split: str | None = key(
+        "auto",
+        "held-out split; auto: test, validation or the like, where there is one; null: hold out "
+        "data.eval_rows of the training split",
+    )
+    eval_rows: int | float | None = key(
+        None, "held-out rows: a count, or below 1 a share; null: all of the eval split, else none",
+        bound=at_least(0),
+    )  # fmt: skip
+    max_rows: int | None = key(
+        None, "seeded sample of this many rows of each split; null: all", bound=at_least(1)
+    )
+    max_length: int | None = key(
+        None, "tokens of prompt and response; null: the model's context, at most 512",
+        bound=at_least(2),
+    )  # fmt: skip
+    max_prompt_length: int | None = key(
+        None, "prompts of examples longer than data.max_length are truncated to this many tokens; "
+        "null: half of it", bound=at_least(1),
+    )  # fmt: skip
+    keep_prompt: str = key(
+        "end", "which end of a truncated prompt is kept", choices=("start", "end")
+    )
+    chat_template: str = key(
+        "auto",
+        "when the model's chat template renders prompts: auto (messages) | always | never | "
+        "human_assistant (Human:/Assistant: instead) | a Jinja file",
+    )
+    chat_template_kwargs: dict[str, Any] = key(
+        {}, "variables of the chat template, such as {enable_thinking: false}"
+    )
+    date: str | None = key(
+        None, "what a chat template is told of today; null: the day the run began", bound=day()
+    )
+    special_tokens: str = key(
+        "text", "special tokens written in texts: text (as characters) | parse (as tokens)",
+        choices=("text", "parse"),
+    )  # fmt: skip
 
 
 @dataclass
 class SentimentDataConfig(DataConfig):
     """Generated film reviews with an exact ground-truth reward; needs no file."""
 
-    name: str = "sentiment"
-    rows: int = 4000
-    eval_split: str | None = None
-    eval_rows: int | float | None = 400
-    min_prompt_words: int = 2
-    max_prompt_words: int = 8
-    responses: int | None = None  # a prompt; null: 2 for stage=dpo and reward, else 1
+    name: str = key("sentiment", "which adapter reads the rows")
+    rows: int = key(4000, "reviews to generate for training", bound=at_least(1))
+    eval_split: str | None = key(None, "no effect: the reviews are generated")
+    eval_rows: int | float | None = key(
+        400, "reviews to generate for evaluation; below 1: as a share of data.rows",
+        bound=at_least(0),
+    )  # fmt: skip
+    min_prompt_words: int = key(2, "words of the shortest prompt", bound=at_least(1))
+    max_prompt_words: int = key(8, "words of the longest prompt")
+    responses: int | None = key(
+        None, "responses per prompt; null: 2 where the stage compares them, else 1",
+        bound=at_least(1),
+    )  # fmt: skip
 
 
 @dataclass
 class HhDataConfig(DataConfig):
     """Anthropic HH: `chosen` and `rejected` are whole transcripts."""
 
-    name: str = "hh"
+    name: str = key("hh", "which adapter reads the rows")
 
 
 @dataclass
 class ShpDataConfig(DataConfig):
     """Stanford Human Preferences: Reddit answers with vote counts."""
 
-    name: str = "shp"
-    min_score_ratio: float = 2.0
+    name: str = key("shp", "which adapter reads the rows")
+    min_score_ratio: float = key(
+        2.0, "drop pairs whose scores differ by a smaller factor", bound=at_least(1)
+    )
 
 
 @dataclass
 class SeDataConfig(DataConfig):
     """Stack Exchange: all pairs of a question's answers by score, HTML stripped."""
 
-    name: str = "se"
-    max_pairs_per_prompt: int | None = None
+    name: str = key("se", "which adapter reads the rows")
+    max_pairs_per_prompt: int | None = key(None, "pairs per question; null: all", bound=at_least(1))
 
 
 @dataclass
 class TldrDataConfig(DataConfig):
     """Reddit TL;DR comparisons."""
 
-    name: str = "tldr"
+    name: str = key("tldr", "which adapter reads the rows")
 
 
 @dataclass
 class ImdbDataConfig(DataConfig):
     """Film reviews: the prompt is a prefix of a review, the response the rest."""
 
-    name: str = "imdb"
-    min_prompt_words: int = 2
-    max_prompt_words: int = 8
-    text_field: str = "text"
+    name: str = key("imdb", "which adapter reads the rows")
+    min_prompt_words: int = key(
+        2, "words of the shortest prompt; a hash of the review chooses the length",
+        bound=at_least(1),
+    )  # fmt: skip
+    max_prompt_words: int = key(8, "words of the longest prompt")
+    text_field: str = key("text", "field of the review")
 
 
 @dataclass
 class UltrafeedbackDataConfig(DataConfig):
     """Chat pairs with scores."""
 
-    name: str = "ultrafeedback"
+    name: str = key("ultrafeedback", "which adapter reads the rows")
 
 
 @dataclass
 class JsonlDataConfig(DataConfig):
     """Your own rows: text or chat prompts with chosen and rejected responses."""
 
-    name: str = "jsonl"
-    prompt_field: str | None = "prompt"
-    chosen_field: str = "chosen"
-    rejected_field: str | None = "rejected"
-    responses_field: str | None = None  # a ranked list, best first, instead of the pair
-    scores_field: str | None = None
-    tools_field: str | None = "tools"  # functions that a conversation may call; may be missing
-    finished_field: str | None = None  # one bool a response; false: it was cut, it gets no EOS
+    name: str = key("jsonl", "which adapter reads the rows")
+    prompt_field: str | None = key(
+        "prompt", "field of the prompt; null: the messages before the answer"
+    )
+    chosen_field: str = key("chosen", "field of the preferred response")
+    rejected_field: str | None = key(
+        "rejected", "field of the other response; null: one response per row, for SFT"
+    )
+    responses_field: str | None = key(
+        None, "field of a ranked list of responses, best first, instead of the pair"
+    )
+    scores_field: str | None = key(
+        None, "field of one score per response; a ranked list is ordered by them"
+    )
+    tools_field: str | None = key(
+        "tools", "field of the functions a conversation may call, a list or its JSON; may be absent"
+    )
+    finished_field: str | None = key(
+        None, "field of one bool per response; false: it was truncated and gets no EOS"
+    )
 
 
 DATA_SCHEMAS: dict[str, type[DataConfig]] = {

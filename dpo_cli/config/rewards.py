@@ -1,69 +1,81 @@
-"""Keys of the `reward_fn` and `judge` groups, one dataclass an option."""
+"""Keys of the `reward_fn` and `judge` groups, one dataclass per option."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from dpo_cli.config.keys import LOCAL, above, at_least, key
+
+SCALES = ("probability", "log_odds")
 
 
 @dataclass
 class RewardFnConfig:
     """What says how good a completion is, one number each."""
 
-    name: str = "sentiment"
+    name: str = key("sentiment", "what scores a completion")
 
 
 @dataclass
 class SentimentRewardFn(RewardFnConfig):
     """The exact posterior of the generated reviews."""
 
-    scale: str = "probability"  # probability | log_odds
+    scale: str = key("probability", "probability (in [0, 1]) | log_odds", choices=SCALES)
 
 
 @dataclass
 class ClassifierRewardFn(RewardFnConfig):
     """A Hugging Face sequence classifier on prompt + completion."""
 
-    name: str = "classifier"
-    path: str | None = None  # wins over hub_id
-    hub_id: str | None = "siebert/sentiment-roberta-large-english"
-    revision: str | None = None
-    label: str | int | None = None  # name or index of a class; null: POSITIVE, else the last
-    scale: str = "probability"  # probability | log_odds
-    max_length: int = 512  # tokens; the end of a longer text is kept
-    batch_size: int = 64
+    name: str = key("classifier", "what scores a completion")
+    path: str | None = key(None, "local folder; takes precedence over reward_fn.hub_id", path=LOCAL)
+    hub_id: str | None = key("siebert/sentiment-roberta-large-english", "owner/name on the hub")
+    revision: str | None = key(None, "branch, tag or commit on the hub")
+    label: str | int | None = key(
+        None, "name or index of the wanted class; null: POSITIVE if there is one, else the last"
+    )
+    scale: str = key("probability", "probability (in [0, 1]) | log_odds", choices=SCALES)
+    max_length: int = key(512, "tokens; a longer text is truncated at its start", bound=at_least(1))
+    batch_size: int = key(64, "texts per forward", bound=at_least(1))
 
 
 @dataclass
 class RewardModelFn(RewardFnConfig):
     """A reward model that stage=reward trained, or any with one score."""
 
-    name: str = "reward_model"
-    path: str | None = None  # folder or run
-    normalised: bool = True  # mean 0, std 1 on the reference samples its run measured
+    name: str = key("reward_model", "what scores a completion")
+    path: str | None = key(None, "folder of the model, or of its run", path=LOCAL)
+    normalized: bool = key(
+        True, "rewards of mean 0 and std 1 on the reference samples that its run measured",
+        old="normalised",
+    )  # fmt: skip
 
 
 @dataclass
 class LexiconRewardFn(RewardFnConfig):
     """Mean valence of the words of a completion."""
 
-    name: str = "lexicon"
-    path: str | None = None  # lines `word<TAB>valence`, as VADER's file; wins over the lists
-    positive: list[str] = field(default_factory=list)  # valence 1
-    negative: list[str] = field(default_factory=list)  # valence -1
+    name: str = key("lexicon", "what scores a completion")
+    path: str | None = key(
+        None, "file of lines `word<TAB>valence`, as VADER's; takes precedence over the lists",
+        path=LOCAL,
+    )  # fmt: skip
+    positive: list[str] = key([], "words of valence 1")
+    negative: list[str] = key([], "words of valence -1")
 
 
 @dataclass
 class LengthRewardFn(RewardFnConfig):
     """Number of words: a reward nobody wants, to see length exploitation."""
 
-    name: str = "length"
+    name: str = key("length", "what scores a completion")
 
 
 @dataclass
 class NoRewardFn(RewardFnConfig):
-    """Nothing rates completions."""
+    """Nothing scores completions."""
 
-    name: str = "none"
+    name: str = key("none", "what scores a completion")
 
 
 REWARD_FN_SCHEMAS: dict[str, type[RewardFnConfig]] = {
@@ -80,7 +92,7 @@ REWARD_FN_SCHEMAS: dict[str, type[RewardFnConfig]] = {
 class JudgeConfig:
     """What decides which of two completions wins."""
 
-    name: str = "reward_fn"
+    name: str = key("reward_fn", "what compares two completions")
 
 
 @dataclass
@@ -90,15 +102,22 @@ class HttpJudgeConfig(JudgeConfig):
     Its base URL and key come from the environment: OPENAI_BASE_URL, OPENAI_API_KEY.
     """
 
-    name: str = "http"
-    model: str = "gpt-4"
-    task: str | None = None  # dialogue | summary | sentiment: what is asked; null: by the data
-    both_orders: bool = True  # A/B and B/A; they must agree, else it is a tie
-    max_tokens: int = 256
-    timeout_seconds: float = 60.0
-    retries: int = 4  # a request, after a time-out, a rate limit or a server's error
-    max_calls: int = 2000  # a run; what is left unasked is counted as unasked
-    parallel: int = 4  # requests at once
+    name: str = key("http", "what compares two completions")
+    model: str = key("gpt-4", "model to ask at the endpoint of OPENAI_BASE_URL")
+    task: str | None = key(
+        None, "the question, in the paper's words; null: by the dataset",
+        choices=("dialogue", "summary", "sentiment"),
+    )  # fmt: skip
+    both_orders: bool = key(True, "ask A/B and B/A; verdicts that disagree are a tie")
+    max_tokens: int = key(256, "tokens per answer", bound=at_least(1))
+    timeout_seconds: float = key(60.0, "limit of one request", bound=above(0))
+    retries: int = key(
+        4, "per request, after a time-out, a rate limit or a server's error", bound=at_least(0)
+    )
+    max_calls: int = key(
+        2000, "requests per run; pairs beyond them are counted as not judged", bound=at_least(1)
+    )
+    parallel: int = key(4, "requests at once", bound=at_least(1))
 
 
 TASKS = {"tldr": "summary", "imdb": "sentiment", "sentiment": "sentiment"}  # data -> judge.task

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from dpo_cli.checks import TRAINING, check
-from dpo_cli.config import CPU_BATCH_SIZE, DpoConfig, RunConfig
+from dpo_cli.config import DpoConfig, RunConfig, spec_of
+from dpo_cli.config.checks import check
 from dpo_cli.errors import ConfigError
 from dpo_cli.memory.estimate import estimate
 from dpo_cli.memory.facts import Facts
@@ -62,7 +62,7 @@ def advise(config: RunConfig, facts: Facts, capacity: float) -> list[Advice]:
 
 def candidates(config: RunConfig, facts: Facts) -> Iterator[Change]:
     """What the run could do otherwise, mildest first."""
-    if config.stage.name in TRAINING:
+    if spec_of(config.stage).trains:
         yield from _tokens(config, facts)
         if not config.hardware.activation_checkpointing:
             yield _set("hardware", "activation_checkpointing", 1)
@@ -70,7 +70,7 @@ def candidates(config: RunConfig, facts: Facts) -> Iterator[Change]:
             yield _set("stage", "reference_logprobs", "cached")
         yield from _optimisers(config, facts.device)
     yield from _sequences(config)
-    if config.stage.name in TRAINING:
+    if spec_of(config.stage).trains:
         yield from _fewer_weights(config, facts)
 
 
@@ -91,7 +91,7 @@ def _optimisers(config: RunConfig, device: str) -> Iterator[Change]:
 
 def _sequences(config: RunConfig) -> Iterator[Change]:
     named = getattr(config.stage, "batch_size", None)
-    size = named or CPU_BATCH_SIZE.get(config.stage.name, 1)
+    size = named or spec_of(config.stage).cpu_batch_size or 1
     while size > 1:
         size //= 2
         yield _set("stage", "batch_size", size)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from dpo_cli.checks import TRAINING
-from dpo_cli.config import RunConfig
+from dpo_cli.config import RunConfig, spec_of
 from dpo_cli.memory.estimate import estimate
 from dpo_cli.memory.facts import Facts
 from dpo_cli.train.runtime import MICRO_BATCH_TOKENS
@@ -39,7 +38,7 @@ class Fitting:
 def is_open(config: RunConfig, device: str) -> bool:
     """Whether a run's micro-batches are chosen by the memory there is."""
     chosen = config.train.micro_batch_tokens is not None
-    return device == "cuda" and not chosen and config.stage.name in TRAINING
+    return device == "cuda" and not chosen and spec_of(config.stage).trains
 
 
 def fitting(config: RunConfig, facts: Facts, room: float) -> Fitting:

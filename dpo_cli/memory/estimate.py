@@ -9,12 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dpo_cli.checks import TRAINING
-from dpo_cli.config import (
-    EvaluateConfig,
-    RewardConfig,
-    RunConfig,
-)
+from dpo_cli.config import EvaluateConfig, RewardConfig, RunConfig, spec_of
 from dpo_cli.memory.activations import working_bytes
 from dpo_cli.memory.facts import Facts
 from dpo_cli.memory.parts import (
@@ -66,7 +61,7 @@ class Estimate:
 def estimate(config: RunConfig, facts: Facts) -> Estimate:
     """Of a run that trains, samples or evaluates. Pure: reads nothing but its arguments."""
     run = Run(config, facts)
-    moments = _training(run) if config.stage.name in TRAINING else _using(run)
+    moments = _training(run) if spec_of(config.stage).trains else _using(run)
     return Estimate({name: {**parts, **_around(parts, facts)} for name, parts in moments.items()})
 
 

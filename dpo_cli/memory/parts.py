@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cli.checks import TRAINING
 from dpo_cli.config import (
-    CPU_BATCH_SIZE,
     DpoConfig,
     EvaluateConfig,
     LoraConfig,
@@ -16,6 +14,7 @@ from dpo_cli.config import (
     RewardConfig,
     RunConfig,
     SampleConfig,
+    spec_of,
 )
 from dpo_cli.logprobs import BLOCK_BYTES, CHUNK_BYTES, EAGER_BLOCKS
 from dpo_cli.memory.activations import Numbers, Rows, Trained, kept_bytes, working_bytes
@@ -47,7 +46,7 @@ class Run:
 
     @property
     def trains(self) -> bool:
-        return self.config.stage.name in TRAINING
+        return spec_of(self.config.stage).trains
 
     @property
     def lora(self) -> LoraConfig:
@@ -198,7 +197,7 @@ def sequences_of(config: RunConfig) -> int:
     """Decoded together."""
     stage: Any = config.stage
     if isinstance(stage, (PpoConfig, SampleConfig, EvaluateConfig)):
-        return stage.batch_size or CPU_BATCH_SIZE[stage.name]  # a GPU takes more that fit
+        return stage.batch_size or spec_of(stage).cpu_batch_size or 0  # a GPU takes more that fit
     return 0 if isinstance(stage, RewardConfig) else config.train.sample_prompts
 
 

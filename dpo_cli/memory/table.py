@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dpo_cli.checks import TRAINING
-from dpo_cli.config import RunConfig
+from dpo_cli.config import RunConfig, spec_of
 from dpo_cli.memory.advice import Advice, advise
 from dpo_cli.memory.estimate import estimate, saved_bytes
 from dpo_cli.memory.facts import Facts
@@ -30,7 +29,7 @@ def memory_rows(config: RunConfig, facts: Facts, capacity: float | None) -> list
 def copy_rows(config: RunConfig, facts: Facts) -> list[Row]:
     """Memory beside the estimate, which a run takes only where there is plenty of it."""
     hardware = config.hardware
-    if config.stage.name not in TRAINING or hardware.devices * hardware.nodes > 1:
+    if not spec_of(config.stage).trains or hardware.devices * hardware.nodes > 1:
         return []
     size = gib(saved_bytes(config, facts))
     told = f"copy {size} to the host's memory where twice that is free, else training waits"

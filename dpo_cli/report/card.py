@@ -9,16 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.config import LOSS_FACTS, STAGES
 from dpo_cli.durable import write_bytes
 from dpo_cli.report.console import brief
 from dpo_cli.report.files import command_line, encode, redact, to_yaml, without_home
-
-_METHODS = {
-    "sft": "supervised fine-tuning",
-    "dpo": "Direct Preference Optimization",
-    "reward": "training as a reward model",
-    "export": "no training that its folder tells of",
-}
 
 _USAGE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -180,8 +174,17 @@ def _hub_id(source: Mapping[str, Any] | None) -> str | None:
     return source.get("hub_id") if source and not source.get("path") else None
 
 
+def _method(facts: Mapping[str, Any]) -> str:
+    """What the model is the result of: the loss's words, else the stage's."""
+    stage, spec = facts["stage"], STAGES.get(facts["stage"])
+    loss = ((facts.get("config") or {}).get("stage") or {}).get("loss")
+    if stage == "dpo" and loss in LOSS_FACTS:
+        return LOSS_FACTS[loss].method
+    return (spec.method or spec.title) if spec else str(stage)
+
+
 def _body(facts: Mapping[str, Any]) -> str:
-    method = _METHODS.get(facts["stage"], facts["stage"])
+    method = _method(facts)
     base = _origin(facts.get("model"))
     if facts.get("adapter"):
         path = (facts.get("model") or {}).get("path")

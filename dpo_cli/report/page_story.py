@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from dpo_cli.config import LOSS_FACTS, STAGES
 from dpo_cli.report.page_read import Folder, Row
 from dpo_cli.report.page_text import (
     BOUNDS,
@@ -19,23 +20,6 @@ from dpo_cli.report.page_text import (
 
 MOST_FINISH = 0.9  # a smaller share of finished completions is told
 MOST_FINDINGS = 4  # sentences of frontier.md
-LOSSES = {
-    "sigmoid": "DPO",
-    "ipo": "IPO",
-    "hinge": "DPO with the hinge loss",
-    "unlikelihood": "Unlikelihood",
-    "plackett_luce": "Plackett-Luce DPO",
-}
-METHODS = {
-    "sft": "Supervised fine-tuning",
-    "reward": "Reward model",
-    "ppo-baseline": "PPO",
-    "evaluate": "Evaluation",
-    "frontier": "Frontier of reward and KL",
-    "sample": "Completions",
-    "label": "Preference labels",
-}
-UNITS = {"dpo": "pair", "reward": "pair", "ppo-baseline": "prompt"}  # what a row trains
 BASELINES = ("optimum", "best-of-n")  # rows of points.jsonl that are no trained policy
 
 
@@ -53,8 +37,10 @@ def title_of(folder: Folder) -> str:
 
 def method_of(folder: Folder) -> str:
     if folder.stage != "dpo":
-        return METHODS.get(folder.stage, folder.stage or "Run")
-    name = LOSSES.get(str(folder.setting("stage.loss")), "DPO")
+        spec = STAGES.get(folder.stage)
+        return spec.title if spec else folder.stage or "Run"
+    loss = LOSS_FACTS.get(str(folder.setting("stage.loss")))
+    name = loss.title if loss else "DPO"
     smoothing = folder.setting("stage.label_smoothing")
     smoothed = name == "DPO" and is_number(smoothing) and smoothing > 0
     return "cDPO" if smoothed else name
@@ -104,7 +90,7 @@ def verdict_of(folder: Folder, data: Mapping[str, Any]) -> str:
 def _effort(folder: Folder, data: Mapping[str, Any]) -> str:
     steps = f"after {count(folder.last_step, 'step')}" if folder.last_step else ""
     rows = data.get("train_rows")
-    unit = UNITS.get(folder.stage, "example")
+    unit = spec.unit if (spec := STAGES.get(folder.stage)) else "example"
     seen = f"on {count(rows, unit)}" if isinstance(rows, int) else ""
     return " ".join(filter(None, (steps, seen)))
 

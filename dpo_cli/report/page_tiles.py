@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dpo_cli.config import STAGES
 from dpo_cli.report.page_read import Folder, Row
 from dpo_cli.report.page_story import best_point, point_name, trained
 from dpo_cli.report.page_text import count, figure, is_number, label, lower
 
 MOST_TILES = 6
-TRAINED = ("sft", "dpo", "reward", "ppo-baseline")  # stages with figures of training batches
 
 # Of these a report shows the first it has, held-out figures before those of the last steps.
 TILES = (
@@ -55,7 +55,8 @@ def shown_name(folder: Folder, metric: str) -> str | None:
 def words_of(folder: Folder, name: str) -> str:
     """A figure's label; of a run that trains, whether it is of training or of held-out rows."""
     words = label(name)
-    training = folder.stage in TRAINED and not name.startswith("eval/")
+    spec = STAGES.get(folder.stage)
+    training = spec is not None and spec.trains and not name.startswith("eval/")
     return f"Training {lower(words)}" if training else words
 
 

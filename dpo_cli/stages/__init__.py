@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
+from dpo_cli.config import STAGES
 from dpo_cli.stages.session import Stage
-
-STAGES = (
-    "sft", "dpo", "reward", "ppo-baseline", "sample", "label", "evaluate", "frontier", "export",
-    "inspect",
-)  # fmt: skip
 
 
 def load_stage(name: str) -> Stage:

@@ -11,12 +11,12 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import EvaluateConfig, NoRewardFn
+from dpo_cli.config.run_data import data_line
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.scorers import Scorer
 from dpo_cli.model.load import configured_context, load_tokenizer
 from dpo_cli.records import EncodedExample, Prompt
-from dpo_cli.run_data import data_line
 from dpo_cli.stages.lengths import new_tokens, with_new_tokens
 from dpo_cli.stages.measure import pairs_config
 from dpo_cli.stages.policies import PolicyPoint, reference_of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.config import LOSS_OPTIONS, DpoConfig
+from dpo_cli.config import LOSS_FACTS, DpoConfig
 from dpo_cli.errors import DataError
 from dpo_cli.logprobs import sum_by_sequence
 from dpo_cli.losses import LOSSES, RankedLogprobs, preferences
@@ -158,7 +158,7 @@ def dpo_loss(
 
 def objective(logprobs: RankedLogprobs, stage: DpoConfig) -> Tensor:
     """(E,) the configured loss of each example, with the NLL of the chosen mixed in."""
-    options = {k: getattr(stage, k) for k in LOSS_OPTIONS[stage.loss] if k != "nll_weight"}
+    options = {k: getattr(stage, k) for k in LOSS_FACTS[stage.loss].options if k != "nll_weight"}
     losses = LOSSES[stage.loss](logprobs, **options)
     if stage.nll_weight:
         losses = losses - stage.nll_weight * logprobs.policy[:, 0] / logprobs.lengths[:, 0]

@@ -31,7 +31,7 @@ def normalise(session: Session, loaded: Loaded) -> dict[str, float]:
     Nothing is measured, and a note says why, where the run started from no policy.
     """
     stage = cast(RewardConfig, session.config.stage)
-    if stage.normalise_prompts == 0:
+    if stage.normalize_prompts == 0:
         return {}
     base = _base(session, loaded.tokenizer)
     if base is None:
@@ -73,10 +73,10 @@ def _samples(
 ) -> list[Completed]:
     """One completion each of some distinct training prompts."""
     prompts = distinct_prompts(loaded.splits.train)
-    count = min(stage.normalise_prompts, len(prompts))
+    count = min(stage.normalize_prompts, len(prompts))
     chosen = random.Random(session.config.seed).sample(prompts, count)
     options = SamplingOptions(
-        max_new_tokens=stage.normalise_max_new_tokens, seed=session.config.seed
+        max_new_tokens=stage.normalize_max_new_tokens, seed=session.config.seed
     )
     with session.progress.phase("sampling to normalise", count) as tick:
         found = complete(

@@ -204,8 +204,8 @@ def prepare_state(session: Session, ppo: Ppo) -> None:
         kept = session.snapshot.state["carried"]
         ppo.actors.kl.coef = kept["kl_coef"]
         ppo.actors.normaliser = Normaliser(*kept["score"])
-    elif ppo.stage.normalise and ppo.stage.normalise_prompts:
-        chosen = ppo.prompts[: ppo.stage.normalise_prompts]
+    elif ppo.stage.normalize and ppo.stage.normalize_prompts:
+        chosen = ppo.prompts[: ppo.stage.normalize_prompts]
         ppo.actors.normaliser = reference_normaliser(session, ppo.actors, chosen, ppo.stage)
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.config import CPU_BATCH_SIZE, EvaluateConfig, PpoConfig, SampleConfig
+from dpo_cli.config import EvaluateConfig, PpoConfig, SampleConfig, spec_of
 from dpo_cli.data.chat import turn_end
 from dpo_cli.model.generate import Completion, SamplingOptions, sample
 from dpo_cli.report.files import append_samples
@@ -42,7 +42,7 @@ def decoded_together(
 ) -> int | None:
     """Sequences that are decoded at once; None: as many as the GPU has room for."""
     if stage.batch_size is None and session.runtime.device.type == "cpu":
-        return CPU_BATCH_SIZE[stage.name]
+        return spec_of(stage).cpu_batch_size
     return stage.batch_size
 
 

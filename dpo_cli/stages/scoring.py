@@ -159,7 +159,7 @@ def _reward_model(session: Session, config: RewardModelFn) -> Scorer:
     model.requires_grad_(False)
     if on.dtype != torch.float32:
         round_products(model, on.dtype)
-    normalise = _normalisation(session, config) if config.normalised else None
+    normalise = _normalisation(session, config) if config.normalized else None
     return reward_model_scorer(session, model, tokenizer, normalise)
 
 
@@ -168,8 +168,8 @@ def _normalisation(session: Session, config: RewardModelFn) -> Normalisation | N
     facts = load_provenance(model_folder(config.path, KEY)).get(NORMALISATION)
     if facts is None:
         session.note(
-            f"reward_fn.normalised=true: {config.path} has measured no mean and std "
-            "(stage.normalise_prompts of stage=reward): its rewards are raw"
+            f"reward_fn.normalized=true: {config.path} has measured no mean and std "
+            "(stage.normalize_prompts of stage=reward): its rewards are raw"
         )
         return None
     return Normalisation(float(facts["mean"]), float(facts["std"]))

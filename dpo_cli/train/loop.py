@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 
-from dpo_cli.config import BEST_METRICS, RunConfig
+from dpo_cli.config import RunConfig, spec_of
 from dpo_cli.durable import recover
 from dpo_cli.errors import ConfigError, NonFiniteError, Preempted
 from dpo_cli.ranks import Ranks
@@ -227,7 +227,7 @@ def _evaluate(run: Fit) -> bool:
     name = run.config.train.best_metric
     if name not in figures or run.step == 0:
         return False
-    sign = 1.0 if BEST_METRICS[run.config.stage.name][name] == "lowest" else -1.0
+    sign = 1.0 if spec_of(run.config.stage).best_metrics[name] == "lowest" else -1.0
     better = run.best is None or sign * figures[name] < sign * run.best["value"]
     better = run.runtime.ranks.from_first(lambda: better)
     if better:

@@ -35,7 +35,7 @@ SFT = (*TINY, "stage=sft", "optim.lr=3e-3")
 SAVES = (*SFT, "train.max_steps=3", "train.save_every_steps=1", "train.eval_every_steps=1")
 PPO = (
     "stage=ppo-baseline", "stage.rollout_samples=8", "train.batch_size=4", "stage.ppo_epochs=1",
-    "stage.max_new_tokens=4", "stage.normalise_prompts=8", "stage.eval_prompts=4",
+    "stage.max_new_tokens=4", "stage.normalize_prompts=8", "stage.eval_prompts=4",
     "stage.no_eos_score=null", "reward_fn=length", "stage.kl_control=adaptive",
     "stage.target_kl=0.5", "stage.kl_horizon=64",
 )  # fmt: skip

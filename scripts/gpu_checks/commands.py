@@ -101,8 +101,8 @@ def told(runs: Runs, name: str) -> str:
 
 def first_runs(setup: Setup) -> dict[str, list[str]]:
     sft = {"sft": ["sft", "model=tiny"]}
-    reward = ["reward", "model=tiny", "stage.normalise_prompts=16",
-              "stage.normalise_max_new_tokens=8"]  # fmt: skip
+    reward = ["reward", "model=tiny", "stage.normalize_prompts=16",
+              "stage.normalize_max_new_tokens=8"]  # fmt: skip
     return sft if setup.small else sft | {"reward": reward}
 
 
@@ -114,7 +114,7 @@ def second_runs(setup: Setup, runs: Runs) -> dict[str, list[str]]:
         return {"dpo": dpo}
     long = [*dpo, f"train.max_steps={LONG}", f"train.save_every_steps={SAVE_EVERY}"]
     ppo = ["ppo-baseline", "model=custom", policy, "stage.rollout_samples=16", "stage.ppo_epochs=2",
-           "stage.max_new_tokens=12", "stage.eval_prompts=8", "stage.normalise_prompts=16",
+           "stage.max_new_tokens=12", "stage.eval_prompts=8", "stage.normalize_prompts=16",
            "reward_fn=reward_model", f"reward_fn.path={runs.folder / 'reward'}"]  # fmt: skip
     few = ["stage.max_new_tokens=8"]
     return {

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_cli import __version__
-from dpo_cli.paths import conf_dir, recipes_dir
+from dpo_cli.config.hints import groups, option_schema
+from dpo_cli.config.keys import Fact
+from dpo_cli.config.paths import conf_dir, recipes_dir
 
 WIDTH = 92
+GROUPS = groups()
 
 INTRO = """\
 dpo-run trains language models on preferences: supervised fine-tuning, DPO and its kin, reward
@@ -45,6 +50,7 @@ Ways to run
   -m                        sweep over values separated by commas; on Slurm: hydra/launcher=slurm
   recipe=NAME vars.x=...    ordered steps; run again, it goes on where it stopped
   --config-dir DIR          your own YAML files: DIR/model/mine.yaml is then model=mine
+  stage=dpo --help          what the keys of an option mean (any group: optim=adamw --help)
   --cfg job | --info | --hydra-help | --shell-completion | --version
 
 Results go to runs/<stage>-<model>-<data>-<time>-<id>/, or run_dir=DIR: final/ (the model),
@@ -61,8 +67,51 @@ def quick_answer(argv: Sequence[str]) -> str | None:
     if "--version" in argv:
         return f"dpo-run {__version__}"
     if not argv or "--help" in argv or "-h" in argv:
-        return help_text()
+        chosen = [word for word in argv if _is_choice(word)]
+        return "\n\n".join(map(key_help, chosen)) if chosen else help_text()
     return None
+
+
+def _is_choice(word: str) -> bool:
+    """group=option of a group that has such an option."""
+    group, _, option = word.partition("=")
+    return group in GROUPS and (conf_dir() / group / f"{option}.yaml").is_file()
+
+
+def key_help(word: str) -> str:
+    """Every key of `group=option`: its type and default in the schema, its meaning, its choices.
+
+    What the option's YAML sets instead of a default is shown as it stands there.
+    """
+    group, _, option = word.partition("=")
+    text = (conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8")
+    about = [line[2:] for line in text.splitlines() if line.startswith("# ")]
+    schema = option_schema(group, option)
+    lines = [*textwrap.wrap(f"{word}: {' '.join(about)}", WIDTH), ""]
+    set_here = dict(re.findall(r"^(\w+): *([^#\n]+?) *(?:#.*)?$", text, re.MULTILINE))
+    for field in dataclasses.fields(schema):
+        if field.name == "name":  # the option itself
+            continue
+        fact = field.metadata.get("fact", Fact())
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        value = set_here.get(field.name, _yaml(default))
+        lines.append(f"  {group}.{field.name}={value}")
+        told = all(choice in fact.meaning for choice in fact.choices)
+        said = [fact.meaning, *([] if told else [" | ".join(fact.choices)])]
+        said += [fact.bound[0]] if fact.bound else []
+        lines += textwrap.wrap(
+            f"{'; '.join(said)} ({field.type})", WIDTH,
+            initial_indent=" " * 6, subsequent_indent=" " * 6,
+        )  # fmt: skip
+    return "\n".join(lines)
+
+
+def _yaml(value: object) -> str:
+    """A default as YAML writes it."""
+    words = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    return str(value).replace("'", "") if isinstance(value, list) else str(value)
 
 
 def help_text() -> str:

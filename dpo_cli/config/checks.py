@@ -1,6 +1,7 @@
 """Cross-field checks: every problem of a configuration, told together.
 
-A line is `key=value: what is wrong; the remedy`.
+A line is `key=value: what is wrong; the remedy`. What a stage asks of its own keys is checked in
+`stages/<name>.py`.
 """
 
 from __future__ import annotations
@@ -9,45 +10,28 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from dpo_cli.bounds import BOUNDS
 from dpo_cli.config import (
-    BEST_METRICS,
-    CHOICES,
-    HardwareConfig,
-    LoraConfig,
-    OptimConfig,
+    REWARD_FN_SCHEMAS,
+    LexiconRewardFn,
+    NoRewardFn,
     RunConfig,
     SentimentDataConfig,
-    TrainConfig,
+    SentimentRewardFn,
+    spec_of,
 )
 from dpo_cli.config.datasets import CHAT_TEMPLATES
+from dpo_cli.config.keys import LOCAL, facts
+from dpo_cli.config.spelling import did_you_mean
+from dpo_cli.config.stages.base import no_effect
+from dpo_cli.config.unread import unread, unread_problems, value_at
 from dpo_cli.errors import ConfigError
-from dpo_cli.hints import did_you_mean
-from dpo_cli.stage_checks import READERS, no_effect, stage_problems, unread, value_at
 
-TRAINING = ("sft", "dpo", "reward", "ppo-baseline")
-WITHOUT_DATA = ("label", "frontier")  # stages that read the files of others
-ROWLESS = (*WITHOUT_DATA, "export")
-ONE_PROCESS = ("inspect", "frontier", "export")  # stages that compute too little for several
 ALL_LINEAR = "all-linear"
-GENERATED_IGNORES = ("hub_id", "hub_config", "revision", "path", "eval_path", "eval_split")
-SETTINGS = {"optim": OptimConfig(), "train": TrainConfig()}  # of training
-READ_ANYWAY = {  # by stages that do not train
-    (stage, "train.micro_batch_tokens") for stage in ("evaluate", "label")
-}  # fmt: skip
-HARDWARE = HardwareConfig()
-OF_TRAINING = {  # keys of the hardware that stages without training do not read
-    f"hardware.{name}": getattr(HARDWARE, name)
-    for name in ("compile", "kernels", "residual", "weights", "activation_checkpointing")
-}
-SHARING = ("hardware.devices", "hardware.nodes", "hardware.sharding")
-OPTIM_OPTIONS = {"adamw": {"betas"}, "rmsprop": {"alpha"}, "adamw8bit": {"betas"}}
-
-
-FILES = (
-    "model.path", "data.path", "data.eval_path", "stage.samples", "stage.pairs", "stage.optimum",
-    "stage.policies", "stage.evaluations", "reward_fn.path",
+GENERATED_IGNORES = (
+    "hub_id", "hub_config", "revision", "path", "eval_path", "train_split", "eval_split",
+    "max_rows",
 )  # fmt: skip
+OPTIM_OPTIONS = {"adamw": {"betas"}, "rmsprop": {"alpha"}, "adamw8bit": {"betas"}}
 
 
 def check(config: RunConfig, typed: Sequence[str] = (), coming: Sequence[Path] = ()) -> None:
@@ -56,66 +40,59 @@ def check(config: RunConfig, typed: Sequence[str] = (), coming: Sequence[Path] =
     typed: the command line's words; coming: folders whose files need not be there yet.
     """
     parts = (_choices, _bounds, partial(_files, coming=coming), _model, _data)
+    rest = (_reward_fn, _lora, _train, _optim, _hardware)
     problems = [
-        line
-        for part in (*parts, stage_problems, _lora, _train, _optim, _hardware)
-        for line in part(config)
+        line for part in (*parts, spec_of(config.stage).problems, *rest) for line in part(config)
     ]
     keys = sorted({word.lstrip("+").partition("=")[0] for word in typed})
-    parts_of_keys = (_without_effect, _unadapted, _alone, _trust)
-    problems += [line for part in parts_of_keys for line in part(config, keys)]
+    problems += unread_problems(config, keys)
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def _choices(config: RunConfig) -> Iterator[str]:
-    for key, allowed in CHOICES.items():
-        value = value_at(config, key)
-        if value is None or value in allowed:
+    for key, value, fact in facts(config):
+        if value is None or not fact.choices or value in fact.choices:
             continue
         if key == "hardware.precision" and value in ("fp16", "float16", "half"):
             yield f"{key}={value}: not offered, log-probs overflow in it; use bf16 or fp32"
         elif (key, value) == ("stage.loss", "dpo"):
             yield "stage.loss=dpo: DPO's own loss is called sigmoid; use stage.loss=sigmoid"
         else:
-            hint = did_you_mean(value, allowed)
-            yield f"{key}={value}: must be one of {', '.join(allowed)}{hint}"
+            hint = did_you_mean(value, fact.choices)
+            yield f"{key}={value}: must be one of {', '.join(fact.choices)}{hint}"
 
 
 def _bounds(config: RunConfig) -> Iterator[str]:
-    for key, (rule, holds) in BOUNDS.items():
-        value = value_at(config, key)
-        if value is not None and not holds(value):
-            yield f"{key}={value}: {rule}"
+    for key, value, fact in facts(config):
+        if value is not None and fact.bound and not fact.bound[1](value):
+            yield f"{key}={value}: {fact.bound[0]}"
 
 
 def _files(config: RunConfig, coming: Sequence[Path]) -> Iterator[str]:
     def absent(path: str) -> bool:
         return not Path(path).exists() and not any(map(Path(path).is_relative_to, coming))
 
-    for key in FILES:
-        value = value_at(config, key)
-        paths = value if isinstance(value, list) else [value]
-        for path in (path for path in paths if path is not None):
-            if absent(path):
-                yield f"{key}={path}: no such file or folder"
+    for key, value, fact in facts(config):
+        for path in value if isinstance(value, list) else [value]:
+            if path is None or fact.path is None:
+                continue
+            # a hub id looks like owner/name
+            local = fact.path == LOCAL or path.startswith((".", "/")) or path.count("/") > 1
+            if local and absent(path):
+                or_file = " file or" if fact.path == LOCAL else ""
+                yield f"{key}={path}: no such{or_file} folder"
             elif key == "stage.evaluations" and absent(f"{path}/points.jsonl"):
                 yield (
                     f"{key}={path}: has no points.jsonl; give folders of finished stage=evaluate "
                     "runs"
                 )
-    # a hub id looks like owner/name
-    for key in ("stage.reference", "stage.opponent", "model.tokenizer"):
-        value = value_at(config, key)
-        local = value is not None and (value.startswith((".", "/")) or value.count("/") > 1)
-        if local and absent(value):
-            yield f"{key}={value}: no such folder"
 
 
 def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
     named = model.path or model.hub_id or model.architecture or value_at(config, "stage.policies")
-    if not named and config.stage.name not in WITHOUT_DATA:
+    if not named and spec_of(config.stage).reads_model:
         yield (
             f"model={model.name}: no weights; set model.path=<folder> or model.hub_id=<owner/name>"
         )
@@ -134,11 +111,11 @@ def _model(config: RunConfig) -> Iterator[str]:
 
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
-    local = isinstance(data, SentimentDataConfig) or config.stage.name in ROWLESS
+    local = isinstance(data, SentimentDataConfig) or not spec_of(config.stage).reads_rows
     if not (local or data.path or data.hub_id):
         yield f"data={data.name}: no rows; set data.path=<file or folder>"
     for name in GENERATED_IGNORES if isinstance(data, SentimentDataConfig) else ():
-        if getattr(data, name) is not None:
+        if getattr(data, name) != getattr(SentimentDataConfig(), name):
             yield no_effect(f"data.{name}", getattr(data, name), "data=sentiment")
     if not (data.chat_template in CHAT_TEMPLATES or Path(data.chat_template).is_file()):
         hint = did_you_mean(data.chat_template, CHAT_TEMPLATES)
@@ -158,9 +135,38 @@ def _data(config: RunConfig) -> Iterator[str]:
         yield f"data.max_prompt_words={most}: must be at least data.min_prompt_words={fewest}"
 
 
+def _reward_fn(config: RunConfig) -> Iterator[str]:
+    """Only where the stage reads it."""
+    chosen, stage = config.reward_fn, config.stage
+    if unread(config, "reward_fn"):
+        return
+    others = [name for name in REWARD_FN_SCHEMAS if name not in (chosen.name, "none")]
+    if isinstance(chosen, NoRewardFn) and not spec_of(stage).reward_optional:
+        yield (
+            f"reward_fn=none: stage={stage.name} needs a reward; choose one of {', '.join(others)}"
+        )
+    generated = isinstance(config.data, SentimentDataConfig) or stage.name == "label"
+    if isinstance(chosen, SentimentRewardFn) and not generated:
+        yield (
+            "reward_fn=sentiment: rates the reviews of data=sentiment, not "
+            f"data={config.data.name}; use another: {', '.join(others)}"
+        )
+    if isinstance(chosen, LexiconRewardFn) and not (
+        chosen.path or chosen.positive or chosen.negative
+    ):
+        yield (
+            "reward_fn=lexicon: has no words; set reward_fn.path=<file of word<TAB>valence>, or "
+            "reward_fn.positive=[good,...] reward_fn.negative=[bad,...]"
+        )
+    if chosen.name in ("classifier", "reward_model"):
+        path, hub_id = value_at(config, "reward_fn.path"), value_at(config, "reward_fn.hub_id")
+        if not (path or hub_id):
+            yield f"reward_fn={chosen.name}: needs a model; set reward_fn.path=<folder>"
+
+
 def _lora(config: RunConfig) -> Iterator[str]:
     lora, model = config.lora, config.model
-    if lora.name == "none" or config.stage.name not in TRAINING:
+    if lora.name == "none" or not spec_of(config.stage).trains:
         return
     if model.path is None and model.architecture is not None:
         yield (
@@ -180,7 +186,7 @@ def _lora(config: RunConfig) -> Iterator[str]:
 
 
 def _train(config: RunConfig) -> Iterator[str]:
-    known, name = BEST_METRICS.get(config.stage.name, {}), config.train.best_metric
+    known, name = spec_of(config.stage).best_metrics, config.train.best_metric
     if known and name not in known:
         hint = did_you_mean(name, known)
         yield f"train.best_metric={name}: must be one of {', '.join(known)}{hint}"
@@ -191,7 +197,7 @@ def _train(config: RunConfig) -> Iterator[str]:
 
 def _optim(config: RunConfig) -> Iterator[str]:
     optim = config.optim
-    if config.stage.name in TRAINING and optim.lr == 0:
+    if spec_of(config.stage).trains and optim.lr == 0:
         yield "optim.lr=0.0: nothing would be learnt; set it above 0"
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas={optim.betas}: must be two numbers in [0, 1)"
@@ -208,7 +214,7 @@ def _optim(config: RunConfig) -> Iterator[str]:
 def _hardware(config: RunConfig) -> Iterator[str]:
     hardware = config.hardware
     ranks = hardware.devices * hardware.nodes
-    trains = config.stage.name in TRAINING
+    trains = spec_of(config.stage).trains
     if trains and hardware.weights == "bf16" and hardware.precision == "fp32":
         yield (
             "hardware.weights=bf16: needs hardware.precision=bf16; or use hardware.weights=fp32, "
@@ -230,65 +236,3 @@ def _hardware(config: RunConfig) -> Iterator[str]:
         yield f"optim=adamw8bit: cannot be shared by {devices}; use optim=adamw or rmsprop"
     if config.model.attention == "plain":
         yield f"model.attention=plain: not offered with {devices}; use model.attention=auto"
-
-
-def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
-    """Keys of the command line that neither the stage nor the weights read.
-
-    Those of YAML files may be there for another stage or other weights.
-    """
-    stage, path = config.stage.name, config.model.path
-    for key in keys:
-        group, _, name = key.partition(".")
-        value = value_at(config, key)
-        if group in READERS and not name and (why := unread(config, group)):
-            yield no_effect(group, value.name, why)
-        if value is None or not name:  # not a key's word but an option's, such as optim=adamw
-            continue
-        untrained = group in SETTINGS and stage not in TRAINING and (stage, key) not in READ_ANYWAY
-        if untrained and value != getattr(SETTINGS[group], name):
-            yield no_effect(key, value, f"stage={stage}, which trains nothing")
-        elif stage == "reward" and key.startswith("train.sample_") and value:
-            yield no_effect(key, value, "stage=reward, which generates nothing")
-        elif group in READERS and (why := unread(config, group)):
-            yield no_effect(key, value, why)
-        elif key in OF_TRAINING and value != OF_TRAINING[key] and stage not in TRAINING:
-            yield no_effect(key, value, f"stage={stage}, which trains nothing")
-        elif key.startswith(("model.revision", "model.architecture.")) and path:
-            yield no_effect(key, value, f"model.path={path}")
-        elif key == "model.lr_scale" and (path or not config.model.architecture):
-            yield no_effect(key, value, "weights that are not random")
-
-
-def _unadapted(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
-    """The lora group and its keys, where nothing is adapted."""
-    chosen, stage = config.lora.name, config.stage.name
-    for key in (key for key in keys if key.partition(".")[0] == "lora" and key != "lora.name"):
-        name = key.partition(".")[2]
-        value = getattr(config.lora, name or "name")
-        if chosen != "none" and stage not in TRAINING:
-            yield no_effect(key, value, f"stage={stage}, which trains nothing")
-        elif chosen == "none" and name and value != getattr(LoraConfig(), name):
-            option = {"quantization": "qlora", "use_dora": "dora"}.get(name, "lora")
-            yield (
-                f"{key}={value}: has no effect with lora=none, which trains all weights; add "
-                f"lora={option}"
-            )
-
-
-def _alone(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
-    """Keys of the hardware that a stage in one process, or without a forward, does not read."""
-    stage = f"stage={config.stage.name}"
-    for key in keys if config.stage.name in ONE_PROCESS else ():
-        value = value_at(config, key)
-        if key in SHARING and value != getattr(HARDWARE, key.partition(".")[2]):
-            yield no_effect(key, value, f"{stage}, which runs in one process")
-        elif key == "hardware.precision" and stage == "stage=export" and value != "auto":
-            yield no_effect(key, value, f"{stage}, whose dtype is stage.dtype")
-
-
-def _trust(config: RunConfig, keys: Sequence[str]) -> list[str]:
-    """Code from the hub runs only if the user typed so, not because a YAML file says it."""
-    if not config.model.trust_remote_code or "model.trust_remote_code" in keys:
-        return []
-    return ["model.trust_remote_code=true: runs foreign code, so write it on the command line"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +15,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString, ValueType
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_cli.compose import refuse_targets
-from dpo_cli.hydra_errors import explained
-from dpo_cli.paths import conf_dir
+from dpo_cli.config.hints import renamed_keys
+from dpo_cli.config.hydra_errors import explained
+from dpo_cli.config.paths import conf_dir
+from dpo_cli.config.read import refuse_targets
 
 HYDRA_VERSION = "1.3"
 LISTED = (ValueType.SIMPLE_CHOICE_SWEEP, ValueType.CHOICE_SWEEP, ValueType.RANGE_SWEEP)
@@ -39,6 +41,19 @@ def composed(words: Sequence[str], config_name: str | None = None) -> DictConfig
     refuse_targets(OmegaConf.to_container(cfg.hydra.callbacks, resolve=False), "hydra.callbacks")
     HydraConfig.instance().set_config(cfg)  # for ${hydra:...} in values
     return cfg
+
+
+def with_new_names(words: Sequence[str]) -> list[str]:
+    """The words with keys of earlier versions under their names of today, each told once."""
+    current = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        bare = key.lstrip("+~")
+        new = renamed_keys().get(bare)
+        if new:
+            print(f"note: {bare} is called {new} now", file=sys.stderr)
+        current.append(f"{key[: len(key) - len(bare)]}{new or bare}{equals}{value}")
+    return current
 
 
 def parsed(words: Sequence[str]) -> list[Override]:

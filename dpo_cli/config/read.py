@@ -16,29 +16,24 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_cli.checks import check
+import dpo_cli.config.store  # noqa: F401  # whoever composes finds the defaults
 from dpo_cli.config import (
     HttpJudgeConfig,
     NoRewardFn,
     RunConfig,
     SentimentDataConfig,
     SentimentRewardFn,
+    spec_of,
 )
+from dpo_cli.config.checks import check
+from dpo_cli.config.hints import TABLES, optional, renamed, unknown_key
+from dpo_cli.config.keys import Fact
 from dpo_cli.config.rewards import TASKS
+from dpo_cli.config.run_data import with_run_data
+from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.errors import ConfigError
-from dpo_cli.hints import TABLES, did_you_mean, optional, unknown_key
-from dpo_cli.run_data import with_run_data
 
 NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-PAIRED = ("dpo", "reward")  # stages that compare responses
-PATH_KEYS = {
-    "model": ("path", "tokenizer"),
-    "data": ("path", "eval_path"),
-    "stage": (
-        "reference", "samples", "pairs", "optimum", "opponent", "policies", "evaluations"
-    ),
-    "reward_fn": ("path",),
-}  # fmt: skip
 
 
 class Mismatch(Exception):
@@ -70,7 +65,7 @@ def with_default_reward(config: RunConfig, typed: Sequence[str]) -> RunConfig:
     default = isinstance(config.reward_fn, SentimentRewardFn)
     named = any(word.lstrip("+").startswith("reward_fn") for word in typed)
     generated = isinstance(config.data, SentimentDataConfig)
-    if config.stage.name != "evaluate" or not default or named or generated:
+    if not spec_of(config.stage).reward_optional or not default or named or generated:
         return config
     return dataclasses.replace(config, reward_fn=NoRewardFn())
 
@@ -100,7 +95,7 @@ def finalise(config: RunConfig) -> RunConfig:
         lr *= config.lora.lr_scale if config.lora.name != "none" else 1.0
     data = config.data
     if isinstance(data, SentimentDataConfig) and data.responses is None:
-        data = dataclasses.replace(data, responses=2 if config.stage.name in PAIRED else 1)
+        data = dataclasses.replace(data, responses=2 if spec_of(config.stage).paired else 1)
     judge = config.judge
     if isinstance(judge, HttpJudgeConfig) and judge.task is None:
         judge = dataclasses.replace(judge, task=TASKS.get(data.name, "dialogue"))
@@ -113,9 +108,7 @@ def finalise(config: RunConfig) -> RunConfig:
         cache_dir=os.path.expanduser(config.cache_dir or _user_cache()),
         run_dir=os.path.expanduser(config.run_dir),
     )
-    return dataclasses.replace(
-        config, **{g: _expand(getattr(config, g), keys) for g, keys in PATH_KEYS.items()}
-    )
+    return _with_home(config)
 
 
 def _compile(value: str | bool) -> str:
@@ -128,16 +121,20 @@ def _user_cache() -> str:
     return os.environ.get("DPO_RUN_CACHE") or f"{base}/dpo-run"
 
 
-def _expand(group: Any, keys: Sequence[str]) -> Any:
+def _with_home(node: Any) -> Any:
     """`~` at the start of paths: shells leave it alone after `key=`."""
     changed: dict[str, Any] = {}
-    for key in keys:
-        value = getattr(group, key, None)
-        if isinstance(value, list):
-            changed[key] = [os.path.expanduser(path) for path in value]
-        elif value:
-            changed[key] = os.path.expanduser(value)
-    return dataclasses.replace(group, **changed)
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = _with_home(value)
+        elif not value or field.metadata.get("fact", Fact()).path is None:
+            continue
+        elif isinstance(value, list):
+            changed[field.name] = [os.path.expanduser(path) for path in value]
+        else:
+            changed[field.name] = os.path.expanduser(value)
+    return dataclasses.replace(node, **changed)
 
 
 def refuse_targets(node: Any, path: str = "") -> None:
@@ -193,6 +190,7 @@ def _fit(
         return None
     hints = get_type_hints(schema)
     fields = {field.name for field in dataclasses.fields(schema)}
+    values = {renamed(schema).get(key, key): value for key, value in values.items()}
     prefix = f"{path}." if path else ""
     problems += [unknown_key(f"{prefix}{key}", chosen) for key in values if key not in fields]
     arguments: dict[str, Any] = {}

@@ -7,7 +7,7 @@ import difflib
 import functools
 import operator
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
 from dpo_cli.config import (
@@ -17,6 +17,7 @@ from dpo_cli.config import (
     STAGE_SCHEMAS,
     RunConfig,
 )
+from dpo_cli.config.keys import Fact
 
 TABLES: dict[str, Mapping[str, type]] = {
     "data": DATA_SCHEMAS,
@@ -38,17 +39,36 @@ ALIASES = {  # what other tools call a key -> its name here
     "lora.lora_r": "lora.r",
     "lora.lora_alpha": "lora.alpha",
     "lora.lora_dropout": "lora.dropout",
-    "lora.quantisation": "lora.quantization",
 }
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`; did you mean x?`, or nothing where no choice is close: those that begin so, else the
-    nearest."""
-    known = list(choices)
-    begun = [choice for choice in known if len(word) > 2 and choice.startswith(word)]
-    close = begun or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+def renamed(schema: Any) -> dict[str, str]:
+    """Names that keys had in earlier versions -> their names now."""
+    fields = dataclasses.fields(schema)
+    return {fact.old: f.name for f in fields if (fact := f.metadata.get("fact")) and fact.old}
+
+
+@functools.cache
+def known_facts() -> list[tuple[str, Fact]]:
+    """(dotted key, facts) of every group and option, so a key may come several times."""
+    hints = get_type_hints(RunConfig)
+    schemas = [(group, schema) for group, table in TABLES.items() for schema in table.values()]
+    schemas += [(group, hints[group]) for group in groups() if group not in TABLES]
+    return [
+        (f"{group}.{field.name}", field.metadata["fact"])
+        for group, schema in schemas
+        for field in dataclasses.fields(schema)
+    ]
+
+
+def renamed_keys() -> dict[str, str]:
+    """Keys of earlier versions -> the same keys now."""
+    return {f"{key.partition('.')[0]}.{fact.old}": key for key, fact in known_facts() if fact.old}
+
+
+def path_keys() -> set[str]:
+    """Keys whose values name files or folders."""
+    return {key for key, fact in known_facts() if fact.path}
 
 
 def optional(hint: Any) -> tuple[Any, bool]:
@@ -70,10 +90,15 @@ def leaf_keys(schema: Any, prefix: str) -> list[str]:
     return keys
 
 
+def option_schema(group: str, option: str) -> Any:
+    """The dataclass of a group's option; None for an option that names no schema."""
+    table = TABLES.get(group)
+    return table.get(option) if table else get_type_hints(RunConfig)[group]
+
+
 def group_keys(group: str, option: str) -> list[str]:
     """Full paths of a group's keys; `option` picks the schema of data and stage."""
-    table = TABLES.get(group)
-    schema = table.get(option) if table else get_type_hints(RunConfig)[group]
+    schema = option_schema(group, option)
     return leaf_keys(schema, f"{group}.") if schema else []
 
 

@@ -10,17 +10,17 @@ import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo_cli.errors import ConfigError
-from dpo_cli.hints import (
+from dpo_cli.config.hints import (
     PRESET,
     choosable,
-    did_you_mean,
     groups,
     root_keys,
     unknown_key,
     valid_keys,
 )
-from dpo_cli.paths import recipes_dir
+from dpo_cli.config.paths import recipes_dir
+from dpo_cli.config.spelling import did_you_mean
+from dpo_cli.errors import ConfigError
 
 DEFAULT_OPTIONS = {  # as in conf/config.yaml
     "data": "sentiment",
@@ -135,6 +135,10 @@ def _unknown_group(group: str, overrides: Sequence[str]) -> str:
     return f"{group}: unknown group{did_you_mean(group, choosable())}"
 
 
+def _no_keys(option: str, overrides: Sequence[str]) -> str:
+    return f"conf/{option}.yaml: expected keys and values, such as path: my-model"
+
+
 ANSWERS: list[tuple[str, Callable[[str, Sequence[str]], str]]] = [  # what Hydra says -> we say
     (r"Ambiguous value for argument '(.+)'$", _needs_sweep),
     (r"Sweep parameters '(.+)' requires --multirun", _needs_sweep),
@@ -142,4 +146,5 @@ ANSWERS: list[tuple[str, Callable[[str, Sequence[str]], str]]] = [  # what Hydra
     (r"Could not override '([^']+)'", _unknown),
     (r"Could not delete(?: from config\.)? '([^']+)'", _nothing_to_delete),
     (r"config group '([^']+)' does not exist", _unknown_group),
+    (r"In '([^']+)': ConfigTypeError raised while composing", _no_keys),
 ]

@@ -1,0 +1,239 @@
+"""The keys of the groups that every run has, and the run as a whole.
+
+`read.py` turns the YAML of `conf/` and the command line into a `RunConfig`; nothing below `run.py`
+sees a DictConfig. Names carry their unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpo_cli.config.datasets import DataConfig
+from dpo_cli.config.keys import LOCAL, LOCAL_OR_HUB, above, at_least, key, within
+from dpo_cli.config.rewards import JudgeConfig, RewardFnConfig
+from dpo_cli.config.stages.base import StageConfig
+
+
+@dataclass
+class ArchitectureConfig:
+    """A GPT-2 shaped model initialised from scratch."""
+
+    layers: int = key(4, "transformer blocks", bound=at_least(1))
+    hidden: int = key(128, "width of the hidden states", bound=at_least(1))
+    heads: int = key(4, "attention heads; must divide hidden", bound=at_least(1))
+    context: int = key(256, "tokens of the longest sequence", bound=at_least(8))
+    vocab: int = key(1024, "tokens of the vocabulary", bound=at_least(1))
+
+
+@dataclass
+class ModelConfig:
+    """Which weights to train. `path` takes precedence over `hub_id`."""
+
+    name: str = key("custom", "what runs and pages call it")
+    path: str | None = key(
+        None, "folder of local weights, or of a finished run; takes precedence over model.hub_id",
+        path=LOCAL,
+    )  # fmt: skip
+    hub_id: str | None = key(None, "owner/name on the hub")
+    revision: str | None = key(None, "branch, tag or commit on the hub")
+    tokenizer: str | None = key(
+        None, "folder or hub id; null: beside the weights", path=LOCAL_OR_HUB
+    )
+    architecture: ArchitectureConfig | None = key(
+        None, "set: random weights of this shape (see model=tiny)"
+    )
+    trust_remote_code: bool = key(
+        False, "run code that comes with the weights; on the command line only"
+    )
+    attention: str = key(
+        "auto", "attention kernel of packed rows; auto: the fastest that agrees with the model",
+        choices=("auto", "grouped", "varlen", "flex", "sdpa", "dense", "plain"),
+    )  # fmt: skip
+    dropout: float = key(
+        0.0, "above 0, policy and reference differ already at step 0", bound=within("[0, 1)")
+    )
+    lr_scale: float = key(
+        1.0, "factor on the stage's default learning rate, for random weights", bound=above(0)
+    )
+
+
+@dataclass
+class LoraConfig:
+    """Adapters (PEFT) and the quantization of the weights under them."""
+
+    name: str = key(
+        "none", "none: full fine-tuning, whatever the other keys say",
+        choices=("none", "lora", "dora", "qlora", "int8"),
+    )  # fmt: skip
+    r: int = key(16, "rank of the update", bound=at_least(1))
+    alpha: float = key(
+        32.0, "the update is scaled by alpha / r, with use_rslora by alpha / sqrt(r)",
+        bound=above(0),
+    )  # fmt: skip
+    dropout: float = key(0.0, "of the adapter's input, in training", bound=within("[0, 1)"))
+    target_modules: list[str] = key(
+        ["all-linear"], "layers with an adapter: [all-linear] (but the output layer), or their "
+        "names, such as [q_proj, v_proj]",
+    )  # fmt: skip
+    use_rslora: bool = key(False, "scale by alpha / sqrt(r) instead of alpha / r")
+    use_dora: bool = key(False, "learn the weights' magnitudes as well")
+    modules_to_save: list[str] = key(
+        [], "layers trained in full and saved with the adapter; a reward model's score always is"
+    )
+    quantization: str | None = key(
+        None, "of the frozen weights: null | nf4 | int8; needs bitsandbytes",
+        choices=("nf4", "int8"), old="quantisation",
+    )  # fmt: skip
+    lr_scale: float = key(
+        10.0, "factor on the stage's default learning rate, which is for full fine-tuning",
+        bound=above(0),
+    )  # fmt: skip
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    name: str = key("adamw", "optimizer", choices=("adamw", "rmsprop", "adamw8bit"))
+    lr: float | None = key(
+        None, "peak learning rate; null: stage.default_lr, times model.lr_scale (random weights) "
+        "or lora.lr_scale (adapters)", bound=at_least(0),
+    )  # fmt: skip
+    weight_decay: float = key(
+        0.0, "of matrices; biases and norm scales never decay", bound=at_least(0)
+    )
+    betas: list[float] = key([0.9, 0.999], "adamw and adamw8bit")
+    alpha: float = key(0.99, "rmsprop: smoothing", bound=within("[0, 1)"))
+    eps: float = key(1e-8, "added to the denominator of an update", bound=above(0))
+    schedule: str = key(
+        "constant", "learning rate after a linear warm-up",
+        choices=("constant", "cosine", "linear"),
+    )  # fmt: skip
+    warmup_steps: int | None = key(
+        None, "steps of warm-up; null: optim.warmup_ratio of the run", bound=at_least(0)
+    )
+    warmup_ratio: float = key(0.1, "warm-up as a share of the run", bound=within("[0, 1]"))
+    max_grad_norm: float = key(
+        10.0, "gradients are clipped to this norm; 0: never", bound=within("[0, inf]")
+    )
+
+
+@dataclass
+class TrainConfig:
+    """The loop: how long, how large, how often."""
+
+    epochs: float = key(1.0, "passes over the data; fractions are fine", bound=above(0))
+    max_steps: int | None = key(
+        None, "optimizer steps; takes precedence over train.epochs", bound=at_least(1)
+    )
+    batch_size: int = key(32, "examples per optimizer step, over all devices", bound=at_least(1))
+    micro_batch_tokens: int | None = key(
+        None, "packed tokens per forward; null: 4096, on a GPU by its memory", bound=at_least(1)
+    )
+    eval_every_steps: int | None = key(
+        None, "null: ten times per run; 0: only at the end", bound=at_least(0)
+    )
+    save_every_steps: int | None = key(None, "null: by time; 0: only at the end", bound=at_least(0))
+    save_every_minutes: float | None = key(
+        None, "where train.save_every_steps is null; null: 5, or what keeps saves to 2% of the "
+        "time", bound=above(0),
+    )  # fmt: skip
+    keep_checkpoints: int = key(2, "newest ones kept, beside the best", bound=at_least(1))
+    log_every_steps: int = key(1, "steps between lines of metrics.jsonl", bound=at_least(1))
+    shuffle: bool = key(True, "another order of the data in each epoch")
+    best_metric: str = key(
+        "loss", "held-out metric that names the best checkpoint; sft: also perplexity, dpo and "
+        "reward: also rewards/accuracies, reward: also ece, ppo-baseline: also score",
+    )  # fmt: skip
+    sample_prompts: int = key(
+        4, "held-out prompts completed at every evaluation; 0: none (reward: never)",
+        bound=at_least(0),
+    )  # fmt: skip
+    sample_max_new_tokens: int = key(48, "tokens of these completions", bound=at_least(1))
+    sample_temperature: float = key(0.7, "temperature of these completions", bound=above(0))
+
+
+@dataclass
+class HardwareConfig:
+    """Where it runs."""
+
+    name: str = key("auto", "what the plan calls it")
+    device: str = key("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    precision: str = key(
+        "auto", "of computation; bf16: autocast over float32 master weights; auto: bf16 on a GPU",
+        choices=("auto", "fp32", "bf16"),
+    )  # fmt: skip
+    weights: str = key(
+        "fp32", "of trained weights; bf16: half the memory, most small updates are lost to "
+        "rounding", choices=("fp32", "bf16"),
+    )  # fmt: skip
+    activation_checkpointing: int = key(
+        0, "blocks recomputed in the backward pass: 0: none, 1: every one, k: every k-th",
+        bound=at_least(0),
+    )  # fmt: skip
+    devices: int = key(1, "devices per node, one process each", bound=at_least(1))
+    nodes: int = key(1, "nodes of the run", bound=at_least(1))
+    sharding: str = key(
+        "full", "of the weights: full (over all devices) | hybrid (within a node, replicated "
+        "across nodes)", choices=("full", "hybrid"),
+    )  # fmt: skip
+    timeout_seconds: int = key(600, "how long ranks wait for each other", bound=at_least(1))
+    memory_gb: float | None = key(
+        None, "memory of one device, for dry_run; null: as found", bound=above(0)
+    )
+    threads: int | None = key(
+        None, "CPU threads of a process; null: PyTorch's choice", bound=at_least(1)
+    )
+    residual: str = key(
+        "fp32", "hidden states between blocks in bf16 runs; bf16 moves less memory in compiled "
+        "blocks and rounds more", choices=("fp32", "bf16"),
+    )  # fmt: skip
+    kernels: str = key(
+        "none", "fused norms, gated activations and rotary embeddings: none (PyTorch's) | liger",
+        choices=("none", "liger"),
+    )  # fmt: skip
+    compile: str | bool = key(
+        "none", "torch.compile in training: none | blocks (each block) | auto (blocks on CUDA, "
+        "from 100 steps)", choices=("auto", "none", "blocks"),
+    )  # fmt: skip
+
+
+@dataclass
+class LoggerConfig:
+    """Metric sinks beside metrics.jsonl, and what is drawn and written at the end."""
+
+    name: str = key("default", "which sinks")
+    progress: str = key(
+        "auto", 'progress display; "off" in quotes, as a bare off is false in YAML',
+        choices=("auto", "rich", "plain", "off"),
+    )  # fmt: skip
+    tensorboard: bool = key(True, "write TensorBoard events")
+    plots: bool = key(True, "draw PNG curves")
+    report: bool = key(True, "write report.html: the run on one page that needs no network")
+    wandb: bool = key(False, "log to Weights & Biases; needs dpo-run[wandb] and WANDB_API_KEY")
+    wandb_project: str = key("dpo-run", "project at Weights & Biases")
+
+
+@dataclass
+class RunConfig:
+    """One run, fully resolved."""
+
+    model: ModelConfig
+    data: DataConfig
+    lora: LoraConfig
+    stage: StageConfig
+    reward_fn: RewardFnConfig
+    judge: JudgeConfig
+    optim: OptimConfig
+    train: TrainConfig
+    hardware: HardwareConfig
+    logger: LoggerConfig
+    seed: int = key(0, "of weights, data order, sampling", bound=at_least(0))
+    run_dir: str = key("", "folder of results; empty: runs/<stage>-<model>-<data>-<time>-<id>")
+    cache_dir: str = key(
+        "", "reference log-probs and encoded data; empty: $DPO_RUN_CACHE or ~/.cache/dpo-run"
+    )
+    resume: bool = key(
+        False, "continue run_dir from its newest checkpoint; easier: dpo-run resume=<run folder>"
+    )
+    dry_run: bool = key(False, "print the plan and stop; writes nothing")

@@ -1,0 +1,35 @@
+"""The stages: name -> what is known of each without importing torch."""
+
+from __future__ import annotations
+
+from dpo_cli.config.stages import (
+    dpo,
+    evaluate,
+    export,
+    frontier,
+    inspect,
+    label,
+    ppo_baseline,
+    reward,
+    sample,
+    sft,
+)
+from dpo_cli.config.stages.base import StageConfig, StageSpec
+
+STAGES: dict[str, StageSpec] = {
+    "sft": sft.SPEC,
+    "dpo": dpo.SPEC,
+    "reward": reward.SPEC,
+    "ppo-baseline": ppo_baseline.SPEC,
+    "sample": sample.SPEC,
+    "label": label.SPEC,
+    "evaluate": evaluate.SPEC,
+    "frontier": frontier.SPEC,
+    "export": export.SPEC,
+    "inspect": inspect.SPEC,
+}
+STAGE_SCHEMAS: dict[str, type[StageConfig]] = {name: spec.schema for name, spec in STAGES.items()}
+
+
+def spec_of(stage: StageConfig) -> StageSpec:
+    return STAGES[stage.name]

@@ -1,0 +1,65 @@
+"""What a stage is, as far as configuration, plan and reports need to know; free of torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from dpo_cli.config.keys import key
+
+if TYPE_CHECKING:
+    from dpo_cli.config.schema import RunConfig
+
+
+@dataclass
+class StageConfig:
+    """Keys every stage has."""
+
+    name: str = key("sft", "which stage")
+    default_lr: float = key(
+        0.0, "of full fine-tuning of pretrained weights; optim.lr takes precedence"
+    )
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: its keys, what it reads and does, and what pages call it.
+
+    `dpo_cli/stages/<name>.py` holds its `run(session)`.
+    """
+
+    schema: type[StageConfig]
+    title: str  # of a page on such a run
+    method: str = ""  # "The model is the result of ..." on a model card; "": the title
+    trains: bool = False  # it has an optimizer, checkpoints and a model to save
+    reads_model: bool = True
+    reads_rows: bool = True
+    paired: bool = False  # it compares responses to one prompt
+    reads: tuple[str, ...] = ()  # of the groups reward_fn and judge
+    reward_optional: bool = False  # reward_fn=none is the default on data without a ground truth
+    parallel: bool = True  # it can run on several devices
+    reported: bool = False  # a run writes report.html
+    unit: str = "example"  # what a row is called where it trains
+    best_metrics: Mapping[str, str] = field(default_factory=dict)  # name -> lowest | highest
+    cpu_batch_size: int | None = None  # sequences decoded together on a CPU, where it is null
+    problems: Callable[[RunConfig], Iterator[str]] = lambda config: iter(())  # of its own keys
+
+
+def no_effect(name: str, value: Any, chosen: str) -> str:
+    return f"{name}={value}: has no effect with {chosen}; remove it"
+
+
+def changed(stage: StageConfig, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(key, value) of those keys that are not at their defaults."""
+    defaults = type(stage)()
+    for name in names:
+        value = getattr(stage, name)
+        if value != getattr(defaults, name):
+            yield f"stage.{name}", value
+
+
+def bad_temperatures(name: str, values: Sequence[float]) -> Iterator[str]:
+    if not values or not all(0 <= value < math.inf for value in values):
+        yield f"{name}={list(values)}: must be numbers of at least 0 (0 is greedy), one or more"

@@ -1,0 +1,157 @@
+"""Evaluation: its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from dpo_cli.config.endpoint import endpoint_from_environment
+from dpo_cli.config.keys import LOCAL, LOCAL_OR_HUB, at_least, key
+from dpo_cli.config.rewards import REWARD_FN_SCHEMAS, HttpJudgeConfig, NoRewardFn
+from dpo_cli.config.spelling import did_you_mean
+from dpo_cli.config.stages.base import (
+    StageConfig,
+    StageSpec,
+    bad_temperatures,
+    changed,
+    no_effect,
+)
+from dpo_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dpo_cli.config.schema import RunConfig
+
+NOT_TRAINED = ("optimum", "best-of-n")  # methods of points that an evaluation adds
+OPPONENTS = ("chosen", "reference")
+
+
+@dataclass
+class EvaluateConfig(StageConfig):
+    """Reward, sequence KL to the reference, frontier, win rates of one policy or several."""
+
+    name: str = key("evaluate", "which stage")
+    policies: list[str] = key([], "folders of runs or of whole sweeps; []: model.path", path=LOCAL)
+    checkpoints: bool = key(False, "evaluate every checkpoint of each run as well")
+    method: str | None = key(None, "what a frontier calls these policies; null: their stage")
+    reference: str | None = key(
+        None, "folder or hub id that the KL is measured against; null: the one the policy was "
+        "trained against", path=LOCAL_OR_HUB,
+    )  # fmt: skip
+    pairs: str | None = key(
+        None, "file of labelled pairs for preference accuracy; null: the held-out rows, if pairs",
+        path=LOCAL,
+    )  # fmt: skip
+    allow_trained: bool = key(
+        False, "held-out rows that a policy or reward model was trained on: false refuses them, "
+        "true reports their share",
+    )  # fmt: skip
+    prompts: int = key(256, "held-out prompts", bound=at_least(0))
+    completions: int = key(1, "per prompt", bound=at_least(1))
+    temperature: float = key(1.0, "of sampling", bound=at_least(0))
+    max_new_tokens: int | None = key(
+        None, "tokens per completion; null: the 95th percentile of the data's responses",
+        bound=at_least(1),
+    )  # fmt: skip
+    batch_size: int | None = key(
+        None, "sequences decoded together; null: 64 on a CPU, on a GPU what fits, at most 512",
+        bound=at_least(1),
+    )  # fmt: skip
+    reference_samples: int = key(
+        0, "per prompt, for the exact optimum and best-of-N; 0: neither", bound=at_least(0)
+    )
+    best_of: list[int] = key([1, 4, 16, 64, 128], "N of best-of-N")
+    optimum: str | None = key(
+        None, "folder of an evaluation that had stage.reference_samples: adds the gap to the "
+        "optimum", path=LOCAL,
+    )  # fmt: skip
+    opponent: str | None = key(
+        None, "of win rates: chosen (the dataset's response) | reference | a folder or hub id",
+        path=LOCAL_OR_HUB,
+    )  # fmt: skip
+    win_temperatures: list[float] = key([1.0], "of the policy, for win rates")
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    stage = cast(EvaluateConfig, config.stage)
+    yield from bad_temperatures("stage.win_temperatures", stage.win_temperatures)
+    if stage.prompts == 0:
+        yield "stage.prompts=0: nothing to evaluate; use at least 1"
+    if stage.policies and config.model.path:
+        yield no_effect("model.path", config.model.path, "stage.policies")
+    if stage.checkpoints and not (stage.policies or config.model.path):
+        yield "stage.checkpoints=true: needs runs; set stage.policies=[<folder>, ...]"
+    if stage.method in NOT_TRAINED:
+        yield (
+            f"stage.method={stage.method}: a frontier takes these points for {stage.method}, which "
+            "it draws in its own way; use another name"
+        )
+    if min(stage.best_of, default=1) < 1:
+        yield f"stage.best_of={stage.best_of}: must be whole numbers of at least 1"
+    yield from _optimum(stage)
+    yield from _win_rates(config, stage)
+    if isinstance(config.reward_fn, NoRewardFn):
+        yield from _no_reward(config, stage)
+
+
+def _optimum(stage: EvaluateConfig) -> Iterator[str]:
+    samples, named = stage.reference_samples, f"stage.reference_samples={stage.reference_samples}"
+    if 0 < samples < 16:
+        yield f"{named}: says too little of the optimum; use 16 or more, or 0"
+    if not samples:
+        for name, value in changed(stage, ["best_of"]):
+            yield no_effect(name, value, named)
+    if samples and stage.optimum:
+        yield no_effect("stage.optimum", stage.optimum, f"{named}, which finds another")
+    if (samples or stage.optimum) and stage.temperature != 1.0:
+        yield (
+            f"stage.temperature={stage.temperature}: must be 1.0 with stage.reference_samples or "
+            "stage.optimum: KL and optimum are of the policies as they are"
+        )
+
+
+def _no_reward(config: RunConfig, stage: EvaluateConfig) -> Iterator[str]:
+    """What takes one, and where it comes from."""
+    others = ", ".join(name for name in REWARD_FN_SCHEMAS if name != "none")
+    if stage.reference_samples or stage.optimum:
+        yield f"reward_fn=none: the optimum is that of a reward; choose one of {others}"
+    if stage.opponent is not None and not isinstance(config.judge, HttpJudgeConfig):
+        yield (
+            f"stage.opponent={stage.opponent}: nothing judges who wins; set judge=http (a language "
+            f"model) or reward_fn= ({others})"
+        )
+
+
+def _win_rates(config: RunConfig, stage: EvaluateConfig) -> Iterator[str]:
+    if stage.opponent is None:
+        for name, value in changed(stage, ["win_temperatures"]):
+            yield no_effect(name, value, "stage.opponent=null")
+        if isinstance(config.judge, HttpJudgeConfig):
+            yield (
+                "judge=http: has no effect with stage.opponent=null; remove it, or set "
+                "stage.opponent=chosen (the dataset's first responses)"
+            )
+        return
+    named = stage.opponent
+    if "/" not in named and named not in OPPONENTS and not Path(named).exists():
+        yield (
+            f"stage.opponent={named}: must be chosen, reference or a policy (a folder or a hub id, "
+            f"owner/name){did_you_mean(named, OPPONENTS)}"
+        )
+    if isinstance(config.judge, HttpJudgeConfig):
+        try:  # known before hours of sampling
+            endpoint_from_environment()
+        except ConfigError as error:
+            yield str(error)
+
+
+SPEC = StageSpec(
+    EvaluateConfig,
+    title="Evaluation",
+    reported=True,
+    reads=("reward_fn", "judge"),
+    reward_optional=True,
+    cpu_batch_size=64,
+    problems=problems,
+)

@@ -1,0 +1,20 @@
+"""A look at the rows: its keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dpo_cli.config.keys import at_least, key
+from dpo_cli.config.stages.base import StageConfig, StageSpec
+
+
+@dataclass
+class InspectConfig(StageConfig):
+    """Shows examples token by token, length percentiles and dropped rows."""
+
+    name: str = key("inspect", "which stage")
+    examples: int = key(3, "how many to print", bound=at_least(1))
+    split: str = key("train", "which rows", choices=("train", "eval"))
+
+
+SPEC = StageSpec(InspectConfig, title="Rows", parallel=False)

@@ -1,0 +1,129 @@
+"""PPO: its keys, and how rollouts, steps and prompts must divide each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from dpo_cli.config.keys import LOCAL_OR_HUB, above, at_least, key, within
+from dpo_cli.config.stages.base import StageConfig, StageSpec, changed, no_effect
+
+if TYPE_CHECKING:
+    from dpo_cli.config.schema import RunConfig
+
+
+@dataclass
+class PpoConfig(StageConfig):
+    """Reinforcement learning on a reward: the baseline DPO is compared with."""
+
+    name: str = key("ppo-baseline", "which stage")
+    default_lr: float = key(1.4e-5, "of full fine-tuning; optim.lr takes precedence")
+    reference: str | None = key(
+        None, "folder or hub id of the frozen reference; null: the policy as loaded",
+        path=LOCAL_OR_HUB,
+    )  # fmt: skip
+    rollout_samples: int = key(512, "completions per rollout", bound=at_least(1))
+    completions: int = key(1, "completions per prompt", bound=at_least(1))
+    max_new_tokens: int | None = key(
+        None, "tokens per completion; null: the 95th percentile of the data's responses",
+        bound=at_least(1),
+    )  # fmt: skip
+    temperature: float = key(
+        1.0, "of sampling; logits are divided by it in policy and reference alike",
+        bound=at_least(0),
+    )  # fmt: skip
+    batch_size: int | None = key(
+        None, "sequences decoded together; null: 128 on a CPU, on a GPU what fits, at most 512",
+        bound=at_least(1),
+    )  # fmt: skip
+    ppo_epochs: int = key(
+        4, "passes over a rollout, in steps of train.batch_size completions", bound=at_least(1)
+    )
+    gamma: float = key(1.0, "discount", bound=within("[0, 1]"))
+    gae_lambda: float = key(
+        0.95, "lambda of generalized advantage estimation", bound=within("[0, 1]")
+    )
+    clip_range: float = key(0.2, "of the policy's ratio", bound=above(0))
+    value_clip_range: float = key(0.2, "of the value's change", bound=above(0))
+    vf_coef: float = key(0.1, "weight of the value loss", bound=at_least(0))
+    value_lr_scale: float = key(
+        10.0, "factor on optim.lr for the value head, which starts at zero", bound=above(0)
+    )
+    whiten_advantages: bool = key(True, "scale advantages to mean 0 and std 1")
+    kl_control: str = key(
+        "adaptive", "adaptive: towards stage.target_kl | fixed", choices=("adaptive", "fixed")
+    )
+    kl_coef: float = key(
+        0.2, "weight of the KL per token; where adaptive starts", bound=at_least(0)
+    )
+    target_kl: float = key(6.0, "nats per sequence", bound=above(0))
+    kl_horizon: int = key(10000, "completions; a smaller one adapts faster", bound=at_least(1))
+    normalize: bool = key(
+        True, "scale scores to mean 0 and std 1 on samples of the reference", old="normalise"
+    )
+    normalize_prompts: int = key(
+        256, "one sample of the reference each", bound=at_least(0), old="normalise_prompts"
+    )
+    score_clip: float | None = key(
+        None, "largest absolute score after scaling; null: any", bound=above(0)
+    )
+    no_eos_score: float | None = key(
+        -1.0, "score of completions without EOS; null: score them like the others"
+    )
+    ratio_limit: float = key(
+        10.0, "completions whose mean ratio exceeds it are skipped", bound=above(1)
+    )
+    eval_prompts: int = key(64, "held-out prompts sampled at each evaluation", bound=at_least(0))
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    stage = cast(PpoConfig, config.stage)
+    yield from _rollouts(config, stage)
+    if stage.temperature == 0:
+        yield "stage.temperature=0.0: must be above 0, PPO explores"
+    if config.model.dropout:
+        yield f"model.dropout={config.model.dropout}: must be 0, policy and rollout would differ"
+    if stage.normalize and not stage.normalize_prompts:
+        yield "stage.normalize_prompts=0: nothing to measure; use stage.normalize=false"
+    if not stage.normalize:
+        for name, value in changed(stage, ["normalize_prompts"]):
+            yield no_effect(name, value, "stage.normalize=false")
+    if stage.vf_coef == 0:
+        for name, value in changed(stage, ["value_lr_scale"]):
+            yield no_effect(name, value, "stage.vf_coef=0.0")
+    if stage.kl_control == "fixed":
+        for name, value in changed(stage, ["target_kl", "kl_horizon"]):
+            yield no_effect(name, value, "stage.kl_control=fixed")
+
+
+def _rollouts(config: RunConfig, stage: PpoConfig) -> Iterator[str]:
+    """Rollouts of whole prompts, learnt from in whole passes of whole steps."""
+    size, batch, steps = stage.rollout_samples, config.train.batch_size, config.train.max_steps
+    if min(size, batch, stage.completions, stage.ppo_epochs) < 1:
+        return  # reported as out of bounds
+    if size % stage.completions:
+        yield f"stage.completions={stage.completions}: must divide stage.rollout_samples={size}"
+    elif size % batch or batch % stage.completions:
+        yield (
+            f"train.batch_size={batch}: must divide stage.rollout_samples={size} and be a multiple "
+            f"of stage.completions={stage.completions}"
+        )
+    elif steps is not None and steps % (size // batch * stage.ppo_epochs):
+        yield (
+            f"train.max_steps={steps}: must be a multiple of {size // batch * stage.ppo_epochs}, "
+            "the steps of a rollout (stage.rollout_samples / train.batch_size * stage.ppo_epochs)"
+        )
+
+
+SPEC = StageSpec(
+    PpoConfig,
+    title="PPO",
+    trains=True,
+    reported=True,
+    reads=("reward_fn",),
+    unit="prompt",
+    best_metrics={"loss": "lowest", "score": "highest"},
+    cpu_batch_size=128,
+    problems=problems,
+)

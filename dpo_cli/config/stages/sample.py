@@ -1,0 +1,47 @@
+"""Sampling: its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from dpo_cli.config.keys import at_least, key, within
+from dpo_cli.config.stages.base import StageConfig, StageSpec, bad_temperatures, no_effect
+
+if TYPE_CHECKING:
+    from dpo_cli.config.schema import RunConfig
+
+
+@dataclass
+class SampleConfig(StageConfig):
+    """Completions of the dataset's prompts, written to train.jsonl and eval.jsonl."""
+
+    name: str = key("sample", "which stage")
+    prompts: int | None = key(None, "training prompts; null: all, 0: none", bound=at_least(0))
+    eval_prompts: int | None = key(None, "held-out prompts; null: all, 0: none", bound=at_least(0))
+    completions: int = key(4, "per prompt and temperature", bound=at_least(1))
+    temperatures: list[float] = key(
+        [1.0], "one row each; 0 is greedy, with one completion since all would be equal"
+    )
+    top_p: float = key(1.0, "nucleus sampling", bound=within("(0, 1]"))
+    max_new_tokens: int | None = key(
+        None, "tokens per completion; null: the 95th percentile of the data's responses",
+        bound=at_least(1),
+    )  # fmt: skip
+    batch_size: int | None = key(
+        None, "sequences decoded together; null: 64 on a CPU, on a GPU what fits, at most 512",
+        bound=at_least(1),
+    )  # fmt: skip
+
+
+def problems(config: RunConfig) -> Iterator[str]:
+    stage = cast(SampleConfig, config.stage)
+    yield from bad_temperatures("stage.temperatures", stage.temperatures)
+    if stage.prompts == 0 and stage.eval_prompts == 0:
+        yield "stage.prompts=0, stage.eval_prompts=0: nothing to sample; use at least 1 of either"
+    if stage.top_p < 1 and not any(stage.temperatures):
+        yield no_effect("stage.top_p", stage.top_p, f"stage.temperatures={stage.temperatures}")
+
+
+SPEC = StageSpec(SampleConfig, title="Completions", cpu_batch_size=64, problems=problems)

@@ -1,0 +1,31 @@
+"""Hydra's ConfigStore with the default of every key, for the options of `conf/` to build on.
+
+Importing this module fills it: `keys/stage/dpo` holds what DpoConfig says, and conf/config.yaml
+merges the chosen option's YAML over it. Plain values, so that types are checked in `read.py`, all
+problems together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_type_hints
+
+from hydra.core.config_store import ConfigStore
+
+from dpo_cli.config import RunConfig
+from dpo_cli.config.hints import TABLES, groups
+
+GROUP = "keys"
+
+
+def fill(store: ConfigStore) -> None:
+    hints = get_type_hints(RunConfig)
+    for group in groups():
+        if group not in TABLES:
+            store.store(group=GROUP, name=group, node=dataclasses.asdict(hints[group]()))
+        for option, schema in TABLES.get(group, {}).items():
+            node = dataclasses.asdict(schema())
+            store.store(group=f"{GROUP}/{group}", name=option, node=node)
+
+
+fill(ConfigStore.instance())
