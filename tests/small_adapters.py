@@ -17,8 +17,17 @@ from small_runs import TINY, configure
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {**SMALL, "tie_word_embeddings": False},
     "gpt2": {**GPT2_LIKE, **NO_DROPOUT},
-}
-LENGTHS = {"llama": "max_position_embeddings", "gpt2": "n_positions"}
+    "qwen2": {**SMALL, "tie_word_embeddings": True},
+    "mixtral": {
+        **SMALL, "num_local_experts": 3, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+    },
+    "qwen3_moe": {
+        **SMALL, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+LENGTH = "max_position_embeddings"
+LENGTHS = {"gpt2": "n_positions"}
 
 
 def write_base(folder: Path, family: str) -> Path:
@@ -28,7 +37,7 @@ def write_base(folder: Path, family: str) -> Path:
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
     special["pad_token_id"] = special["eos_token_id"]  # as many do; the tokenizer has another
-    shape = {**SHAPES[family], **special, "vocab_size": 1024, LENGTHS[family]: 128}
+    shape = {**SHAPES[family], **special, "vocab_size": 1024, LENGTHS.get(family, LENGTH): 128}
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
     with torch.no_grad():  # larger weights than at initialisation: layers must matter

@@ -350,7 +350,7 @@ def test_an_adapter_of_another_kind_is_merged_but_not_trained_on(bases, pairs, t
     torch.testing.assert_close(
         packed_logprobs(merged, pairs), plain_logprobs(theirs, pairs), rtol=0, atol=2e-4
     )
-    with pytest.raises(ConfigError, match="IA3 adapter, LoRA alone is trained on: use lora=none"):
+    with pytest.raises(ConfigError, match="type IA3, and LoRA alone is trained on: use lora=none"):
         loaded(tmp_path / "ia3", KINDS["lora"])
 
 

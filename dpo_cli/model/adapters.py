@@ -25,7 +25,9 @@ POLICY_TASK, REWARD_TASK = "CAUSAL_LM", "SEQ_CLS"  # PEFT's names of what an ada
 REWARD_HEAD = "score"
 PREFIX = "base_model.model."  # of the names in adapter files
 PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
-         "modules_to_save"}  # fmt: skip
+         "trainable_tokens_delta", "modules_to_save"}  # fmt: skip
+
+AROUND = ("base_layer", "original_module", "token_adapter")  # PEFT's names for the base's own parts
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def function_parts(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str,
         parts = key.split(".")
         at = next((i for i, part in enumerate(parts) if part in PARTS), None)
         if at is None:
-            plain = [p for p in parts if p not in ("base_layer", "original_module")]
+            plain = [p for p in parts if p not in AROUND]
             base[".".join(plain)] = value
         elif parts[at + 1] == on[".".join(parts[:at])]:
             mine = parts[:at] if parts[at] == "modules_to_save" else parts[: at + 1]
@@ -108,13 +110,15 @@ def function_parts(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str,
     return base, own
 
 
-def scalings(model: PreTrainedModel) -> list[float]:
-    """What each active adapter's update is multiplied by: no weight says it."""
-    return [
-        layer.scaling[layer.active_adapters[0]]
-        for layer in layers(model)
-        if hasattr(layer, "scaling") and not layer._disable_adapters
-    ]
+def scalings(model: PreTrainedModel) -> list[Any]:
+    """What no weight says: the factor of each active adapter's update, the tokens it trains."""
+    on = [(layer, layer.active_adapters[0]) for layer in layers(model)
+          if not layer._disable_adapters]  # fmt: skip
+    factors = [layer.scaling[name] for layer, name in on if hasattr(layer, "scaling")]
+    return factors + [
+        layer.token_indices[name] for layer, name in on
+        if isinstance(getattr(layer, "token_indices", None), dict)
+    ]  # fmt: skip
 
 
 def round_base(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -22,6 +22,7 @@ from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.grammar.tokenizer import build_tokenizer
 from dpo_cli.model import adapters
+from dpo_cli.model.adapter_base import embedding_rows, takes_out
 from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.dropout import set_dropout
@@ -111,7 +112,13 @@ def adapt(
 
     origin = origin_of(config, key)
     made = lora.adapter_config(adaptation.settings, origin, task, key)
-    lora.put_in(model, made, adaptation.weights or origin.adapter, seed)
+    if on is not None and on.sharded and made.trainable_token_indices:
+        raise ConfigError(
+            f"{key}={config.path}: is an adapter with trainable_token_indices, which PEFT does not "
+            "shard: use hardware.devices=1, or lora=none, which merges it"
+        )
+    weights, told = adaptation.weights or origin.adapter, lora.told_by(origin, key)
+    lora.put_in(model, made, weights, seed, told=told)
     if on is not None and on.dtype != torch.float32:
         adapters.round_base(model, on.dtype)
         casts.leave_casts_to_autocast(model)
@@ -196,8 +203,14 @@ def _with_adapters_head(found: PretrainedConfig, origin: Origin) -> PretrainedCo
     """The configuration that a classifier would have on its own, of one that is an adapter."""
     if origin.adapter is not None and origin.task == adapters.REWARD_TASK:
         kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(found)]
-        rows = [shape[0] for shape in adapters.brought(origin.adapter).values()]
+        own = adapters.brought(origin.adapter)
+        head = f"{adapters.REWARD_HEAD}.weight"
+        rows = [shape[0] for name, shape in own.items() if name == head or head not in own]
         found.architectures, found.num_labels = [kind.__name__], min(rows, default=1)
+    if origin.adapter is not None and adapters.brought(origin.adapter):
+        with torch.device("meta"):
+            vocab = embedding_rows(AutoModelForCausalLM.from_config(found), origin)
+        found.get_text_config().vocab_size = vocab or found.get_text_config().vocab_size
     return found
 
 
@@ -226,7 +239,11 @@ def count_trained(
 
     task = adapters.POLICY_TASK if auto is AutoModelForCausalLM else adapters.REWARD_TASK
     model = _without_weights(config, tokenizer, auto, key)
-    lora.put_in(model, lora.adapter_config(settings, origin_of(config, key), task, key), None)
+    origin = origin_of(config, key)
+    made = lora.adapter_config(settings, origin, task, key)
+    if takes_out(origin.facts):  # no values to take a start out of
+        made.init_lora_weights = True
+    lora.put_in(model, made, None, told=lora.told_by(origin, key))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

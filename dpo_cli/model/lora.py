@@ -1,4 +1,4 @@
-"""Adapters (PEFT's LoRA and DoRA) inside a loaded model: put in, read, saved, merged.
+"""Adapters (PEFT's LoRA and DoRA) inside a loaded model: put in, read, saved.
 
 The model stays the PreTrainedModel it was: PEFT's layers take the place of its linear ones, so
 packed attention, the output layer and sampling work on as before.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, cast
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype, set_adapter
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,6 +27,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.config import LoraConfig
 from dpo_cli.errors import ConfigError
+from dpo_cli.model.adapter_base import replaced, takes_out
+from dpo_cli.model.adapter_kinds import first_line, trainable_config
 from dpo_cli.model.adapters import (
     PARTS,
     PREFIX,
@@ -33,7 +36,6 @@ from dpo_cli.model.adapters import (
     REWARD_HEAD,
     REWARD_TASK,
     TRAINED,
-    is_layer,
     layers,
 )
 from dpo_cli.model.casts import drawn_in_float32
@@ -41,6 +43,7 @@ from dpo_cli.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Origin, loadin
 from dpo_cli.tensor_file import write_tensors
 
 ALL_LINEAR = "all-linear"
+LORA = "lora."  # the group of keys that a new adapter's settings are in
 MAGNITUDE = ".lora_magnitude_vector"
 SAME = {  # key of the lora group -> PEFT's name of what an adapter cannot change later
     "r": "r", "alpha": "lora_alpha", "target_modules": "target_modules", "use_dora": "use_dora",
@@ -66,14 +69,7 @@ def adapter_config(
             modules_to_save=settings.modules_to_save,
         )
     else:
-        with loading(str(origin.adapter), key):
-            found = peft.PeftConfig.from_pretrained(str(origin.adapter))
-        if not isinstance(found, peft.LoraConfig):
-            raise ConfigError(
-                f"{key}={origin.adapter}: is a {found.peft_type} adapter, LoRA alone is trained "
-                "on: use lora=none, which merges it"
-            )
-        made = found
+        made = trainable_config(origin, key)
         _agree(settings, made, origin)
     heads = [REWARD_HEAD] if task == REWARD_TASK else []
     made.modules_to_save = sorted({*(made.modules_to_save or ()), *heads}) or None
@@ -103,11 +99,13 @@ def put_in(
     weights: Path | None,
     seed: int = 0,
     name: str = TRAINED,
+    told: str = LORA,
 ) -> None:
     """Freeze the model and put an adapter in: the one in the folder, else a new one, which changes
     nothing yet and whose random half is decided by `seed` alone. float32, whatever the model is.
 
-    Raises ConfigError for layers that cannot be adapted.
+    told: what a message names before a setting's name. Raises ConfigError for layers that cannot
+    be adapted.
     """
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), drawn_in_float32():
         warnings.simplefilter("ignore")  # of a second adapter, and of GPT-2's transposed layers
@@ -116,16 +114,22 @@ def put_in(
         try:
             peft.inject_adapter_in_model(config, model, name)
         except (ValueError, TypeError) as error:
-            first = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"lora.target_modules={_listed(config.target_modules)}: {first} ({there})"
+                f"{told}target_modules={_listed(config.target_modules)}: {first_line(error)} "
+                f"({there})"
             ) from error
-    _refuse_unmatched(model, config, there)
-    _refuse_heads(model, config)
+    if told == LORA:
+        _refuse_unmatched(model, config, there)
+    _refuse_heads(model, config, told)
     cast_adapter_dtype(model, name)  # quantised layers give theirs the dtype they compute in
     cast(Any, model).adapter_files = partial(adapter_files, model)  # what a checkpoint keeps
     if weights is not None:
         read_adapter(model, weights, name)
+
+
+def told_by(origin: Origin, key: str) -> str:
+    """What named the settings of an adapter: the keys of a new one, or its folder."""
+    return LORA if origin.adapter is None else f"{key}={origin.adapter}: its "
 
 
 def _listed(names: Any) -> Any:
@@ -156,15 +160,18 @@ def _refuse_unmatched(model: PreTrainedModel, config: peft.LoraConfig, there: st
                 )
 
 
-def _refuse_heads(model: PreTrainedModel, config: peft.LoraConfig) -> None:
+def _refuse_heads(model: PreTrainedModel, config: peft.LoraConfig, told: str) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     ends = {"output layer": head, "reward's score": getattr(model, REWARD_HEAD, None)}
-    told = f"lora.target_modules={_listed(config.target_modules)}"
+    targets = f"{told}target_modules={_listed(config.target_modules)}"
+    new = told == LORA
+    remedy = "leave it out" if new else "use lora=none, which merges the adapter"
     for name, layer in ends.items():
         if isinstance(layer, BaseTunerLayer):
+            whole = " (lora.modules_to_save trains it whole)" * new
             raise ConfigError(
-                f"{told}: names the {name}, whose weight is read without the layer's forward: "
-                "leave it out (lora.modules_to_save trains it whole)"
+                f"{targets}: names the {name}, whose weight is read without the layer's forward: "
+                f"{remedy}{whole}"
             )
     if (
         isinstance(embedding, BaseTunerLayer)
@@ -172,14 +179,14 @@ def _refuse_heads(model: PreTrainedModel, config: peft.LoraConfig) -> None:
         and _weight(head) is _weight(embedding)
     ):
         raise ConfigError(
-            f"{told}: names the embedding, which is the output layer, too, whose weight is read "
-            "without the layer's forward: leave it out"
+            f"{targets}: names the embedding, which is the output layer, too, whose weight is read "
+            f"without the layer's forward: {remedy}"
         )
-    wrapped = [x for x in (head, embedding) if isinstance(x, AuxiliaryTrainingWrapper)]
-    if wrapped and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+    saved = any(isinstance(x, ModulesToSaveWrapper) for x in (head, embedding))
+    if saved and getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         raise ConfigError(
-            f"lora.modules_to_save={config.modules_to_save}: embedding and output layer are one "
-            "weight in this model, and would part: leave both out"
+            f"{told}modules_to_save={config.modules_to_save}: embedding and output layer are one "
+            f"weight in this model, and would part: {remedy.replace('it out', 'both out')}"
         )
 
 
@@ -194,14 +201,35 @@ def read_adapter(model: PreTrainedModel, folder: Path, name: str = TRAINED) -> N
         state = load_file(folder / ADAPTER_WEIGHTS)
         state = {key.removeprefix(PREFIX): value for key, value in state.items()}
         for place, layer in model.named_modules():
-            if isinstance(layer, AuxiliaryTrainingWrapper):
+            if isinstance(layer, ModulesToSaveWrapper):
                 own = layer.state_dict()
                 for key, mine in layer.adapter_state_dict_load_map(name).items():
                     state.setdefault(f"{place}.{key}", own[mine])
         found: Any = set_peft_model_state_dict(model, state, name)
-    lacking = [k for k in found.missing_keys if PARTS & set(k.split(".")) and name in k.split(".")]
-    if lacking or found.unexpected_keys:
-        which, names = ("lacks", lacking) if lacking else ("also has", found.unexpected_keys)
+    refuse_other_weights(model, folder, _lacking(model, found.missing_keys, name), found[1])
+    facts = cast(Any, model).peft_config[name].to_dict()
+    cast(Any, model).adapter_replaces = sorted(replaced(folder, facts))
+
+
+def _lacking(model: PreTrainedModel, missing: Sequence[str], name: str) -> list[str]:
+    """Weights of the adapter without a value: those that are tied have it by another name."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    read = {id(weight) for key, weight in weights.items() if key not in missing}
+    own = [k for k in missing if PARTS & set(k.split(".")) and name in k.split(".")]
+    return [k for k in own if k not in weights or id(weights[k]) not in read]
+
+
+def refuse_other_weights(
+    model: PreTrainedModel, folder: Path, lacking: Sequence[str], also: Sequence[str]
+) -> None:
+    """ConfigError for a file that holds less than the adapter, or more than the model: but a
+    reward model takes no output layer over from a policy, and tied ones may be there twice."""
+    also = [k for k in also if "token_adapter.trainable_tokens" not in k]
+    if model.get_output_embeddings() is None:
+        places = {place for place, _ in model.named_modules()}
+        also = [k for k in also if k.removeprefix(PREFIX).partition(".")[0] in places]
+    if lacking or also:
+        which, names = ("lacks", lacking) if lacking else ("also has", also)
         raise ConfigError(
             f"{folder / ADAPTER_WEIGHTS}: {which} {len(names)} weights, such as {names[0]}: it is "
             "damaged or belongs to another base model"
@@ -213,7 +241,9 @@ def add_reference(model: PreTrainedModel, origin: Origin) -> None:
     assert origin.adapter is not None
     config = cast(Any, peft.PeftConfig.from_pretrained(str(origin.adapter)))
     config = replace(config, inference_mode=True)
-    put_in(model, config, origin.adapter, name=REFERENCE)
+    if takes_out(origin.facts):  # the first adapter has taken its start out of the base already
+        config.init_lora_weights = True
+    put_in(model, config, origin.adapter, name=REFERENCE, told=f"{origin.adapter}: its ")
     set_adapter(model, TRAINED)
     for layer in layers(model):
         for name, weight in layer.named_parameters():
@@ -232,6 +262,9 @@ def adapter_files(
     state = get_peft_model_state_dict(model, state_dict, TRAINED, save_embedding_layers=False)
     # PEFT reads DoRA's magnitudes by either name, transformers by the layer's alone.
     own = {f"{k}.weight" if k.endswith(MAGNITUDE) else k: v for k, v in state.items()}
+    if brings := getattr(model, "adapter_replaces", None):  # rows of tokens that were added
+        every = model.state_dict() if state_dict is None else state_dict
+        own |= {key: every[key] for key in brings}
     named = {PREFIX + key: value.detach() for key, value in own.items()}
     with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch:
         replace(config, inference_mode=True).save_pretrained(scratch)
@@ -249,22 +282,3 @@ def save_adapter(model: PreTrainedModel, target: Path) -> None:
         write_tensors(target / name, values, {"format": "pt"})
     for name, text in texts.items():
         (target / name).write_bytes(text)
-
-
-def merge(model: PreTrainedModel, origin: Origin, key: str) -> None:
-    """Add the origin's adapter to the weights of its base, which stay dense."""
-    assert origin.adapter is not None
-    with loading(str(origin.adapter), key):
-        config = peft.PeftConfig.from_pretrained(str(origin.adapter))
-        config.inference_mode = True
-    put_in(model, cast(Any, config), origin.adapter)
-    with loading(str(origin.adapter), key):  # ValueError: not finite
-        for place, layer in [(n, m) for n, m in model.named_modules() if is_layer(m)]:
-            if isinstance(layer, BaseTunerLayer):
-                layer.merge(safe_merge=True)
-                model.set_submodule(place, layer.get_base_layer())
-            else:
-                unload = cast(AuxiliaryTrainingWrapper, layer).unload_and_optionally_merge_module
-                model.set_submodule(place, unload(merge=True, safe_merge=True, adapter_names=None))
-    del model.peft_config, model.adapter_files
-    model.requires_grad_(True)

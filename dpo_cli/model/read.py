@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.model import adapters
+from dpo_cli.model.adapter_base import changes_base, fit_embedding
 from dpo_cli.model.adapters import REWARD_HEAD, Adaptation
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.digest import hash_files, keep_digest
@@ -58,16 +59,18 @@ def read_pretrained(
     _settle(model, adaptation, merged, on)
     _refuse_adapter_inside(model, f"{key}={source}")
     # transformers fills what is missing with random numbers
+    fit_embedding(model, origin)
     missing = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
     lacking = missing
     if origin.adapter is not None:
         found = adapters.brought(origin.adapter)
         lacking = [name for name in missing if name not in found]
         if merged:
-            from dpo_cli.model import lora  # PEFT is slow to import
+            from dpo_cli.model.merge import merge  # PEFT is slow to import
 
-            lora.merge(model, origin, key)
-    if not quantised_layers(model) and not (lacking if merged else missing):
+            merge(model, origin, key)
+    other_base = not merged and changes_base(origin)
+    if not quantised_layers(model) and not (lacking if merged else missing) and not other_base:
         keep_digest(model, arriving)
     others = [name for name in lacking if head is None or not name.startswith(head)]
     _refuse_incomplete(model, others, f"{key}={source}")

@@ -26,6 +26,7 @@ from dpo_cli.data.dataset import fingerprint
 from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.model import adapters
+from dpo_cli.model.adapter_base import changes_base
 from dpo_cli.model.digest import loaded_digest
 from dpo_cli.model.forward import computed_by, head_of, sequence_logprobs
 from dpo_cli.model.source import Origin, origin_of
@@ -107,8 +108,16 @@ def reference_origin(config: RunConfig, policy: PreTrainedModel) -> Origin | Non
         return None
     named = cast(Any, config.stage).reference
     source = config.model if named is None else named_source(config.model, named)
-    origin = origin_of(source, "stage.reference")
-    return origin if origin.identity() == origin_of(config.model).identity() else None
+    origin, own = origin_of(source, "stage.reference"), origin_of(config.model)
+    if origin.identity() != own.identity():
+        return None
+    if _place(origin) != _place(own) and (changes_base(origin) or changes_base(own)):
+        return None  # what one of them changed in the base is not in the other
+    return origin
+
+
+def _place(origin: Origin) -> Path | None:
+    return None if origin.adapter is None else origin.adapter.resolve()
 
 
 def keep_start(config: RunConfig, policy: PreTrainedModel) -> None:
