@@ -16,9 +16,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from dpo_cli import elastic
 from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.usage import quick_answer
+from dpo_cli.distributed import launch as elastic
 from dpo_cli.errors import ConfigError, PeerLost, UserError
 
 if TYPE_CHECKING:  # Hydra takes 0.2 s to import, which --help does without
@@ -82,7 +82,7 @@ def dispatch(words: list[str]) -> int:
         _let_segments_grow()
         return _follow(words)
     if any(word.startswith("recipe=") for word in words):
-        from dpo_cli.recipe import run_recipe
+        from dpo_cli.workflow.recipe import run_recipe
 
         _refuse_ranks("a recipe")
         return run_recipe(words)
@@ -112,7 +112,7 @@ def _resume_folder(words: Sequence[str]) -> Path | None:
 def _stored_command(folder: Path, words: Sequence[str]) -> list[str]:
     """The command that started the run in `folder`, with the new words on top."""
     from dpo_cli import run_folder
-    from dpo_cli.launch import as_override
+    from dpo_cli.workflow.child import as_override
 
     extra = [word for word in words if not word.startswith("resume=")]
     extra += [as_override("run_dir", str(folder)), "resume=true"]
@@ -126,7 +126,7 @@ def _parse(words: Sequence[str]) -> Namespace:
     """Hydra's own flags; everything else is key=value."""
     from hydra._internal.utils import get_args_parser  # no public way to them; hydra is pinned
 
-    from dpo_cli.launch import as_override
+    from dpo_cli.workflow.child import as_override
 
     parser = get_args_parser()
 
@@ -175,7 +175,7 @@ def _hydra_main(args: Namespace, extra: Sequence[str] = ()) -> None:
 
     from dpo_cli.config.hydra import HYDRA_VERSION
     from dpo_cli.config.hydra_errors import explained
-    from dpo_cli.sweep import run_job
+    from dpo_cli.workflow.sweep import run_job
 
     overrides = [*args.overrides, *extra]
     sys.argv = [sys.argv[0], *overrides, *_flags(args)]
@@ -239,7 +239,7 @@ def _start(cfg: DictConfig, config: RunConfig, folder: Path, words: list[str]) -
     os.environ.update(environment)
     _let_segments_grow()
     if config.dry_run:
-        from dpo_cli.plan import print_plan
+        from dpo_cli.plan.dry_run import print_plan
 
         print_plan(config)
         if leading:
@@ -266,8 +266,8 @@ def _let_segments_grow() -> None:
 
 def _sweep(args: Namespace) -> int:
     """Hand the jobs to Hydra, then sum up."""
-    from dpo_cli import sweep
     from dpo_cli.config import hydra as overrides
+    from dpo_cli.workflow import sweep
 
     if any(word.startswith("run_dir=") for word in args.overrides):
         remedy = "each job of a sweep has its own folder; use hydra.sweep.dir=<folder>"
@@ -286,8 +286,8 @@ def _sweep(args: Namespace) -> int:
 
 
 def _finished_sweep(args: Namespace, folder: Path, resumed: bool) -> int:
-    from dpo_cli import sweep
-    from dpo_cli.launch import as_override
+    from dpo_cli.workflow import sweep
+    from dpo_cli.workflow.child import as_override
 
     try:
         _hydra_main(args, [as_override("hydra.sweep.dir", str(folder))])

@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 
 from dpo_cli.config import RunConfig, spec_of
+from dpo_cli.distributed.ranks import current
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.model.source import hub_commit
-from dpo_cli.plan_facts import tokens_chooser
-from dpo_cli.ranks import current
+from dpo_cli.plan.lengths import tokens_chooser
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.console import Progress, summary_table
 from dpo_cli.report.curves import training_figures

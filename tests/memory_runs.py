@@ -8,9 +8,9 @@ from typing import Any
 from transformers import GPT2Config, LlamaConfig
 
 from dpo_cli.config import RunConfig
-from dpo_cli.memory.estimate import Estimate, estimate
-from dpo_cli.memory.facts import Facts, Texts
-from dpo_cli.memory.shape import shape_of
+from dpo_cli.plan.memory.estimate import Estimate, estimate
+from dpo_cli.plan.memory.facts import Facts, Texts
+from dpo_cli.plan.memory.shape import shape_of
 from small_runs import configure
 
 GIB = 2**30

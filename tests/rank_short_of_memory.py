@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from dpo_cli import elastic
 from dpo_cli.cli import main
+from dpo_cli.distributed import launch as elastic
 from dpo_cli.stages import sft
 
 MOST = 60

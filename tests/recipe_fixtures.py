@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli import launch
+from dpo_cli.workflow import child as launch
 from recipe_helpers import RECIPE, STUB
 
 

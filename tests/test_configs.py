@@ -16,8 +16,8 @@ from dpo_cli.config.hints import PRESET, TABLES, groups, known_facts, optional
 from dpo_cli.config.hydra import first_job
 from dpo_cli.config.paths import conf_dir, recipes_dir
 from dpo_cli.config.read import prepare
-from dpo_cli.recipe_expand import Folders, expand, resolve
-from dpo_cli.recipe_file import load_recipe
+from dpo_cli.workflow.expand import Folders, expand, resolve
+from dpo_cli.workflow.file import load_recipe
 
 OPTIONS = sorted(  # test_presets.py tries those that set other groups' keys, or Hydra's
     path.relative_to(conf_dir())

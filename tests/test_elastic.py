@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dpo_cli import cli, elastic, sweep
+from dpo_cli import cli
 from dpo_cli.config import HardwareConfig
+from dpo_cli.distributed import launch as elastic
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.run import run as start
+from dpo_cli.workflow import sweep
 from small_runs import TINY, configure, metrics, train
 
 DPO_RUN = [sys.executable, "-m", "dpo_cli"]

@@ -16,7 +16,7 @@ from dpo_cli.losses import RankedLogprobs, sigmoid_loss
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.model.probe import choose_attention
 from dpo_cli.packing import pack
-from dpo_cli.plan import plan_rows
+from dpo_cli.plan.dry_run import plan_rows
 from dpo_cli.records import EncodedExample
 from dpo_cli.run import run
 from small_runs import configure

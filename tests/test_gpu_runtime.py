@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from dpo_cli import elastic
+from dpo_cli.distributed import launch as elastic
+from dpo_cli.distributed.ranks import SHARE_GPUS, Ranks
 from dpo_cli.errors import ConfigError
-from dpo_cli.ranks import SHARE_GPUS, Ranks
 from dpo_cli.train import runtime
 
 GPU = torch.device("cuda", 0)

@@ -15,7 +15,7 @@ from dpo_cli.config.read import prepare
 from dpo_cli.durable import file_digest
 from dpo_cli.errors import ConfigError
 from dpo_cli.model import load
-from dpo_cli.plan import plan_rows
+from dpo_cli.plan.dry_run import plan_rows
 from dpo_cli.stages import reference
 from dpo_cli.train import loop
 from small_adapters import plain_logprobs, rows, write_base
@@ -294,5 +294,5 @@ def test_the_default_rate_is_ten_times_that_of_all_weights():
 
 def test_peft_is_not_imported_without_adapters():
     """It takes a second, and warns."""
-    code = "import sys, dpo_cli.stages.dpo, dpo_cli.plan; sys.exit('peft' in sys.modules)"
+    code = "import sys, dpo_cli.stages.dpo, dpo_cli.plan.dry_run; sys.exit('peft' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,9 +9,9 @@ import pytest
 
 from dpo_cli.config import RunConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.memory.advice import Advice, advise, candidates
-from dpo_cli.memory.estimate import Estimate, estimate
-from dpo_cli.memory.table import memory_rows
+from dpo_cli.plan.memory.advice import Advice, advise, candidates
+from dpo_cli.plan.memory.estimate import Estimate, estimate
+from dpo_cli.plan.memory.table import memory_rows
 from memory_runs import GIB, GPT2_XL, configured, facts
 
 # ---------------------------------------------------------------- what makes it fit
@@ -96,7 +96,7 @@ def test_what_the_checks_refuse_is_not_advised(monkeypatch: pytest.MonkeyPatch) 
     recompute = "hardware.activation_checkpointing=1"
     words = ("stage=dpo", "lora=lora")
     assert recompute in [one.change.words for one in advice(60.0, *words)]
-    monkeypatch.setattr("dpo_cli.memory.advice.check", refuse)
+    monkeypatch.setattr("dpo_cli.plan.memory.advice.check", refuse)
     assert advice(60.0, *words)
     for limit in (60.0, 20.0):
         assert all(recompute not in one.change.words for one in advice(limit, *words))

@@ -15,9 +15,14 @@ from peft import inject_adapter_in_model
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from dpo_cli.config import HardwareConfig, LoraConfig, OptimConfig
-from dpo_cli.memory.activations import Numbers, Rows, Trained, block_bytes, kept_bytes
-from dpo_cli.memory.shape import shape_of
-from dpo_cli.memory.weights import (
+from dpo_cli.model import forward
+from dpo_cli.model.attention import use
+from dpo_cli.model.casts import leave_casts_to_autocast
+from dpo_cli.model.fuse import fuse_gelu
+from dpo_cli.packing import pack
+from dpo_cli.plan.memory.activations import Numbers, Rows, Trained, block_bytes, kept_bytes
+from dpo_cli.plan.memory.shape import shape_of
+from dpo_cli.plan.memory.weights import (
     Sharing,
     adapter_parameters,
     cast_bytes,
@@ -26,11 +31,6 @@ from dpo_cli.memory.weights import (
     learning,
     state_bytes,
 )
-from dpo_cli.model import forward
-from dpo_cli.model.attention import use
-from dpo_cli.model.casts import leave_casts_to_autocast
-from dpo_cli.model.fuse import fuse_gelu
-from dpo_cli.packing import pack
 from dpo_cli.records import Batch, EncodedExample
 from small_models import FAMILIES
 

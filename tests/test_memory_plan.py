@@ -9,12 +9,12 @@ import pytest
 from safetensors import safe_open
 
 from dpo_cli.config import HardwareConfig, LoraConfig
-from dpo_cli.memory.budget import STEP, Fitting, fitting, is_open, with_tokens
-from dpo_cli.memory.estimate import Estimate, estimate
-from dpo_cli.memory.facts import capacity, texts_of
-from dpo_cli.memory.weights import adapter_parameters
-from dpo_cli.plan import plan_tables
-from dpo_cli.plan_facts import scorer_parameters
+from dpo_cli.plan.dry_run import plan_tables
+from dpo_cli.plan.lengths import scorer_parameters
+from dpo_cli.plan.memory.budget import STEP, Fitting, fitting, is_open, with_tokens
+from dpo_cli.plan.memory.estimate import Estimate, estimate
+from dpo_cli.plan.memory.facts import capacity, texts_of
+from dpo_cli.plan.memory.weights import adapter_parameters
 from dpo_cli.report.console import Progress
 from dpo_cli.stages.session import Session, load_policy_and_data
 from dpo_cli.train.host_copy import HostCopy

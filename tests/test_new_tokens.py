@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dpo_cli.config import EvaluateConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.plan_facts import planned_texts
+from dpo_cli.plan.lengths import planned_texts
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import Progress
 from dpo_cli.report.page import write_run_report

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dpo_cli import cli
+from dpo_cli.distributed.ranks import Ranks
 from dpo_cli.errors import ConfigError
 from dpo_cli.model.source import model_folder
-from dpo_cli.plan import device_line, plan_rows
-from dpo_cli.ranks import Ranks
+from dpo_cli.plan.dry_run import device_line, plan_rows
 from dpo_cli.stages.rows import begin_training
 from dpo_cli.train.runtime import Runtime
 from small_adapters import write_base

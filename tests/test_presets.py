@@ -21,9 +21,9 @@ from dpo_cli.config import RunConfig
 from dpo_cli.config.hydra import first_job, for_every_option
 from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.read import build, finalise
-from dpo_cli.memory.estimate import estimate
-from dpo_cli.memory.facts import Facts, capacity, texts_of
-from dpo_cli.memory.shape import Shape, shape_of
+from dpo_cli.plan.memory.estimate import estimate
+from dpo_cli.plan.memory.facts import Facts, capacity, texts_of
+from dpo_cli.plan.memory.shape import Shape, shape_of
 from small_runs import TINY
 
 PRESETS = sorted(p.stem for p in (conf_dir() / "preset").glob("*.yaml") if p.stem != "none")

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dpo_cli.distributed import checkpoint as sharded
+from dpo_cli.distributed.ranks import Ranks
 from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.packing import deal, pack_share
-from dpo_cli.ranks import Ranks
 from dpo_cli.records import EncodedExample
-from dpo_cli.train import loop, sharded
+from dpo_cli.train import loop
 from dpo_cli.train.memory import TokenBudget
 from small_adapters import write_base
 from small_runs import metrics, train

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli import recipe_state
 from dpo_cli.train.guard import run_lock
+from dpo_cli.workflow import state as recipe_state
 from recipe_helpers import run_cli, starts
 
 pytest_plugins = ["recipe_fixtures"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.recipe_expand import Task, expand, resolve
-from dpo_cli.recipe_file import Recipe, Repeat, load_recipe
+from dpo_cli.workflow.expand import Task, expand, resolve
+from dpo_cli.workflow.file import Recipe, Repeat, load_recipe
 
 PLAIN = "steps: [{name: a}]"
 STEPS = "steps: [{name: a, overrides: {seed: '${repeat.seed}'}}]"

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli import recipe, recipe_report
 from dpo_cli.config.hydra import job_count
-from dpo_cli.recipe_file import load_recipe
-from dpo_cli.recipe_plan import Cost, cost_line, minutes, plan
-from dpo_cli.recipe_report import Outcome, counted
+from dpo_cli.workflow import recipe
+from dpo_cli.workflow import summary as recipe_report
+from dpo_cli.workflow.file import load_recipe
+from dpo_cli.workflow.plan import Cost, cost_line, minutes, plan
+from dpo_cli.workflow.summary import Outcome, counted
 from recipe_helpers import run_cli, starts
 
 pytest_plugins = ["recipe_fixtures"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.recipe_report import averaged
+from dpo_cli.workflow.summary import averaged
 from recipe_helpers import run_cli, starts
 
 pytest_plugins = ["recipe_fixtures"]

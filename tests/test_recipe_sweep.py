@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli import launch
-from dpo_cli.sweep import left_to_do
+from dpo_cli.workflow import child as launch
+from dpo_cli.workflow.sweep import left_to_do
 from recipe_helpers import run_cli, starts
 
 pytest_plugins = ["recipe_fixtures"]
@@ -28,7 +28,8 @@ STUB = """
 import json, os, pathlib, signal, sys
 words = sys.argv[1:]
 if "-m" in words:
-    from dpo_cli import cli, launch
+    from dpo_cli import cli
+    from dpo_cli.workflow import child as launch
     launch.child_command = lambda: [sys.executable, __file__]
     sys.argv = ["dpo-run"]
     cli.main(words)

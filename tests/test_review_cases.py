@@ -5,8 +5,8 @@ import json
 import pytest
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.recipe_state import outside_files
 from dpo_cli.run_folder import check_free
+from dpo_cli.workflow.state import outside_files
 from small_runs import TINY, configure, train
 
 

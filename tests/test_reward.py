@@ -20,7 +20,7 @@ from transformers import (
 import small_tokenizers
 from dpo_cli.data.dataset import load_splits
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.plan import plan_rows
+from dpo_cli.plan.dry_run import plan_rows
 from dpo_cli.run import run
 from small_runs import TINY, configure, metrics, train
 

@@ -9,7 +9,7 @@ import pytest
 from dpo_cli import cli
 from dpo_cli.config.hydra import composed
 from dpo_cli.config.read import prepare
-from dpo_cli.plan import plan_rows
+from dpo_cli.plan.dry_run import plan_rows
 from dpo_cli.run import run
 from small_runs import TINY, configure
 

@@ -94,7 +94,7 @@ def test_a_dry_run_in_the_folder_of_a_failed_start_changes_nothing(
     (empty / "a/metrics.jsonl").write_text("")
     before = {p: p.read_bytes() for p in (empty / "a").rglob("*") if p.is_file()}
     plan = SimpleNamespace(print_plan=lambda config: None)
-    monkeypatch.setitem(sys.modules, "dpo_cli.plan", plan)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "dpo_cli.plan.dry_run", plan)  # type: ignore[arg-type]
     cli.main(["run_dir=a", "dry_run=true"])
     assert {p: p.read_bytes() for p in (empty / "a").rglob("*") if p.is_file()} == before
 
@@ -123,7 +123,7 @@ def test_dry_run_prints_the_plan_and_creates_nothing(
     def print_plan(config: RunConfig) -> None:
         print(f"plan for {config.stage.name}")
 
-    monkeypatch.setitem(sys.modules, "dpo_cli.plan", SimpleNamespace(print_plan=print_plan))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "dpo_cli.plan.dry_run", SimpleNamespace(print_plan=print_plan))  # type: ignore[arg-type]
     cli.main(["stage=dpo", "dry_run=true"])
     assert capsys.readouterr().out == "plan for dpo\n"
     assert list(empty.iterdir()) == []

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dpo_cli.distributed.fsdp import gathered, make_mesh, shard
 from dpo_cli.model import generate
 from dpo_cli.model.generate import SamplingOptions, sample
-from dpo_cli.shard import gathered, make_mesh, shard
 from test_generate import EOS, PAD, PROMPTS, build, quiet
 
 

@@ -17,10 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from dpo_cli import cli, launch, sweep
+from dpo_cli import cli
 from dpo_cli.config import hydra as overrides
 from dpo_cli.errors import ConfigError, RunLockedError
 from dpo_cli.train.guard import run_lock
+from dpo_cli.workflow import child as launch
+from dpo_cli.workflow import sweep
 
 # Stands in for `dpo-run`: notes its words; seed=2 fails, seed=3 dies, seed=9 interrupts us.
 STUB = """

@@ -407,7 +407,7 @@ from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.model import load, lora
 from dpo_cli.model.adapters import Adaptation
 from dpo_cli.model.attention import Placement
-from dpo_cli.shard import make_mesh, shard
+from dpo_cli.distributed.fsdp import make_mesh, shard
 from dpo_cli.stages.session import _arrived
 from dpo_cli.train.runtime import quiet_libraries
 

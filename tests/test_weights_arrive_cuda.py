@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_cli.config import HardwareConfig, LoraConfig
-from dpo_cli.memory.facts import room
 from dpo_cli.model import adapters, quantise
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.skeleton import skeleton
+from dpo_cli.plan.memory.facts import room
 from gpu_runs import DEVICE
 from small_adapters import write_base
 from test_weights_arrive import LORA, QLORA, deep, loaded, outcome, rewrite, stirred

@@ -19,10 +19,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
+from dpo_cli.distributed.fsdp import find_blocks
 from dpo_cli.model import varlen
 from dpo_cli.model.adapters import layers
 from dpo_cli.model.attention import PACKED, kernel_of
-from dpo_cli.shard import find_blocks
 
 Forward = Callable[[Tensor], Any]  # a block's, of all its other arguments
 

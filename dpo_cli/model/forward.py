@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dpo_cli.distributed.fsdp import computed
 from dpo_cli.logprobs import (
     Head,
     LossOf,
@@ -21,7 +22,6 @@ from dpo_cli.model.blocks import BLOCKS
 from dpo_cli.model.fuse import RESIDUAL
 from dpo_cli.model.rope import cuts_of
 from dpo_cli.records import Batch
-from dpo_cli.shard import computed
 
 
 def head_of(model: PreTrainedModel) -> Head:

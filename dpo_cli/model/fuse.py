@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.activations import GELUTanh, NewGELUActivation
 
-from dpo_cli.shard import find_blocks
+from dpo_cli.distributed.fsdp import find_blocks
 
 RESIDUAL = "dpo_half_residual"  # the attribute of a model that rounds its residual stream
 

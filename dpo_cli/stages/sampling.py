@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import EvaluateConfig, PpoConfig, SampleConfig, spec_of
 from dpo_cli.data.chat import turn_end
+from dpo_cli.distributed.fsdp import gathered
 from dpo_cli.model.generate import Completion, SamplingOptions, sample
 from dpo_cli.report.files import append_samples
-from dpo_cli.shard import gathered
 from dpo_cli.stages.session import Loaded, Session
 
 

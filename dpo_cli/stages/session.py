@@ -14,6 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dpo_cli.config import ModelConfig, RunConfig
 from dpo_cli.data.chat import is_chat
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
+from dpo_cli.distributed.checkpoint import is_sharded
+from dpo_cli.distributed.fsdp import make_mesh, shard
+from dpo_cli.distributed.ranks import Ranks
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.adapters import Adaptation, is_adapted
 from dpo_cli.model.attention import MOST_TOKENS, Placement, kernel_of
@@ -26,16 +29,13 @@ from dpo_cli.model.recompute import recompute_blocks
 from dpo_cli.model.rope import cuts_of
 from dpo_cli.model.source import model_folder
 from dpo_cli.model.stored import refuse_non_finite
-from dpo_cli.ranks import Ranks
 from dpo_cli.report.console import Progress
 from dpo_cli.report.sinks import Sink
-from dpo_cli.shard import make_mesh, shard
 from dpo_cli.stages.precision import hold_as_trained, refuse_rounding
 from dpo_cli.stages.trained import refuse_same
 from dpo_cli.train.checkpoint import Snapshot, load_provenance
 from dpo_cli.train.memory import TokenBudget, read_budget, within
 from dpo_cli.train.runtime import Runtime
-from dpo_cli.train.sharded import is_sharded
 
 T = TypeVar("T")
 WORTH_COMPILING = 100  # steps

@@ -32,11 +32,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from dpo_cli.distributed import checkpoint as sharded
+from dpo_cli.distributed.fsdp import settle, whole
+from dpo_cli.distributed.ranks import ALONE, Ranks
 from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import CheckpointError
-from dpo_cli.ranks import ALONE, Ranks
-from dpo_cli.shard import settle, whole
-from dpo_cli.train import contents, sharded
+from dpo_cli.train import contents
 from dpo_cli.train.contents import HEADS, OPTIMIZER, PROVENANCE, RNG, Contents
 
 LAYOUT = 1  # raise it when older checkpoints can no longer be read as they are

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cli.ranks import ALONE, Ranks
+from dpo_cli.distributed.ranks import ALONE, Ranks
 from dpo_cli.records import Batch, Segment
 
 # Dense peaks in TFLOP/s, bf16 tensor cores with float32 sums and float32 without tensor cores,

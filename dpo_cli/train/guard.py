@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dpo_cli.errors import RunLockedError
 
 if TYPE_CHECKING:  # run folders are claimed before torch is imported
-    from dpo_cli.ranks import Ranks
+    from dpo_cli.distributed.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

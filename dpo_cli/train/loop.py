@@ -17,11 +17,11 @@ import torch
 from torch.optim import Optimizer
 
 from dpo_cli.config import RunConfig, spec_of
+from dpo_cli.distributed.fsdp import settle
+from dpo_cli.distributed.ranks import Ranks
 from dpo_cli.durable import recover
 from dpo_cli.errors import ConfigError, NonFiniteError, Preempted
-from dpo_cli.ranks import Ranks
 from dpo_cli.records import Batch
-from dpo_cli.shard import settle
 from dpo_cli.train import checkpoint
 from dpo_cli.train.flops import Sizes, peak_tflops, sizes_of, speed_figures
 from dpo_cli.train.guard import StopRequest

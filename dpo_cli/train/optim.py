@@ -14,9 +14,9 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from dpo_cli.config import OptimConfig
+from dpo_cli.distributed.fsdp import local_part
+from dpo_cli.distributed.ranks import Ranks
 from dpo_cli.errors import ConfigError, NonFiniteError
-from dpo_cli.ranks import Ranks
-from dpo_cli.shard import local_part
 
 LR_SCALE = "lr_scale"  # the key of a group of weights that learn at another rate
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_cli.shard import local_part
+from dpo_cli.distributed.fsdp import local_part
 
 SAMPLED = 2**16  # values of a weight that are looked at: a copy of all would not fit
 FEW = 0.5  # share of changed weights below which the user is told

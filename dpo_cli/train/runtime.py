@@ -17,8 +17,8 @@ import torch
 import transformers
 
 from dpo_cli.config import HardwareConfig
+from dpo_cli.distributed.ranks import Ranks, current, share_gpus
 from dpo_cli.errors import ConfigError
-from dpo_cli.ranks import Ranks, current, share_gpus
 
 log = logging.getLogger(__name__)
 

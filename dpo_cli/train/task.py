@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.ranks import ALONE, Ranks
+from dpo_cli.distributed.ranks import ALONE, Ranks
 from dpo_cli.records import Batch, LossOutput
 from dpo_cli.train.memory import TokenBudget
 

@@ -11,8 +11,8 @@ import sys
 import time
 from typing import Any
 
-from dpo_cli import elastic
 from dpo_cli.cli import main
+from dpo_cli.distributed import launch as elastic
 
 HOW = "DPO_RUN_FAULT"
 

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_cli.config import DpoConfig, OptimConfig
+from dpo_cli.distributed import checkpoint as sharded
+from dpo_cli.distributed.fsdp import gathered, make_mesh, settle, shard, whole
 from dpo_cli.model.attention import kernel_of, prepare, use
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
-from dpo_cli.shard import gathered, make_mesh, settle, shard, whole
 from dpo_cli.stages.dpo import dpo_loss
-from dpo_cli.train import sharded
 from dpo_cli.train.optim import build_optimizer, take_step
 from scripts.gpu_checks.facts import Fact, Setup
 from scripts.measuring import random_examples, sampled

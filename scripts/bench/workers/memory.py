@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from dpo_cli.memory.estimate import Estimate, estimate
-from dpo_cli.plan_facts import plan_facts
+from dpo_cli.plan.lengths import plan_facts
+from dpo_cli.plan.memory.estimate import Estimate, estimate
 from dpo_cli.report.console import Progress
 from dpo_cli.stages import load_stage
 from dpo_cli.stages.session import Session

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dpo_cli import ranks
-from dpo_cli.plan_facts import tokens_chooser
+from dpo_cli.distributed import ranks
+from dpo_cli.plan.lengths import tokens_chooser
 from dpo_cli.report.console import Progress
 from dpo_cli.stages import load_stage
 from dpo_cli.stages.session import Session

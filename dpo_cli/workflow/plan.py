@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_cli.config.hydra import job_count
-from dpo_cli.recipe_expand import Folders, Task, expand, resolve
-from dpo_cli.recipe_file import Recipe
-from dpo_cli.recipe_report import counted, folded
-from dpo_cli.recipe_state import Decision, examine, first_few, jobs_done, record_of
 from dpo_cli.report.console import cell
+from dpo_cli.workflow.expand import Folders, Task, expand, resolve
+from dpo_cli.workflow.file import Recipe
+from dpo_cli.workflow.state import Decision, examine, first_few, jobs_done, record_of
+from dpo_cli.workflow.summary import counted, folded
 
 
 @dataclass(frozen=True)

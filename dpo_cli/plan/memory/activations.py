@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo_cli.memory.shape import Linear, Shape
+from dpo_cli.plan.memory.shape import Linear, Shape
 
 BLOCK = 128  # model/grouped.py: queries at once ...
 KEPT_BYTES = 2048  # ... and of probabilities a query and head; longer rows are worked out again

@@ -30,14 +30,6 @@ from dpo_cli.config.endpoint import endpoint_from_environment
 from dpo_cli.config.run_data import data_line
 from dpo_cli.config.unread import unread, value_at
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
-from dpo_cli.memory.budget import fitting, is_open, with_tokens
-from dpo_cli.memory.facts import (
-    Lengths,
-    capacity,
-    lengths_of,
-)
-from dpo_cli.memory.shape import Shape, shape_of
-from dpo_cli.memory.table import Row, copy_rows, memory_rows
 from dpo_cli.model.attention import Placement
 from dpo_cli.model.classifier import classifier_config
 from dpo_cli.model.load import (
@@ -48,7 +40,15 @@ from dpo_cli.model.load import (
 )
 from dpo_cli.model.probe import refuse_unavailable
 from dpo_cli.model.reward import check_kind
-from dpo_cli.plan_facts import SCORER_KEY, facts_of, planned_runtime, steps_of, targets
+from dpo_cli.plan.lengths import SCORER_KEY, facts_of, planned_runtime, steps_of, targets
+from dpo_cli.plan.memory.budget import fitting, is_open, with_tokens
+from dpo_cli.plan.memory.facts import (
+    Lengths,
+    capacity,
+    lengths_of,
+)
+from dpo_cli.plan.memory.shape import Shape, shape_of
+from dpo_cli.plan.memory.table import Row, copy_rows, memory_rows
 from dpo_cli.report.console import summary_table
 from dpo_cli.stages.policies import PolicyPoint, find_policies, reference_of
 from dpo_cli.stages.ppo_baseline import plan_rollouts, steps_of_rollout

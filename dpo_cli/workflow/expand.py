@@ -10,8 +10,8 @@ from typing import Any
 
 from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.errors import ConfigError
-from dpo_cli.launch import as_override
-from dpo_cli.recipe_file import REFERENCE, Recipe, Step
+from dpo_cli.workflow.child import as_override
+from dpo_cli.workflow.file import REFERENCE, Recipe, Step
 
 Folders = dict[str, dict[str, Path]]  # of earlier steps: name -> slug ("" where once) -> folder
 

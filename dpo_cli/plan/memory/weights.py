@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dpo_cli.config import HardwareConfig, LoraConfig, OptimConfig
-from dpo_cli.memory.shape import Linear, Shape
+from dpo_cli.plan.memory.shape import Linear, Shape
 
 FLOAT, HALF = 4, 2
 # NF4, double-quantised: half a byte, a byte of scale for 64 weights, and for 256 of those

@@ -21,11 +21,9 @@ from typing import Any, cast
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from dpo_cli.distributed.launch import helps_another_node
 from dpo_cli.durable import disk_errors, write_json, write_text
-from dpo_cli.elastic import helps_another_node
 from dpo_cli.errors import ConfigError
-from dpo_cli.launch import as_override, run_child, shell_status
-from dpo_cli.recipe_state import identity
 from dpo_cli.report.files import redact
 from dpo_cli.run_folder import (
     JOBS,
@@ -44,6 +42,8 @@ from dpo_cli.run_folder import (
     unique_name,
 )
 from dpo_cli.train.guard import run_lock
+from dpo_cli.workflow.child import as_override, run_child, shell_status
+from dpo_cli.workflow.state import identity
 
 SAID = {"nothing": ": done earlier", "resume": ": goes on", "start": ""}
 

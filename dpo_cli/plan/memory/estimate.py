@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dpo_cli.config import EvaluateConfig, RewardConfig, RunConfig, spec_of
-from dpo_cli.memory.activations import working_bytes
-from dpo_cli.memory.facts import Facts
-from dpo_cli.memory.parts import (
+from dpo_cli.plan.memory.activations import working_bytes
+from dpo_cli.plan.memory.facts import Facts
+from dpo_cli.plan.memory.parts import (
     Parts,
     Run,
     activations_of,
@@ -27,7 +27,7 @@ from dpo_cli.memory.parts import (
     sequences_of,
     weights_of,
 )
-from dpo_cli.memory.weights import FLOAT, state_bytes
+from dpo_cli.plan.memory.weights import FLOAT, state_bytes
 
 HEAD, BACKWARD, BACKWARD_END = "the output layer", "the backward", "the backward's end"
 SAMPLING, SCORING, REFERENCE = "sampling", "scoring a micro-batch", "the reference's pass"

@@ -17,9 +17,10 @@ from dpo_cli.config import (
     spec_of,
 )
 from dpo_cli.logprobs import BLOCK_BYTES, CHUNK_BYTES, EAGER_BLOCKS
-from dpo_cli.memory.activations import Numbers, Rows, Trained, kept_bytes, working_bytes
-from dpo_cli.memory.facts import Facts
-from dpo_cli.memory.weights import (
+from dpo_cli.model.attention import MOST_TOKENS
+from dpo_cli.plan.memory.activations import Numbers, Rows, Trained, kept_bytes, working_bytes
+from dpo_cli.plan.memory.facts import Facts
+from dpo_cli.plan.memory.weights import (
     FLOAT,
     HALF,
     Learning,
@@ -30,7 +31,6 @@ from dpo_cli.memory.weights import (
     gathered_bytes,
     learning,
 )
-from dpo_cli.model.attention import MOST_TOKENS
 from dpo_cli.train.runtime import MICRO_BATCH_TOKENS
 
 SAMPLED_LOGITS = 4  # copies of (sequences, vocabulary) floats: logits, sorted, sums, kept

@@ -10,9 +10,9 @@ from typing import Any
 from dpo_cli.config import DpoConfig, RunConfig, spec_of
 from dpo_cli.config.checks import check
 from dpo_cli.errors import ConfigError
-from dpo_cli.memory.estimate import estimate
-from dpo_cli.memory.facts import Facts
-from dpo_cli.memory.parts import token_budget
+from dpo_cli.plan.memory.estimate import estimate
+from dpo_cli.plan.memory.facts import Facts
+from dpo_cli.plan.memory.parts import token_budget
 
 LEAST_TOKENS = 512  # of a micro-batch: below it matrices are too small to be worth it
 RANKS = (2, 4, 8)  # devices of a node

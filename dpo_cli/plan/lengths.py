@@ -29,17 +29,6 @@ from dpo_cli.config import (
 from dpo_cli.config.unread import unread
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.data.loader import StepPlan, plan_steps
-from dpo_cli.memory.budget import Fitting, fitting, is_open
-from dpo_cli.memory.estimate import PROGRAM
-from dpo_cli.memory.facts import (
-    Facts,
-    Texts,
-    lengths_of,
-    room,
-    sampled_lengths,
-    texts_of,
-)
-from dpo_cli.memory.shape import Shape, shape_of
 from dpo_cli.model.load import (
     configured_context,
     count_parameters,
@@ -48,6 +37,17 @@ from dpo_cli.model.load import (
 )
 from dpo_cli.model.source import source_of
 from dpo_cli.model.stored import stored_dtype, weight_files
+from dpo_cli.plan.memory.budget import Fitting, fitting, is_open
+from dpo_cli.plan.memory.estimate import PROGRAM
+from dpo_cli.plan.memory.facts import (
+    Facts,
+    Texts,
+    lengths_of,
+    room,
+    sampled_lengths,
+    texts_of,
+)
+from dpo_cli.plan.memory.shape import Shape, shape_of
 from dpo_cli.records import EncodedExample
 from dpo_cli.stages.lengths import needed_tokens
 from dpo_cli.stages.sample import distinct_prompts

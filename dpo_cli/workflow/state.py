@@ -20,9 +20,9 @@ from dpo_cli.config.hints import path_keys
 from dpo_cli.config.hydra import parsed, values
 from dpo_cli.durable import file_digest
 from dpo_cli.errors import ConfigError
-from dpo_cli.recipe_expand import Folders, Task, resolve
-from dpo_cli.recipe_file import Recipe
 from dpo_cli.run_folder import JOBS, SWEEP, is_used, read_json
+from dpo_cli.workflow.expand import Folders, Task, resolve
+from dpo_cli.workflow.file import Recipe
 
 HASHED_BYTES = 16 * 2**20  # larger files count by name and size; their summary tells the rest
 PENDING = "not there yet"  # identity of a step that has yet to run

@@ -23,14 +23,14 @@ from dpo_cli.config.hydra import composed, first_job, parsed
 from dpo_cli.config.read import prepare
 from dpo_cli.durable import disk_errors, write_json
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.launch import as_override, run_child, shell_status
-from dpo_cli.recipe_expand import Folders, Task, expand, resolve
-from dpo_cli.recipe_file import Recipe, find_recipe, load_recipe
-from dpo_cli.recipe_plan import because, print_plan
-from dpo_cli.recipe_report import Outcome, print_outcomes, print_report
-from dpo_cli.recipe_state import Decision, examine, first_few, identity, record_of
 from dpo_cli.run_folder import is_bare, is_used, make, read_json, refuse_locked, set_aside
 from dpo_cli.train.guard import run_lock
+from dpo_cli.workflow.child import as_override, run_child, shell_status
+from dpo_cli.workflow.expand import Folders, Task, expand, resolve
+from dpo_cli.workflow.file import Recipe, find_recipe, load_recipe
+from dpo_cli.workflow.plan import because, print_plan
+from dpo_cli.workflow.state import Decision, examine, first_few, identity, record_of
+from dpo_cli.workflow.summary import Outcome, print_outcomes, print_report
 
 RECIPE, REPORT = "recipe.json", "report.html"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dpo_cli.config import RunConfig, spec_of
-from dpo_cli.memory.estimate import estimate
-from dpo_cli.memory.facts import Facts
+from dpo_cli.plan.memory.estimate import estimate
+from dpo_cli.plan.memory.facts import Facts
 from dpo_cli.train.runtime import MICRO_BATCH_TOKENS
 
 SHARE = 0.9  # of the memory; the rest is for what the estimate does not know

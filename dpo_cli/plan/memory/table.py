@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dpo_cli.config import RunConfig, spec_of
-from dpo_cli.memory.advice import Advice, advise
-from dpo_cli.memory.estimate import estimate, saved_bytes
-from dpo_cli.memory.facts import Facts
+from dpo_cli.plan.memory.advice import Advice, advise
+from dpo_cli.plan.memory.estimate import estimate, saved_bytes
+from dpo_cli.plan.memory.facts import Facts
 
 Row = tuple[str, object]
 UNIT = {"cpu": "process", "cuda": "GPU"}

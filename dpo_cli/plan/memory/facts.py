@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from dpo_cli.config import HardwareConfig
-from dpo_cli.memory.shape import Shape
+from dpo_cli.plan.memory.shape import Shape
 from dpo_cli.records import EncodedExample
 
 MEMINFO = Path("/proc/meminfo")

@@ -218,7 +218,7 @@ def _join(store: Any, config: RunConfig) -> None:
     import torch
     import torch.distributed as dist
 
-    from dpo_cli.ranks import share_gpus
+    from dpo_cli.distributed.ranks import share_gpus
 
     cuda = torch.cuda.is_available() and config.hardware.device != "cpu"
     of_gpus = "gloo" if share_gpus() else "nccl"
@@ -236,7 +236,7 @@ def together(config: RunConfig) -> Iterator[None]:
     """Around a rank's work: HangError where others do not answer. Then all leave together."""
     import torch.distributed as dist
 
-    from dpo_cli import hangs, ranks
+    from dpo_cli.distributed import hangs, ranks
 
     ranks.start_patient_group()
     peers = hangs.meet(config.hardware.timeout_seconds)

@@ -1,0 +1,1 @@
+"""Many runs: recipes of steps, sweeps, and the process each run gets."""
