@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -25,6 +26,7 @@ from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.reward import load_reward_model, rewards
 from dpo_cli.model.source import origin_of
 from dpo_cli.packing import pack
+from dpo_cli.stages.reference import reference_origin
 from small_adapters import plain_logprobs, write_base
 from small_models import examples
 
@@ -71,6 +73,8 @@ MERGED = {  # merged, and refused where they would be trained on
         token_indices=[5, 70], task_type="CAUSAL_LM"), "type TRAINABLE_TOKENS, and LoRA alone"),
     "loha": ("llama", peft.LoHaConfig(r=2, target_modules=QV), "type LOHA, and LoRA alone"),
     "vera": ("llama", peft.VeraConfig(r=4, target_modules=QV), "type VERA, and LoRA alone"),
+    "vblora": ("llama", peft.VBLoRAConfig(
+        r=4, num_vectors=20, vector_length=16, target_modules=QV), "type VBLORA, and LoRA alone"),
     "oft": ("llama", peft.OFTConfig(oft_block_size=4, r=0, target_modules=QV), "type OFT, and"),
     "adalora": ("llama", peft.AdaLoraConfig(
         init_r=4, target_r=2, total_step=9, target_modules=QV), "type ADALORA, and LoRA alone"),
@@ -298,3 +302,17 @@ def test_a_policy_adapter_with_an_output_layer_becomes_a_reward_model(bases, tmp
     expected = theirs(bases("llama"), folder).merge_and_unload().model.state_dict()
     for name, value in model.model.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_a_changed_base_is_the_reference_of_its_own_adapter_alone(bases, tmp_path, start):
+    """With its adapter off, what is left of a base without its principal part is no policy."""
+    base = bases("llama")
+    folder = written(low_rank(init_lora_weights=start), base, tmp_path / "adapter")
+    policy = SimpleNamespace(peft_config={})
+    config = SimpleNamespace(model=ModelConfig(path=str(folder)), stage=SimpleNamespace())
+    shared = {}
+    for named in (None, str(folder), str(base)):
+        config.stage.reference = named
+        shared[named] = reference_origin(config, policy) is not None
+    assert shared == {None: True, str(folder): True, str(base): start is True}

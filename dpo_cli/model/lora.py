@@ -212,10 +212,14 @@ def read_adapter(model: PreTrainedModel, folder: Path, name: str = TRAINED) -> N
 
 
 def _lacking(model: PreTrainedModel, missing: Sequence[str], name: str) -> list[str]:
-    """Weights of the adapter without a value: those that are tied have it by another name."""
+    own = [k for k in missing if PARTS & set(k.split(".")) and name in k.split(".")]
+    return unread(model, own, missing)
+
+
+def unread(model: torch.nn.Module, own: Sequence[str], missing: Sequence[str]) -> list[str]:
+    """Those of an adapter's weights that got no value: shared ones may have it by another name."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     read = {id(weight) for key, weight in weights.items() if key not in missing}
-    own = [k for k in missing if PARTS & set(k.split(".")) and name in k.split(".")]
     return [k for k in own if k not in weights or id(weights[k]) not in read]
 
 

@@ -23,7 +23,7 @@ from dpo_cli.model.adapter_kinds import (
 )
 from dpo_cli.model.adapters import TRAINED, layers
 from dpo_cli.model.casts import drawn_in_float32
-from dpo_cli.model.lora import refuse_other_weights
+from dpo_cli.model.lora import refuse_other_weights, unread
 from dpo_cli.model.source import Origin, loading
 
 TRIED_TOKENS = 8
@@ -74,7 +74,8 @@ def _wrapped(model: PreTrainedModel, config: peft.PeftConfig, folder: Path) -> A
             str(folder), TRAINED, is_trainable=False, torch_device=str(model.device)
         )
     wrapped.eval()
-    refuse_other_weights(model, folder, found.missing_keys, found.unexpected_keys)
+    lacking = unread(wrapped, found.missing_keys, found.missing_keys)
+    refuse_other_weights(model, folder, lacking, found.unexpected_keys)
     return wrapped
 
 
