@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_cli.errors import ConfigError
 from dpo_cli.model import attention
+from dpo_cli.model.dropout import set_dropout
 from dpo_cli.model.recompute import recompute_blocks
 from small_models import FAMILIES, build, examples, gradients, packed, packed_loss
 from small_runs import metrics, train
@@ -21,9 +22,7 @@ def model_of(family, kernel="grouped", dropout=0.0, layers=LAYERS):
     options = {"gpt2": GPT2 | {"n_layer": layers}, "llama": LLAMA}.get(family, FAMILIES[family])
     model = build(family, options).float()
     attention.use(model, kernel)
-    for part in model.modules():
-        if isinstance(part, torch.nn.Dropout):
-            part.p = dropout
+    set_dropout(model, dropout)  # which decides what trains, too
     return model.train()
 
 

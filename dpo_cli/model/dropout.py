@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_cli.model.adapters import layers
 
@@ -53,8 +54,9 @@ def _train(model: PreTrainedModel, dropout: bool, mode: bool = True) -> PreTrain
         own = {id(part) for layer in layers(model) for part in _adapter(layer)}
         for part in model.modules():
             steady = "train" in vars(part)  # this model, and quantised layers on a CPU
-            asked = not _jitters(part) if dropout else id(part) in own
-            if not (steady or asked):
+            # Blocks recompute their activations in training mode alone, and draw nothing.
+            block = isinstance(part, GradientCheckpointingLayer)
+            if not (steady or dropout or block or id(part) in own) or _jitters(part):
                 part.training = False
     return model
 
