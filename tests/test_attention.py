@@ -136,6 +136,15 @@ def test_unusual_families_are_right_and_say_what_it_costs(family, options, kerne
     assert said in note
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta"])
+def test_an_encoder_is_refused(family):
+    model = build(family, {**SMALL, "max_position_embeddings": 80})
+    with pytest.raises(
+        ConfigError, match=r"^\w+ is not a causal language model as it is .*\.path$"
+    ):
+        choose_attention(model, "auto")
+
+
 def test_a_family_that_nothing_suits_is_refused():
     """None of the usual ones: here the oracle itself is off."""
     model = build("llama")

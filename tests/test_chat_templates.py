@@ -13,12 +13,14 @@ from chat_templates import ENDS, TEMPLATES, tokenizer
 from dpo_cli.config import HhDataConfig, JsonlDataConfig
 from dpo_cli.data.adapters import jsonl
 from dpo_cli.data.chat import turn_end
-from dpo_cli.data.dataset import load_encoded
+from dpo_cli.data.dataset import for_tokenizer, load_encoded, load_splits
 from dpo_cli.data.drops import BadRow, DropReport
 from dpo_cli.data.encode import Limits, encode_completed, encode_examples
 from dpo_cli.data.template import Renderer
 from dpo_cli.errors import ConfigError
+from dpo_cli.evaluation.scorers import Completed
 from dpo_cli.records import EncodedExample
+from dpo_cli.stages.completions import as_read_by
 
 WIDE = Limits(4096, 2048)
 ASK = [{"role": "user", "content": "Two plus two?"}]
@@ -333,3 +335,28 @@ def test_hh_is_messages_for_a_model_with_a_template(tmp_path: Path, family: str 
     else:
         assert prompt == rendered(family, ASK, opened=True)
         assert chosen == "Four 1.<|im_end|>"
+
+
+@pytest.mark.parametrize("reader", ["ChatML", None])
+@pytest.mark.parametrize("writer", ["ChatML", None])
+def test_each_model_reads_hh_in_its_own_form(
+    tmp_path: Path, writer: str | None, reader: str | None
+) -> None:
+    """A completion has the ids that the row has which says the same, as the reader was trained."""
+    said = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Two plus two?\n\nAssistant:"
+    row = {"chosen": f"{said} Four.", "rejected": f"{said} No."}
+    (tmp_path / "hh.jsonl").write_text(json.dumps(row) + "\n")
+    config = HhDataConfig(path=str(tmp_path / "hh.jsonl"))
+    forms = {}
+    for family in (writer, reader):
+        forms[family] = tokenizer("ChatML")
+        if family is None:
+            forms[family].chat_template = None
+    adapted = for_tokenizer(config, forms[writer])
+    (example,) = load_splits(adapted, 0).train
+    ours = Completed(example.prompt, "Four." if writer else " Four.", finished=True)
+    settings, texts = as_read_by(forms[reader], config, [ours])
+    (got,) = encode_completed([(*texts[0], True)], forms[reader], settings, WIDE, DropReport())
+    (wanted,) = load_encoded(config, forms[reader], 256, 0, None).train
+    assert got.prompt_ids.tolist() == wanted.prompt_ids.tolist()
+    assert got.response_ids[0].tolist() == wanted.response_ids[0].tolist()

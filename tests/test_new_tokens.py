@@ -15,7 +15,8 @@ from dpo_cli.plan.lengths import planned_texts
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import Progress
 from dpo_cli.report.page import write_run_report
-from dpo_cli.stages.lengths import needed_tokens, unfinished_line, with_new_tokens
+from dpo_cli.stages.lengths import finished_share, needed_tokens, unfinished_line, with_new_tokens
+from judge_server import prefers_longer, serving
 from small_runs import configure, train
 
 QUICK = "train.max_steps=1", "train.sample_prompts=0"
@@ -98,14 +99,26 @@ def test_ppo_and_sample_take_what_the_data_needs(sft, tmp_path, capsys):
     assert planned_texts  # the plan reads the same rows
 
 
+def test_the_finished_share_has_an_interval_of_its_prompts():
+    """Wilson's interval of 3 in 4, worked by hand, though there are 8 completions."""
+    found = finished_share([True] * 6 + [False] * 2, prompts=4)
+    z2 = 1.959963984540054**2
+    centre, half = (0.75 + z2 / 8) / (1 + z2 / 4), (z2 * (0.75 * 0.25 / 4 + z2 / 64)) ** 0.5
+    half /= 1 + z2 / 4
+    assert found["finished"] == 0.75
+    assert found["finished_low"] == pytest.approx(centre - half)
+    assert found["finished_high"] == pytest.approx(centre + half)
+
+
 # reward_fn=none
 
 
-def rows_of(tmp_path):
+def rows_of(tmp_path, times=1):
+    """Every other chosen response repeats itself so many times."""
     path = tmp_path / "rows.jsonl"
+    good = lambda n: f" good {n}" * (times if n % 2 else 1)  # noqa: E731
     rows = [
-        {"prompt": f"a film {n}", "chosen": f" good {n}", "rejected": f" bad {n}"}
-        for n in range(16)
+        {"prompt": f"a film {n}", "chosen": good(n), "rejected": f" bad {n}"} for n in range(16)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -130,6 +143,33 @@ def test_own_rows_need_no_reward(sft, tmp_path):
     assert json.loads(point)["reward"] is None
     samples = (tmp_path / "e" / "samples.jsonl").read_text().splitlines()
     assert all("reward" not in json.loads(line) for line in samples)
+
+
+def test_a_judge_gives_win_rates_without_a_reward(sft, tmp_path, monkeypatch):
+    """The judge prefers the longer of two texts: so does the test, from the texts it was shown."""
+    from dpo_cli.run import run
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    words = (
+        "stage=evaluate", "data=jsonl", f"data.path={rows_of(tmp_path, 20)}",
+        "data.eval_rows=6", "logger=none", "hardware=cpu", "reward_fn=none", "judge=http",
+        "judge.model=m",
+        "stage.opponent=chosen", "stage.win_temperatures=[1.0]", "stage.max_new_tokens=4",
+    )  # fmt: skip
+    with serving(prefers_longer) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base)
+        config = configure(*words, f"model.path={sft}", f"run_dir={tmp_path / 'e'}")
+        summary = run(config, ["dpo-run"])
+    verdicts = [json.loads(x) for x in (tmp_path / "e" / "verdicts.jsonl").read_text().splitlines()]
+    assert {row["verdict"] for row in verdicts} >= {"win", "loss"}
+    by_hand = []
+    for row in verdicts:
+        ours, theirs = len(row["completion"].strip()), len(row["other"].strip())
+        by_hand.append(0.5 if ours == theirs else float(ours > theirs))
+    assert summary["win_rate_t1"] == pytest.approx(sum(by_hand) / len(by_hand))
+    assert summary["win_rate_t1_low"] < summary["win_rate_t1"] < summary["win_rate_t1_high"]
+    assert "reward" not in summary
+    assert server.calls > 0
 
 
 @pytest.mark.parametrize(

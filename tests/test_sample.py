@@ -40,6 +40,8 @@ def test_each_prompt_at_each_temperature(sft, tmp_path):
     assert found["train_completions"] == 39
     flags = [flag for row in rows for flag in row["finished"]]
     assert found["train_finished"] == pytest.approx(sum(flags) / len(flags))
+    assert 0 <= found["train_finished_low"] <= found["train_finished"]
+    assert found["train_finished"] <= found["train_finished_high"] <= 1
     assert len(rows_of(tmp_path / "s", "eval")) == 8
 
 

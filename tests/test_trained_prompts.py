@@ -98,9 +98,15 @@ def test_the_runs_own_held_out_prompts_are_measured(chain):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["data.eval_rows=15"], "of 15 held-out prompts were trained on: 7 by"),  # of 16, 8 held
-        (["data.path={}/a.jsonl", "data.eval_rows=39"], "of 39 .*: 31 by"),  # what SFT saw
-        (["stage.pairs={}/b.jsonl"], "of 16 held-out pairs were trained on: 8 by"),
+        (
+            ["data.eval_rows=15"],
+            "7 of the 15 held-out prompts were in the training data of",
+        ),  # of 16, 8 held
+        (
+            ["data.path={}/a.jsonl", "data.eval_rows=39"],
+            "31 of the 39 held-out prompts were in",
+        ),  # what SFT saw
+        (["stage.pairs={}/b.jsonl"], "8 of the 16 held-out pairs were in the training data of"),
     ],
 )
 def test_rows_that_were_trained_on_are_not_called_held_out(chain, tmp_path, words, told):
@@ -118,7 +124,9 @@ def test_a_reward_model_that_saw_the_rows_is_told(chain, tmp_path):
     words = [*MEASURE[:3], *jsonl(chain / "b.jsonl"), "data.eval_rows=15", "stage.prompts=15",
              f"model.path={chain / 'sft'}", "reward_fn=reward_model",
              f"reward_fn.path={chain / 'reward'}"]  # fmt: skip
-    with pytest.raises(DataError, match=r"were trained on: 7 by reward_fn\.path="):
+    with pytest.raises(
+        DataError, match=r"^7 of the 15 .* were in the training data of reward_fn\.path="
+    ):
         train(tmp_path / "no", *words)
 
 

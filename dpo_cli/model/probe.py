@@ -135,6 +135,7 @@ class _Trial:
             self.model.set_attn_implementation("eager")
             self.truth = self._figures(self._plainly())
             _refuse_overflow(self.model, self.truth.values)
+            self._refuse_looking_ahead()
             self.interface = self._packed(self.exact)
             yield self
 
@@ -153,6 +154,20 @@ class _Trial:
             self.plain(self.model, *(torch.tensor(x, device=device).long() for x in (p, r)))
             for e in self._examples() for p, r in ((e.prompt_ids, r) for r in e.response_ids)
         ])  # fmt: skip
+
+    @torch.no_grad()
+    def _refuse_looking_ahead(self) -> None:
+        """ConfigError where later tokens change the values of earlier ones, as in an encoder."""
+        example, device = self._examples()[0], self.model.device
+        prompt, response = (
+            torch.tensor(x).long().to(device) for x in (example.prompt_ids, example.response_ids[0])
+        )
+        whole, start = (self.plain(self.model, prompt, r) for r in (response, response[:2]))
+        if len(whole) == len(response) and not (whole[:2] - start).abs().max() < VALUE_TOLERANCE:
+            raise ConfigError(
+                f"{type(self.model).__name__} is not a causal language model as it is configured: "
+                "later tokens change the log-probabilities of earlier ones; take another model.path"
+            )
 
     def _packed(self, kernel: str) -> str | None:
         if kernel == "dense" and getattr(self.model.config.get_text_config(), "window_size", None):
@@ -183,10 +198,10 @@ class _Trial:
 
     def _examples(self) -> list[EncodedExample]:
         vocab = self.model.config.get_text_config().vocab_size
-        ids = np.random.default_rng(0).integers(0, vocab, 16).astype(np.int32)
-        return [
-            EncodedExample(ids[:3], (ids[3:7], ids[7:9]), 0),
-            EncodedExample(ids[9:10], (ids[10:11], ids[11:16]), 1),
+        ids = np.random.default_rng(0).integers(0, vocab, 17).astype(np.int32)
+        return [  # of 7, 6, 2 and 6 tokens: PlainLayout pads, too
+            EncodedExample(ids[:3], (ids[3:7], ids[7:10]), 0),
+            EncodedExample(ids[10:11], (ids[11:12], ids[12:17]), 1),
         ]
 
 

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.data.drops import DropReport
+from dpo_cli.config import DataConfig
+from dpo_cli.data.adapters.hh import talk_of
+from dpo_cli.data.dataset import for_tokenizer
+from dpo_cli.data.drops import BadRow, DropReport
 from dpo_cli.data.encode import encode_completed, resolve_limits
+from dpo_cli.errors import DataError
 from dpo_cli.evaluation.scorers import Completed
 from dpo_cli.model.attention import MOST_TOKENS, kernel_of
 from dpo_cli.model.load import context_length
 from dpo_cli.model.rope import cuts_of
 from dpo_cli.packing import pack_sorted
-from dpo_cli.records import Batch, EncodedExample
+from dpo_cli.records import Batch, EncodedExample, Prompt
 from dpo_cli.stages.session import Session
 
 MOST_BRANCHES = 16  # completions behind one copy of their prompt: a packed row stays short
@@ -38,12 +42,35 @@ class Encoding:
     def __call__(self, rows: Sequence[Completed]) -> list[EncodedExample]:
         config, cuts = self.session.config.data, DropReport(read=len(rows))
         limits = resolve_limits(config, context_length(self.model))
-        plain = [(row.prompt, row.completion, row.finished) for row in rows]
+        config, texts = as_read_by(self.tokenizer, config, rows)
+        plain = [(*text, row.finished) for text, row in zip(texts, rows, strict=True)]
         encoded = encode_completed(plain, self.tokenizer, config, limits, cuts)
         for line in [] if self.told else cuts.summary_lines():
             self.session.note(f"completions: {line}")
             self.told = True
         return encoded
+
+
+def as_read_by(
+    tokenizer: PreTrainedTokenizerFast, config: DataConfig, rows: Sequence[Completed]
+) -> tuple[DataConfig, list[tuple[Prompt, str]]]:
+    """The settings, and each prompt and completion, in which this tokenizer's model reads them.
+
+    HH's dialogues are messages to a model with a chat template, text to one without: to the model
+    that scores, whatever they were to the one that wrote.
+    """
+    texts = [(row.prompt, row.completion) for row in rows]
+    if config.name != "hh" or config.chat_template != "auto":
+        return config, texts
+    if tokenizer.chat_template is None:
+        return replace(config, chat_template="human_assistant"), texts
+    try:
+        return for_tokenizer(config, tokenizer), [
+            (talk_of(prompt), text.strip()) if isinstance(prompt, str) else (prompt, text)
+            for prompt, text in texts
+        ]
+    except BadRow as bad:
+        raise DataError(f"a completion cannot be scored: {bad}") from bad
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dpo_cli.config import EvaluateConfig, PpoConfig, SampleConfig
+from dpo_cli.evaluation.statistics import share_interval
 from dpo_cli.records import EncodedExample
 
 PERCENTILE = 95  # of the responses' lengths: the longest few would double the work
@@ -49,6 +50,13 @@ def new_tokens_of(folder: Path, stage: Mapping[str, Any]) -> Any:
     points = folder / "points.jsonl"
     lines = points.read_text(encoding="utf-8").splitlines() if points.is_file() else []
     return json.loads(lines[-1]).get("max_new_tokens") if lines else None
+
+
+def finished_share(finished: Sequence[bool], prompts: int) -> dict[str, float]:
+    """`finished`, the share of completions that ended by themselves, and its 95% interval, `_low`
+    and `_high`: of so many prompts, as the samples of one may all be cut alike."""
+    found = share_interval(sum(finished) / len(finished), prompts)
+    return {"finished": found.value, "finished_low": found.low, "finished_high": found.high}
 
 
 def unfinished_line(finished: float, most: int) -> str | None:

@@ -20,6 +20,7 @@ from dpo_cli.losses import preferences
 from dpo_cli.model.forward import head_of, hidden_states, sequence_logprobs
 from dpo_cli.model.generate import Completion
 from dpo_cli.records import Batch, EncodedExample, Prompt
+from dpo_cli.stages.lengths import finished_share
 from dpo_cli.stages.rows import over_rows
 from dpo_cli.stages.sampling import completion_text
 from dpo_cli.stages.session import Session
@@ -62,7 +63,7 @@ def text_figures(
     flat = [c for row in samples for c in row]
     return {
         "tokens": sum(len(c.ids) for c in flat) / len(flat),
-        "finished": sum(c.finished for c in flat) / len(flat),
+        **finished_share([c.finished for c in flat], len(samples)),
         "distinct_2": distinct_ngrams([text for row in texts for text in row], 2),
     }
 

@@ -22,7 +22,7 @@ from dpo_cli.logprobs import fused_loss, sum_by_sequence
 from dpo_cli.model.forward import head_of, target_states
 from dpo_cli.ppo_math import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.records import Batch, EncodedExample, LossOutput
-from dpo_cli.stages.lengths import new_tokens, unfinished_line, with_new_tokens
+from dpo_cli.stages.lengths import finished_share, new_tokens, unfinished_line, with_new_tokens
 from dpo_cli.stages.precision import quantised_base
 from dpo_cli.stages.reference import keep_start, load_reference, reference_path
 from dpo_cli.stages.rollout import (
@@ -273,7 +273,7 @@ def evaluate(ppo: Ppo) -> dict[str, float]:
         "kl": kl / stage.completions,
         "kl_se": error / stage.completions,
         "tokens": sum(len(c.ids) for c in flat) / len(flat),
-        "finished": sum(c.finished for c in flat) / len(flat),
+        **finished_share([c.finished for c in flat], len(samples)),
     }
     errors = ("score_se", "kl_se")
     return {k: v for k, v in figures.items() if k not in errors or math.isfinite(v)}

@@ -14,7 +14,7 @@ from dpo_cli.durable import write_checked_text
 from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.model.load import context_length, load_tokenizer
 from dpo_cli.records import EncodedExample, Prompt
-from dpo_cli.stages.lengths import new_tokens, unfinished_line, with_new_tokens
+from dpo_cli.stages.lengths import finished_share, new_tokens, unfinished_line, with_new_tokens
 from dpo_cli.stages.sampling import complete, decoded_together
 from dpo_cli.stages.session import Session, load, load_data
 
@@ -76,12 +76,12 @@ def sampling_options(session: Session, stage: SampleConfig) -> list[SamplingOpti
 
 
 def counts(prompts: int, completions: list[dict[str, Any]]) -> dict[str, float]:
-    """Prompts, completions, sampled tokens, and the share that ended by themselves."""
+    """Prompts, completions, sampled tokens, and `finished_share`."""
     return {
         "prompts": prompts,
         "completions": len(completions),
         "tokens": sum(c["tokens"] for c in completions),
-        "finished": sum(c["finished"] for c in completions) / len(completions),
+        **finished_share([c["finished"] for c in completions], prompts),
     }
 
 

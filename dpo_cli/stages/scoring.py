@@ -18,6 +18,7 @@ from dpo_cli.config import (
     RewardModelFn,
     SentimentRewardFn,
 )
+from dpo_cli.data.template import use_template_file
 from dpo_cli.errors import NonFiniteError
 from dpo_cli.evaluation.lexicon import from_lists, lexicon, read_lexicon
 from dpo_cli.evaluation.scorers import SCORERS, Completed, Scorer, sentiment_log_odds
@@ -153,6 +154,8 @@ def reward_model_scorer(
 def _reward_model(session: Session, config: RewardModelFn) -> Scorer:
     source = ModelConfig(path=config.path)
     tokenizer = load_tokenizer(source, KEY)
+    if tokenizer.chat_template is None:  # else it reads what it was trained on
+        use_template_file(tokenizer, session.config.data)
     classifier_config(source, tokenizer, KEY)
     on = replace(session.placement, dtype=scoring_dtype(session.runtime))
     model = load_reward_model(source, tokenizer, session.config.seed, KEY, on)

@@ -60,11 +60,13 @@ def check_held_out(
     prompts are too short to tell a row.
     """
     counts = {label: int(shared_rows(rows, keys).sum()) for label, keys in models.items()}
-    told = [f"{count:,} by {label}" for label, count in counts.items() if count]
-    if not told:
+    found = [(count, label) for label, count in counts.items() if count]
+    if not found:
         return None
-    rest = f" and {len(told) - NAMED} more models" if len(told) > NAMED else ""
-    line = f"of {len(rows):,} {what} were trained on: {', '.join(told[:NAMED])}{rest}"
+    (count, label), *others = found[:NAMED]
+    line = f"{count:,} of the {len(rows):,} {what} were in the training data of {label}"
+    line += "".join(f", {count:,} in that of {label}" for count, label in others)
+    line += f", and some in that of {len(found) - NAMED} more models" * (len(found) > NAMED)
     few = max(counts.values()) <= FEW * len(rows)
     allowed = getattr(config.stage, "allow_trained", False) or config.data.name in BY_CHANCE
     if not (few or allowed):

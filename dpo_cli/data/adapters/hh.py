@@ -32,8 +32,12 @@ def parse(row: dict[str, Any], index: int, config: HhDataConfig) -> Iterable[Pre
         yield PreferenceExample(prompt, pair, index)
         return
     stripped = (pair[0].strip(), pair[1].strip())
-    talk = prompt_messages(dialogue_messages(prompt), "chosen")
-    yield PreferenceExample(talk, stripped, index)
+    yield PreferenceExample(talk_of(prompt), stripped, index)
+
+
+def talk_of(prompt: str) -> list[Message]:
+    """A dialogue's text, up to the last `Assistant:`, as messages. BadRow."""
+    return prompt_messages(dialogue_messages(prompt), "chosen")
 
 
 def shared_dialogue(chosen: str, rejected: str) -> str:
