@@ -253,6 +253,12 @@ def test_an_adapter_over_a_resized_embedding(bases, tmp_path, family):
     assert_trained_on(bases(family), folder, tmp_path, rows)
     held = load_file(tmp_path / "saved" / "adapter_model.safetensors")
     assert rows in {len(value) for value in held.values()}
+    source = ModelConfig(path=str(folder))
+    adaptation = Adaptation(LoraConfig(name="lora"))
+    reward = load_reward_model(source, load_tokenizer(source), adaptation=adaptation)
+    files, _ = lora.adapter_files(reward)  # without the output layer, which it has none of
+    own = [len(value) for value in files["adapter_model.safetensors"].values()]
+    assert own.count(rows) == 1
 
 
 def test_an_adapter_over_fewer_rows(bases, tmp_path):

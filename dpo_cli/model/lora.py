@@ -208,7 +208,7 @@ def read_adapter(model: PreTrainedModel, folder: Path, name: str = TRAINED) -> N
         found: Any = set_peft_model_state_dict(model, state, name)
     refuse_other_weights(model, folder, _lacking(model, found.missing_keys, name), found[1])
     facts = cast(Any, model).peft_config[name].to_dict()
-    cast(Any, model).adapter_replaces = sorted(replaced(folder, facts))
+    cast(Any, model).adapter_replaces = sorted(replaced(folder, facts).keys() & model.state_dict())
 
 
 def _lacking(model: PreTrainedModel, missing: Sequence[str], name: str) -> list[str]:
