@@ -113,10 +113,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(family: str) -> Any:
+def build(family: str, options: dict[str, Any] | None = None) -> Any:
     """In float32 and evaluation mode, with weights that let attention matter."""
     torch.manual_seed(1)
-    config = AutoConfig.for_model(family, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **(options or FAMILIES[family]))
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for weight in model.parameters():

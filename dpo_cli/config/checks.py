@@ -190,6 +190,14 @@ def _train(config: RunConfig) -> Iterator[str]:
     if known and name not in known:
         hint = did_you_mean(name, known)
         yield f"train.best_metric={name}: must be one of {', '.join(known)}{hint}"
+    coefficient = config.train.router_aux_loss_coef
+    if coefficient and config.stage.name == "ppo-baseline":
+        yield no_effect("train.router_aux_loss_coef", coefficient, "stage=ppo-baseline")
+    if coefficient and config.hardware.compile == "blocks":
+        yield (
+            f"train.router_aux_loss_coef={coefficient}: routers are not watched in compiled "
+            "blocks; use hardware.compile=none"
+        )
     steps, minutes = config.train.save_every_steps, config.train.save_every_minutes
     if steps is not None and minutes is not None:
         yield no_effect("train.save_every_minutes", minutes, f"train.save_every_steps={steps}")

@@ -141,6 +141,10 @@ class TrainConfig:
     keep_checkpoints: int = key(2, "newest ones kept, beside the best", bound=at_least(1))
     log_every_steps: int = key(1, "steps between lines of metrics.jsonl", bound=at_least(1))
     shuffle: bool = key(True, "another order of the data in each epoch")
+    router_aux_loss_coef: float = key(
+        0.0, "adds this much of transformers' load-balancing loss of a mixture of experts "
+        "(sft, dpo, reward)", bound=at_least(0),
+    )  # fmt: skip
     best_metric: str = key(
         "loss", "held-out metric that names the best checkpoint; sft: also perplexity, dpo and "
         "reward: also rewards/accuracies, reward: also ece, ppo-baseline: also score",

@@ -49,6 +49,10 @@ class Layout:
         out = base_model(**row_of(batch), packed_layout=self)
         return cast(Tensor, out.last_hidden_state).squeeze(0)
 
+    def spread(self, weights: Tensor) -> Tensor:
+        """(T,) weights of the row's tokens -> of the tokens that go through the model, (n,)."""
+        return weights
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
         """q (1, H, T, d), k and v (1, H_kv, T, d) -> (1, T, H, d)"""
         raise NotImplementedError

@@ -223,11 +223,13 @@ class PlainLayout(Layout):
     are computed once a branch. No mask is passed, for no real token can see its right.
 
     rows: for each forward, (S, L) packed tokens of sequences of similar length; scatter: (T,)
-    place of each packed token in the concatenation of the flattened outputs.
+    place of each packed token in the concatenation of the flattened outputs; real: (n,) 0 for
+    the padding among those, else 1.
     """
 
     rows: tuple[Tensor, ...]
     scatter: Tensor
+    real: Tensor
 
     @classmethod
     def build(cls, segments: Sequence[Segment]) -> PlainLayout:
@@ -238,7 +240,7 @@ class PlainLayout(Layout):
                 groups.append([])
             groups[-1].append(span)
         scatter = np.empty(sum(span.asking for span in spans), dtype=np.int64)
-        rows, offset = [], 0
+        rows, real, offset = [], [], 0
         for group in groups:
             length = len(group[0].tokens)
             padded = np.stack([
@@ -247,9 +249,14 @@ class PlainLayout(Layout):
             for span in group:
                 places = np.arange(len(span.tokens)) + offset
                 scatter[span.tokens[-span.asking :]] = places[-span.asking :]
+                real.append(np.arange(length) < len(span.tokens))
                 offset += length
             rows.append(torch.from_numpy(padded))
-        return cls(tuple(rows), torch.from_numpy(scatter))
+        told = np.concatenate(real).astype(np.float32)
+        return cls(tuple(rows), torch.from_numpy(scatter), torch.from_numpy(told))
+
+    def spread(self, weights: Tensor) -> Tensor:
+        return self.real  # prompts are repeated already
 
     def states(self, base_model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
         parts = [

@@ -111,6 +111,9 @@ class SplitLayout(Layout):
         ]
         return cls(tuple(parts), torch.from_numpy(np.argsort(np.concatenate(tokens))))
 
+    def spread(self, weights: Tensor) -> Tensor:
+        return torch.cat([layout.spread(weights[tokens]) for tokens, layout in self.parts])
+
     def states(self, base_model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
         found = [
             layout.states(base_model, _part(batch, tokens), dtype) for tokens, layout in self.parts

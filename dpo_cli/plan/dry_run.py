@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from dpo_cli.config import (
     ClassifierRewardFn,
@@ -40,6 +40,7 @@ from dpo_cli.model.load import (
 )
 from dpo_cli.model.probe import refuse_unavailable
 from dpo_cli.model.reward import check_kind
+from dpo_cli.model.routers import loss_function
 from dpo_cli.plan.lengths import SCORER_KEY, facts_of, planned_runtime, steps_of, targets
 from dpo_cli.plan.memory.budget import fitting, is_open, with_tokens
 from dpo_cli.plan.memory.facts import (
@@ -95,8 +96,7 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
     on = Placement(runtime.device, torch.bfloat16 if half else torch.float32)
     refuse_unavailable(config.model.attention, on)
     found = hf_config(config.model, tokenizer)
-    if reward and (config.model.path or config.model.architecture is None):
-        check_kind(found, config.model)
+    refuse_family(config, found, auto)
     shape = shape_of(found, auto)
     made_of = f"{source_of(config)}, {shape.parameters / 1e6:,.1f}M weights"
     rows.append(("reward model" if reward else "policy", made_of))
@@ -118,6 +118,16 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
     memory = planned_memory(config, runtime, shape, splits)
     rows += [("device", device_line(config, runtime)), ("writes", config.run_dir)]
     return rows, memory
+
+
+def refuse_family(config: RunConfig, found: PretrainedConfig, auto: Any) -> None:
+    """ConfigError for one that the stage cannot train, where its class is known."""
+    scratch = config.model.path is None and config.model.architecture is not None
+    if isinstance(config.stage, RewardConfig) and not scratch:
+        check_kind(found, config.model)
+    coefficient = config.train.router_aux_loss_coef
+    if coefficient and type(found) in auto._model_mapping:
+        loss_function(auto._model_mapping[type(found)], coefficient)
 
 
 def planned_policies(config: RunConfig) -> tuple[list[PolicyPoint], list[Row]]:

@@ -19,6 +19,7 @@ from dpo_cli.model.adapters import is_adapted
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.stages import reference
+from dpo_cli.stages.balance import balanced
 from dpo_cli.stages.precision import quantised_base
 from dpo_cli.stages.reference import Reference, keep_start, load_reference
 from dpo_cli.stages.rows import (
@@ -54,7 +55,11 @@ def run(session: Session) -> dict[str, Any]:
         tokenizer=loaded.tokenizer,
         steps=plan.steps,
         batches=batches_of(session, train, plan),
-        compute_loss=lambda batch: dpo_loss(loaded.model, batch, reference_of["train"], stage),
+        compute_loss=balanced(
+            session.config,
+            loaded.model,
+            lambda batch: dpo_loss(loaded.model, batch, reference_of["train"], stage),
+        ),
         evaluate=lambda: evaluate(session, loaded, held_out, reference_of.get("eval"), stage),
         budget=session.budget,
         live_references=int(stage.reference_logprobs == "live"),

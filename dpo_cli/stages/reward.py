@@ -18,6 +18,7 @@ from dpo_cli.evaluation.statistics import calibration_error, reliability
 from dpo_cli.losses import reward_loss
 from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.stages.balance import balanced
 from dpo_cli.stages.normalisation import normalise
 from dpo_cli.stages.precision import quantised_base
 from dpo_cli.stages.rows import (
@@ -62,8 +63,10 @@ def run(session: Session) -> dict[str, Any]:
         tokenizer=loaded.tokenizer,
         steps=plan.steps,
         batches=batches_of(session, train.examples, plan, keep_last=True),
-        compute_loss=lambda batch: loss_output(
-            rewards(loaded.model, batch), batch, train.margins, stage
+        compute_loss=balanced(
+            session.config,
+            loaded.model,
+            lambda batch: loss_output(rewards(loaded.model, batch), batch, train.margins, stage),
         ),
         evaluate=lambda: evaluate(session, loaded.model, held_out, stage),
         budget=session.budget,

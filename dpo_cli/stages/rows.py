@@ -64,8 +64,11 @@ def _numbers(weight: Tensor) -> int:
 def batches_of(
     session: Session, examples: Sequence[EncodedExample], plan: StepPlan, keep_last: bool = False
 ) -> Callable[[int], list[Batch]]:
-    """step -> its micro-batches, each at most the token budget, ready for the trained model."""
+    """step -> its micro-batches, each at most the token budget, ready for the trained model.
 
+    With a router loss with their last tokens, whose experts count.
+    """
+    keep_last = keep_last or session.config.train.router_aux_loss_coef > 0
     return lambda step: packed_rows(session, examples, plan.indices(step), keep_last)
 
 

@@ -27,6 +27,7 @@ from dpo_cli.model.liger import use_liger
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
 from dpo_cli.model.recompute import recompute_blocks
 from dpo_cli.model.rope import cuts_of
+from dpo_cli.model.routers import loss_function
 from dpo_cli.model.source import model_folder
 from dpo_cli.model.stored import refuse_non_finite
 from dpo_cli.report.console import Progress
@@ -186,6 +187,8 @@ def note_head(session: Session, model: PreTrainedModel, key: str) -> None:
 def compiles(session: Session) -> bool:
     """Whether the run compiles its blocks: `auto` where that is sooner done than not."""
     choice, steps = session.config.hardware.compile, session.config.train.max_steps
+    if session.config.train.router_aux_loss_coef:
+        return False
     if choice == "auto":
         cuda = session.runtime.device.type == "cuda"
         return cuda and (steps is None or steps >= WORTH_COMPILING)
@@ -240,6 +243,8 @@ def load_policy_and_data(
         source = replace(source, path=str(whole))
     model = load(session, source, tokenizer, "model.path", how, adaptation, True, before)
     session.kernel = kernel_of(model)
+    if coefficient := config.train.router_aux_loss_coef:  # refused before a pass over the rows
+        loss_function(type(model), coefficient)
     if every := config.hardware.activation_checkpointing:
         recompute_blocks(model, every)
     splits = load_data(session, context_length(model), tokenizer)

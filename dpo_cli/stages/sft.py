@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from dpo_cli.config import SftConfig
 from dpo_cli.model.forward import loss_and_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.stages.balance import balanced
 from dpo_cli.stages.precision import quantised_base
 from dpo_cli.stages.rows import (
     batches_of,
@@ -43,7 +44,9 @@ def run(session: Session) -> dict[str, Any]:
         tokenizer=loaded.tokenizer,
         steps=plan.steps,
         batches=batches_of(session, train, plan),
-        compute_loss=lambda batch: sft_loss(loaded.model, batch, stage.reduction),
+        compute_loss=balanced(
+            session.config, loaded.model, lambda row: sft_loss(loaded.model, row, stage.reduction)
+        ),
         evaluate=lambda: evaluate(session, loaded, held_out, stage.reduction),
         budget=session.budget,
         on_eval=sample_writer(session, loaded),
