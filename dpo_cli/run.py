@@ -23,8 +23,8 @@ from dpo_cli.report.console import Progress, summary_table
 from dpo_cli.report.curves import training_figures
 from dpo_cli.report.files import redact, versions, write_redacted_json, write_run_files
 from dpo_cli.report.sinks import Sink, open_sinks
+from dpo_cli.session.session import Session, base_provenance
 from dpo_cli.stages import load_stage
-from dpo_cli.stages.session import Session, base_provenance
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import run_lock
 from dpo_cli.train.memory import explained, smaller_next_time

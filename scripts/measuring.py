@@ -13,7 +13,7 @@ import torch
 from dpo_cli.config import RunConfig
 from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.read import prepare
-from dpo_cli.model.generate import Completion, SamplingOptions, sample
+from dpo_cli.model.sampling.generate import Completion, SamplingOptions, sample
 from dpo_cli.records import EncodedExample
 from scripts.common import synchronise
 

@@ -24,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_cli.model.kernels import Call
-from dpo_cli.model.varlen import Cuts, Implementation, _State
+from dpo_cli.model.attention.products import Call
+from dpo_cli.model.attention.varlen import Cuts, Implementation, _State
 
 GPU = torch.device("cuda", 0)
 # Whose result's shape or value the host must know.

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_cli import fused_head
+from dpo_cli.logprobs import fused_head
 from fused_head_helpers import CUDA
 
 
@@ -18,12 +18,12 @@ def import_kernel():
     if find_spec("triton") is None:
         return "needs Triton"
     if CUDA:
-        return importlib.import_module("dpo_cli.head_kernel")
+        return importlib.import_module("dpo_cli.logprobs.kernel")
     if "triton" in sys.modules:
         return "Triton is imported already, without its interpreter: run this file alone"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        return importlib.import_module("dpo_cli.head_kernel")
+        return importlib.import_module("dpo_cli.logprobs.kernel")
 
 
 KERNEL = import_kernel()
@@ -48,7 +48,7 @@ def used(kernel, monkeypatch):
         return kernel.softmax_rows(*args)
 
     fake = SimpleNamespace(softmax_rows=counted)
-    monkeypatch.setitem(sys.modules, "dpo_cli.head_kernel", fake)
+    monkeypatch.setitem(sys.modules, "dpo_cli.logprobs.kernel", fake)
     monkeypatch.setattr(fused_head, "refused", lambda shape: None)
     monkeypatch.setattr(fused_head, "columns", lambda vocab, device: -(-vocab // 64) * 64)
     return calls

@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dpo_cli.run import run
-from dpo_cli.stages import rows
+from dpo_cli.session import rows
 from small_runs import TINY, configure
 
 

@@ -1,9 +1,9 @@
 """A session that only scores, for tests of rewards."""
 
-from dpo_cli.evaluation.scorers import Completed
 from dpo_cli.report.console import Progress
-from dpo_cli.stages.scoring import load_scorer
-from dpo_cli.stages.session import Session
+from dpo_cli.rewards.scorers import Completed
+from dpo_cli.rewards.scoring import load_scorer
+from dpo_cli.session.session import Session
 from dpo_cli.train.runtime import start_runtime
 from small_runs import TINY, configure
 

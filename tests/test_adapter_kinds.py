@@ -18,15 +18,15 @@ from transformers import (
 
 from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import lora
-from dpo_cli.model.adapters import REFERENCE, Adaptation, adapter_as
+from dpo_cli.model.adapters import lora
+from dpo_cli.model.adapters.active import REFERENCE, Adaptation, adapter_as
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.model.load import count_trained, load_model, load_tokenizer
 from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.reward import load_reward_model, rewards
 from dpo_cli.model.source import origin_of
 from dpo_cli.packing import pack
-from dpo_cli.stages.reference import reference_origin
+from dpo_cli.session.reference import reference_origin
 from small_adapters import plain_logprobs, write_base
 from small_models import examples
 

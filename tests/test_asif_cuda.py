@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asif_cuda import GPU, as_if_cuda
 from dpo_cli.config import ModelConfig
-from dpo_cli.model.attention import prepare, use
+from dpo_cli.model.attention.registered import prepare, use
 from dpo_cli.model.forward import loss_and_logprobs
 from dpo_cli.model.load import make_ready
 from dpo_cli.run import run

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from dpo_cli.errors import ConfigError, NonFiniteError
-from dpo_cli.model import attention, forward, grouped, probe
-from dpo_cli.model.attention import Placement, kernel_of, use
-from dpo_cli.model.grouped import Group, GroupedLayout
-from dpo_cli.model.kernels import Call
-from dpo_cli.model.layouts import PaddedLayout
-from dpo_cli.model.probe import choose_attention
+from dpo_cli.model import forward
+from dpo_cli.model.attention import grouped, probe
+from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention.grouped import Group, GroupedLayout
+from dpo_cli.model.attention.layouts import PaddedLayout
+from dpo_cli.model.attention.probe import choose_attention
+from dpo_cli.model.attention.products import Call
+from dpo_cli.model.attention.registered import Placement, kernel_of, use
 from dpo_cli.records import EncodedExample, Segment
 from small_models import (
     FAMILIES,

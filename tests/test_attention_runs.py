@@ -8,7 +8,7 @@ from transformers import GPTJConfig, GPTJForCausalLM
 
 from dpo_cli.errors import ConfigError
 from dpo_cli.grammar.tokenizer import build_tokenizer
-from dpo_cli.stages import rows
+from dpo_cli.session import rows
 from small_runs import metrics, train
 
 

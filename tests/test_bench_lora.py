@@ -127,7 +127,7 @@ def test_the_adapter_is_the_one_a_run_starts_with(bench: Bench, tmp_path: Path) 
 def trained_from(folder: Path) -> dict[str, Any]:
     """The adapter of a run that is about to take its first step."""
     from dpo_cli.config import LoraConfig, ModelConfig
-    from dpo_cli.model.adapters import Adaptation
+    from dpo_cli.model.adapters.active import Adaptation
     from dpo_cli.model.load import load_model, load_tokenizer
 
     source = ModelConfig(path=str(folder))

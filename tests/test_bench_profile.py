@@ -12,7 +12,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bench_workers import SMALL, Record, runner
-from dpo_cli.model import attention
+from dpo_cli.model.attention import registered as attention
 from scripts.bench import profile
 from scripts.bench.workers import matmul as flops
 from scripts.bench.workers.parts import Clocks

@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch._dynamo.utils import counters
 
 from dpo_cli.distributed.fsdp import make_mesh, settle, shard, whole
-from dpo_cli.model import attention, forward
-from dpo_cli.model.adapters import adapter_as
+from dpo_cli.model import forward
+from dpo_cli.model.adapters.active import adapter_as
+from dpo_cli.model.attention import registered as attention
 from dpo_cli.model.blocks import BLOCKS, compile_blocks
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.model.recompute import recompute_blocks
-from dpo_cli.stages import session
+from dpo_cli.session import session
 from small_models import FAMILIES, build, examples, gradients, packed, packed_loss
 from small_runs import metrics, train
 from varlen_on_cpu import register

@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from dpo_cli.model.quantise import steady
+from dpo_cli.model.adapters.quantize import steady
 from dpo_cli.report.card import write_model_card
 from small_adapters import plain_logprobs, rows, write_base
 from small_runs import metrics, train

@@ -18,9 +18,9 @@ from dpo_cli.data.drops import BadRow, DropReport
 from dpo_cli.data.encode import Limits, encode_completed, encode_examples
 from dpo_cli.data.template import Renderer
 from dpo_cli.errors import ConfigError
-from dpo_cli.evaluation.scorers import Completed
 from dpo_cli.records import EncodedExample
-from dpo_cli.stages.completions import as_read_by
+from dpo_cli.rewards.completions import as_read_by
+from dpo_cli.rewards.scorers import Completed
 
 WIDE = Limits(4096, 2048)
 ASK = [{"role": "user", "content": "Two plus two?"}]

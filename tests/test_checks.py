@@ -255,7 +255,7 @@ def test_losses_read_the_options_they_are_said_to_read() -> None:
 
 
 def test_choices_are_those_of_the_code() -> None:
-    from dpo_cli.evaluation.scorers import SCORERS
+    from dpo_cli.rewards.scorers import SCORERS
     from dpo_cli.stages import load_stage
 
     assert all(callable(load_stage(name)) for name in STAGES)

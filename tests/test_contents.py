@@ -20,8 +20,8 @@ from transformers import (
 
 from dpo_cli import durable
 from dpo_cli.durable import damage, file_digest, publish_folder
+from dpo_cli.durable.tensors import DTYPES, write_tensors
 from dpo_cli.errors import DiskError
-from dpo_cli.tensor_file import DTYPES, write_tensors
 from dpo_cli.train import contents
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from dpo_cli.data.dataset import load_splits
 from dpo_cli.distributed.ranks import SHARE_GPUS
-from dpo_cli.evaluation.scorers import Completed
-from dpo_cli.stages.scoring import load_scorer
+from dpo_cli.rewards.scorers import Completed
+from dpo_cli.rewards.scoring import load_scorer
 from dpo_cli.train.runtime import start_runtime
 from gpu_runs import DEVICE, HERE, ON_CPU, RUN, SMALL, Chain, chain, reason, start, write_llama
 from scoring_helpers import session_of

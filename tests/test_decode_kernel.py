@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.skipif(WHY is not None, reason=str(WHY))] + [pytest.ma
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    from dpo_cli.model import static_cache
+    from dpo_cli.model.sampling import static_cache
 
     monkeypatch.setattr(static_cache, "LEAST_ROWS", 1)
     if CUDA:
@@ -57,7 +57,7 @@ def caches(samples, kv_heads, width, lengths):
     """The same keys and values in two caches, with the kernel and without."""
     from transformers import DynamicCache
 
-    from dpo_cli.model.static_cache import Room, StaticCache
+    from dpo_cli.model.sampling.static_cache import Room, StaticCache
 
     torch.manual_seed(0)
     prefilled = DynamicCache()
@@ -77,8 +77,8 @@ def caches(samples, kv_heads, width, lengths):
     (3, 1, 24, (0.3, None, None)), (3, 2, 16, (None, 2.0, 9)), (10, 2, 24, (None, None, 6)),
 ])  # fmt: skip
 def test_it_is_the_attention_in_pytorch(samples, group, width, words, monkeypatch):
-    from dpo_cli.model import decode_kernel
-    from dpo_cli.model.kernels import Call
+    from dpo_cli.model.attention.products import Call
+    from dpo_cli.model.sampling import kernel as decode_kernel
 
     monkeypatch.setattr(decode_kernel, "MOST_QUERIES", 16)  # ten samples take two programs
     call, kv_heads, lengths = Call(*words), 2, [1, 13, 5]

@@ -10,11 +10,11 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from chat_templates import ENDS, TEMPLATES, tokenizer
-from dpo_cli.model import generate
-from dpo_cli.model.generate import SamplingOptions, sample
-from dpo_cli.model.sampled import ended_by
-from dpo_cli.model.stepper import Stepper
-from dpo_cli.stages.sampling import stop_ids
+from dpo_cli.model.sampling import generate
+from dpo_cli.model.sampling.generate import SamplingOptions, sample
+from dpo_cli.model.sampling.sampled import ended_by
+from dpo_cli.model.sampling.stepper import Stepper
+from dpo_cli.session.sampling import stop_ids
 
 PROMPTS = [np.array(p, np.int32) for p in ([5], [7, 8, 9, 10], [3, 4], [11, 12, 13])]
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from dpo_cli.model import forward, lora
-from dpo_cli.model.attention import Placement, use
+from dpo_cli.model import forward
+from dpo_cli.model.adapters import lora
+from dpo_cli.model.attention.probe import choose_attention
+from dpo_cli.model.attention.registered import Placement, use
 from dpo_cli.model.dropout import set_dropout
-from dpo_cli.model.probe import choose_attention
 from dpo_cli.model.rope import cuts_of
 from dpo_cli.model.skeleton import skeleton
 from many_families import FAMILIES, build

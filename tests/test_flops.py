@@ -8,7 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from dpo_cli.model import attention, forward
+from dpo_cli.model import forward
+from dpo_cli.model.attention import registered as attention
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample, Segment
 from dpo_cli.train import flops, loop

@@ -14,12 +14,12 @@ from rich.console import Console
 from dpo_cli.config import FrontierConfig
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.evaluation.methods import budgets, leads, mean_curve, summarise, within
+from dpo_cli.evaluation.policies import POINT_KEYS
 from dpo_cli.plan.dry_run import frontier_rows
 from dpo_cli.report.console import Progress
 from dpo_cli.report.frontier import Cloud, _caption, kl_limit, markdown, styles
 from dpo_cli.run import run
 from dpo_cli.stages.frontier import COLUMNS, cloud, measured_once, verdicts
-from dpo_cli.stages.policies import POINT_KEYS
 from small_runs import configure
 
 

@@ -4,9 +4,8 @@ interpreter, where Triton is installed."""
 import pytest
 import torch
 
-from dpo_cli import fused_head
 from dpo_cli import logprobs as chunked
-from dpo_cli.logprobs import Head, fused_loss, target_logprobs
+from dpo_cli.logprobs import Head, fused_head, fused_loss, target_logprobs
 from fused_head_helpers import CUDA, DEVICE, also_cuda, exactly
 
 pytest_plugins = ["fused_head_fixtures"]

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo_cli import fused_head
-from dpo_cli.fused_head import Shape
-from dpo_cli.logprobs import Head
+from dpo_cli.logprobs import Head, fused_head
+from dpo_cli.logprobs.fused_head import Shape
 from fused_head_helpers import CUDA, DEVICE
 
 pytest_plugins = ["fused_head_fixtures"]
@@ -50,7 +49,7 @@ def broken(kernel, **changes):
     ids=str,
 )
 def test_a_wrong_kernel_is_refused(kernel, monkeypatch, changes, why):
-    monkeypatch.setitem(sys.modules, "dpo_cli.head_kernel", broken(kernel, **changes))
+    monkeypatch.setitem(sys.modules, "dpo_cli.logprobs.kernel", broken(kernel, **changes))
     monkeypatch.setattr(fused_head, "columns", lambda vocab, device: -(-vocab // 64) * 64)
     assert fused_head.error_of(SHAPES[0]).startswith(why)
 
@@ -63,7 +62,7 @@ def test_a_kernel_that_does_not_compile_is_refused(monkeypatch, error):
         raise error
 
     monkeypatch.setitem(
-        sys.modules, "dpo_cli.head_kernel", SimpleNamespace(softmax_rows=fails)
+        sys.modules, "dpo_cli.logprobs.kernel", SimpleNamespace(softmax_rows=fails)
     )  # fmt: skip
     assert fused_head.error_of(SHAPES[0]) == "no C compiler"
 
@@ -75,7 +74,7 @@ def test_memory_that_runs_out_says_nothing_of_the_kernel(monkeypatch):
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setitem(
-        sys.modules, "dpo_cli.head_kernel", SimpleNamespace(softmax_rows=fails)
+        sys.modules, "dpo_cli.logprobs.kernel", SimpleNamespace(softmax_rows=fails)
     )  # fmt: skip
     with pytest.raises(torch.OutOfMemoryError):
         fused_head.error_of(SHAPES[0])

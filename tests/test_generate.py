@@ -9,14 +9,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import small_models
 from dpo_cli.errors import ConfigError, NonFiniteError
-from dpo_cli.model import forward, generate, prefix_cache
-from dpo_cli.model.attention import Placement
-from dpo_cli.model.decode_trial import shares_prompts
-from dpo_cli.model.decoding import start
-from dpo_cli.model.draw import BLOCK, draw
-from dpo_cli.model.generate import SamplingOptions, sample
-from dpo_cli.model.prefix_cache import Grid
-from dpo_cli.model.probe import choose_attention
+from dpo_cli.model import forward
+from dpo_cli.model.attention.probe import choose_attention
+from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.sampling import generate, prefix_cache
+from dpo_cli.model.sampling.decoding import start
+from dpo_cli.model.sampling.draw import BLOCK, draw
+from dpo_cli.model.sampling.generate import SamplingOptions, sample
+from dpo_cli.model.sampling.prefix_cache import Grid
+from dpo_cli.model.sampling.trial import shares_prompts
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 from small_models import FAMILIES, compute_in_float64

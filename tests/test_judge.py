@@ -8,7 +8,7 @@ from dpo_cli.config.endpoint import Endpoint, endpoint_from_environment
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.judge import Match, RewardJudge
 from dpo_cli.evaluation.judge_prompts import parse_choice, question
-from dpo_cli.evaluation.scorers import Completed, length
+from dpo_cli.rewards.scorers import Completed, length
 from judge_server import KEY
 
 

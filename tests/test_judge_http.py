@@ -16,7 +16,7 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.judge import Decision, Match, Verdict
 from dpo_cli.evaluation.judge_http import HttpJudge
 from dpo_cli.evaluation.judge_request import LONGEST_WAIT, backoff, retry_after
-from dpo_cli.evaluation.scorers import Completed
+from dpo_cli.rewards.scorers import Completed
 from judge_server import KEY, Server, part, prefers_longer, serving
 
 QUICK = {"timeout_seconds": 5.0, "retries": 0, "both_orders": False, "parallel": 1}

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from dpo_cli.model import grouped, kernels
-from dpo_cli.model.grouped import GroupedLayout
-from dpo_cli.model.kernels import Call
-from dpo_cli.model.layouts import PaddedLayout
+from dpo_cli.model.attention import grouped
+from dpo_cli.model.attention import products as kernels
+from dpo_cli.model.attention.grouped import GroupedLayout
+from dpo_cli.model.attention.layouts import PaddedLayout
+from dpo_cli.model.attention.products import Call
 from dpo_cli.records import Segment
 
 # 1,050 and 900 tokens: probabilities are worked out again; 350 and 300: kept, three blocks.

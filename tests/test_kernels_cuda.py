@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from dpo_cli.model import varlen
-from dpo_cli.model.attention import Placement, Seen, kernel_of, prepare, use
+from dpo_cli.model.attention import varlen
+from dpo_cli.model.attention.probe import choose_attention, kernel_error
+from dpo_cli.model.attention.products import Call
+from dpo_cli.model.attention.registered import Placement, Seen, kernel_of, prepare, use
 from dpo_cli.model.blocks import compile_blocks
-from dpo_cli.model.kernels import Call
-from dpo_cli.model.probe import choose_attention, kernel_error
 from small_models import (
     FAMILIES,
     SMALL,

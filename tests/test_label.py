@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_cli.config import DataConfig
 from dpo_cli.data.dataset import load_splits
 from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.evaluation.measure import pairs_config
 from dpo_cli.report.console import Progress
 from dpo_cli.run import run
-from dpo_cli.stages.measure import pairs_config
-from dpo_cli.stages.sample import write_rows
+from dpo_cli.session.prompts import write_rows
 from small_runs import TINY, configure, metrics, train
 
 

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_cli.config import DpoConfig
-from dpo_cli.model import attention
+from dpo_cli.model.attention import registered as attention
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.stages.dpo import dpo_loss
 from small_models import FAMILIES, build, examples, packed

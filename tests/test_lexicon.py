@@ -6,9 +6,9 @@ import zipfile
 import pytest
 
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.evaluation.lexicon import from_lists, mean_valence, read_lexicon
-from dpo_cli.evaluation.scorers import Completed
 from dpo_cli.grammar import positive_probability
+from dpo_cli.rewards.lexicon import from_lists, mean_valence, read_lexicon
+from dpo_cli.rewards.scorers import Completed
 from scoring_helpers import scorer, texts
 
 

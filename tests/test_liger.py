@@ -12,10 +12,11 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import attention, liger
-from dpo_cli.model.attention import Placement
+from dpo_cli.model import liger
+from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.fuse import fuse_gelu
-from dpo_cli.stages import session
+from dpo_cli.session import session
 from small_models import build, examples, gradients, packed, packed_loss
 from small_runs import train
 
@@ -126,7 +127,7 @@ import sys
 sys.path.insert(0, "tests")
 import torch
 from dpo_cli.model import liger
-from dpo_cli.model.attention import Placement
+from dpo_cli.model.attention.registered import Placement
 from test_liger import model_of
 print(liger.replace(model_of(sys.argv[1]), liger.kernels(), Placement()))
 """

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.generate import SamplingOptions, sample
 from dpo_cli.model.load import load_model, load_tokenizer
+from dpo_cli.model.sampling.generate import SamplingOptions, sample
 from small_runs import configure, train
 
 

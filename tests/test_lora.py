@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dpo_cli.config import LoraConfig, ModelConfig, OptimConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import adapters, lora, quantise
-from dpo_cli.model.adapters import REFERENCE, TRAINED, Adaptation, adapter_as
-from dpo_cli.model.attention import Placement
+from dpo_cli.model.adapters import active as adapters
+from dpo_cli.model.adapters import lora
+from dpo_cli.model.adapters import quantize as quantise
+from dpo_cli.model.adapters.active import REFERENCE, TRAINED, Adaptation, adapter_as
+from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.digest import model_digest
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.model.load import load_model, load_tokenizer

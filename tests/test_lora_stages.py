@@ -16,7 +16,7 @@ from dpo_cli.durable import file_digest
 from dpo_cli.errors import ConfigError
 from dpo_cli.model import load
 from dpo_cli.plan.dry_run import plan_rows
-from dpo_cli.stages import reference
+from dpo_cli.session import reference
 from dpo_cli.train import loop
 from small_adapters import plain_logprobs, rows, write_base
 from small_runs import TINY, configure, metrics, train

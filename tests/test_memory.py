@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from dpo_cli.errors import ConfigError, OutOfMemory
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
-from dpo_cli.stages import dpo, ppo_baseline, reference, reward, rollout, sft
+from dpo_cli.session import reference
+from dpo_cli.stages import dpo, ppo_baseline, reward, rollout, sft
 from dpo_cli.train import loop
 from dpo_cli.train.memory import TokenBudget, ran_out, within
 from dpo_cli.train.prefetch import Prefetch

@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 from dpo_cli.config import HardwareConfig, LoraConfig, OptimConfig
 from dpo_cli.model import forward
-from dpo_cli.model.attention import use
-from dpo_cli.model.casts import leave_casts_to_autocast
+from dpo_cli.model.adapters.casts import leave_casts_to_autocast
+from dpo_cli.model.attention.registered import use
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.packing import pack
 from dpo_cli.plan.memory.activations import Numbers, Rows, Trained, block_bytes, kept_bytes

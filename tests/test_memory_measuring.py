@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_cli.evaluation import measure
+from dpo_cli.rewards import implicit, scoring
 from dpo_cli.run import run
-from dpo_cli.stages import implicit, measure, scoring
 from dpo_cli.train.memory import TokenBudget, within
 from small_runs import configure, train
 from test_memory import Machine

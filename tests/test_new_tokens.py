@@ -15,7 +15,7 @@ from dpo_cli.plan.lengths import planned_texts
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import Progress
 from dpo_cli.report.page import write_run_report
-from dpo_cli.stages.lengths import finished_share, needed_tokens, unfinished_line, with_new_tokens
+from dpo_cli.session.lengths import finished_share, needed_tokens, unfinished_line, with_new_tokens
 from judge_server import prefers_longer, serving
 from small_runs import configure, train
 

@@ -18,10 +18,11 @@ from transformers import (
 import small_tokenizers
 from dpo_cli import durable
 from dpo_cli.errors import ConfigError
-from dpo_cli.evaluation.scorers import Completed
-from dpo_cli.model import attention
-from dpo_cli.stages import normalisation, scoring
-from dpo_cli.stages.scoring import load_scorer
+from dpo_cli.model.attention import registered as attention
+from dpo_cli.rewards import normalization as normalisation
+from dpo_cli.rewards import scoring
+from dpo_cli.rewards.scorers import Completed
+from dpo_cli.rewards.scoring import load_scorer
 from scoring_helpers import scorer, session_of, texts
 from small_runs import train
 from test_scoring import saved

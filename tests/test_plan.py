@@ -11,7 +11,7 @@ from dpo_cli.distributed.ranks import Ranks
 from dpo_cli.errors import ConfigError
 from dpo_cli.model.source import model_folder
 from dpo_cli.plan.dry_run import device_line, plan_rows
-from dpo_cli.stages.rows import begin_training
+from dpo_cli.session.rows import begin_training
 from dpo_cli.train.runtime import Runtime
 from small_adapters import write_base
 from small_runs import TINY, configure, train

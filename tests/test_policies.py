@@ -7,7 +7,13 @@ import json
 import pytest
 
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.stages.policies import POINT_KEYS, find_policies, method_of, reference_of, setting_of
+from dpo_cli.evaluation.policies import (
+    POINT_KEYS,
+    find_policies,
+    method_of,
+    reference_of,
+    setting_of,
+)
 from small_runs import configure
 
 

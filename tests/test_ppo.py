@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 from dpo_cli import packing
 from dpo_cli.durable import file_digest
 from dpo_cli.errors import ConfigError, Preempted
-from dpo_cli.evaluation.scorers import Completed
-from dpo_cli.model.attention import attention_as
-from dpo_cli.ppo_math import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
+from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
+from dpo_cli.model.attention.registered import attention_as
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import Progress
+from dpo_cli.rewards.scorers import Completed
+from dpo_cli.session.prompts import distinct_prompts
+from dpo_cli.session.session import Session, load_policy_and_data
 from dpo_cli.stages import ppo_baseline, rollout
-from dpo_cli.stages.sample import distinct_prompts
-from dpo_cli.stages.session import Session, load_policy_and_data
 from dpo_cli.train import checkpoint, loop
 from dpo_cli.train.runtime import start_runtime
 from small_runs import TINY, configure, metrics, train

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpo_cli.logprobs import Head, logits_of
-from dpo_cli.ppo_math import (
+from dpo_cli.losses.ppo import (
     AdaptiveKl,
     FixedKl,
     advantages_and_returns,

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import attention
+from dpo_cli.model.attention import registered as attention
 from dpo_cli.model.dropout import set_dropout
 from dpo_cli.model.recompute import recompute_blocks
 from small_models import FAMILIES, build, examples, gradients, packed, packed_loss

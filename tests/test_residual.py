@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import attention, forward
+from dpo_cli.model import forward
+from dpo_cli.model.attention import registered as attention
 from dpo_cli.model.fuse import round_residual
 from small_models import build, examples, gradients, packed, packed_loss
 from small_runs import configure, metrics, train

@@ -9,12 +9,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import small_tokenizers
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import attention, decode_trial, forward, generate, rope
-from dpo_cli.model.attention import Placement, kernel_of
+from dpo_cli.model import forward, rope
+from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention.probe import choose_attention
+from dpo_cli.model.attention.registered import Placement, kernel_of
 from dpo_cli.model.classifier import Classifier
-from dpo_cli.model.generate import SamplingOptions, sample
-from dpo_cli.model.probe import choose_attention
 from dpo_cli.model.reward import rewards
+from dpo_cli.model.sampling import generate
+from dpo_cli.model.sampling import trial as decode_trial
+from dpo_cli.model.sampling.generate import SamplingOptions, sample
 from dpo_cli.packing import pack, pack_all, pack_sorted
 from dpo_cli.records import EncodedExample
 from small_models import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_cli.stages.sampling import completion_text, text_of
+from dpo_cli.session.sampling import completion_text, text_of
 from small_runs import train
 from small_tokenizers import byte_level, llama, words
 

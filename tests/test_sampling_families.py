@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention import attention_as
-from dpo_cli.model.decode_trial import way_of
-from dpo_cli.model.generate import SamplingOptions, sample
+from dpo_cli.model.attention.registered import attention_as
+from dpo_cli.model.sampling.generate import SamplingOptions, sample
+from dpo_cli.model.sampling.trial import way_of
 from families import FAMILIES, VOCABULARY, build, known_here
 
 PROMPTS = [

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_cli.model import forward, generate, static_cache
-from dpo_cli.model.generate import SamplingOptions, sample
-from dpo_cli.model.stepper import Stepper
+from dpo_cli.model import forward
+from dpo_cli.model.sampling import generate, static_cache
+from dpo_cli.model.sampling.generate import SamplingOptions, sample
+from dpo_cli.model.sampling.stepper import Stepper
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 from small_models import compute_in_float64

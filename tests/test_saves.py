@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from dpo_cli.durable import damage, file_digest
+from dpo_cli.durable.tensors import DTYPES
 from dpo_cli.errors import ConfigError, DiskError, NonFiniteError, Preempted
-from dpo_cli.tensor_file import DTYPES
 from dpo_cli.train import checkpoint, contents, host_copy, loop, saving
 from dpo_cli.train.pace import FIRST_SECONDS, FREE_SECONDS, SHARE, Pace
 from small_runs import configure, metrics, train

@@ -21,8 +21,8 @@ from transformers import (
 
 import small_tokenizers
 from dpo_cli.errors import ConfigError, NonFiniteError
-from dpo_cli.evaluation.scorers import Completed
-from dpo_cli.stages.scoring import load_scorer
+from dpo_cli.rewards.scorers import Completed
+from dpo_cli.rewards.scoring import load_scorer
 from scoring_helpers import scorer, session_of, texts
 
 WORDS = (

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_cli.evaluation.scorers import Completed
-from dpo_cli.model.attention import kernel_of
-from dpo_cli.stages import scoring
+from dpo_cli.model.attention.registered import kernel_of
+from dpo_cli.rewards import scoring
+from dpo_cli.rewards.scorers import Completed
 from dpo_cli.train.runtime import Runtime
 from scoring_helpers import session_of
 from small_runs import TINY, configure, train

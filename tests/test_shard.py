@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from dpo_cli.distributed.fsdp import gathered, make_mesh, shard
-from dpo_cli.model import generate
-from dpo_cli.model.generate import SamplingOptions, sample
+from dpo_cli.model.sampling import generate
+from dpo_cli.model.sampling.generate import SamplingOptions, sample
 from test_generate import EOS, PAD, PROMPTS, build, quiet
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dpo_cli.evaluation.statistics import Bin, calibration_error, reliability, win_rate
+from dpo_cli.statistics import Bin, calibration_error, reliability, win_rate
 
 
 def test_calibration_by_hand():

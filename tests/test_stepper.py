@@ -10,10 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
-from dpo_cli.model import forward, generate, static_cache, stepper
-from dpo_cli.model.decode_trial import shares_prompts
-from dpo_cli.model.generate import SamplingOptions, sample
-from dpo_cli.model.stepper import Stepper, can_step
+from dpo_cli.model import forward
+from dpo_cli.model.sampling import generate, static_cache, stepper
+from dpo_cli.model.sampling.generate import SamplingOptions, sample
+from dpo_cli.model.sampling.stepper import Stepper, can_step
+from dpo_cli.model.sampling.trial import shares_prompts
 from small_models import FAMILIES, compute_in_float64
 from test_generate import (
     EOS,

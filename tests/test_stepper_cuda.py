@@ -8,12 +8,13 @@ import torch
 from peft import LoraConfig
 
 import small_models
-from dpo_cli.model import forward, stepper
-from dpo_cli.model.attention import Placement
-from dpo_cli.model.generate import SamplingOptions, sample
-from dpo_cli.model.graphs import Graphs
-from dpo_cli.model.probe import choose_attention
-from dpo_cli.model.stepper import Stepper, can_step, has_kernel
+from dpo_cli.model import forward
+from dpo_cli.model.attention.probe import choose_attention
+from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.sampling import stepper
+from dpo_cli.model.sampling.generate import SamplingOptions, sample
+from dpo_cli.model.sampling.graphs import Graphs
+from dpo_cli.model.sampling.stepper import Stepper, can_step, has_kernel
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 from test_generate import (

@@ -14,7 +14,7 @@ from dpo_cli.durable import damage
 from dpo_cli.errors import DataError
 from dpo_cli.records import EncodedExample
 from dpo_cli.run import run
-from dpo_cli.stages.trained import MANY, refuse_same
+from dpo_cli.session.trained import MANY, refuse_same
 from small_runs import TINY, configure
 from small_runs import train as train_tiny
 

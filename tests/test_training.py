@@ -93,7 +93,7 @@ def test_cached_reference_equals_live(sft, tmp_path):
 
 
 def test_a_sweep_shares_one_reference_pass(sft, tmp_path, monkeypatch):
-    from dpo_cli.stages import reference
+    from dpo_cli.session import reference
 
     passes = []
     real = reference.compute

@@ -13,16 +13,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.errors import NonFiniteError
-from dpo_cli.model import adapters, digest, lora, quantise
+from dpo_cli.model import digest
 from dpo_cli.model import skeleton as modules_of_skeleton
-from dpo_cli.model.adapters import Adaptation
-from dpo_cli.model.attention import Placement, kernel_of
+from dpo_cli.model.adapters import active as adapters
+from dpo_cli.model.adapters import lora
+from dpo_cli.model.adapters import quantize as quantise
+from dpo_cli.model.adapters.active import Adaptation
+from dpo_cli.model.attention.probe import choose_attention
+from dpo_cli.model.attention.registered import Placement, kernel_of
 from dpo_cli.model.digest import loaded_digest, model_digest
 from dpo_cli.model.load import load_model, load_tokenizer
-from dpo_cli.model.probe import choose_attention
 from dpo_cli.model.skeleton import ROWS, skeleton
 from dpo_cli.model.stored import hold, stored_dtype, weight_files
-from dpo_cli.stages import session
+from dpo_cli.session import session
 from small_adapters import write_base
 from small_models import FAMILIES, SMALL
 from small_runs import train
@@ -404,11 +407,12 @@ import re, sys, torch
 from functools import partial
 import torch.distributed as dist
 from dpo_cli.config import LoraConfig, ModelConfig
-from dpo_cli.model import load, lora
-from dpo_cli.model.adapters import Adaptation
-from dpo_cli.model.attention import Placement
+from dpo_cli.model import load
+from dpo_cli.model.adapters import lora
+from dpo_cli.model.adapters.active import Adaptation
+from dpo_cli.model.attention.registered import Placement
 from dpo_cli.distributed.fsdp import make_mesh, shard
-from dpo_cli.stages.session import _arrived
+from dpo_cli.session.session import _arrived
 from dpo_cli.train.runtime import quiet_libraries
 
 quiet_libraries()

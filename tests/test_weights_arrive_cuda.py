@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_cli.config import HardwareConfig, LoraConfig
-from dpo_cli.model import adapters, quantise
-from dpo_cli.model.attention import Placement
+from dpo_cli.model.adapters import active as adapters
+from dpo_cli.model.adapters import quantize as quantise
+from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.skeleton import skeleton
 from dpo_cli.plan.memory.facts import room
 from gpu_runs import DEVICE

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_cli.config import HardwareConfig, OptimConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.stages.precision import hold_as_trained
+from dpo_cli.session.precision import hold_as_trained
 from dpo_cli.train import loop
 from dpo_cli.train.optim import build_optimizer, global_grad_norm, take_step, warmup_steps
 from dpo_cli.train.rounding import changed_share, rounding_note, watch

@@ -14,10 +14,10 @@ import toy_space
 from composing import composed, problems
 from dpo_cli.config.read import prepare
 from dpo_cli.errors import ConfigError
-from dpo_cli.evaluation.statistics import win_rate
 from dpo_cli.report import win_rates as picture
 from dpo_cli.report.console import Progress
 from dpo_cli.run import run
+from dpo_cli.statistics import win_rate
 from judge_server import KEY, part, serving
 from small_runs import configure
 from toy_space import NEW_TOKENS, mean_valence

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from dpo_cli.evaluation.scorers import Completed, Scorer
+from dpo_cli.rewards.scorers import Completed, Scorer
 
 
 class Verdict(StrEnum):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.evaluation.statistics import mean_and_error
+from dpo_cli.statistics import mean_and_error
 
 Row = Mapping[str, Any]  # of points.jsonl, with numbers for kl and reward
 LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # nats

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from dpo_cli.distributed.fsdp import find_blocks
-from dpo_cli.model import varlen
-from dpo_cli.model.adapters import layers
-from dpo_cli.model.attention import PACKED, kernel_of
+from dpo_cli.model.adapters.active import layers
+from dpo_cli.model.attention import varlen
+from dpo_cli.model.attention.registered import PACKED, kernel_of
 
 Forward = Callable[[Tensor], Any]  # a block's, of all its other arguments
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention import Placement
+from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.load import context_length, hf_config
 from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.rope import apart

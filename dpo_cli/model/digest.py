@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.distributed.fsdp import whole
 from dpo_cli.distributed.ranks import current
-from dpo_cli.model import adapters
+from dpo_cli.model.adapters import active as adapters
 
 # Entries of a model's configuration that do not change what it computes.
 NOT_THE_FUNCTION = ("_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")

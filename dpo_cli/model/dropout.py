@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_cli.model.adapters import layers
+from dpo_cli.model.adapters.active import layers
 
 
 def set_dropout(model: PreTrainedModel, rate: float) -> None:

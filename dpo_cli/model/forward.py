@@ -17,7 +17,7 @@ from dpo_cli.logprobs import (
     sum_by_sequence,
     target_logprobs,
 )
-from dpo_cli.model import attention
+from dpo_cli.model.attention import registered as attention
 from dpo_cli.model.blocks import BLOCKS
 from dpo_cli.model.fuse import RESIDUAL
 from dpo_cli.model.rope import cuts_of

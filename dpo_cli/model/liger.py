@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention import Placement
+from dpo_cli.model.attention.registered import Placement
 
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCE = {True: 2e-2, False: 1e-4}  # relative; in half precision, in float32

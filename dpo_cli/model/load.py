@@ -21,13 +21,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.grammar.tokenizer import build_tokenizer
-from dpo_cli.model import adapters
-from dpo_cli.model.adapter_base import embedding_rows, takes_out
-from dpo_cli.model.adapters import Adaptation
-from dpo_cli.model.attention import Placement
+from dpo_cli.model.adapters import active as adapters
+from dpo_cli.model.adapters.active import Adaptation
+from dpo_cli.model.adapters.base import embedding_rows, takes_out
+from dpo_cli.model.attention.probe import choose_attention, refuse_unavailable
+from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.dropout import set_dropout
 from dpo_cli.model.fuse import fuse_gelu, skip_padding_check
-from dpo_cli.model.probe import choose_attention, refuse_unavailable
 from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.source import (
     Origin,
@@ -108,7 +108,7 @@ def adapt(
 ) -> None:
     """Freeze a loaded base and put in the adapter to train: a new one, that of `config`'s folder,
     or that of the checkpoint. The base is rounded to what `on` computes in."""
-    from dpo_cli.model import casts, lora  # PEFT is slow to import
+    from dpo_cli.model.adapters import casts, lora  # PEFT is slow to import
 
     origin = origin_of(config, key)
     made = lora.adapter_config(adaptation.settings, origin, task, key)
@@ -235,7 +235,7 @@ def count_trained(
 ) -> int:
     """Number of weights that an adapter trains, without loading any. ConfigError for layers that
     cannot be adapted."""
-    from dpo_cli.model import lora  # PEFT is slow to import
+    from dpo_cli.model.adapters import lora  # PEFT is slow to import
 
     task = adapters.POLICY_TASK if auto is AutoModelForCausalLM else adapters.REWARD_TASK
     model = _without_weights(config, tokenizer, auto, key)

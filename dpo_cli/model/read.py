@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import adapters
-from dpo_cli.model.adapter_base import changes_base, fit_embedding
-from dpo_cli.model.adapters import REWARD_HEAD, Adaptation
-from dpo_cli.model.attention import Placement
+from dpo_cli.model.adapters import active as adapters
+from dpo_cli.model.adapters.active import REWARD_HEAD, Adaptation
+from dpo_cli.model.adapters.base import changes_base, fit_embedding
+from dpo_cli.model.adapters.quantize import multiply_in, quantised, quantised_layers, steady
+from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.digest import hash_files, keep_digest
-from dpo_cli.model.quantise import multiply_in, quantised, quantised_layers, steady
 from dpo_cli.model.source import check_safetensors, loading, origin_of, source_of
 from dpo_cli.model.stored import hold, parameters_in, stored_dtype, weight_files
 
@@ -66,7 +66,7 @@ def read_pretrained(
         found = adapters.brought(origin.adapter)
         lacking = [name for name in missing if name not in found]
         if merged:
-            from dpo_cli.model.merge import merge  # PEFT is slow to import
+            from dpo_cli.model.adapters.merge import merge  # PEFT is slow to import
 
             merge(model, origin, key)
     other_base = not merged and changes_base(origin)

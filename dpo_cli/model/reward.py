@@ -26,8 +26,9 @@ from transformers.pytorch_utils import Conv1D
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.logprobs import promote
-from dpo_cli.model.adapters import REWARD_TASK, Adaptation, active_part
-from dpo_cli.model.attention import Placement
+from dpo_cli.model.adapters.active import REWARD_TASK, Adaptation, active_part
+from dpo_cli.model.attention.probe import choose_attention, refuse_unavailable
+from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.forward import hidden_states
 from dpo_cli.model.load import (
     adapt,
@@ -36,7 +37,6 @@ from dpo_cli.model.load import (
     hf_config,
     make_ready,
 )
-from dpo_cli.model.probe import choose_attention, refuse_unavailable
 from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.rope import cuts_of
 from dpo_cli.model.source import origin_of

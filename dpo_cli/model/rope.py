@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.layout import Layout
+from dpo_cli.model.attention.layout import Layout
 from dpo_cli.packing import kinds_of
 from dpo_cli.records import Batch, EncodedExample, Segment
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention import layout_for
+from dpo_cli.model.attention.registered import layout_for
 from dpo_cli.records import Batch
 
 KEY = "train.router_aux_loss_coef"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.model.quantise import QUANTISED, dequantised
+from dpo_cli.model.adapters.quantize import QUANTISED, dequantised
 from dpo_cli.model.stored import HALF
 
 ROWS = 64  # of the embedding and the output layer

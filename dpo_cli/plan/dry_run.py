@@ -30,7 +30,9 @@ from dpo_cli.config.endpoint import endpoint_from_environment
 from dpo_cli.config.run_data import data_line
 from dpo_cli.config.unread import unread, value_at
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
-from dpo_cli.model.attention import Placement
+from dpo_cli.evaluation.policies import PolicyPoint, find_policies, reference_of
+from dpo_cli.model.attention.probe import refuse_unavailable
+from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.classifier import classifier_config
 from dpo_cli.model.load import (
     configured_context,
@@ -38,7 +40,6 @@ from dpo_cli.model.load import (
     hf_config,
     load_tokenizer,
 )
-from dpo_cli.model.probe import refuse_unavailable
 from dpo_cli.model.reward import check_kind
 from dpo_cli.model.routers import loss_function
 from dpo_cli.plan.lengths import SCORER_KEY, facts_of, planned_runtime, steps_of, targets
@@ -51,11 +52,10 @@ from dpo_cli.plan.memory.facts import (
 from dpo_cli.plan.memory.shape import Shape, shape_of
 from dpo_cli.plan.memory.table import Row, copy_rows, memory_rows
 from dpo_cli.report.console import summary_table
-from dpo_cli.stages.policies import PolicyPoint, find_policies, reference_of
+from dpo_cli.session.prompts import distinct_prompts
+from dpo_cli.session.rows import trained_line
+from dpo_cli.session.trained import refuse_same
 from dpo_cli.stages.ppo_baseline import plan_rollouts, steps_of_rollout
-from dpo_cli.stages.rows import trained_line
-from dpo_cli.stages.sample import distinct_prompts
-from dpo_cli.stages.trained import refuse_same
 from dpo_cli.train.runtime import Runtime
 
 NO_REFERENCE = "none: the KL is not measured (stage.reference)"

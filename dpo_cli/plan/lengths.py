@@ -49,8 +49,8 @@ from dpo_cli.plan.memory.facts import (
 )
 from dpo_cli.plan.memory.shape import Shape, shape_of
 from dpo_cli.records import EncodedExample
-from dpo_cli.stages.lengths import needed_tokens
-from dpo_cli.stages.sample import distinct_prompts
+from dpo_cli.session.lengths import needed_tokens
+from dpo_cli.session.prompts import distinct_prompts
 from dpo_cli.train.runtime import Runtime, start_runtime
 
 SCORER_KEY = "reward_fn.path"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from dpo_cli.config import STAGES
-from dpo_cli.stages.session import Stage
+from dpo_cli.session.session import Stage
 
 
 def load_stage(name: str) -> Stage:

@@ -15,14 +15,14 @@ from dpo_cli.config import LOSS_FACTS, DpoConfig
 from dpo_cli.errors import DataError
 from dpo_cli.logprobs import sum_by_sequence
 from dpo_cli.losses import LOSSES, RankedLogprobs, preferences
-from dpo_cli.model.adapters import is_adapted
+from dpo_cli.model.adapters.active import is_adapted
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
-from dpo_cli.stages import reference
-from dpo_cli.stages.balance import balanced
-from dpo_cli.stages.precision import quantised_base
-from dpo_cli.stages.reference import Reference, keep_start, load_reference
-from dpo_cli.stages.rows import (
+from dpo_cli.session import reference
+from dpo_cli.session.balance import balanced
+from dpo_cli.session.precision import quantised_base
+from dpo_cli.session.reference import Reference, keep_start, load_reference
+from dpo_cli.session.rows import (
     batches_of,
     begin_training,
     check_lengths,
@@ -31,9 +31,9 @@ from dpo_cli.stages.rows import (
     step_plan,
     with_interval,
 )
-from dpo_cli.stages.sampling import sample_writer
-from dpo_cli.stages.session import Loaded, Session, load_policy_and_data
-from dpo_cli.stages.trained import trained_files
+from dpo_cli.session.sampling import sample_writer
+from dpo_cli.session.session import Loaded, Session, load_policy_and_data
+from dpo_cli.session.trained import trained_files
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 

@@ -16,15 +16,9 @@ from transformers import PreTrainedModel
 from dpo_cli.config import EvaluateConfig
 from dpo_cli.durable import write_bytes
 from dpo_cli.errors import ConfigError
-from dpo_cli.evaluation.scorers import as_text
-from dpo_cli.model.generate import Completion, SamplingOptions
-from dpo_cli.model.load import load_tokenizer
-from dpo_cli.model.source import model_folder
-from dpo_cli.report.files import encode, to_json
-from dpo_cli.stages import optimum
-from dpo_cli.stages.bench import Bench, set_up
-from dpo_cli.stages.lengths import new_tokens, unfinished_line
-from dpo_cli.stages.measure import (
+from dpo_cli.evaluation import optimum
+from dpo_cli.evaluation.bench import Bench, set_up
+from dpo_cli.evaluation.measure import (
     Tick,
     divergence_figures,
     divergences,
@@ -34,14 +28,20 @@ from dpo_cli.stages.measure import (
     text_figures,
     texts_of,
 )
-from dpo_cli.stages.optimum import Optimum
-from dpo_cli.stages.policies import PolicyPoint, find_policies
-from dpo_cli.stages.sample import write_rows
-from dpo_cli.stages.sampling import decoded_together, draw_samples
-from dpo_cli.stages.scoring import scorer_digest
-from dpo_cli.stages.session import Session, load
-from dpo_cli.stages.trained import trained_share
-from dpo_cli.stages.win_rate import WinRates, win_rates
+from dpo_cli.evaluation.optimum import Optimum
+from dpo_cli.evaluation.policies import PolicyPoint, find_policies
+from dpo_cli.evaluation.win_rate import WinRates, win_rates
+from dpo_cli.model.load import load_tokenizer
+from dpo_cli.model.sampling.generate import Completion, SamplingOptions
+from dpo_cli.model.source import model_folder
+from dpo_cli.report.files import encode, to_json
+from dpo_cli.rewards.scorers import as_text
+from dpo_cli.rewards.scoring import scorer_digest
+from dpo_cli.session.lengths import new_tokens, unfinished_line
+from dpo_cli.session.prompts import write_rows
+from dpo_cli.session.sampling import decoded_together, draw_samples
+from dpo_cli.session.session import Session, load
+from dpo_cli.session.trained import trained_share
 
 WIN_RATE = r"win_rate_t[\d.e+-]+"  # without its interval, _low and _high
 ROUND = 128  # completions of a prompt at once, where a GPU's memory decides on prompts

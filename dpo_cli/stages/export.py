@@ -25,6 +25,7 @@ from transformers import (
 from dpo_cli.config import ExportConfig, ModelConfig
 from dpo_cli.data.trained import TRAINED_PROMPTS
 from dpo_cli.errors import ConfigError
+from dpo_cli.evaluation.policies import run_of
 from dpo_cli.model.classifier import CLASSIFIER
 from dpo_cli.model.load import hf_config, load_tokenizer
 from dpo_cli.model.read import read_pretrained
@@ -32,9 +33,8 @@ from dpo_cli.model.reward import set_padding
 from dpo_cli.model.source import Origin, model_folder, origin_of, source_of
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.files import versions
-from dpo_cli.stages.policies import run_of
-from dpo_cli.stages.precision import QUANTIZATION
-from dpo_cli.stages.session import Session, base_provenance
+from dpo_cli.session.precision import QUANTIZATION
+from dpo_cli.session.session import Session, base_provenance
 from dpo_cli.train.checkpoint import PROVENANCE, save_final
 
 MODEL_FACTS = ("name", "hub_id", "revision", "path")

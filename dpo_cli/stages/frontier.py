@@ -34,8 +34,8 @@ from dpo_cli.report.frontier import (
     rich_table,
     with_error,
 )
-from dpo_cli.stages.lengths import new_tokens_of
-from dpo_cli.stages.session import Session
+from dpo_cli.session.lengths import new_tokens_of
+from dpo_cli.session.session import Session
 
 OPTIMUM, BEST_OF = "optimum", "best-of-n"
 AT_REFERENCE = 1e-3  # nats: a method that goes no further is the reference itself

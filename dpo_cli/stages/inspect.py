@@ -9,7 +9,7 @@ from rich.console import Console
 from dpo_cli.config import InspectConfig
 from dpo_cli.data.show import describe
 from dpo_cli.model.load import configured_context, load_tokenizer
-from dpo_cli.stages.session import Session, load_data
+from dpo_cli.session.session import Session, load_data
 
 
 def run(session: Session) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from dpo_cli.data.drops import BadRow
 from dpo_cli.durable import mismatch
 from dpo_cli.errors import DataError
 from dpo_cli.evaluation.labels import Pair, all_pairs, bradley_terry, flipped
-from dpo_cli.evaluation.scorers import Completed, Scorer
 from dpo_cli.records import Prompt
-from dpo_cli.stages.implicit import implicit_reward
-from dpo_cli.stages.sample import write_rows
-from dpo_cli.stages.scoring import load_scorer
-from dpo_cli.stages.session import Session
+from dpo_cli.rewards.implicit import implicit_reward
+from dpo_cli.rewards.scorers import Completed, Scorer
+from dpo_cli.rewards.scoring import load_scorer
+from dpo_cli.session.prompts import write_rows
+from dpo_cli.session.session import Session
 
 ROWS_AT_ONCE = 512  # a call of the scorer: full batches of like lengths, and an ETA
 

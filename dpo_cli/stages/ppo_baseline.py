@@ -17,14 +17,19 @@ from torch import Tensor
 from dpo_cli.config import PpoConfig, RunConfig
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError
-from dpo_cli.evaluation.statistics import mean_and_error
 from dpo_cli.logprobs import fused_loss, sum_by_sequence
+from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.model.forward import head_of, target_states
-from dpo_cli.ppo_math import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.records import Batch, EncodedExample, LossOutput
-from dpo_cli.stages.lengths import finished_share, new_tokens, unfinished_line, with_new_tokens
-from dpo_cli.stages.precision import quantised_base
-from dpo_cli.stages.reference import keep_start, load_reference, reference_path
+from dpo_cli.rewards.scoring import load_scorer, scorer_digest
+from dpo_cli.session.lengths import finished_share, new_tokens, unfinished_line, with_new_tokens
+from dpo_cli.session.precision import quantised_base
+from dpo_cli.session.prompts import distinct_prompts, source_prompts
+from dpo_cli.session.reference import keep_start, load_reference, reference_path
+from dpo_cli.session.rows import begin_training, packed_rows
+from dpo_cli.session.sampling import sample_writer
+from dpo_cli.session.session import Loaded, Session, load_policy_and_data
+from dpo_cli.session.trained import trained_files
 from dpo_cli.stages.rollout import (
     Actors,
     Rollout,
@@ -38,12 +43,7 @@ from dpo_cli.stages.rollout import (
     values_of,
     with_samples,
 )
-from dpo_cli.stages.rows import begin_training, packed_rows
-from dpo_cli.stages.sample import distinct_prompts, source_prompts
-from dpo_cli.stages.sampling import sample_writer
-from dpo_cli.stages.scoring import load_scorer, scorer_digest
-from dpo_cli.stages.session import Loaded, Session, load_policy_and_data
-from dpo_cli.stages.trained import trained_files
+from dpo_cli.statistics import mean_and_error
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 

@@ -14,14 +14,13 @@ from transformers import PreTrainedModel
 
 from dpo_cli.config import RewardConfig
 from dpo_cli.errors import DataError
-from dpo_cli.evaluation.statistics import calibration_error, reliability
 from dpo_cli.losses import reward_loss
 from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.records import Batch, EncodedExample, LossOutput
-from dpo_cli.stages.balance import balanced
-from dpo_cli.stages.normalisation import normalise
-from dpo_cli.stages.precision import quantised_base
-from dpo_cli.stages.rows import (
+from dpo_cli.rewards.normalization import normalise
+from dpo_cli.session.balance import balanced
+from dpo_cli.session.precision import quantised_base
+from dpo_cli.session.rows import (
     batches_of,
     begin_training,
     check_lengths,
@@ -29,8 +28,9 @@ from dpo_cli.stages.rows import (
     step_plan,
     with_interval,
 )
-from dpo_cli.stages.session import Session, load_policy_and_data
-from dpo_cli.stages.trained import trained_files
+from dpo_cli.session.session import Session, load_policy_and_data
+from dpo_cli.session.trained import trained_files
+from dpo_cli.statistics import calibration_error, reliability
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import Totals, TrainTask
 

@@ -11,12 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import PpoConfig
-from dpo_cli.evaluation.scorers import Completed, Scorer
-from dpo_cli.evaluation.statistics import mean_and_error
 from dpo_cli.logprobs import Head, promote, target_logprobs
-from dpo_cli.model.forward import head_of, target_states
-from dpo_cli.model.generate import Completion, SamplingOptions
-from dpo_cli.ppo_math import (
+from dpo_cli.losses.ppo import (
     AdaptiveKl,
     FixedKl,
     Normaliser,
@@ -26,12 +22,16 @@ from dpo_cli.ppo_math import (
     token_rewards,
     whiten,
 )
+from dpo_cli.model.forward import head_of, target_states
+from dpo_cli.model.sampling.generate import Completion, SamplingOptions
 from dpo_cli.records import Batch, EncodedExample, Prompt
-from dpo_cli.stages.lengths import new_tokens
-from dpo_cli.stages.reference import Reference
-from dpo_cli.stages.rows import over_rows
-from dpo_cli.stages.sampling import completion_text, decoded_together, draw_samples
-from dpo_cli.stages.session import Session
+from dpo_cli.rewards.scorers import Completed, Scorer
+from dpo_cli.session.lengths import new_tokens
+from dpo_cli.session.reference import Reference
+from dpo_cli.session.rows import over_rows
+from dpo_cli.session.sampling import completion_text, decoded_together, draw_samples
+from dpo_cli.session.session import Session
+from dpo_cli.statistics import mean_and_error
 
 FALSE_KL = -3.0  # standard errors below zero at which a mean KL says that something is wrong
 

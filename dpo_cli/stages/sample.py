@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, cast
 
-from transformers import PreTrainedTokenizerFast
-
 from dpo_cli.config import SampleConfig
-from dpo_cli.data.dataset import load_splits
-from dpo_cli.durable import write_checked_text
-from dpo_cli.model.generate import SamplingOptions
 from dpo_cli.model.load import context_length, load_tokenizer
-from dpo_cli.records import EncodedExample, Prompt
-from dpo_cli.stages.lengths import finished_share, new_tokens, unfinished_line, with_new_tokens
-from dpo_cli.stages.sampling import complete, decoded_together
-from dpo_cli.stages.session import Session, load, load_data
+from dpo_cli.model.sampling.generate import SamplingOptions
+from dpo_cli.session.lengths import finished_share, new_tokens, unfinished_line, with_new_tokens
+from dpo_cli.session.prompts import distinct_prompts, source_prompts, write_rows
+from dpo_cli.session.sampling import complete, decoded_together
+from dpo_cli.session.session import Session, load, load_data
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -83,27 +77,3 @@ def counts(prompts: int, completions: list[dict[str, Any]]) -> dict[str, float]:
         "tokens": sum(c["tokens"] for c in completions),
         **finished_share([c["finished"] for c in completions], prompts),
     }
-
-
-def source_prompts(
-    session: Session, tokenizer: PreTrainedTokenizerFast
-) -> dict[str, dict[int, Prompt]]:
-    """split -> row -> the prompt as the source has it: text, or the messages of a chat."""
-    splits = load_splits(session.config.data, session.config.seed, tokenizer)
-    return {
-        "train": {e.row: e.prompt for e in splits.train},
-        "eval": {e.row: e.prompt for e in splits.eval},
-    }
-
-
-def distinct_prompts(examples: list[EncodedExample]) -> list[EncodedExample]:
-    """The first example of each prompt."""
-    first: dict[bytes, EncodedExample] = {}
-    for example in examples:
-        first.setdefault(example.prompt_ids.tobytes(), example)
-    return list(first.values())
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """JSON lines, written whole or not at all, with their checksum."""
-    write_checked_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

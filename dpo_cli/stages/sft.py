@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from dpo_cli.config import SftConfig
 from dpo_cli.model.forward import loss_and_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
-from dpo_cli.stages.balance import balanced
-from dpo_cli.stages.precision import quantised_base
-from dpo_cli.stages.rows import (
+from dpo_cli.session.balance import balanced
+from dpo_cli.session.precision import quantised_base
+from dpo_cli.session.rows import (
     batches_of,
     begin_training,
     check_lengths,
@@ -23,9 +23,9 @@ from dpo_cli.stages.rows import (
     mean_figures,
     step_plan,
 )
-from dpo_cli.stages.sampling import sample_writer
-from dpo_cli.stages.session import Loaded, Session, load_policy_and_data
-from dpo_cli.stages.trained import trained_files
+from dpo_cli.session.sampling import sample_writer
+from dpo_cli.session.session import Loaded, Session, load_policy_and_data
+from dpo_cli.session.trained import trained_files
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 

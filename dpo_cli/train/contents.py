@@ -23,7 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from dpo_cli.durable import disk_errors
-from dpo_cli.tensor_file import write_tensors
+from dpo_cli.durable.tensors import write_tensors
 
 PROVENANCE = "dpo_run.json"
 HEADS = "heads.safetensors"

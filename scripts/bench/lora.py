@@ -36,8 +36,8 @@ def save_start(model_folder: str, r: int, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from dpo_cli.config import LoraConfig, ModelConfig
-    from dpo_cli.model import lora
-    from dpo_cli.model.adapters import POLICY_TASK
+    from dpo_cli.model.adapters import lora
+    from dpo_cli.model.adapters.active import POLICY_TASK
     from dpo_cli.model.source import origin_of
 
     settings = LoraConfig(name="lora", r=r, alpha=float(alpha(r)))

@@ -25,8 +25,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpo_cli.config import OptimConfig
 from dpo_cli.durable import damage
+from dpo_cli.durable.tensors import write_tensors
 from dpo_cli.grammar.tokenizer import build_tokenizer
-from dpo_cli.tensor_file import write_tensors
 from dpo_cli.train import checkpoint, contents, loop
 from dpo_cli.train.host_copy import HostCopy
 from dpo_cli.train.optim import build_optimizer, take_step

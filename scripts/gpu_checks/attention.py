@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dpo_cli.model import kernels
-from dpo_cli.model.attention import PACKED
-from dpo_cli.model.kernels import Call
-from dpo_cli.model.layouts import LAYOUTS
+from dpo_cli.model.attention import products as kernels
+from dpo_cli.model.attention.layouts import LAYOUTS
+from dpo_cli.model.attention.products import Call
+from dpo_cli.model.attention.registered import PACKED
 from dpo_cli.records import Segment
 from scripts.gpu_checks.facts import Fact, Setup
 

@@ -12,9 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpo_cli.config import DpoConfig
 from dpo_cli.model import forward
-from dpo_cli.model.attention import Placement, kernel_of, prepare
+from dpo_cli.model.attention.probe import choose_attention
+from dpo_cli.model.attention.registered import Placement, kernel_of, prepare
 from dpo_cli.model.fuse import fuse_gelu
-from dpo_cli.model.probe import choose_attention
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 from dpo_cli.stages.dpo import dpo_loss

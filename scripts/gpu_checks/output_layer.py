@@ -10,8 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from dpo_cli import fused_head
-from dpo_cli.logprobs import Head, fused_loss, target_logprobs
+from dpo_cli.logprobs import Head, fused_head, fused_loss, target_logprobs
 from scripts.gpu_checks.facts import Fact, Setup
 from scripts.measuring import best_seconds
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_cli.model.attention import use
+from dpo_cli.model.attention.registered import use
 from dpo_cli.model.fuse import fuse_gelu
 from scripts.gpu_checks.exactness import LARGE, SMALL, random_gpt2
 from scripts.gpu_checks.facts import Fact, Setup

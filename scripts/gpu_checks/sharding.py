@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dpo_cli.config import DpoConfig, OptimConfig
 from dpo_cli.distributed import checkpoint as sharded
 from dpo_cli.distributed.fsdp import gathered, make_mesh, settle, shard, whole
-from dpo_cli.model.attention import kernel_of, prepare, use
+from dpo_cli.model.attention.registered import kernel_of, prepare, use
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 from dpo_cli.stages.dpo import dpo_loss

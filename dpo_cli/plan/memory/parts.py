@@ -17,7 +17,7 @@ from dpo_cli.config import (
     spec_of,
 )
 from dpo_cli.logprobs import BLOCK_BYTES, CHUNK_BYTES, EAGER_BLOCKS
-from dpo_cli.model.attention import MOST_TOKENS
+from dpo_cli.model.attention.registered import MOST_TOKENS
 from dpo_cli.plan.memory.activations import Numbers, Rows, Trained, kept_bytes, working_bytes
 from dpo_cli.plan.memory.facts import Facts
 from dpo_cli.plan.memory.weights import (

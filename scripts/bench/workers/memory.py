@@ -11,8 +11,8 @@ import torch
 from dpo_cli.plan.lengths import plan_facts
 from dpo_cli.plan.memory.estimate import Estimate, estimate
 from dpo_cli.report.console import Progress
+from dpo_cli.session.session import Session
 from dpo_cli.stages import load_stage
-from dpo_cli.stages.session import Session
 from dpo_cli.train.runtime import start_runtime
 from scripts.bench.job import Job, peak_memory_mb, work, worker_versions
 from scripts.bench.workers.ours import training_overrides
@@ -34,7 +34,10 @@ def measure(job: Job) -> dict[str, Any]:
     runtime = start_runtime(config.hardware, config.seed)
     torch.ones(64, 64, device=runtime.device).matmul(torch.ones(64, 64, device=runtime.device))
     if config.lora.name != "none":  # what adapters import is the program's, too
-        for name in ("dpo_cli.model.lora", *(["bitsandbytes"] if config.lora.quantization else [])):
+        for name in (
+            "dpo_cli.model.adapters.lora",
+            *(["bitsandbytes"] if config.lora.quantization else []),
+        ):
             import_module(name)
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from dpo_cli.distributed import ranks
 from dpo_cli.plan.lengths import tokens_chooser
 from dpo_cli.report.console import Progress
+from dpo_cli.session.session import Session
 from dpo_cli.stages import load_stage
-from dpo_cli.stages.session import Session
 from dpo_cli.train.flops import peak_tflops
 from dpo_cli.train.runtime import start_runtime
 from scripts.bench.job import Job, Window, work

@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dpo_cli.model import attention, forward
+from dpo_cli.model import forward
+from dpo_cli.model.attention import registered as attention
 from dpo_cli.records import Batch
 from dpo_cli.stages import dpo
 from dpo_cli.train import loop

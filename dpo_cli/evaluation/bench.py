@@ -1,0 +1,145 @@
+"""What all policies of an evaluation are measured with: prompts, pairs, scorer and reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_cli.config import EvaluateConfig, NoRewardFn
+from dpo_cli.config.run_data import data_line
+from dpo_cli.data.dataset import EncodedSplits, load_encoded
+from dpo_cli.errors import ConfigError
+from dpo_cli.evaluation.measure import pairs_config
+from dpo_cli.evaluation.policies import PolicyPoint, reference_of
+from dpo_cli.model.load import configured_context, load_tokenizer
+from dpo_cli.records import EncodedExample, Prompt
+from dpo_cli.rewards.scorers import Scorer
+from dpo_cli.rewards.scoring import load_scorer
+from dpo_cli.session.lengths import new_tokens, with_new_tokens
+from dpo_cli.session.prompts import distinct_prompts, source_prompts
+from dpo_cli.session.rows import check_lengths
+from dpo_cli.session.session import Session, load_data, load_named
+from dpo_cli.session.trained import check_held_out, known_models, shared_rows
+
+TRAINING = "training prompts"  # the word beside figures that are not of held-out prompts
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all policies are measured with.
+
+    reference: None where nothing says what they should be measured against; named: as it was
+    called. examples, prompts: the same prompts as token ids and as their source has them. score:
+    None without a reward. stage: with its max_new_tokens. pairs: held-out rows of at least two
+    responses; training: whether the prompts are rows that were trained on, as far as is known.
+    models: label -> keys of what a model was trained on.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    reference: PreTrainedModel | None
+    named: str | None
+    examples: list[EncodedExample]
+    prompts: list[Prompt]
+    score: Scorer | None
+    stage: EvaluateConfig
+    pairs: list[EncodedExample] = field(default_factory=list)
+    training: bool = False
+    models: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """Figures on the prompts themselves."""
+        facts: dict[str, Any] = {"prompts": TRAINING} if self.training else {}
+        return facts | {"max_new_tokens": new_tokens(self.stage)}
+
+
+def set_up(session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint]) -> Bench:
+    """Tokenizer, prompts, scorer and reference, loaded once for all policies.
+
+    Raises DataError where rows that are said to be held out were trained on.
+    """
+    first = points[0].source
+    tokenizer = load_tokenizer(first)
+    named = named_reference(session, stage, points)
+    context = configured_context(first, tokenizer)
+    if line := data_line(session.config):
+        session.note(line)
+    splits = load_data(session, context, tokenizer)
+    models = known_models(session.config, {p.label: p.source.path for p in points})
+    chosen = distinct_prompts(splits.eval or splits.train)[: stage.prompts]
+    training = check_prompts(session, models, chosen, bool(splits.eval), len(points))
+    pairs = pairs_of(session, stage, splits, tokenizer, context)
+    if line := check_held_out(session.config, models, pairs, "held-out pairs"):
+        session.note(line)
+    sources = source_prompts(session, tokenizer)["eval" if splits.eval else "train"]
+    reference = None
+    if named is not None:
+        reference = load_named(session, named, tokenizer)
+        reference.to(session.runtime.device).eval()  # type: ignore[arg-type]
+    prompts = [sources[e.row] for e in chosen]
+    score = None if isinstance(session.config.reward_fn, NoRewardFn) else load_scorer(session)
+    stage = with_new_tokens(stage, [*splits.train, *splits.eval], session.note)
+    return Bench(
+        tokenizer, reference, named, chosen, prompts, score, stage, pairs, training, models
+    )  # fmt: skip
+
+
+def named_reference(
+    session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint]
+) -> str | None:
+    named = reference_of(stage, points)
+    if named is None:
+        session.note("no stage.reference: the KL is not measured")
+        if stage.reference_samples or stage.optimum:
+            raise ConfigError(
+                "stage.reference=null: the optimum is that of a reference; name its folder or hub "
+                "id (these policies do not say what they were trained against)"
+            )
+    elif stage.temperature != 1.0:
+        session.note(
+            f"stage.temperature={stage.temperature:g}: the KL is not measured; it is of the "
+            "policies as they are, at 1.0"
+        )
+    return named
+
+
+def check_prompts(
+    session: Session, models: dict[str, np.ndarray], chosen: Sequence[EncodedExample],
+    held_out: bool, policies: int,
+) -> bool:  # fmt: skip
+    """Whether the prompts are training prompts, which is told. Without held-out rows they are
+    taken for it, unless every policy tells what it was trained on and that is none of them."""
+    if held_out:
+        if line := check_held_out(session.config, models, chosen, "held-out prompts"):
+            session.note(line)
+        return False
+    told = "no rows are held out (data.eval_rows)"
+    counts = [int(shared_rows(chosen, keys).sum()) for keys in models.values()]
+    if len(models) >= policies and not any(counts):
+        session.note(f"{told}, and no policy was trained on any of these prompts")
+        return False
+    session.note(f"{told}: these are {TRAINING}")
+    return True
+
+
+def pairs_of(
+    session: Session, stage: EvaluateConfig, splits: EncodedSplits,
+    tokenizer: PreTrainedTokenizerFast, context: int,
+) -> list[EncodedExample]:  # fmt: skip
+    """Rows for preference accuracy: of `stage.pairs`, else the run's own held-out pairs."""
+    if stage.pairs is None:
+        paired = all(len(e.response_ids) > 1 for e in splits.eval)
+        return splits.eval if paired else []
+    config = session.config
+    found = load_encoded(
+        pairs_config(stage.pairs, config.data), tokenizer, context, config.seed,
+        Path(config.cache_dir),
+    )  # fmt: skip
+    for line in found.drops.summary_lines():
+        session.note(f"stage.pairs: {line}")
+    check_lengths(found.train, 2, "evaluate")
+    return found.train

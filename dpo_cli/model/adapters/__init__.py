@@ -1,0 +1,1 @@
+"""Adapters (PEFT): read, trained, merged, over quantized weights."""

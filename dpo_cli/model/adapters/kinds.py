@@ -1,0 +1,101 @@
+"""What PEFT says of an adapter's folder: its kind and settings, and which of them can be merged or
+trained on."""
+
+from __future__ import annotations
+
+import warnings
+
+import peft
+
+from dpo_cli.errors import ConfigError
+from dpo_cli.model.adapters.base import TAKEN_OUT, start_of
+from dpo_cli.model.source import Origin, loading
+
+SUPPORTED = {  # settings of an adapter that training goes on with
+    "r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "modules_to_save",
+    "lora_dropout", "init_lora_weights", "exclude_modules", "fan_in_fan_out",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters",
+    "trainable_token_indices", "lora_bias", "ensure_weight_tying",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",  # of a start
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
+    "revision", "inference_mode", "runtime_config",
+}  # fmt: skip
+CONVERT = (
+    "convert it where it was trained, by PEFT's save_pretrained(..., "
+    "path_initial_model_for_weight_conversion=...)"
+)
+LOST = {  # starts that changed the base by what the folder does not hold
+    "corda": "CorDA changed its base by covariances of training data",
+    "lora_ga": "LoRA-GA changed its base by gradients of training data",
+    "pissa_niter": "PiSSA's fast start changed its base by a random projection",
+}
+STARTS = ("", "gaussian", "orthogonal", "eva", *TAKEN_OUT)  # that training goes on from
+BY_INPUT = ("XLORA", "POLY", "SHADOW")  # which weights they add, the input decides
+
+
+def config_of(origin: Origin, key: str) -> peft.PeftConfig:
+    """The adapter's configuration as PEFT reads it. Raises ConfigError in one line."""
+    try:
+        with loading(str(origin.adapter), key), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return peft.PeftConfig.from_pretrained(str(origin.adapter))
+    except (TypeError, ImportError) as error:
+        raise ConfigError(
+            f"{key}={origin.adapter}: cannot be loaded: {first_line(error)}"
+        ) from error
+
+
+def trainable_config(origin: Origin, key: str) -> peft.LoraConfig:
+    """As `config_of`; ConfigError for an adapter that can only be merged."""
+    found = config_of(origin, key)
+    refuse_unmergeable(found, origin, key)
+    where, merged = f"{key}={origin.adapter}", "use lora=none, which merges it"
+    if not isinstance(found, peft.LoraConfig) or kind_of(found) != "LORA":
+        raise ConfigError(
+            f"{where}: is an adapter of type {kind_of(found)}, and LoRA alone is trained on: "
+            f"{merged}"
+        )
+    names = ["init_lora_weights"] * (start_of(origin.facts) not in STARTS) + unusual(found)
+    if names:
+        given = ", ".join(f"{name}={getattr(found, name)}" for name in names)
+        raise ConfigError(f"{where}: has {given}, which training does not support: {merged}")
+    return found
+
+
+def kind_of(config: peft.PeftConfig) -> str:
+    """PEFT's name of the adapter's type, such as LORA."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def unusual(config: peft.PeftConfig) -> list[str]:
+    """Settings of an adapter, away from PEFT's defaults, that are not supported in training."""
+    if kind_of(config) != "LORA":
+        return ["peft_type"]
+    plain = vars(peft.LoraConfig())
+    return sorted(
+        name for name, value in vars(config).items()
+        if name not in SUPPORTED and name in plain and value != plain[name]
+    )  # fmt: skip
+
+
+def refuse_unmergeable(config: peft.PeftConfig, origin: Origin, key: str) -> None:
+    """ConfigError for prompts, prefixes and routers of adapters, which no weights can express, and
+    where the base that the adapter was trained over cannot be had again."""
+    kind, where = kind_of(config), f"{key}={origin.adapter}"
+    inputs = config.is_prompt_learning or config.is_adaption_prompt
+    if inputs or kind in BY_INPUT:
+        why = "learned inputs" if inputs else "changes that depend on the input"
+        raise ConfigError(
+            f"{where}: is an adapter of type {kind}, {why} instead of weights: it can neither be "
+            "merged nor trained on here; give its base model, or a LoRA adapter"
+        )
+    for start, lost in LOST.items():
+        if start_of(origin.facts).startswith(start):
+            raise ConfigError(
+                f"{where}: init_lora_weights={start_of(origin.facts)}: {lost}, which its folder "
+                f"does not hold: {CONVERT}"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,123 @@
+"""Adapters of every kind added to their base, by PEFT's own classes, or refused in one line."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.errors import ConfigError
+from dpo_cli.model.adapters.active import TRAINED, layers
+from dpo_cli.model.adapters.casts import drawn_in_float32
+from dpo_cli.model.adapters.kinds import (
+    config_of,
+    first_line,
+    kind_of,
+    refuse_unmergeable,
+    unusual,
+)
+from dpo_cli.model.adapters.lora import refuse_other_weights, unread
+from dpo_cli.model.source import Origin, loading
+
+TRIED_TOKENS = 8
+TOLERANCE = 1e-2  # of the largest difference from the base's logits; rounding gives 1e-5
+FAILURES = (AttributeError, AssertionError, IndexError, TypeError)
+
+
+def merge(model: PreTrainedModel, origin: Origin, key: str) -> None:
+    """Add the origin's adapter to the weights of its base, which stay dense.
+
+    Raises ConfigError for a kind that weights alone cannot express, and for a damaged folder.
+    """
+    assert origin.adapter is not None
+    config = config_of(origin, key)
+    refuse_unmergeable(config, origin, key)
+    config.inference_mode, config.task_type = True, None
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    tried = tied or unusual(config)
+    where = f"{key}={origin.adapter}: its {kind_of(config)} adapter"
+    base = _logits(model) if tried else None
+    try:
+        with loading(str(origin.adapter), key), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = _wrapped(model, config, origin.adapter)
+            before = _logits(model) if tried else None
+            _part_tied(model)
+            wrapped.merge_and_unload(safe_merge=True)  # ValueError: not finite
+    except FAILURES as error:
+        raise ConfigError(f"{where} cannot be merged: {first_line(error)}") from error
+    except ConfigError as error:
+        if isinstance(error.__cause__, NotImplementedError):
+            why = first_line(error.__cause__)
+            raise ConfigError(f"{where} cannot be merged: {why}") from error
+        raise
+    if layers(model):
+        raise ConfigError(f"{where} cannot be merged: PEFT leaves it in the model")
+    if before is not None and base is not None:
+        _refuse_another(base, before, _logits(model), where)
+    _untie(model)
+    model.requires_grad_(True)
+
+
+def _wrapped(model: PreTrainedModel, config: peft.PeftConfig, folder: Path) -> Any:
+    with torch.random.fork_rng(devices=[]), drawn_in_float32():
+        torch.manual_seed(0)  # projections that some kinds draw by a seed of their own
+        wrapped = peft.PeftModel(model, config, TRAINED)
+        found = wrapped.load_adapter(
+            str(folder), TRAINED, is_trainable=False, torch_device=str(model.device)
+        )
+    wrapped.eval()
+    lacking = unread(wrapped, found.missing_keys, found.missing_keys)
+    refuse_other_weights(model, folder, lacking, found.unexpected_keys)
+    return wrapped
+
+
+def _part_tied(model: PreTrainedModel) -> None:
+    """Two weights of one that embedding and output layer share, if one of them is adapted: PEFT
+    would merge into both."""
+    ends: Any = [model.get_input_embeddings(), model.get_output_embeddings()]
+    adapted = [
+        x for x in ends if isinstance(x, BaseTunerLayer) and not isinstance(x, TrainableTokensLayer)
+    ]
+    if adapted and ends[1] is not None:
+        inner: list[Any] = [
+            x.get_base_layer() if isinstance(x, BaseTunerLayer) else x for x in ends
+        ]
+        if inner[0].weight is inner[1].weight:
+            inner[1].weight = torch.nn.Parameter(inner[1].weight.detach().clone())
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> Tensor:
+    """(1, T, V) of a few tokens, or (1, labels): what the model's own forward gives."""
+    vocab = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
+    ids = torch.arange(1, TRIED_TOKENS + 1, device=model.device)[None] % vocab
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    ids = ids.masked_fill(ids == (-1 if pad is None else pad), 0)
+    return cast(Tensor, model(input_ids=ids, use_cache=False).logits.float())
+
+
+def _refuse_another(base: Tensor, before: Tensor, after: Tensor, where: str) -> None:
+    """PEFT merges some kinds without a word to other weights than those it trains."""
+    most = float((before - base).abs().max()) + 1e-3 * float(before.abs().max())
+    away = float((after - before).abs().max())
+    if not away <= TOLERANCE * most:
+        raise ConfigError(
+            f"{where} cannot be merged: the merged weights' logits are {away:.3g} off its own"
+        )
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Where the merge gave output layer and embedding different weights, they are to be saved and
+    loaded as two."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and cast(Any, head).weight is not cast(Any, embedding).weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False

@@ -1,0 +1,129 @@
+"""Frozen weights in 4 or 8 bits (bitsandbytes), under an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from dpo_cli.errors import ConfigError
+from dpo_cli.model.attention.registered import Placement
+
+QUANTISED = ("Linear4bit", "Linear8bitLt")
+
+
+def quantised(kind: str | None, on: Placement) -> dict[str, Any]:
+    """What from_pretrained is told; the weights are quantised on the device they will stay on.
+
+    nf4: double-quantised, multiplied in `on.dtype` (arXiv 2305.14314); int8: arXiv 2208.07339.
+    """
+    if kind is None:
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            f"lora.quantization={kind}: needs bitsandbytes, which is not installed; use "
+            "lora.quantization=null"
+        ) from error
+    if kind == "nf4":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=on.dtype,
+        )  # fmt: skip
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": config, "device_map": {"": str(on.device)}}
+
+
+def steady(model: PreTrainedModel) -> None:
+    """Make quantised layers on a CPU compute the same in training and evaluation.
+
+    There bitsandbytes lets an evaluation repack 4-bit weights for good, and gradients no longer
+    pass; in 8 bits it rounds activations in evaluation alone, so that policy and reference differ.
+    """
+    for layer in quantised_layers(model):
+        layer.support_avx512bf16_for_cpu = False
+        if layer.weight.device.type == "cpu" and type(layer).__name__ == "Linear8bitLt":
+            layer.training, layer.train = True, partial(_as_it_is, layer)
+
+
+def multiply_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Dequantise 4-bit weights to the dtype they are multiplied in. bitsandbytes takes the one
+    they were quantised from, and casts: twice the memory traffic for the same numbers."""
+    for layer in quantised_layers(model):
+        if state := getattr(layer.weight, "quant_state", None):
+            state.dtype = dtype
+
+
+def _as_it_is(layer: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    return layer
+
+
+def quantised_layers(model: PreTrainedModel) -> list[Any]:
+    return [
+        m for m in model.modules() if type(m).__name__ in QUANTISED
+        and type(m).__module__.startswith("bitsandbytes")  # PEFT calls those around them the same
+    ]  # fmt: skip
+
+
+def dense_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of all weights, quantised ones dequantised, one at a time."""
+    quantised = {id(layer.weight): layer for layer in quantised_layers(model)}
+    for name, weight in model.named_parameters():
+        layer = quantised.get(id(weight))
+        yield name, weight if layer is None else _weight(layer)
+
+
+@contextmanager
+def dequantised(model: PreTrainedModel) -> Iterator[None]:
+    """In the body quantised layers multiply as dense ones, with the same values.
+
+    int8 rounds activations by what else is in the batch: a packed row would seem to differ from
+    the plain forward.
+    """
+    layers = quantised_layers(model)
+    for layer in layers:
+        layer.forward = partial(_dense, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _dense(layer: Any, x: Tensor) -> Tensor:
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return cast(Tensor, _Dense.apply(x, bias, layer))
+
+
+class _Dense(torch.autograd.Function):
+    """x W^T + b, with W dequantised once more in the backward: kept until then, the weights of all
+    layers would lie dense in memory at once, which is what quantising them avoids."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
+        ctx.layer, ctx.biased = layer, bias is not None
+        return torch.nn.functional.linear(x, _weight(layer).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        weight = _weight(ctx.layer).to(grad.dtype)
+        return grad @ weight, grad.flatten(0, -2).sum(0) if ctx.biased else None, None
+
+
+def _weight(layer: Any) -> Tensor:
+    """(out, in) dequantised. PEFT's function for it replaces the layer's parameter on a CPU."""
+    stored = layer.weight
+    if type(layer).__name__ == "Linear4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(stored.data, stored.quant_state)
+    scale = layer.state.SCB if stored.SCB is None else stored.SCB
+    return stored.data.float() * scale.float()[:, None] / 127.0

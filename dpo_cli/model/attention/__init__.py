@@ -1,0 +1,1 @@
+"""Attention of packed rows: the kernels, their layouts, and which of them a model can use."""

@@ -1,0 +1,303 @@
+"""Which attention a loaded model can use for packed rows, found by trying it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.errors import ConfigError, NonFiniteError
+from dpo_cli.logprobs import logits_of
+from dpo_cli.model import forward
+from dpo_cli.model.adapters.quantize import dense_weights, dequantised
+from dpo_cli.model.attention import products as kernels
+from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import varlen
+from dpo_cli.model.attention.layout import Layout
+from dpo_cli.model.attention.layouts import LAYOUTS, PaddedLayout
+from dpo_cli.model.attention.registered import MOST_TOKENS, PACKED, Placement, Seen, short_windows
+from dpo_cli.model.rope import cut_short, cuts_of
+from dpo_cli.model.skeleton import TRIED, smallest
+from dpo_cli.model.stored import refuse_non_finite
+from dpo_cli.packing import pack
+from dpo_cli.records import EncodedExample, Segment
+
+HALF = (torch.bfloat16, torch.float16)
+VALUE_TOLERANCE = 2e-3  # nats, on random tokens in float32
+GRADIENT_TOLERANCE = 1e-2  # relative, of any vector of weights
+KERNEL_TOLERANCE = {True: 5e-2, False: 1e-3}  # relative; in half precision, in float32
+SHORT_WINDOW = 3  # so that the probe's few tokens reach beyond it
+WINDOWS = ("sliding_window", "attention_chunk_size")
+
+# (model, prompt ids, response ids) -> values by the model's own forward, one sequence
+Plain = Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
+# (model, examples) -> the same values of all their responses, from one packed row
+Packed = Callable[[PreTrainedModel, Sequence[EncodedExample]], Tensor]
+
+
+def _packed_logprobs(model: PreTrainedModel, examples: Sequence[EncodedExample]) -> Tensor:
+    row = pack(examples, range(len(examples)), cuts=cuts_of(model.config)).to(model.device)
+    logits = logits_of(forward.target_states(model, row), forward.head_of(model))
+    return logits.log_softmax(-1).gather(1, row.targets[:, None]).squeeze(1)
+
+
+def refuse_unavailable(choice: str, on: Placement | None) -> None:
+    """ConfigError for a kernel that this machine or precision lacks, before weights are read."""
+    on = on or Placement()
+    why = kernels.lacking(choice, on.device, on.dtype)
+    if why is not None:
+        raise ConfigError(f"model.attention={choice}: {why}; or use model.attention=auto")
+
+
+def choose_attention(
+    model: PreTrainedModel,
+    choice: str,
+    plain_values: Plain = forward.padded_token_logprobs,
+    packed_values: Packed = _packed_logprobs,
+    on: Placement | None = None,
+    key: str = "model.path",
+) -> None:
+    """The fastest kernel that reproduces the model's own forward, and its gradients.
+
+    Some families accept a registered attention and ignore it, so it is tried on a few of the
+    loaded layers in float32 (`skeleton`), where the model will compute; what runs on CUDA only
+    is tried on tensors of the same shapes. Then the dense mask is tried, then plain padded rows,
+    and `on.note` says so. What is compared are log-probabilities of tokens, unless other
+    functions are given.
+
+    choice: `auto` or a kernel. on: where the model will compute. Raises ConfigError for a
+    choice that cannot be used, and where nothing can; NonFiniteError for weights that are not.
+    """
+    on = on or Placement()
+    refuse_unavailable(choice, on)
+    if on.device.type == "cuda":  # cuDNN's SDPA has given NaN on PyTorch 2.13
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if not on.sharded:  # else as they come to the device
+        refuse_non_finite(type(model).__name__, dense_weights(model))
+    reasons: dict[str, str] = {}
+    few = smallest(model.eval(), on.device, plain_values)
+    with dequantised(few), _Trial(few, plain_values, packed_values).begin() as trial:
+        for kernel in _order(choice, on):
+            why = trial.refuted(kernel, on)
+            if why is None:
+                break
+            reasons[kernel] = why
+    told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    family = type(model).__name__
+    if len(reasons) == len(_order(choice, on)):
+        raise ConfigError(f"model.attention={choice}: {family} cannot be used ({told})")
+    attention.use(model, kernel)
+    if reasons:
+        on.note(f"{key}: {family} runs with attention={kernel}{_cost(kernel)} ({told})")
+
+
+def _order(choice: str, on: Placement) -> tuple[str, ...]:
+    """Kernels to try, fastest first."""
+    if choice != "auto":
+        return (choice,)
+    if on.device.type == "cpu":
+        return ("grouped", "dense", "plain")
+    fast = ("varlen", "flex") if on.device.type == "cuda" and on.dtype in HALF else ()
+    return (*fast, "sdpa", "dense", "plain")
+
+
+def _cost(kernel: str) -> str:
+    if kernel not in MOST_TOKENS:
+        return ""
+    return f", slower than packed, at most {MOST_TOKENS[kernel]:,} tokens a micro-batch"
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """values: (n,); gradients: of a weighted sum of them, by each vector of weights."""
+
+    values: Tensor
+    gradients: list[Tensor]
+
+
+class _Trial:
+    """A model's own forward on a few random tokens, and kernels held against it."""
+
+    def __init__(self, model: PreTrainedModel, plain: Plain, packed: Packed) -> None:
+        self.model, self.plain, self.packed = model, plain, packed
+        self.seen: list[Seen] = []
+        # Shows whether the family can be packed at all, where its weights are.
+        self.exact = "grouped" if model.device.type == "cpu" else "sdpa"
+        self.interface: str | None = None  # why no packed kernel can be used
+
+    @contextmanager
+    def begin(self) -> Iterator[_Trial]:
+        with short_windows(self.model), cut_short(self.model), torch.enable_grad():
+            self.model.set_attn_implementation("eager")
+            self.truth = self._figures(self._plainly())
+            _refuse_overflow(self.model, self.truth.values)
+            self._refuse_looking_ahead()
+            self.interface = self._packed(self.exact)
+            yield self
+
+    def refuted(self, kernel: str, on: Placement) -> str | None:
+        """Why a kernel cannot be used, or None."""
+        cuda = on.device.type == "cuda"
+        if kernel in PACKED and (self.interface is not None or (kernel == self.exact and not cuda)):
+            return self.interface
+        if kernel in PACKED and cuda:
+            return kernel_error(kernel, self.seen, on, attention_dropout(self.model))
+        return self._packed(kernel)
+
+    def _plainly(self) -> Tensor:
+        device = self.model.device
+        return torch.cat([
+            self.plain(self.model, *(torch.tensor(x, device=device).long() for x in (p, r)))
+            for e in self._examples() for p, r in ((e.prompt_ids, r) for r in e.response_ids)
+        ])  # fmt: skip
+
+    @torch.no_grad()
+    def _refuse_looking_ahead(self) -> None:
+        """ConfigError where later tokens change the values of earlier ones, as in an encoder."""
+        example, device = self._examples()[0], self.model.device
+        prompt, response = (
+            torch.tensor(x).long().to(device) for x in (example.prompt_ids, example.response_ids[0])
+        )
+        whole, start = (self.plain(self.model, prompt, r) for r in (response, response[:2]))
+        if len(whole) == len(response) and not (whole[:2] - start).abs().max() < VALUE_TOLERANCE:
+            raise ConfigError(
+                f"{type(self.model).__name__} is not a causal language model as it is configured: "
+                "later tokens change the log-probabilities of earlier ones; take another model.path"
+            )
+
+    def _packed(self, kernel: str) -> str | None:
+        if kernel == "dense" and getattr(self.model.config.get_text_config(), "window_size", None):
+            return "its windows count rows"  # GPT-Neo's are buffers that cannot be cut short
+        try:
+            attention.use(self.model, kernel)
+            with attention.recording() as seen:
+                found = self._figures(self.packed(self.model, self._examples()))
+        except TRIED as error:
+            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if kernel in PACKED and not seen:
+            return "it ignores the registered attention"
+        self.seen = self.seen or list(dict.fromkeys(seen))
+        return _difference(found, self.truth)
+
+    def _figures(self, values: Tensor) -> _Figures:
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        if not weights:
+            return _Figures(values.detach(), [])
+        # Norms and biases lie in every layer and cost no memory.
+        vectors = [p for p in weights if p.ndim == 1] or [min(weights, key=torch.numel)]
+        weighted = values * torch.linspace(1.0, 2.0, len(values)).to(values)
+        found = torch.autograd.grad(weighted.sum(), vectors, allow_unused=True)
+        pairs = zip(found, vectors, strict=True)
+        return _Figures(
+            values.detach(), [torch.zeros_like(p) if g is None else g for g, p in pairs]
+        )
+
+    def _examples(self) -> list[EncodedExample]:
+        vocab = self.model.config.get_text_config().vocab_size
+        ids = np.random.default_rng(0).integers(0, vocab, 17).astype(np.int32)
+        return [  # of 7, 6, 2 and 6 tokens: PlainLayout pads, too
+            EncodedExample(ids[:3], (ids[3:7], ids[7:10]), 0),
+            EncodedExample(ids[10:11], (ids[11:12], ids[12:17]), 1),
+        ]
+
+
+def _refuse_overflow(model: PreTrainedModel, values: Tensor) -> None:
+    """No kernel is to blame where the plain forward is NaN. Raises NonFiniteError."""
+    if not torch.isfinite(values).all():
+        raise NonFiniteError(
+            f"{type(model).__name__}: its own forward gives values that are not finite: it "
+            "overflows in this precision; take other weights (model.path)"
+        )
+
+
+def _difference(found: _Figures, truth: _Figures) -> str | None:
+    """What sets a packed row apart from the plain forward, beyond rounding."""
+    away = float((found.values - truth.values).abs().max())  # NaN if any is
+    if not away < VALUE_TOLERANCE:
+        return f"its values are {away:.2g} away from the plain forward's"
+    pairs = list(zip(found.gradients, truth.gradients, strict=True))
+    # Some gradients are zero but for rounding, such as a key bias's.
+    floor = 1e-3 * _largest(g.norm() for g in truth.gradients)
+    worst = _largest((a - b).norm() / (b.norm() + floor) for a, b in pairs)
+    if not worst < GRADIENT_TOLERANCE:
+        return f"its gradients are {worst:.1%} away from the plain forward's"
+    return None
+
+
+def attention_dropout(model: PreTrainedModel) -> float:
+    """The highest rate of the configuration: `attn_pdrop`, `attention_dropout`, ..."""
+    config: dict[str, Any] = vars(model.config.get_text_config())
+    rates = [v for k, v in config.items() if "att" in k and "drop" in k and isinstance(v, float)]
+    return max(rates, default=0.0)
+
+
+def kernel_error(
+    kernel: str, seen: Sequence[Seen], on: Placement, dropout: float = 0.0
+) -> str | None:
+    """Why a kernel cannot do there what the layers ask, or None: random rows against matmuls."""
+    if dropout and kernel != "sdpa":
+        return "it has no dropout (model.dropout)"
+    # More than a block of FlexAttention, ragged, with branches of no token and of one.
+    segments = (Segment(0, 70, (130, 1)), Segment(201, 1, (0, 40)), Segment(242, 9, (33, 0)))
+    packed, exact = (
+        LAYOUTS[name].build(segments).to(on.device) for name in (kernel, "sdpa")
+    )  # fmt: skip
+    assert isinstance(exact, PaddedLayout)
+    everything = varlen.usable()
+    for asked in seen:
+        first = why = _refusal(packed, exact, asked, on)
+        while why is not None and kernel == "varlen" and (wrong := varlen.chosen(asked.call)):
+            varlen.use(tuple(x for x in varlen.usable() if x is not wrong))
+            why = _refusal(packed, exact, asked, on)
+            if why is None:
+                on.note(f"attention=varlen: not by {wrong.name}: {first}")
+        if why is not None:
+            varlen.use(everything)  # another model may ask for less
+            return first
+    return None
+
+
+def _refusal(packed: Layout, exact: PaddedLayout, asked: Seen, on: Placement) -> str | None:
+    try:
+        worst = _kernel_difference(packed, exact, asked, on)
+    except TRIED as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not worst < KERNEL_TOLERANCE[on.dtype in HALF]:
+        return f"its result or gradient is {worst:.1%} off for {asked}"
+    return None
+
+
+def _kernel_difference(packed: Any, exact: PaddedLayout, asked: Seen, on: Placement) -> float:
+    generator = torch.Generator(on.device).manual_seed(0)
+    shapes = [(asked.heads, asked.head_dim), (asked.kv_heads, asked.head_dim),
+              (asked.kv_heads, asked.value_dim)]  # fmt: skip
+    rows = len(exact.scatter)
+    leaves = [
+        torch.randn(1, h, rows, d, generator=generator, device=on.device).to(on.dtype)
+        for h, d in shapes
+    ]
+    exactly = partial(exact.attend_by, kernels.matmul)
+    ways: list[tuple[Callable[..., Tensor], torch.dtype]] = [
+        (packed.attend, on.dtype), (exactly, torch.float32)
+    ]  # fmt: skip
+    outcomes = []
+    for attend, dtype in ways:
+        inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        out = attend(*inputs, asked.call)
+        weights = torch.linspace(-1.0, 1.0, out.numel(), device=on.device).view(out.shape)
+        grads = torch.autograd.grad((out.float() * weights).sum(), inputs)
+        outcomes.append([out.detach().float(), *(g.float() for g in grads)])
+    pairs = zip(*outcomes, strict=True)
+    return _largest((a - b).norm() / b.norm() for a, b in pairs)
+
+
+def _largest(values: Iterable[Tensor]) -> float:
+    """The largest, 0 of none, NaN if one is: Python's `max` would pass over it."""
+    return float(torch.stack([torch.zeros(()), *(v.float().cpu() for v in values)]).max())

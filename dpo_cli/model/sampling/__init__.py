@@ -1,0 +1,1 @@
+"""Sampling: which way of decoding is right for a model, and the fast ones."""

@@ -1,0 +1,1 @@
+"""What scores a completion: reward models, classifiers, word lists, the policy itself."""

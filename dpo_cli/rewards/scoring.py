@@ -1,0 +1,192 @@
+"""The reward of the `reward_fn` group, ready to score completions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_cli.config import (
+    ClassifierRewardFn,
+    LexiconRewardFn,
+    ModelConfig,
+    RewardFnConfig,
+    RewardModelFn,
+    SentimentRewardFn,
+)
+from dpo_cli.data.template import use_template_file
+from dpo_cli.errors import NonFiniteError
+from dpo_cli.model.attention.registered import kernel_of, use
+from dpo_cli.model.classifier import (
+    Classifier,
+    classifier_config,
+    label_index,
+    label_names,
+    load_classifier,
+)
+from dpo_cli.model.digest import loaded_digest
+from dpo_cli.model.load import load_tokenizer
+from dpo_cli.model.reward import load_reward_model, rewards, round_products, without_padding
+from dpo_cli.model.source import model_folder
+from dpo_cli.records import Batch
+from dpo_cli.rewards.completions import Encoding, values_of
+from dpo_cli.rewards.lexicon import from_lists, lexicon, read_lexicon
+from dpo_cli.rewards.scorers import SCORERS, Completed, Scorer, sentiment_log_odds
+from dpo_cli.session.session import Session
+from dpo_cli.train.checkpoint import load_provenance
+from dpo_cli.train.runtime import Runtime
+
+KEY = "reward_fn.path"
+NORMALISATION = "normalisation"  # the entry of a reward model's dpo_run.json
+
+
+def load_scorer(session: Session, config: RewardFnConfig | None = None) -> Scorer:
+    """The scorer that `config` (default: the run's reward_fn) names; its model stays loaded.
+
+    A completion's score is the same among whichever others it comes, up to rounding (of what
+    `scoring_dtype` says), and exactly that of its equals in the same call. Ground truths and
+    classifiers score in float32 everywhere. Raises ConfigError or DataError.
+    """
+    config = config or session.config.reward_fn
+    if isinstance(config, SentimentRewardFn) and config.scale == "log_odds":
+        return sentiment_log_odds
+    if isinstance(config, LexiconRewardFn):
+        if config.path is not None:
+            return lexicon(read_lexicon(Path(config.path)))
+        return lexicon(from_lists(config.positive, config.negative))
+    if isinstance(config, ClassifierRewardFn):
+        return _classifier(session, config)
+    if isinstance(config, RewardModelFn):
+        return _reward_model(session, config)
+    return SCORERS[config.name]
+
+
+@dataclass(frozen=True)
+class ClassifierScorer:
+    """Probability or log-odds of one class, of prompt and completion as one text."""
+
+    classifier: Classifier
+    label: int
+    scale: str
+
+    def __call__(self, rows: Sequence[Completed]) -> list[float]:
+        if not rows:
+            return []
+        odds = self.classifier.log_odds([row.text for row in rows], self.label)
+        return finite((odds if self.scale == "log_odds" else odds.sigmoid()).tolist())
+
+
+def _classifier(session: Session, config: ClassifierRewardFn) -> Scorer:
+    source = ModelConfig(path=config.path, hub_id=config.hub_id, revision=config.revision)
+    found = load_classifier(
+        source, config.max_length, config.batch_size, session.runtime.device, KEY
+    )
+    label = label_index(found.model.config, config.label)
+    name = label_names(found.model.config)[label]
+    session.note(f"reward_fn=classifier: {config.scale} of class {name!r}")
+    return ClassifierScorer(found, label, config.scale)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Makes rewards of reference samples mean 0 and std 1; the default leaves them raw."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __call__(self, values: Sequence[float]) -> list[float]:
+        return [(value - self.mean) / self.std for value in values]
+
+
+@dataclass
+class RewardModelScorer:
+    """The score at the last token of prompt and completion.
+
+    dtype: what the layers multiply in, under autocast as in training; the head and the score are
+    in float32.
+    """
+
+    session: Session
+    model: PreTrainedModel
+    encoding: Encoding
+    normalise: Normalisation
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, rows: Sequence[Completed]) -> list[float]:
+        examples = without_padding(self.encoding(rows), self.model)
+        found = self.session.within_memory(
+            lambda: values_of(self.session, self.model, examples, self._rewards, keep_last=True)
+        )
+        return finite(self.normalise(found))
+
+    def _rewards(self, batch: Batch) -> torch.Tensor:
+        half = self.dtype != torch.float32
+        with torch.autocast(batch.input_ids.device.type, self.dtype if half else None, half):
+            return rewards(self.model, batch)
+
+
+def scoring_dtype(runtime: Runtime) -> torch.dtype:
+    """Bfloat16 on CUDA in a run that computes in it, where float32 would take as long as sampling
+    what is scored: the rounding that the reward model was trained with. Else float32."""
+    half = runtime.device.type == "cuda" and runtime.precision == "bf16"
+    return torch.bfloat16 if half else torch.float32
+
+
+def reward_model_scorer(
+    session: Session,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    normalise: Normalisation | None = None,
+) -> RewardModelScorer:
+    """Of a reward model in memory, which is put on the session's device."""
+    model.to(session.runtime.device).eval()  # type: ignore[arg-type]
+    dtype = scoring_dtype(session.runtime)
+    if dtype == torch.float32 and kernel_of(model) == "varlen":  # refuses float32
+        use(model, "sdpa")
+    encoding = Encoding(session, model, tokenizer)
+    return RewardModelScorer(session, model, encoding, normalise or Normalisation(), dtype)
+
+
+def _reward_model(session: Session, config: RewardModelFn) -> Scorer:
+    source = ModelConfig(path=config.path)
+    tokenizer = load_tokenizer(source, KEY)
+    if tokenizer.chat_template is None:  # else it reads what it was trained on
+        use_template_file(tokenizer, session.config.data)
+    classifier_config(source, tokenizer, KEY)
+    on = replace(session.placement, dtype=scoring_dtype(session.runtime))
+    model = load_reward_model(source, tokenizer, session.config.seed, KEY, on)
+    model.requires_grad_(False)
+    if on.dtype != torch.float32:
+        round_products(model, on.dtype)
+    normalise = _normalisation(session, config) if config.normalized else None
+    return reward_model_scorer(session, model, tokenizer, normalise)
+
+
+def _normalisation(session: Session, config: RewardModelFn) -> Normalisation | None:
+    assert config.path is not None  # checked with the configuration
+    facts = load_provenance(model_folder(config.path, KEY)).get(NORMALISATION)
+    if facts is None:
+        session.note(
+            f"reward_fn.normalized=true: {config.path} has measured no mean and std "
+            "(stage.normalize_prompts of stage=reward): its rewards are raw"
+        )
+        return None
+    return Normalisation(float(facts["mean"]), float(facts["std"]))
+
+
+def scorer_digest(scorer: Scorer) -> str | None:
+    """sha256 of the model behind a scorer, which may be trained anew in the same folder."""
+    if isinstance(scorer, ClassifierScorer):
+        return loaded_digest(scorer.classifier.model)
+    return loaded_digest(scorer.model) if isinstance(scorer, RewardModelScorer) else None
+
+
+def finite(scores: list[float]) -> list[float]:
+    """The scores themselves; NonFiniteError if one cannot be compared with others."""
+    if not all(map(math.isfinite, scores)):
+        raise NonFiniteError("reward_fn: a score is not finite: the model overflows or is damaged")
+    return scores

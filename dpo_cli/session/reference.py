@@ -1,0 +1,201 @@
+"""Reference log-probabilities: computed once, sorted by length, cached by content.
+
+The key is a digest of the reference's weights, the token ids of every row and the
+precision, so a changed row, tokenizer or truncation misses, and the runs of a beta sweep
+share one pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.config import RunConfig
+from dpo_cli.data.dataset import fingerprint
+from dpo_cli.durable import damage, publish_folder
+from dpo_cli.errors import ConfigError, DiskError
+from dpo_cli.model.adapters import active as adapters
+from dpo_cli.model.adapters.base import changes_base
+from dpo_cli.model.digest import loaded_digest
+from dpo_cli.model.forward import computed_by, head_of, sequence_logprobs
+from dpo_cli.model.source import Origin, origin_of
+from dpo_cli.records import EncodedExample
+from dpo_cli.session.rows import over_rows
+from dpo_cli.session.session import Loaded, Session, load, load_named, named_source
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen policy that log-ratios are taken to: a model of its own, or the trained one with
+    another adapter, or with none (`shared`), so that the weights under it lie in memory once."""
+
+    model: PreTrainedModel
+    shared: bool = False
+    adapter: str | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[PreTrainedModel]:
+        """The model as the reference, without gradients or dropout, in the body alone."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                if not self.shared:
+                    yield self.model
+                else:
+                    with adapters.adapter_as(self.model, self.adapter):
+                        yield self.model
+        finally:
+            self.model.train(was_training)
+
+    def frozen(self, device: torch.device) -> Reference:
+        """On a device for good; a model of its own is never trained."""
+        if not self.shared:
+            self.model.to(device).requires_grad_(False)  # type: ignore[arg-type]
+        return self
+
+    @cached_property
+    def digest(self) -> str:
+        """Of its function, which nothing changes; of a shared one the base must not be trained."""
+        with self.active() as model:
+            return loaded_digest(model)
+
+
+def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
+    """`stage.reference`; the policy itself by default, unless it was tuned against one already."""
+    named: str | None = cast(Any, config.stage).reference
+    kind = {"dpo": "a DPO", "ppo-baseline": "a PPO"}.get(str(loaded.base.get("stage")))
+    if named is None and kind:
+        raise ConfigError(
+            f"model.path={config.model.path} is itself {kind} policy, trained against "
+            f"{loaded.base.get('reference')}: name the reference with stage.reference=<folder> "
+            "(that one to keep it, model.path to start afresh from this policy)"
+        )
+    return named
+
+
+def load_reference(session: Session, loaded: Loaded, named: str | None) -> Reference:
+    """The named reference, or the weights the run started from (not the checkpoint's).
+
+    Under an adapter that is trained, they are the trained model's own where the reference is made
+    of the same base.
+    """
+    config, policy = session.config, loaded.model
+    origin = reference_origin(config, policy)
+    if origin is not None:
+        beside = None if origin.adapter is None else adapters.REFERENCE  # see `keep_start`
+        return Reference(policy, shared=True, adapter=beside)
+    if named is not None:
+        return Reference(load_named(session, named, loaded.tokenizer, as_trained=True))
+    return Reference(load(session, config.model, loaded.tokenizer, as_trained=True))
+
+
+def reference_origin(config: RunConfig, policy: PreTrainedModel) -> Origin | None:
+    """Where the reference comes from that the policy itself is, but for its adapter; None for one
+    of other weights."""
+    if not adapters.is_adapted(policy):
+        return None
+    named = cast(Any, config.stage).reference
+    source = config.model if named is None else named_source(config.model, named)
+    origin, own = origin_of(source, "stage.reference"), origin_of(config.model)
+    if origin.identity() != own.identity():
+        return None
+    if _place(origin) != _place(own) and (changes_base(origin) or changes_base(own)):
+        return None  # what one of them changed in the base is not in the other
+    return origin
+
+
+def _place(origin: Origin) -> Path | None:
+    return None if origin.adapter is None else origin.adapter.resolve()
+
+
+def keep_start(config: RunConfig, policy: PreTrainedModel) -> None:
+    """Put the adapter of such a reference beside the trained one: before weights are sharded."""
+    origin = reference_origin(config, policy)
+    if origin is not None and origin.adapter is not None:
+        from dpo_cli.model.adapters import lora  # PEFT is slow to import
+
+        lora.add_reference(policy, origin)
+
+
+def reference_key(
+    session: Session, reference: Reference, examples: Sequence[EncodedExample]
+) -> str:
+    """Digest of all that the log-probabilities depend on."""
+    runtime = session.runtime
+    model = reference.model
+    head = head_of(model).rounding(runtime.device, session.placement.dtype)
+    computed = f"{runtime.device.type} {runtime.precision} {computed_by(model)}{head}"
+    text = f"{reference.digest} {fingerprint(examples)} {computed} v3"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def place_of(session: Session, key: str) -> str:
+    """Where the cache has them: half-precision weights that are gathered round more than those
+    that autocast rounds for a multiplication alone. The run is the same (`key`)."""
+    if session.ranks.size == 1 or session.runtime.precision == "fp32":
+        return key
+    return hashlib.sha256(f"{key} sharded".encode()).hexdigest()
+
+
+@torch.no_grad()
+def compute(
+    session: Session, model: PreTrainedModel, examples: Sequence[EncodedExample], name: str
+) -> Tensor:
+    """(rows, K) float32 log-probability of every response, in the order of the rows."""
+    branches = len(examples[0].response_ids)
+    values = torch.zeros(len(examples), branches)
+    model.to(session.runtime.device)  # type: ignore[arg-type]
+    with session.progress.phase(name, len(examples)) as tick:
+        made = over_rows(
+            session, examples, lambda row: sequence_logprobs(model, row).cpu(), tick=tick
+        )
+        for row, found in made:
+            values[row.example_ids] = found.view(-1, branches)
+    return values
+
+
+def cached(
+    session: Session, reference: Reference, examples: Sequence[EncodedExample], name: str
+) -> tuple[Tensor, str]:
+    """As `compute`, read from or written to the cache folder; and the cache's key."""
+    with reference.active() as model:
+        key = reference_key(session, reference, examples)
+        folder = Path(session.config.cache_dir) / "reference" / place_of(session, key)[:32]
+        found = session.ranks.from_first(lambda: read(folder))
+        if found is not None:
+            session.note(f"{name}: read from cache {key[:12]}")
+            return found, key
+        values = session.within_memory(lambda: compute(session, model, examples, name))
+
+    def write(target: Path) -> None:
+        save_file({"logprobs": values}, target / "logprobs.safetensors")
+        about = {"rows": len(examples), "precision": session.runtime.precision, "key": key}
+        (target / "about.json").write_text(json.dumps(about))
+
+    if not session.ranks.first:
+        return values, key
+    try:
+        publish_folder(folder, write)
+    except DiskError as error:  # another run of a sweep published it first, or no room
+        session.note(f"{name}: not cached: {error}")
+    return values, key
+
+
+def read(folder: Path) -> Tensor | None:
+    """A cache entry, or None if it is absent or damaged."""
+    if not folder.is_dir() or damage(folder) is not None:
+        return None
+    tensors: dict[str, Any] = load_file(folder / "logprobs.safetensors")
+    return cast(Tensor, tensors["logprobs"])

@@ -1,0 +1,159 @@
+"""Examples as packed rows: a step's micro-batches, and passes over all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo_cli.config import RunConfig
+from dpo_cli.data.loader import StepPlan, plan_steps
+from dpo_cli.errors import DataError
+from dpo_cli.model.attention.registered import prepare
+from dpo_cli.model.rope import refuse_shared
+from dpo_cli.model.source import origin_of
+from dpo_cli.packing import pack_all, pack_share, pack_sorted
+from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.session.session import Session
+from dpo_cli.statistics import share_interval
+from dpo_cli.train.task import Totals
+
+T = TypeVar("T")
+
+
+def step_plan(session: Session, rows: int) -> StepPlan:
+    train = session.config.train
+    plan = plan_steps(
+        rows, train.batch_size, train.epochs, train.max_steps, train.shuffle, session.config.seed
+    )
+    if left := plan.left_out(train.epochs):
+        session.note(f"{plan.steps:,} steps of {plan.batch_size}{left}")
+    return plan
+
+
+def begin_training(session: Session, model: PreTrainedModel, steps: int) -> None:
+    """Start the clock of the loop, with a line on what is trained, and on how many devices."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(_numbers(p) for p in model.parameters() if not p.requires_grad)
+    devices = f"; {session.ranks.size} devices" * (session.ranks.size > 1)
+    session.note(f"trained: {trained_line(session.config, trained, frozen)}{devices}")
+    session.begin(steps)
+
+
+def trained_line(config: RunConfig, trained: int, frozen: int) -> str:
+    """`1,179,648 weights (LoRA r 16), 124.4M frozen in nf4`; of full training the number alone."""
+    lora = config.lora
+    if lora.name == "none":
+        return f"{trained:,} weights"
+    own = f"{'DoRA' if lora.use_dora else 'LoRA'} r {lora.r}"
+    made = "of its adapter" if origin_of(config.model).adapter else f"({own})"
+    stored = f" in {lora.quantization}" if lora.quantization else ""
+    return f"{trained:,} weights {made}, {frozen / 1e6:,.1f}M frozen{stored}"
+
+
+def _numbers(weight: Tensor) -> int:
+    """Of a weight in 4 bits, two of which share an entry, those it stands for."""
+    packed = getattr(weight, "quant_state", None)
+    return weight.numel() if packed is None else math.prod(packed.shape)
+
+
+def batches_of(
+    session: Session, examples: Sequence[EncodedExample], plan: StepPlan, keep_last: bool = False
+) -> Callable[[int], list[Batch]]:
+    """step -> its micro-batches, each at most the token budget, ready for the trained model.
+
+    With a router loss with their last tokens, whose experts count.
+    """
+    keep_last = keep_last or session.config.train.router_aux_loss_coef > 0
+    return lambda step: packed_rows(session, examples, plan.indices(step), keep_last)
+
+
+def packed_rows(
+    session: Session,
+    examples: Sequence[EncodedExample],
+    indices: Sequence[int],
+    keep_last: bool = False,
+) -> list[Batch]:
+    """This rank's micro-batches of the given examples, ready for the trained model."""
+    budget, ranks, cuts = session.token_budget, session.ranks, session.cuts
+    if ranks.size == 1:
+        rows = pack_all(examples, indices, budget, keep_last, cuts)
+    else:
+        refuse_shared([examples[i] for i in indices], cuts)
+        rows = pack_share(examples, indices, budget, ranks.rank, ranks.size, keep_last, cuts)
+    return [prepare(row, session.kernel) for row in rows]
+
+
+def over_rows(
+    session: Session,
+    examples: Sequence[EncodedExample],
+    compute: Callable[[Batch], T],
+    keep_last: bool = False,
+    tick: Callable[[int], None] = lambda examples: None,
+) -> Iterable[tuple[Batch, T]]:
+    """Packed rows of all examples, and what `compute` makes of each on the run's device.
+
+    The ranks share the work: what is computed is sent to all of them, its tensors on the CPU.
+    """
+
+    left = len(examples)
+
+    def computed(row: Batch) -> T:
+        nonlocal left
+        with session.runtime.autocast():
+            made = compute(row.to(session.runtime.device))
+        done = min(left, len(row.example_ids) * session.ranks.size)  # the others have as many
+        left -= done
+        tick(done)
+        return made
+
+    rows = pack_sorted(examples, session.token_budget, keep_last, session.cuts)
+    if session.ranks.size == 1:  # one row after the other, none of them kept
+        return ((row, computed(row)) for row in rows)
+    refuse_shared(examples, session.cuts)
+    listed = list(rows)
+    return zip(listed, session.ranks.spread(listed, computed), strict=True)
+
+
+def mean_figures(
+    session: Session,
+    examples: Sequence[EncodedExample],
+    compute: Callable[[Batch], LossOutput],
+) -> dict[str, float]:
+    """A loss and its figures over all examples; empty without any."""
+    totals, travels = Totals(), session.ranks.size > 1
+    made = over_rows(session, examples, lambda r: compute(r).on_cpu() if travels else compute(r))
+    for _, out in made:
+        totals.add(out)
+    return totals.means() if totals.sums else {}
+
+
+def with_interval(figures: dict[str, float], name: str, count: int) -> dict[str, float]:
+    """The figures, a share of so many rows among them with its 95% interval: `_low`, `_high`."""
+    if name not in figures:
+        return figures
+    found = share_interval(figures[name], count)
+    return {**figures, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def keep_responses(examples: Sequence[EncodedExample], count: int) -> list[EncodedExample]:
+    """The best `count` responses of each example."""
+    return [replace(e, response_ids=e.response_ids[:count]) for e in examples]
+
+
+def distinct_responses(examples: Sequence[EncodedExample]) -> int:
+    """How many samples the rows were made of: a response may be in several pairs."""
+    return len({(e.prompt_ids.tobytes(), r.tobytes()) for e in examples for r in e.response_ids})
+
+
+def check_lengths(examples: Sequence[EncodedExample], branches: int, stage: str) -> None:
+    for example in examples:
+        if len(example.response_ids) < branches:
+            raise DataError(
+                f"stage={stage}: row {example.row} has {len(example.response_ids)} response(s), "
+                f"{branches} are needed: give chosen and rejected (data.rejected_field=...)"
+            )
