@@ -26,7 +26,7 @@ class Process:
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def __post_init__(self) -> None:
-        self.began = time.monotonic()
+        self.began, self.ended = time.monotonic(), 0.0
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder,
@@ -41,6 +41,7 @@ class Process:
         except subprocess.TimeoutExpired:
             return None
         finally:
+            self.ended = time.monotonic()
             self.end()
 
     def end(self) -> None:
@@ -61,7 +62,8 @@ class Process:
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.began
+        """Of its life; what ending those that it left behind takes is not counted."""
+        return (self.ended or time.monotonic()) - self.began
 
 
 def marked(mark: str) -> list[int]:
