@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from dpo_cli.report.page import write_run_report
 from dpo_cli.report.page_recipe import write_recipe_report
 
-VOID = {"meta", "img", "br", "link", "input"}
+VOID = {"meta", "img", "br", "link", "input", "source"}
 
 HOSTILE = (
     "<script>alert(1)</script> {{7*7}} {% raw %} \"double\" 'single' &amp; \x1b[31mred "

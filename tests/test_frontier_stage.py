@@ -16,6 +16,7 @@ from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.evaluation.methods import budgets, leads, mean_curve, summarise, within
 from dpo_cli.evaluation.policies import POINT_KEYS
 from dpo_cli.plan.dry_run import frontier_rows
+from dpo_cli.report import frontier as picture
 from dpo_cli.report.console import Progress
 from dpo_cli.report.frontier import Cloud, _caption, kl_limit, markdown, styles
 from dpo_cli.run import run
@@ -107,7 +108,39 @@ def test_the_tables_by_hand(drawn):
 
 
 def test_the_picture_shows_every_method_and_the_optimum(drawn):
-    image = imread(drawn[0] / "plots" / "frontier.png")[..., :3]
+    for name in ("frontier", "frontier_narrow"):
+        check_colours(imread(drawn[0] / "plots" / f"{name}.png")[..., :3])
+
+
+@pytest.mark.parametrize("methods", [1, 8])
+def test_a_narrow_picture_holds_its_legend(tmp_path, monkeypatch, methods):
+    figures = []
+    monkeypatch.setattr(picture, "save_png", lambda figure, path: figures.append(figure) or path)
+    one, names = np.ones(1), [f"a-method-of-mine-{n}" for n in range(methods)]
+    clouds = [picture.Cloud(n, one, one, one, one, np.array([True])) for n in names]
+    best_of = picture.Cloud("best-of-n", one, one, one, one, np.array([True]), ("1",))
+    run_dir = tmp_path / ("run" * 60)
+    run_dir.mkdir()
+    picture.draw_frontier(run_dir, clouds, best_of, None)
+    for figure in figures:
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        legend = axes.get_legend()
+        assert [t.get_text() for t in legend.get_texts()][:methods] == names
+        below = min(box.y0 for box in (t.get_window_extent() for t in legend.get_texts()))
+        footer = next(t for t in figure.texts if t.get_text().startswith("runrun"))
+        for text in [*figure.texts, *legend.get_texts(), axes.xaxis.label, axes.yaxis.label]:
+            box = text.get_window_extent()
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, text
+            assert 0 <= box.y0 < box.y1 <= figure.bbox.y1, text
+        assert below > footer.get_window_extent().y1
+        assert not any(
+            t.get_window_extent().overlaps(axes.xaxis.label.get_window_extent())
+            for t in legend.get_texts()
+        )
+
+
+def check_colours(image):
     for colour in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):
         assert (np.abs(image * 255 - colour).max(-1) < 4).sum() > 100
     assert (np.abs(image * 255 - 0x22).max(-1) < 4).sum() > 500  # the line, diamonds, the title

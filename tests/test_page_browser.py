@@ -187,6 +187,29 @@ def test_a_phone_never_scrolls_sideways(driver, reports, scheme):
 
 
 @needs_driver
+def test_a_phone_shows_whole_pictures(driver, tmp_path):
+    """Of curves, win rates and frontiers, which are drawn for it; a wide screen has the others."""
+    from matplotlib.figure import Figure
+
+    folder = dpo_run(tmp_path / "r")
+    for name, width in (("overview", 13.8), ("overview_narrow", 4.6)):
+        Figure(figsize=(width, 6), dpi=150).savefig(folder / "plots" / f"{name}.png")
+    page = write_run_report(folder, {})
+    script = """
+        const image = document.querySelector('figure img'), box = image.closest('.scroll');
+        return [image.naturalWidth, image.width, box.scrollWidth - box.clientWidth];
+    """
+    driver.show(page, "light", NARROW)
+    natural, shown, hidden = driver.run(script)
+    assert (natural, hidden) == (690, 0)
+    assert 320 <= shown <= NARROW
+    driver.show(page, "light", 1280)
+    natural, shown, hidden = driver.run(script)
+    assert (natural, hidden) == (2070, 0)
+    assert shown > 1000
+
+
+@needs_driver
 def test_tiles_and_columns_stand_on_one_line(driver, reports):
     """The figures of a row of tiles, and what several models wrote, start at one height."""
     script = """

@@ -99,6 +99,50 @@ def test_a_frontier_in_words(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("rewards", "errors", "level"),
+    [
+        ((0.80, 0.79), (0.01, 0.01), True),
+        ((0.80, 0.78), (0.01, 0.01), True),  # 0.02 < 2 x 0.0141
+        ((0.80, 0.76), (0.01, 0.01), False),
+        ((0.80, 0.20), (None, 0.01), True),  # an error that nobody knows
+    ],
+)
+def test_no_policy_wins_within_the_noise(tmp_path, rewards, errors, level):
+    rows = [
+        {**POINTS[0], "setting": f"beta={n}", "reward": reward, "reward_se": error}
+        for n, (reward, error) in enumerate(zip(rewards, errors, strict=True))
+    ]
+    summary = {"stage": "evaluate"}
+    page = report(evaluation(tmp_path / "r", 0, summary=summary, points_jsonl=jsonl(rows)))
+    told = "(no more than level with dpo beta=1"
+    assert (told in page.text) == level
+    assert ("the highest of 2, within the noise" in page.text) == level
+
+
+def test_matches_are_shown_with_their_verdicts(tmp_path):
+    rows = [
+        {"prompt": f"Q{n}", "policy": f"runs/{name}/final", "opponent": "chosen", "judge": "http",
+         "temperature": t, "completion": f"{name} {n}", "other": f"human {n}", "verdict": verdict,
+         "reason": "shorter" * (n == 0)}
+        for name in ("dpo", "sft") for t in (0.7, 1.0)
+        for n, verdict in enumerate(("win", "loss", "error"))
+    ]  # fmt: skip
+    folder = evaluation(tmp_path / "r", 0.5)
+    (folder / "verdicts.jsonl").write_text(jsonl(rows))
+    page = report(folder)
+    assert "Matches against chosen" in page.texts["h2"]
+    told = [" ".join(text.split()) for text in page.texts["article"]]
+    assert told == [
+        "Q0 dpo, temperature 0.7: wins dpo 0 chosen (judge: shorter) human 0",
+        "Q0 sft, temperature 0.7: wins sft 0 chosen (judge: shorter) human 0",
+        "Q1 dpo, temperature 0.7: loses dpo 1 chosen human 1",
+        "Q1 sft, temperature 0.7: loses sft 1 chosen human 1",
+        "Q2 dpo, temperature 0.7: no verdict dpo 2 chosen human 2",
+        "Q2 sft, temperature 0.7: no verdict sft 2 chosen human 2",
+    ]
+
+
 def test_win_rates(tmp_path):
     row = {"policy": "runs/dpo/final", "opponent": "chosen", "judge": "reward_fn",
            "temperature": 0.7, "wins": 130, "losses": 100, "ties": 26, "errors": 0, "unasked": 0,
@@ -109,7 +153,7 @@ def test_win_rates(tmp_path):
     page = report(folder)
     assert page.texts["dt"][0] == "Win rate at temperature 0.7"
     assert page.texts["dd"][0] == "55.9% 49.7% to 61.8%"
-    assert "win rate 55.9% against chosen at temperature 0.7." in page.text
+    assert "win rate 55.9% (49.7% to 61.8%) against chosen at temperature 0.7." in page.text
     _, shown = page.rows("Low and high bound the 95 % interval.")
     assert shown == ["dpo", "chosen", "0.7", "55.9%", "49.7%", "61.8%", "130", "100", "26", "0",
                      "0", "reward_fn"]  # fmt: skip

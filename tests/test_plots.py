@@ -73,13 +73,13 @@ def test_running_mean_against_a_plain_loop(points, window):
 
 def test_a_dpo_run_gets_every_chart(tmp_path):
     written = draw_curves(metrics(tmp_path / "run", dpo_rows(60)))
-    names = ["overview", "loss", "accuracy", "margins", "rewards", "logratios", "logps",
-             "grad_norm", "lr", "throughput"]  # fmt: skip
+    names = ["overview", "overview_narrow", "loss", "accuracy", "margins", "rewards", "logratios",
+             "logps", "grad_norm", "lr", "throughput"]  # fmt: skip
     assert written == [tmp_path / "run" / "plots" / f"{name}.png" for name in names]
     for path in written:
         image = imread(path)
         assert image[..., :3].min() < 0.4  # something dark was drawn
-        if path.stem != "overview":
+        if not path.stem.startswith("overview"):
             assert (image.shape[1], image.shape[0]) == SINGLE
     assert sorted(written) == sorted((tmp_path / "run" / "plots").iterdir())
 
@@ -87,7 +87,9 @@ def test_a_dpo_run_gets_every_chart(tmp_path):
 def test_an_sft_run_gets_its_charts_only(tmp_path):
     rows = [{"step": s, "loss": 3 / s, "lr": 1e-5, "grad_norm": 1.0} for s in range(1, 9)]
     written = draw_curves(metrics(tmp_path, rows))
-    assert [path.stem for path in written] == ["overview", "loss", "grad_norm", "lr"]
+    assert [path.stem for path in written] == [
+        "overview", "overview_narrow", "loss", "grad_norm", "lr"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,15 @@ def test_no_text_overlaps_another_or_leaves_the_picture(tmp_path, figures, rows)
             assert 0 <= box.y0 < box.y1 <= figure.bbox.y1, text
         for (one, box), (other, other_box) in combinations(boxes, 2):
             assert not box.overlaps(other_box), (one, other)
+
+
+def test_a_narrow_overview_has_one_column(tmp_path, figures):
+    draw_curves(metrics(tmp_path, dpo_rows(12)))
+    wide, narrow = figures["overview"], figures["overview_narrow"]
+    titles = [[axes._left_title.get_text() for axes in f.axes] for f in (wide, narrow)]
+    assert titles[0] == titles[1]
+    assert len({axes.get_position().x0 for axes in narrow.axes}) == 1
+    assert narrow.get_size_inches()[0] == plots.PHONE
 
 
 def visible_texts(axes):

@@ -282,7 +282,13 @@ def test_no_text_overlaps_another_or_leaves_the_picture(tmp_path, monkeypatch, r
     drawn = []
     monkeypatch.setattr(picture, "save_png", lambda figure, path: drawn.append(figure) or path)
     picture.draw_win_rates(tmp_path, rows)
-    (figure,) = drawn
+    wide, narrow = drawn
+    assert narrow.get_size_inches()[0] < wide.get_size_inches()[0]
+    for figure in drawn:
+        check_layout(figure, rows)
+
+
+def check_layout(figure, rows):
     figure.draw_without_rendering()
     (axes,) = figure.axes
     bars = [patch.get_width() for patch in axes.patches]

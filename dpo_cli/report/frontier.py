@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from rich.cells import cell_len
 from rich.table import Table
@@ -19,13 +20,18 @@ from dpo_cli.report.plots import (
     BLUE,
     GREY,
     INK,
+    LINE,
+    NARROW,
     ORANGE,
+    PHONE,
+    SEPARATOR,
     headings,
     new_figure,
     plain_axes,
     save_png,
     short_number,
     shorten,
+    wrapped,
 )
 
 # Okabe and Ito's palette without its yellow; a shape each, too: (colour, marker, size).
@@ -75,25 +81,47 @@ class Band:
 def draw_frontier(
     run_dir: Path, methods: Sequence[Cloud], best_of: Cloud | None, optimum: Band | None
 ) -> Path:
-    """Draw `plots/frontier.png`; returns its path. Raises DiskError.
+    """Draw `plots/frontier.png`, and the same for a phone; returns its path. Raises DiskError.
 
     A colour and a shape a method, error bars of one standard error; best-of-n open, at the
     bound of its KL. A few points far to the right are counted in the caption instead.
     """
+    folder = run_dir / "plots"
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    paths = [
+        save_png(
+            _picture(run_dir.name, methods, best_of, optimum, narrow=bool(end)),
+            folder / f"frontier{end}.png",
+        )
+        for end in ("", NARROW)
+    ]
+    return paths[0]
+
+
+def _picture(
+    name: str, methods: Sequence[Cloud], best_of: Cloud | None, optimum: Band | None, narrow: bool
+) -> Figure:
+    """The legend is to the right of the axes; in a narrow picture, below them."""
     clouds = [*methods, *([best_of] if best_of else [])]
     limit = kl_limit([cloud.kl for cloud in clouds])
     if not clouds and optimum:
         limit = max(float(optimum.kl[-1]), NARROWEST)
-    width, height = 9.2, 5.4  # inches
+    legend = 0.27 * (len(clouds) + bool(optimum) + bool(best_of)) + 0.2
+    width = PHONE if narrow else 9.2  # inches, as below
+    told = wrapped(_caption(clouds, optimum, limit), width)
+    top = 0.95 + LINE * told.count("\n")
+    below, right = (0.8 + legend, 0.3) if narrow else (0.8, 2.45)
+    height = below + 3.65 + top
     figure = new_figure(width, height)
     title = "Reward against KL to the reference"
-    headings(figure, title, _caption(clouds, optimum, limit), size=13)
+    headings(figure, title, told, size=13)
     figure.text(
-        0.2 / width, 0.12 / height, shorten(run_dir.name, 90), fontsize=8, color=GREY,
+        0.2 / width, 0.12 / height, shorten(name, int(10 * width)), fontsize=8, color=GREY,
         parse_math=False,
     )  # fmt: skip
     axes = figure.add_axes(
-        (0.8 / width, 0.8 / height, (width - 3.25) / width, (height - 1.75) / height)
+        (0.8 / width, below / height, (width - 0.8 - right) / width, 3.65 / height)
     )
     _style(axes)
     _draw_optimum(axes, optimum)
@@ -103,13 +131,10 @@ def draw_frontier(
         _draw_best_of(axes, best_of, limit)
     axes.set_xlim(-0.025 * limit, 1.05 * limit)
     axes.legend(
-        loc="upper left", bbox_to_anchor=(1.02, 1.02), frameon=False, fontsize=9,
-        labelcolor=INK, labelspacing=0.9, handlelength=1.6,
+        loc="upper left", bbox_to_anchor=(-0.02, -0.12) if narrow else (1.02, 1.02), frameon=False,
+        fontsize=9, labelcolor=INK, labelspacing=0.9, handlelength=1.6,
     )  # fmt: skip
-    folder = run_dir / "plots"
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-    return save_png(figure, folder / "frontier.png")
+    return figure
 
 
 def kl_limit(methods: Sequence[np.ndarray]) -> float:
@@ -150,7 +175,7 @@ def _caption(clouds: Sequence[Cloud], optimum: Band | None, limit: float) -> str
         whole = f" (all of {shorten(', '.join(unseen), 14)})" if unseen else ""
         most = short_number(round(max(beyond), 1))
         parts.append(f"{count} to the right{whole}, up to a KL of {most}")
-    return "  ·  ".join(parts)
+    return SEPARATOR.join(parts)
 
 
 def _style(axes: Axes) -> None:

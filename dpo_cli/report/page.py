@@ -19,6 +19,7 @@ from markupsafe import Markup
 from dpo_cli.durable import write_bytes
 from dpo_cli.report.console import printable
 from dpo_cli.report.files import encode
+from dpo_cli.report.page_duels import duels_of
 from dpo_cli.report.page_frontier import frontier_tables, points
 from dpo_cli.report.page_pictures import Picture, pictures_of
 from dpo_cli.report.page_read import Folder, cleaned, read_folder
@@ -54,7 +55,7 @@ def run_parts(folder: Folder, data: Mapping[str, Any] | None = None) -> dict[str
     data = data or {}
     tables = [*frontier_tables(folder), win_rates(folder), points(folder), sweep(folder)]
     figures = {k: v for k, v in folder.summary.items() if k not in ("stage", "run_dir")}
-    samples: Samples | None = samples_of(folder)
+    samples: Samples | None = duels_of(folder) or samples_of(folder)
     pictures: list[Picture] = pictures_of(folder)
     tiles: list[Tile] = tiles_of(folder)
     shown: list[Table] = [table for table in tables if table is not None]

@@ -17,6 +17,7 @@ TITLES = {  # the order of a page; a panel alone is in overview.png, too
     "held_out_rewards": "Ranking and calibration",
     "overview": "Training curves",
 }
+NARROW = "_narrow"  # as plots.py ends their names; it imports matplotlib, which is slow
 KEY = tuple(name for name in TITLES if name != "overview")
 DPI = 150  # of the files; an inch of CSS has 96 pixels
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -33,6 +34,7 @@ class Picture:
     uri: str
     width: int
     height: int
+    narrow: str | None = None  # the URI of the same for the screen of a phone
 
 
 def pictures_of(folder: Folder, names: tuple[str, ...] = tuple(TITLES)) -> list[Picture]:
@@ -40,13 +42,23 @@ def pictures_of(folder: Folder, names: tuple[str, ...] = tuple(TITLES)) -> list[
     found = []
     for name in names:
         png = folder.pictures.get(name, b"")
-        if not png.startswith(_SIGNATURE) or len(png) < 24:
+        if not _is_png(png):
             continue
         width, height = struct.unpack(">II", png[16:24])
         width, height = (round(pixels * 96 / DPI) for pixels in (width, height))
-        uri = "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-        found.append(Picture(name, TITLES[name], alt_of(name, folder), uri, width, height))
+        other = folder.pictures.get(f"{name}{NARROW}", b"")
+        narrow = _uri(other) if _is_png(other) else None
+        alt = alt_of(name, folder)
+        found.append(Picture(name, TITLES[name], alt, _uri(png), width, height, narrow))
     return found
+
+
+def _is_png(content: bytes) -> bool:
+    return content.startswith(_SIGNATURE) and len(content) >= 24
+
+
+def _uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def alt_of(name: str, folder: Folder) -> str:

@@ -37,6 +37,7 @@ class Folder:
     frontier: str = ""  # frontier.md
     sweep: list[Row] = field(default_factory=list)
     last_step: int = 0
+    verdicts: list[Row] = field(default_factory=list)  # of a judge
     pictures: dict[str, bytes] = field(default_factory=dict)  # name -> PNG
 
     @property
@@ -73,6 +74,7 @@ def read_folder(run_dir: Path) -> Folder:
         versions=read_object(run_dir / "versions.json"),
         samples=_rows(run_dir / "samples.jsonl"),
         win_rates=_flat(_objects(_parsed(_text(run_dir / "win_rates.json"), json.loads))),
+        verdicts=_rows(run_dir / "verdicts.jsonl"),
         points=_flat(_rows(run_dir / "points.jsonl")) or _csv_rows(run_dir / "frontier.csv"),
         frontier=cleaned(_text(run_dir / "frontier.md")),
         sweep=_csv_rows(run_dir / "sweep.csv"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
@@ -79,7 +80,7 @@ def verdict_of(folder: Folder, data: Mapping[str, Any]) -> str:
     elif folder.stage in ("sample", "label"):
         told = [_of_rows(folder.summary)]
     else:
-        told = [_effort(folder, data), *_of_training(folder.summary)]
+        told = [_effort(folder, data), *_of_training(folder.summary), _seen_before(data)]
     told = [clause for clause in told if clause]
     if not told:
         return "The run left no figures."
@@ -155,6 +156,14 @@ def _unfinished(summary: Row, *names: str) -> str:
     return f"only {figure('finished', share)} of the completions end by themselves" if cut else ""
 
 
+def _seen_before(data: Mapping[str, Any]) -> str:
+    """Held-out rows that the weights which a run started from had been trained on."""
+    seen, rows = data.get("eval_rows_trained_on"), data.get("eval_rows")
+    if not (isinstance(seen, int) and isinstance(rows, int)):
+        return ""
+    return f"{seen:,} of the {count(rows, 'held-out row')} were trained on before"
+
+
 def _trained_on(summary: Row) -> str:
     """What keeps the figures from being those of held-out prompts."""
     share = summary.get("trained_share")
@@ -165,11 +174,17 @@ def _trained_on(summary: Row) -> str:
 
 def _of_win_rates(rows: Sequence[Row]) -> list[str]:
     return [
-        f"win rate {figure('win_rate', row['win_rate'])} against {path_name(str(row['opponent']))} "
+        f"win rate {figure('win_rate', row['win_rate'])}{_bounds(row)} against "
+        f"{path_name(str(row['opponent']))} "
         f"at temperature {figure('temperature', row.get('temperature'))}"
         for row in rows[:2]
         if is_number(row.get("win_rate")) and "opponent" in row
     ]
+
+
+def _bounds(row: Row) -> str:
+    """Of a row of win_rates.json, whose interval has no name in front."""
+    return interval({f"win_rate_{bound}": row.get(bound) for bound in BOUNDS}, "win_rate")
 
 
 def _pair(row: Row, metric: str) -> str:
@@ -185,7 +200,20 @@ def _of_points(folder: Folder) -> list[str]:
     if is_number(best.get("kl")):
         highest += f" at a KL of {_pair(best, 'kl')}"
     policy = f"{highest}, by {point_name(best)}"
+    if second := level_with(best, policies):
+        policy += f" (no more than level with {point_name(second)}, within the noise)"
     return [count(len(policies), "policy", "policies"), policy, _optimum(best)]
+
+
+def level_with(best: Row, policies: Sequence[Row]) -> Row | None:
+    """The next best where it is within twice the error of their difference, or none is known."""
+    second = best_point([row for row in policies if row is not best])
+    if second is None:
+        return None
+    errors = [row.get("reward_se") for row in (best, second)]
+    known = [error for error in errors if is_number(error)]
+    ahead = len(known) == 2 and best["reward"] - second["reward"] > 2 * math.hypot(*known)
+    return None if ahead else second
 
 
 def _optimum(row: Row) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dpo_cli.config import STAGES
 from dpo_cli.report.page_read import Folder, Row
-from dpo_cli.report.page_story import best_point, point_name, trained
+from dpo_cli.report.page_story import best_point, level_with, point_name, trained
 from dpo_cli.report.page_text import count, figure, is_number, label, lower
 
 MOST_TILES = 6
@@ -87,7 +87,10 @@ def _point_tiles(points: Sequence[Row]) -> list[Tile]:
         )
     ]
     if best is not None:
-        tiles.append(Tile("Highest reward", figure("reward", best["reward"]), point_name(best)))
+        note = point_name(best)
+        if level_with(best, policies) is not None:
+            note += f": the highest of {len(policies)}, within the noise"
+        tiles.append(Tile("Highest reward", figure("reward", best["reward"]), note))
         if is_number(best.get("kl")):
             tiles.append(Tile("Its KL (nats)", figure("kl", best["kl"]), "to the reference"))
         if is_number(best.get("shortfall")):

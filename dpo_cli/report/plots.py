@@ -19,6 +19,9 @@ from dpo_cli.report.curves import Curves, read_curves, running_mean
 
 # Okabe and Ito's palette: told apart with any colour vision.
 BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#6B6B6B"
+NARROW = "_narrow"  # ends the name of a picture drawn again for the screen of a phone
+SEPARATOR, LINE = "  ·  ", 0.17  # of a caption's parts; inches of a line of it
+PHONE = 4.6  # inches of it: 442 pixels of CSS, a fifth more than such a screen has
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ PANELS = (
 
 
 def draw_curves(run_dir: Path) -> list[Path]:
-    """Draw `metrics.jsonl` of a run into `plots/`: overview.png and one file per panel.
+    """Draw `metrics.jsonl` of a run into `plots/`: overview.png (and, for a phone, the same in one
+    column), and one file per panel.
 
     Faint lines are the logged values, strong ones their running mean, dots the held-out rows.
     Panels without data are left out; without any data nothing is written. Returns the paths
@@ -80,7 +84,11 @@ def draw_curves(run_dir: Path) -> list[Path]:
     folder = run_dir / "plots"
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
-    written = [save_png(_overview(panels, curves, run_dir.name), folder / "overview.png")]
+    columns = 1 if len(panels) == 1 else 2 if len(panels) <= 4 else 3
+    written = [
+        save_png(_overview(panels, curves, run_dir.name, *how), folder / f"overview{end}.png")
+        for end, how in (("", (columns, 7.0)), (NARROW, (1, PHONE)))
+    ]
     for panel in panels:
         written.append(save_png(_single(panel, curves, run_dir.name), folder / f"{panel.name}.png"))
     return written
@@ -96,13 +104,17 @@ def _has_data(panel: Panel, curves: Curves) -> bool:
     return any(np.isfinite(curves[name][1]).any() for name in names if name in curves)
 
 
-def _overview(panels: list[Panel], curves: Curves, title: str) -> Figure:
-    columns = 1 if len(panels) == 1 else 2 if len(panels) <= 4 else 3
+def _overview(
+    panels: list[Panel], curves: Curves, title: str, columns: int, least: float
+) -> Figure:
+    """least: inches of its width at least."""
     rows = math.ceil(len(panels) / columns)
-    cell_width, cell_height, top = 4.6, 2.75, 0.75  # inches
-    width, height = max(columns * cell_width, 7.0), rows * cell_height + top
+    cell_width, cell_height = PHONE, 2.75  # inches
+    width = max(columns * cell_width, least)
+    told = wrapped(_caption(panels, curves), width)
+    height = rows * cell_height + 0.75 + LINE * told.count("\n")
     figure = new_figure(width, height)
-    headings(figure, shorten(title, int(6 * width)), _caption(panels, curves), size=14)
+    headings(figure, shorten(title, int(6 * width)), told, size=14)
     for index, panel in enumerate(panels):
         row, column = divmod(index, columns)
         left, bottom = column * cell_width + 0.65, (rows - 1 - row) * cell_height + 0.5
@@ -149,6 +161,18 @@ def headings(figure: Figure, title: str, caption: str, size: int) -> None:
     )
 
 
+def wrapped(caption: str, width: float) -> str:
+    """A caption in lines that fit into so many inches, broken between its parts."""
+    lines: list[str] = []
+    for part in caption.split(SEPARATOR):
+        joined = f"{lines[-1]}{SEPARATOR}{part}" if lines else part
+        if lines and len(joined) <= 13.5 * (width - 0.4):
+            lines[-1] = joined
+        else:
+            lines.append(part)
+    return "\n".join(lines)
+
+
 def shorten(name: str, characters: int) -> str:
     """A name that fits, its end left out."""
     return name if len(name) <= characters else f"{name[: characters - 1]}…"
@@ -161,7 +185,7 @@ def _caption(panels: list[Panel], curves: Curves) -> str:
         parts.append("strong line: running mean")
     if any(f"eval/{metric}" in curves for _, metric in drawn):
         parts.append("dots: held-out rows")
-    return "  ·  ".join(parts)
+    return SEPARATOR.join(parts)
 
 
 def _draw(axes: Axes, panel: Panel, curves: Curves) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
 from dpo_cli.durable import disk_errors
@@ -15,57 +16,72 @@ from dpo_cli.report.plots import (
     BLUE,
     GREY,
     INK,
+    LINE,
+    NARROW,
+    PHONE,
     headings,
     new_figure,
     plain_axes,
     save_png,
     shorten,
+    wrapped,
 )
 
 MOST_BARS = 30  # more are in win_rates.json
-WIDTH, LEFT, RIGHT = 7.0, 1.1, 1.6  # inches; LEFT, RIGHT: of the bars, for their labels
+# Inches: width, and left and right of the bars, for their labels; and of the same for a phone.
+SIZES = {"": (7.0, 1.1, 1.6), NARROW: (PHONE, 0.7, 1.65)}
 BAR, NAME, EDGE = 0.27, 0.30, 0.2  # inches of a bar, of a policy's name, and before that
 
 Row = Mapping[str, Any]
 
 
 def draw_win_rates(run_dir: Path, rows: Sequence[Row]) -> Path:
-    """Draw `plots/win_rates.png` of the rows of win_rates.json; returns its path.
+    """Draw `plots/win_rates.png`, and the same for a phone, of win_rates.json; returns its path.
 
     Bars of one policy stand together under its name, a temperature each, in the rows' order;
     the dashed line is chance. Raises DiskError.
     """
+    folder = run_dir / "plots"
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    paths = [
+        save_png(_picture(run_dir.name, rows, *size), folder / f"win_rates{end}.png")
+        for end, size in SIZES.items()
+    ]
+    return paths[0]
+
+
+def _picture(name: str, rows: Sequence[Row], width: float, left: float, right: float) -> Figure:
     shown = rows[:MOST_BARS]
     groups: dict[str, list[Row]] = {}
     for row in shown:
         groups.setdefault(str(row["policy"]), []).append(row)
     drawn = BAR * len(shown) + NAME * len(groups)
-    height = drawn + 1.25
-    figure = new_figure(WIDTH, height)
-    headings(figure, "Win rate", caption(rows), size=13)
-    footer = shorten(run_dir.name, 50)
+    told, letters = wrapped(caption(rows), width), int(10 * width)
+    height = drawn + 1.25 + LINE * told.count("\n")
+    figure = new_figure(width, height)
+    headings(figure, "Win rate", told, size=13)
+    footer = shorten(name, letters - 20)
     if len(rows) > MOST_BARS:
         footer += f"  ·  {MOST_BARS} of {len(rows)} bars; the others are in win_rates.json"
-    figure.text(EDGE / WIDTH, 0.1 / height, footer, fontsize=8, color=GREY, parse_math=False)
+    footer = wrapped(footer, width)
+    figure.text(EDGE / width, 0.1 / height, footer, fontsize=8, color=GREY, parse_math=False)
     axes = figure.add_axes(
-        (LEFT / WIDTH, 0.55 / height, (WIDTH - LEFT - RIGHT) / WIDTH, drawn / height)
+        (left / width, 0.55 / height, (width - left - right) / width, drawn / height)
     )
     _style(axes, drawn)
     place = drawn
     for policy, group in groups.items():
         place -= NAME
         axes.text(
-            (EDGE - LEFT) / (WIDTH - LEFT - RIGHT), place + 0.08, _end(policy), fontsize=9,
+            (EDGE - left) / (width - left - right), place + 0.08, _end(policy, letters), fontsize=9,
             fontweight="bold", color=INK, parse_math=False,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )  # fmt: skip
         for row in group:
             place -= BAR
             _bar(axes, row, place + BAR / 2)
-    folder = run_dir / "plots"
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-    return save_png(figure, folder / "win_rates.png")
+    return figure
 
 
 def caption(rows: Sequence[Row]) -> str:
