@@ -32,11 +32,11 @@ from dpo_cli.data.adapt import adapt
 from dpo_cli.data.dataset import (
     EncodedSplits,
     fingerprint,
-    hold_out,
     load_encoded,
     load_splits,
 )
 from dpo_cli.data.drops import DropReport
+from dpo_cli.data.held_out import hold_out
 from dpo_cli.data.show import describe, token_text
 from dpo_cli.data.sources import Rows
 from dpo_cli.errors import ConfigError, DataError

@@ -12,6 +12,7 @@ from dpo_cli.data import cache, trained
 from dpo_cli.data.dataset import load_splits
 from dpo_cli.durable import damage
 from dpo_cli.errors import DataError
+from dpo_cli.plan import plan_rows
 from dpo_cli.records import EncodedExample
 from dpo_cli.run import run
 from dpo_cli.session.trained import MANY, refuse_same
@@ -93,6 +94,21 @@ def test_the_runs_own_held_out_prompts_are_measured(chain):
     half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
     assert summary["accuracy_low"] == pytest.approx(max(0, centre - half), abs=1e-6)
     assert summary["accuracy_high"] == pytest.approx(min(1, centre + half), abs=1e-6)
+
+
+def test_held_out_rows_that_the_start_was_trained_on_are_told(chain, tmp_path, capsys):
+    """DPO holds out 20 of the rows of which its SFT held out 8."""
+    words = "stage=dpo", f"model.path={chain / 'sft'}", *jsonl(chain / "a.jsonl"), *QUICK
+    plain = "logger.progress=plain"
+    train(tmp_path / "more", *words, "data.eval_rows=20", plain)
+    told = f"12 of 20 held-out rows were trained on by model.path={chain / 'sft'}: use that run's"
+    assert " ".join(capsys.readouterr().err.split()).count(told) == 1
+    page = " ".join((tmp_path / "more" / "report.html").read_text().split())
+    assert "12 of the 20 held-out rows were trained on before" in page
+    train(tmp_path / "same", *words, plain)
+    assert "were trained on" not in capsys.readouterr().err
+    planned = configure(*(w for w in TINY if w[:5] != "data."), *words, "data.eval_rows=20")
+    assert any(told in line for _, line in plan_rows(planned))
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,9 @@ class JsonlDataConfig(DataConfig):
     scores_field: str | None = key(
         None, "field of one score per response; a ranked list is ordered by them"
     )
+    system_field: str | None = key(
+        "system", "field of a system message before the prompt; may be absent; null: not read"
+    )
     tools_field: str | None = key(
         "tools", "field of the functions a conversation may call, a list or its JSON; may be absent"
     )

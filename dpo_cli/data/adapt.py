@@ -8,6 +8,7 @@ import json
 from dpo_cli.config import DataConfig
 from dpo_cli.data.adapters import ADAPTERS
 from dpo_cli.data.drops import MISSING, BadRow, DropReport, response_name
+from dpo_cli.data.notes import note_scores
 from dpo_cli.data.sources import Rows
 from dpo_cli.errors import DataError
 from dpo_cli.records import PreferenceExample, Prompt, Response, response_text
@@ -36,10 +37,25 @@ def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[
                 drops.add(problem, index)
             else:
                 kept.append(example)
+    for example in kept:
+        note_scores(example, drops)
+    kept = in_one_form(kept)
     if not kept:
         why = "; ".join(drops.summary_lines()) or "it is empty"
         raise DataError(f"{rows.origin}: no row can be used: {why}")
     return kept
+
+
+def in_one_form(examples: list[PreferenceExample]) -> list[PreferenceExample]:
+    """Texts beside conversations are messages of the user, too: a row without a system message
+    is written as those with one are."""
+    if all(isinstance(e.prompt, str) for e in examples):
+        return examples
+    return [
+        dataclasses.replace(e, prompt=[{"role": "user", "content": e.prompt}])
+        if isinstance(e.prompt, str) else e
+        for e in examples
+    ]  # fmt: skip
 
 
 def _problem(example: PreferenceExample) -> str | None:

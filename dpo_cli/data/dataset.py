@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,14 @@ from dpo_cli.data import cache
 from dpo_cli.data.adapt import adapt
 from dpo_cli.data.drops import DropReport
 from dpo_cli.data.encode import Limits, encode_examples, resolve_limits
+from dpo_cli.data.held_out import hold_out, note_fewer, note_overlap
 from dpo_cli.data.sources import Rows, Source, content_digest, find_source, read_source
 from dpo_cli.data.template import use_template_file, writes_the_date
 from dpo_cli.data.tokens import tokenizer_digest
-from dpo_cli.data.trained import prompt_text
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.records import EncodedExample, PreferenceExample
 
 GENERATED = "sentiment"  # the one data set that is not read from anywhere
-ENOUGH = 0.9  # of the examples to hold out; fewer are told
 EVAL_PREFIX = "eval split: "  # of messages about a file that is not the training rows'
 
 
@@ -116,33 +114,6 @@ def for_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Dat
     return dataclasses.replace(config, chat_template="always")
 
 
-def hold_out(
-    examples: Sequence[PreferenceExample], count: int
-) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
-    """(train, held out): at most `count` examples held out, no prompt on both sides.
-
-    Prompts are taken in the order of a hash of their content, all examples of one together: no
-    seed and no order of the file moves a prompt, and with another count more or fewer of the same
-    are held out.
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for place, example in enumerate(examples):
-        groups[prompt_text(example.prompt)].append(place)
-    held: set[int] = set()
-    for key in sorted(groups, key=lambda key: hashlib.sha256(key.encode()).digest()):
-        if len(held) + len(groups[key]) > count:
-            break
-        held.update(groups[key])
-    if count and not held:
-        most = max(map(len, groups.values()))
-        raise ConfigError(
-            f"data.eval_rows={count}: the first prompt has more examples than that, give "
-            f"{most} or more"
-        )
-    train = [e for place, e in enumerate(examples) if place not in held]
-    return train, [examples[place] for place in sorted(held)]
-
-
 def fingerprint(examples: Sequence[EncodedExample]) -> str:
     """sha256 over the token ids: other ids, another order or other limits change it."""
     total = hashlib.sha256()
@@ -175,30 +146,10 @@ def _read_splits(config: DataConfig, seed: int, train: Source, held: Source | No
     count = _eval_count(config, len(chosen))
     if count is not None and count < len(chosen):
         _, chosen = hold_out(chosen, count)
-        _note_fewer(chosen, count, eval_drops)
-    _note_overlap(examples, chosen, eval_drops)
+        note_fewer(chosen, count, eval_drops)
+    note_overlap(examples, chosen, eval_drops)
     drops.absorb(eval_drops, EVAL_PREFIX)
     return Splits(examples, chosen, drops, train.origin, train.revision)
-
-
-def _note_fewer(held: Sequence[PreferenceExample], asked: int, drops: DropReport) -> None:
-    """Where prompts have many examples each, those of the next one may be far too many."""
-    if len(held) < ENOUGH * asked:
-        drops.add_note(
-            f"data.eval_rows={asked:,} holds out {len(held):,} examples: the next prompt has more "
-            "than are left",
-            held[0].row,
-        )
-
-
-def _note_overlap(
-    train: Sequence[PreferenceExample], held: Sequence[PreferenceExample], drops: DropReport
-) -> None:
-    """Of eval rows from a file of their own."""
-    known = {prompt_text(example.prompt) for example in train}
-    for example in held:
-        if prompt_text(example.prompt) in known:
-            drops.add_note("the prompt is a training prompt, too", example.row)
 
 
 def _hold_out_of(
@@ -213,7 +164,7 @@ def _hold_out_of(
             f"{most:,} that can be used"
         )
     kept, chosen = hold_out(examples, count)
-    _note_fewer(chosen, count, drops)
+    note_fewer(chosen, count, drops)
     room = most - len(chosen)
     if room < len(kept):
         picked = sorted(random.Random(seed).sample(range(len(kept)), room))

@@ -151,6 +151,7 @@ def _make_encoder(
         raise ConfigError(
             "the rows are conversations and the tokenizer has no chat template: say how they are "
             "written with data.chat_template=human_assistant or data.chat_template=<a Jinja file>"
+            f"{without_system(config)}"
         )
     wanted = always or (chats and not plain)
     chat = chat_format(tokenizer, facts, Renderer.of(tokenizer, config)) if wanted else None
@@ -158,6 +159,13 @@ def _make_encoder(
     ways = Ways(config.special_tokens == "parse", always, has_template)
     special = special_pattern(tokenizer)
     return Encoder(tokenizer, facts, chat, limits, config.keep_prompt, special, ways)
+
+
+def without_system(config: DataConfig) -> str:
+    """What else a user may do whose texts became conversations by a column beside them."""
+    field = getattr(config, "system_field", None)
+    read = f", or data.system_field=null if they are texts with a column {field!r} to leave out"
+    return read if field else ""
 
 
 def _encode_chunk(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from dpo_cli.data.drops import DropReport
 from dpo_cli.records import PreferenceExample, response_text
+
+OPENING, QUOTES = "([{<\u201c\u2018\u00ab", "\"'`"
+MARKS = "-*#\u2022\u2013\u2014$@"  # with which a list, a heading or a number begins
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,25 @@ def note_texts(
         )
 
 
+def note_scores(example: PreferenceExample, drops: DropReport) -> None:
+    """Scores that do not say what the order of the responses says."""
+    scores = example.scores or ()
+    if any(better < worse for better, worse in itertools.pairwise(scores)):
+        drops.add_note("the rejected response has the higher score", example.row)
+    elif len(set(scores)) < len(scores):
+        drops.add_note("some responses have the same score: their order is the row's", example.row)
+
+
 def _runs_on(prompt: str, response: str) -> bool:
-    """Whether a letter or digit follows a prompt's last word or full stop at once."""
+    """Whether a word, or what opens one, follows a prompt's last word or full stop at once, in a
+    script that puts spaces between words. A comma or an ending does go on."""
     before, after = prompt[-1:], response[:1]
-    return bool(before and after) and after.isascii() and after.isalnum() and not before.isspace()
+    opened = before in OPENING or (before in QUOTES and prompt[-2:-1].isspace())
+    if not before or not after or before.isspace() or opened or _unspaced(before):
+        return False
+    return after in OPENING + QUOTES + MARKS or (after.isalnum() and not _unspaced(after))
+
+
+def _unspaced(letter: str) -> bool:
+    """Of Chinese, Japanese, Thai and the like, punctuation included."""
+    return unicodedata.east_asian_width(letter) in "WF" or "\u0e00" <= letter <= "\u109f"

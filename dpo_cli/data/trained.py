@@ -7,6 +7,7 @@ final/trained_prompts.bin   little-endian, sorted, each once: those of the run's
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -19,13 +20,21 @@ KEYS = np.dtype("<u8")
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The prompt's content, of a text or of messages: the same whichever way it is written."""
-    return prompt if isinstance(prompt, str) else "\n".join(str(m["content"]) for m in prompt)
+    """The prompt's content, of a text or of messages, without the space or line break that may
+    separate it from its response."""
+    text = prompt if isinstance(prompt, str) else "\n".join(str(m["content"]) for m in prompt)
+    return text.replace("\r\n", "\n").strip()
+
+
+def prompt_words(prompt: Prompt) -> str:
+    """The same for prompts that differ in their white space or in how Unicode writes a letter:
+    a file saved by another program is no other data."""
+    return " ".join(unicodedata.normalize("NFC", prompt_text(prompt)).split())
 
 
 def prompt_key(prompt: Prompt) -> int:
-    """The first 8 bytes of the sha256 of its content."""
-    content = prompt_text(prompt).encode("utf-8", "surrogatepass")
+    """The first 8 bytes of the sha256 of its words."""
+    content = prompt_words(prompt).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
 

@@ -54,7 +54,7 @@ from dpo_cli.plan.memory.table import Row, copy_rows, memory_rows
 from dpo_cli.report.console import summary_table
 from dpo_cli.session.prompts import distinct_prompts
 from dpo_cli.session.rows import trained_line
-from dpo_cli.session.trained import refuse_same
+from dpo_cli.session.trained import held_out_line
 from dpo_cli.stages.ppo_baseline import plan_rollouts, steps_of_rollout
 from dpo_cli.train.runtime import Runtime
 
@@ -108,9 +108,9 @@ def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
     rows += reference_rows(config, points)
     context = configured_context(config.model, tokenizer)
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
-    if spec_of(stage).trains:
-        refuse_same(config.data, splits)
+    line = held_out_line(config, splits) if spec_of(stage).trains else None
     rows += data_rows(config, splits)
+    rows += [("", line)] if line else []
     if isinstance(stage, (SftConfig, DpoConfig, RewardConfig)):
         rows += training_rows(config, lengths_of(targets(config, splits.train)))
     if isinstance(stage, PpoConfig):

@@ -33,7 +33,7 @@ from dpo_cli.model.stored import refuse_non_finite
 from dpo_cli.report.console import Progress
 from dpo_cli.report.sinks import Sink
 from dpo_cli.session.precision import hold_as_trained, refuse_rounding
-from dpo_cli.session.trained import refuse_same
+from dpo_cli.session.trained import held_out_line, seen_before
 from dpo_cli.train.checkpoint import Snapshot, load_provenance
 from dpo_cli.train.memory import TokenBudget, read_budget, within
 from dpo_cli.train.runtime import Runtime
@@ -250,12 +250,10 @@ def load_policy_and_data(
     splits = load_data(session, context_length(model), tokenizer)
     if not splits.train:
         raise DataError(f"data={config.data.name}: no training rows are left")
-    refuse_same(config.data, splits)
-    if not splits.eval:
-        session.note(
-            "no rows are held out: no figure will tell how the model does on other prompts; "
-            "data.eval_rows takes a count, or a share such as 0.1"
-        )
+    if line := held_out_line(config, splits):
+        session.note(line)
+    if seen := seen_before(config, splits):
+        session.data_facts["eval_rows_trained_on"] = seen
     session.settle_tokens(tokenizer, splits)
     return Loaded(model, tokenizer, splits, base_provenance(config.model))
 

@@ -40,6 +40,33 @@ def refuse_same(config: DataConfig, splits: EncodedSplits) -> None:
         )
 
 
+def held_out_line(config: RunConfig, splits: EncodedSplits) -> str | None:
+    """What is to be told of the held-out rows of a run that trains: there are none, or the weights
+    that it starts from were trained on some. Raises DataError as `refuse_same` does."""
+    refuse_same(config.data, splits)
+    if not splits.eval:
+        return (
+            "no rows are held out: no figure will tell how the model does on other prompts; "
+            "data.eval_rows takes a count, or a share such as 0.1"
+        )
+    seen = seen_before(config, splits)
+    if not seen:
+        return None
+    return (
+        f"{seen:,} of {len(splits.eval):,} held-out rows were trained on by "
+        f"model.path={config.model.path}: use that run's data settings (data.path, data.eval_rows)"
+    )
+
+
+def seen_before(config: RunConfig, splits: EncodedSplits) -> int:
+    """How many of the held-out rows the weights that the run starts from were trained on; prompts
+    that meet by chance are not counted."""
+    base = trained.read(model_folder(config.model.path)) if config.model.path else None
+    if base is None or config.data.name in BY_CHANCE:
+        return 0
+    return int(shared_rows(splits.eval, base).sum())
+
+
 def known_models(config: RunConfig, policies: Mapping[str, str | None]) -> dict[str, np.ndarray]:
     """Label -> keys, of the policies (label -> folder) and the reward model that tell them."""
     named = dict(policies)

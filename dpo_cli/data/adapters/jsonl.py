@@ -26,8 +26,8 @@ def parse(row: dict[str, Any], index: int, config: JsonlDataConfig) -> Iterable[
 
     A prompt is a text or a list of messages. A response is a text or a conversation whose
     last message is the answer; what comes before it must be the prompt (a text of which is then
-    its last message), or, in a row without a prompt, is the prompt. Responses with scores are
-    ordered by them.
+    its last message), or, in a row without a prompt, is the prompt. A list of responses with
+    scores is ordered by them. A system message or tools make a text a message of the user.
     """
     answers = _answers(row, config)
     split = [_response(value, field) for field, value in answers]
@@ -38,11 +38,14 @@ def parse(row: dict[str, Any], index: int, config: JsonlDataConfig) -> Iterable[
     scores = _scores(row, config, len(split))
     finished = _finished(row, config.finished_field, len(split))
     if scores is not None and config.responses_field is not None:
+        if len(scores) > 1 and len(set(scores)) == 1:
+            raise BadRow("are all the same: none is preferred", str(config.scores_field))
         order = list(np.argsort(-np.array(scores), kind="stable"))
         responses = tuple(responses[place] for place in order)
         finished = None if finished is None else tuple(finished[place] for place in order)
         scores = tuple(scores[place] for place in order)
-    yield PreferenceExample(_with_tools(prompt, row, config), responses, index, scores, finished)
+    prompt = _with_tools(_with_system(prompt, row, config), row, config)
+    yield PreferenceExample(prompt, responses, index, scores, finished)
 
 
 def _answers(row: dict[str, Any], config: JsonlDataConfig) -> list[tuple[str, Any]]:
@@ -84,6 +87,22 @@ def _agreed(prompt: Prompt, before: list[Message], field: str) -> Prompt:
     if isinstance(prompt, str) and before[-1]["content"].strip() == prompt.strip():
         return prompt_messages(before, field)  # the text is the last message of the conversation
     raise BadRow("answers another prompt", field)
+
+
+def _with_system(prompt: Prompt, row: dict[str, Any], config: JsonlDataConfig) -> Prompt:
+    """The prompt behind the system message of a column of its own, where the row has one."""
+    name = config.system_field
+    value = None if name is None else row.get(name)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return prompt
+    said: Message = {"role": "system", "content": as_text(value, str(name))}
+    if isinstance(prompt, str):
+        return [said, {"role": "user", "content": prompt}]
+    if prompt[0]["role"] not in ("system", "developer"):
+        return [said, *prompt]
+    if prompt[0]["content"].strip() != value.strip():
+        raise BadRow("is another than the system message of the prompt", str(name))
+    return prompt
 
 
 def _with_tools(prompt: Prompt, row: dict[str, Any], config: JsonlDataConfig) -> Prompt:
