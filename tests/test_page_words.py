@@ -120,6 +120,17 @@ def test_no_policy_wins_within_the_noise(tmp_path, rewards, errors, level):
     assert ("the highest of 2, within the noise" in page.text) == level
 
 
+def test_ppo_is_told_by_its_held_out_prompts(tmp_path):
+    summary = {"stage": "ppo-baseline", "score": 0.3, "kl": 3.5, "rollout/finished": 0.2,
+               "eval/score": 0.2, "eval/kl": 3.2, "eval/finished": 0.16}  # fmt: skip
+    config = {"stage": {"name": "ppo-baseline"}, "model": {"name": "tiny"}, "data": {"name": "hh"}}
+    page = report(dpo_run(tmp_path / "r", summary=summary, config=config))
+    assert (
+        "held-out score 0.200; held-out KL to the reference 3.200 nats; only 16.0% of the "
+        "completions end by themselves."
+    ) in page.text
+
+
 def test_matches_are_shown_with_their_verdicts(tmp_path):
     rows = [
         {"prompt": f"Q{n}", "policy": f"runs/{name}/final", "opponent": "chosen", "judge": "http",

@@ -148,6 +148,14 @@ def test_a_narrow_overview_has_one_column(tmp_path, figures):
     assert narrow.get_size_inches()[0] == plots.PHONE
 
 
+def test_rounding_is_not_drawn_as_a_curve(tmp_path, figures):
+    rows = [{"step": s, "loss": 0.1 * (1 + 1e-7 * (-1) ** s)} for s in range(1, 50)]
+    draw_curves(metrics(tmp_path, rows))
+    low, high = figures["loss"].axes[0].get_ylim()
+    assert high - low > 0.01
+    assert low < 0.1 < high
+
+
 def visible_texts(axes):
     ticks = [axis.get_major_ticks() for axis in (axes.xaxis, axes.yaxis)]
     inside = [

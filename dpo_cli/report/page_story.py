@@ -98,7 +98,7 @@ def _effort(folder: Folder, data: Mapping[str, Any]) -> str:
 
 def _of_training(summary: Row) -> list[str]:
     """Held-out figures, or those of the last steps where no rows were held out."""
-    prefix = "eval/" if "eval/loss" in summary else ""
+    prefix = "eval/" if {"eval/loss", "eval/score"} & summary.keys() else ""
     where = "held-out" if prefix else "training"
     told = []
     name = f"{prefix}rewards/accuracies"

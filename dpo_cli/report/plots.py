@@ -20,6 +20,7 @@ from dpo_cli.report.curves import Curves, read_curves, running_mean
 # Okabe and Ito's palette: told apart with any colour vision.
 BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#6B6B6B"
 NARROW = "_narrow"  # ends the name of a picture drawn again for the screen of a phone
+ROUNDING = 1e-5  # a spread of values, relative to them, that is no curve
 SEPARATOR, LINE = "  ·  ", 0.17  # of a caption's parts; inches of a line of it
 PHONE = 4.6  # inches of it: 442 pixels of CSS, a fifth more than such a screen has
 
@@ -70,8 +71,7 @@ PANELS = (
 
 
 def draw_curves(run_dir: Path) -> list[Path]:
-    """Draw `metrics.jsonl` of a run into `plots/`: overview.png (and, for a phone, the same in one
-    column), and one file per panel.
+    """Draw `metrics.jsonl` into `plots/`: overview.png, for a phone in one column, and each panel.
 
     Faint lines are the logged values, strong ones their running mean, dots the held-out rows.
     Panels without data are left out; without any data nothing is written. Returns the paths
@@ -243,6 +243,9 @@ def plain_axes(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
 def _style(axes: Axes, panel: Panel) -> None:
     plain_axes(axes)
     axes.margins(x=0.02, y=0.08)
+    low, high = axes.get_ylim()
+    if high - low < ROUNDING * max(abs(low), abs(high)):  # what stayed as it was
+        axes.set_ylim(low - 0.1 * abs(low), high + 0.1 * abs(high))
     first, last = axes.get_xlim()
     if last - first < 2:  # a single step
         axes.set_xlim((first + last) / 2 - 1, (first + last) / 2 + 1)
