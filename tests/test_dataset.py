@@ -441,7 +441,8 @@ class TestRealFiles:
             "dropped 1 of 1,019 rows: rejected is blank (row 423)",
             "dropped 1 of 1,019 rows: chosen and rejected are the same (row 924)",
         ]
-        assert (len(splits.train), len(splits.eval)) == (917, 100)
+        # one short: the next prompt has several rows, which stay together
+        assert (len(splits.train), len(splits.eval)) == (918, 99)
 
     def test_many_answers_a_prompt(self, shared: Path) -> None:
         path = shared / "data/preferences/finegrained_qa_human.jsonl.gz"

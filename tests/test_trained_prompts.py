@@ -12,7 +12,7 @@ from dpo_cli.data import cache, trained
 from dpo_cli.data.dataset import load_splits
 from dpo_cli.durable import damage
 from dpo_cli.errors import DataError
-from dpo_cli.plan import plan_rows
+from dpo_cli.plan.dry_run import plan_rows
 from dpo_cli.records import EncodedExample
 from dpo_cli.run import run
 from dpo_cli.session.trained import MANY, refuse_same
