@@ -24,7 +24,7 @@ def fill(store: ConfigStore) -> None:
         if group not in TABLES:
             store.store(group=GROUP, name=group, node=dataclasses.asdict(hints[group]()))
         for option, schema in TABLES.get(group, {}).items():
-            node = dataclasses.asdict(schema())
+            node = dataclasses.asdict(schema()) | {"name": option}
             store.store(group=f"{GROUP}/{group}", name=option, node=node)
 
 
