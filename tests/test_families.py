@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from dpo_cli.errors import ConfigError
 from dpo_cli.model import forward
 from dpo_cli.model.adapters import lora
 from dpo_cli.model.attention.probe import choose_attention
@@ -17,22 +18,32 @@ from many_families import FAMILIES, build
 from small_models import examples, oracle, packed, packed_loss
 
 IDS = torch.arange(3, 15)[None]
-QUIET = ("ernie4_5", "lfm2", "mamba", "mpt")  # families without anything random
+QUIET = (  # families without anything random
+    "ernie4_5", "lfm2", "lfm2_moe", "mamba", "falcon_mamba", "mamba2", "mpt", "rwkv", "xlstm",
+)  # fmt: skip
+# Layers behind the last hidden states, and states that depend on what is padded behind a text.
+REFUSED = ("modernbert-decoder", "xlstm", "recurrent_gemma")
 
 
 def logits(model: Any) -> torch.Tensor:
     return model(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_trained_is_refused_in_a_line(family):
+    with pytest.raises(ConfigError, match=r"^model\.attention=auto: .* cannot be used .*$"):
+        choose_attention(build(family), "auto", on=Placement(note=lambda line: None))
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in REFUSED])
 def test_packed_and_padded_rows_are_right_and_train(family):
     model, rows = build(family), examples(3)
-    expected = oracle(model, rows).detach()
+    expected = oracle(build(family), rows).detach()
     set_dropout(model, 0.0)
     choose_attention(model, "auto", on=Placement(note=lambda line: None))
     batch = packed(rows, cuts=cuts_of(model.config))
     loss, got = packed_loss(model.train(), batch)
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(got, expected, rtol=2e-5, atol=2e-5)
     loss.backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     assert grads
@@ -40,7 +51,7 @@ def test_packed_and_padded_rows_are_right_and_train(family):
     assert any(grad.norm() > 0 for grad in grads)
     use(model, "plain")
     padded = forward.token_logprobs(model, batch)
-    torch.testing.assert_close(padded, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(padded, expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

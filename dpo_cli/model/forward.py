@@ -34,10 +34,16 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
 
 
+def backbone(model: PreTrainedModel) -> Any:
+    """All but the output layer. Llama 4's prefix is that of the whole with its images."""
+    base = model.base_model
+    return cast(Any, model).model if base is model else base
+
+
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(T, D) final hidden states of a packed row; the output layer does not run."""
-    layout = attention.layout_for(model, batch)
-    return computed(model, lambda: layout.states(model.base_model, batch, model.dtype))
+    layout, base = attention.layout_for(model, batch), backbone(model)
+    return computed(model, lambda: layout.states(base, batch, model.dtype))
 
 
 def computed_by(model: PreTrainedModel) -> str:

@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 
 from dpo_cli.config import HardwareConfig, LoraConfig
 from dpo_cli.errors import ConfigError
+from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.forward import head_of
 from dpo_cli.train.runtime import Runtime
 
 QUANTIZATION = "quantization"  # key of an adapter's provenance: how its base was stored
@@ -43,3 +45,11 @@ def hold_as_trained(model: PreTrainedModel, hardware: HardwareConfig) -> torch.d
         if weight.is_floating_point():
             weight.data = weight.data.to(torch.bfloat16)
     return torch.bfloat16
+
+
+def note_head(model: PreTrainedModel, on: Placement, key: str) -> None:
+    """Say so where a GPU cannot use the kernel for log-probabilities."""
+    if on.device.type != "cuda" or model.get_output_embeddings() is None:
+        return
+    if (why := head_of(model).refused(on.device, on.dtype)) is not None:
+        on.note(f"{key}: log-probabilities by plain operations, which are slower ({why})")

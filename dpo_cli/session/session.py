@@ -21,7 +21,6 @@ from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.adapters.active import Adaptation, is_adapted
 from dpo_cli.model.attention.registered import MOST_TOKENS, Placement, kernel_of
 from dpo_cli.model.blocks import compile_blocks
-from dpo_cli.model.forward import head_of
 from dpo_cli.model.fuse import round_residual
 from dpo_cli.model.liger import use_liger
 from dpo_cli.model.load import context_length, load_model, load_tokenizer
@@ -32,7 +31,7 @@ from dpo_cli.model.source import model_folder
 from dpo_cli.model.stored import refuse_non_finite
 from dpo_cli.report.console import Progress
 from dpo_cli.report.sinks import Sink
-from dpo_cli.session.precision import hold_as_trained, refuse_rounding
+from dpo_cli.session.precision import hold_as_trained, note_head, refuse_rounding
 from dpo_cli.session.trained import held_out_line, seen_before
 from dpo_cli.train.checkpoint import Snapshot, load_provenance
 from dpo_cli.train.memory import TokenBudget, read_budget, within
@@ -169,19 +168,10 @@ def load(
     held = None if is_adapted(model) else torch.float32
     if as_trained:
         held = hold_as_trained(model, session.config.hardware) or held
-    note_head(session, model, key)
+    note_head(model, session.placement, key)
     if session.ranks.size > 1:
         spread_weights(session, model, key, held)
     return model
-
-
-def note_head(session: Session, model: PreTrainedModel, key: str) -> None:
-    """Say so where a GPU cannot use the kernel for log-probabilities."""
-    on = session.placement
-    if on.device.type != "cuda" or model.get_output_embeddings() is None:
-        return
-    if (why := head_of(model).refused(on.device, on.dtype)) is not None:
-        session.note(f"{key}: log-probabilities by plain operations, which are slower ({why})")
 
 
 def compiles(session: Session) -> bool:

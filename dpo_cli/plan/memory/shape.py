@@ -95,15 +95,15 @@ def shape_of(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Shap
     with torch.device("meta"):
         model = auto.from_config(config)
     text = config.get_text_config()
-    layers, hidden, heads = (
-        int(text.num_hidden_layers), int(text.hidden_size), int(text.num_attention_heads)
-    )  # fmt: skip
+    layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
+    heads = int(getattr(text, "num_attention_heads", None) or 1)  # Mamba has none
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
     head_dim = int(getattr(text, "head_dim", None) or hidden // heads)
     output = model.get_output_embeddings()
     head = 0 if output is None else sum(p.numel() for p in output.parameters())
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     blocks = max(_lists(model, layers), key=_parameters)
+    layers = len(blocks)
     biggest = max(blocks, key=_parameters)
     block = _block(biggest, {"heads": heads, "kv_heads": kv_heads}, head_dim)
     inner, gated = _mlp(text, block.linears, hidden)
@@ -115,10 +115,10 @@ def shape_of(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Shap
     )  # fmt: skip
 
 
-def _lists(model: torch.nn.Module, layers: int) -> list[torch.nn.ModuleList]:
+def _lists(model: Any, layers: int) -> list[torch.nn.ModuleList]:
+    """Of the model's layers; all of it as one layer where there is none of that length."""
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
-    assert lists, f"{type(model).__name__} has no list of its {layers} layers"
-    return lists
+    return lists or [torch.nn.ModuleList([model.base_model])]
 
 
 def _parameters(module: torch.nn.Module) -> int:
