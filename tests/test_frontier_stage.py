@@ -18,7 +18,7 @@ from dpo_cli.evaluation.policies import POINT_KEYS
 from dpo_cli.plan.dry_run import frontier_rows
 from dpo_cli.report import frontier as picture
 from dpo_cli.report.console import Progress
-from dpo_cli.report.frontier import Cloud, _caption, kl_limit, markdown, styles
+from dpo_cli.report.frontier import Cloud, _caption, kl_limit, styles
 from dpo_cli.run import run
 from dpo_cli.stages.frontier import COLUMNS, cloud, measured_once, verdicts
 from small_runs import configure
@@ -312,7 +312,3 @@ def test_the_last_point_of_each_run_is_marked():
     ]
     found: Cloud = cloud("dpo", rows)
     assert found.last.tolist() == [False, True, True, True]
-
-
-def test_names_do_not_break_the_markdown():
-    assert markdown(["a\nb", "c"], [["x|y", 1]]) == "| a b | c |\n|---|---:|\n| x\\|y | 1 |\n"

@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Self
 
 from rich import progress as bars
 from rich.console import Console, RenderableType
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from dpo_cli.errors import ConfigError
+from dpo_cli.report.numbers import duration
 
 MODES = ("auto", "rich", "plain", "off")
 
@@ -125,7 +125,7 @@ class Progress:
 
         try:
             yield tick
-            took = _duration(self._clock() - task.began)
+            took = duration(self._clock() - task.began)
             self.note(f"{name}: {task.done:,} in {took}" if task.done else f"{name}: {took}")
         finally:
             if self._live is not None and task.bar is not None:
@@ -199,7 +199,7 @@ def _line(task: _Task, now: float, eta: str, figures: str) -> str:
     where = f"{task.name} {task.done:,}"
     if task.total:
         where += f"/{task.total:,} {task.done / task.total:4.0%}"
-    return "  ".join(filter(None, (where, _duration(now - task.began), eta, figures)))
+    return "  ".join(filter(None, (where, duration(now - task.began), eta, figures)))
 
 
 def _eta(task: _Task, now: float) -> str:
@@ -208,11 +208,7 @@ def _eta(task: _Task, now: float) -> str:
     if task.total is None or fresh <= 0:
         return ""
     left = max(task.total - task.done, 0) * (now - task.began) / fresh
-    return f"eta {_duration(left)}"
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+    return f"eta {duration(left)}"
 
 
 def _figures(values: Mapping[str, float]) -> str:
@@ -221,29 +217,3 @@ def _figures(values: Mapping[str, float]) -> str:
         for name, label, form in FIGURES
         if values.get(name) is not None
     )
-
-
-def summary_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:
-    """A two-column table of names and values, text taken literally; show it with `show`."""
-    table = Table(title=Text(printable(title)), title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(cell(name), cell(value))
-    return table
-
-
-def cell(value: object) -> Text:
-    """A table cell: text without markup, numbers to four digits, "-" for nothing."""
-    return Text(printable(brief(value)))
-
-
-def brief(value: object) -> str:
-    """A number to four digits, with thousands apart; "-" for None; other values as text."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)

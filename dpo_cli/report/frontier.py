@@ -10,12 +10,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from rich.cells import cell_len
-from rich.table import Table
-from rich.text import Text
 
 from dpo_cli.durable import disk_errors
-from dpo_cli.report.console import cell, printable
+from dpo_cli.report.console import printable
+from dpo_cli.report.numbers import count, short_number
 from dpo_cli.report.plots import (
     BLUE,
     GREY,
@@ -29,7 +27,6 @@ from dpo_cli.report.plots import (
     new_figure,
     plain_axes,
     save_png,
-    short_number,
     shorten,
     wrapped,
 )
@@ -170,11 +167,10 @@ def _caption(clouds: Sequence[Cloud], optimum: Band | None, limit: float) -> str
         parts.append(f"band: {seeds} seeds" if seeds > 1 else "band: one standard error")
     beyond = [float(kl) for cloud in clouds for kl in cloud.kl if kl > 1.05 * limit]
     if beyond:
-        count = f"{len(beyond)} point{'s' * (len(beyond) > 1)}"
         unseen = [printable(cloud.name) for cloud in clouds if (cloud.kl > 1.05 * limit).all()]
         whole = f" (all of {shorten(', '.join(unseen), 14)})" if unseen else ""
         most = short_number(round(max(beyond), 1))
-        parts.append(f"{count} to the right{whole}, up to a KL of {most}")
+        parts.append(f"{count(len(beyond), 'point')} to the right{whole}, up to a KL of {most}")
     return SEPARATOR.join(parts)
 
 
@@ -223,43 +219,3 @@ def _draw_best_of(axes: Axes, cloud: Cloud, limit: float) -> None:
                 label, (kl, reward), xytext=offset, textcoords="offset points", fontsize=8,
                 color=INK, ha=side, zorder=8,
             )  # fmt: skip
-
-
-Cells = Sequence[Sequence[object]]
-
-
-def rich_table(title: str, head: Sequence[str], rows: Cells) -> Table:
-    """The first column is names, the others numbers. head: with line breaks where wanted."""
-    table = Table(title=Text(printable(title)), title_justify="left", collapse_padding=True)
-    for place, name in enumerate(head):
-        parts = name.split("\n") if place else [name, *(printable(str(row[0])) for row in rows)]
-        table.add_column(
-            Text(name), justify="right" if place else "left", overflow="fold",
-            min_width=min(16, max(map(cell_len, parts))),
-        )  # fmt: skip
-    for row in rows:
-        table.add_row(*(cell(value) for value in row))
-    return table
-
-
-def markdown(head: Sequence[str], rows: Cells) -> str:
-    """The same as Markdown."""
-
-    def line(values: Sequence[object]) -> str:
-        return "| " + " | ".join(cell(v).plain.replace("|", r"\|") for v in values) + " |\n"
-
-    rule = "|" + "---|" + "---:|" * (len(head) - 1) + "\n"
-    return (
-        line([name.replace("\n", " ") for name in head]) + rule + "".join(line(row) for row in rows)
-    )
-
-
-def nats(kl: float) -> str:
-    """Three digits: 0.03, 4.51, 10.9, 180."""
-    return f"{kl:.{2 if kl < 10 else 1 if kl < 100 else 0}f}"
-
-
-def with_error(reward: float, error: float = np.nan) -> str:
-    """`0.905±0.012`, for a table's cell."""
-    digits = 3 if abs(reward) < 10 else 1
-    return f"{reward:.{digits}f}" + (f"±{error:.{digits}f}" if np.isfinite(error) else "")

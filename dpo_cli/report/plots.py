@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dpo_cli.durable import disk_errors, write_bytes
 from dpo_cli.report.curves import Curves, read_curves, running_mean
+from dpo_cli.report.numbers import short_number
 
 # Okabe and Ito's palette: told apart with any colour vision.
 BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#6B6B6B"
@@ -261,18 +262,6 @@ def _style(axes: Axes, panel: Panel) -> None:
         axes.set_ylim(bottom=0)
     if panel.reference is not None:
         axes.axhline(panel.reference, color="#999999", linewidth=1, linestyle=(0, (4, 3)))
-
-
-def short_number(value: float) -> str:
-    """A tick label: 1500 -> 1.5k, 2e-06 -> 2e-6."""
-    if 0 < abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.3e}".split("e")
-        text = f"{float(mantissa):g}e{int(exponent)}"
-    else:
-        sizes = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-        size, letter = next((pair for pair in sizes if abs(value) >= pair[0]), (1, ""))
-        text = f"{value / size:.4g}{letter}"
-    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:

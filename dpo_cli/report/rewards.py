@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dpo_cli.durable import disk_errors
+from dpo_cli.report.numbers import short_number
 from dpo_cli.report.plots import (
     BLUE,
     GREY,
@@ -19,7 +20,6 @@ from dpo_cli.report.plots import (
     new_figure,
     plain_axes,
     save_png,
-    short_number,
     shorten,
 )
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.table import Table
 
-from dpo_cli.report.console import brief, cell
+from dpo_cli.report.numbers import brief, is_number, minutes
+from dpo_cli.report.table import Column, Table
 from dpo_cli.run_folder import read_json
 
 SHOWN_PROMPTS = 3
@@ -55,19 +55,15 @@ def counted(words: Sequence[str]) -> str:
 
 
 def print_outcomes(rows: Sequence[Outcome]) -> None:
-    groups = folded(rows, lambda row: row.step)
-    table = Table(title="Steps", title_justify="left")
-    for name in ("step", "", "minutes"):
-        table.add_column(name, justify="right" if name == "minutes" else "left")
-    for group in groups:
+    columns = (Column("step"), Column(), Column("minutes", numeric=True))
+    lines = []
+    for group in folded(rows, lambda row: row.step):
         seconds = sum(row.seconds for row in group if row.action != "skip")
         idle = all(row.action == "skip" for row in group)
-        table.add_row(
-            cell(f"{group[0].step} x{len(group)}" if len(group) > 1 else group[0].label),
-            cell(counted([DONE[row.action] for row in group])),
-            cell("-" if idle else f"{seconds / 60:.1f}"),
-        )
-    Console().print(table)
+        name = f"{group[0].step} x{len(group)}" if len(group) > 1 else group[0].label
+        actions = counted([DONE[row.action] for row in group])
+        lines.append([name, actions, None if idle else minutes(seconds)])
+    Console().print(Table("Steps", columns, lines))
 
 
 def print_report(rows: Sequence[dict[str, Any]], repeated: str = "") -> None:
@@ -89,7 +85,8 @@ def print_report(rows: Sequence[dict[str, Any]], repeated: str = "") -> None:
     samples = [first_completions(column[0] / "samples.jsonl") for column in folders]
     shared = [prompt for prompt in samples[0] if all(prompt in rows for rows in samples)]
     if shared:
-        console.print(samples_table(labels, samples, shared[:SHOWN_PROMPTS]))
+        table = samples_table(labels, samples, shared[:SHOWN_PROMPTS])
+        console.print(table.rich(prose=True))
 
 
 def figures_table(labels: Sequence[str], summaries: Sequence[Sequence[dict[str, Any]]]) -> Table:
@@ -97,16 +94,13 @@ def figures_table(labels: Sequence[str], summaries: Sequence[Sequence[dict[str, 
 
     summaries: of each column, one or several, which are averaged.
     """
-    table = Table(title="Comparison", title_justify="left")
-    table.add_column("")
-    for label in labels:
-        table.add_column(cell(label), justify="right")
-    names = dict.fromkeys(name for column in summaries for each in column for name in each)
-    for name in names:
+    rows = []
+    for name in dict.fromkeys(name for column in summaries for each in column for name in each):
         columns = [[each.get(name) for each in column] for column in summaries]
-        if any(map(_is_number, (value for column in columns for value in column))):
-            table.add_row(cell(name), *(cell(averaged(column)) for column in columns))
-    return table
+        if any(map(is_number, (value for column in columns for value in column))):
+            rows.append([name, *map(averaged, columns)])
+    heads = [Column(), *(Column(label, numeric=True) for label in labels)]
+    return Table("Comparison", heads, rows)
 
 
 def averaged(values: Sequence[Any]) -> Any:
@@ -114,7 +108,7 @@ def averaged(values: Sequence[Any]) -> Any:
 
     Where only k of n have the number, it is of those, with (k).
     """
-    numbers = [value for value in values if _is_number(value)]
+    numbers = [value for value in values if is_number(value)]
     if all(value == values[0] for value in values):
         return values[0]
     if not numbers:
@@ -126,19 +120,11 @@ def averaged(values: Sequence[Any]) -> Any:
     return f"{brief(mean)} ± {deviation:.2g}{few}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def samples_table(
     labels: Sequence[str], samples: Sequence[dict[str, dict[str, Any]]], prompts: Sequence[str]
 ) -> Table:
-    table = Table(title="Completions", title_justify="left", show_lines=True)
-    for name in ("prompt", *labels):
-        table.add_column(cell(name), overflow="fold", ratio=1)
-    for prompt in prompts:
-        table.add_row(cell(prompt), *(cell(_scored(rows[prompt])) for rows in samples))
-    return table
+    rows = [[prompt, *(_scored(rows[prompt]) for rows in samples)] for prompt in prompts]
+    return Table("Completions", [*map(Column, ("prompt", *labels))], rows)
 
 
 def _scored(row: dict[str, Any]) -> str:
