@@ -94,7 +94,7 @@ def finish(
 
         draw_curves(run_dir)
     if (run_dir / "final").is_dir() and spec_of(config.stage).trains:
-        write_model_card(run_dir / "final", card_facts(config, figures, argv, session))
+        write_model_card(run_dir / "final", card_facts(config, figures, argv, session), run_dir)
     write_redacted_json(run_dir / "summary.json", summary)
     session.progress.show(summary_table(config.stage.name, figures.items()))
     if config.stage.name != "inspect":

@@ -15,7 +15,7 @@ import shlex
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -86,6 +86,53 @@ def without_home(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_home(item) for key, item in value.items()}
     return [without_home(item) for item in value] if isinstance(value, list) else value
+
+
+# An absolute path, or one of ~, . or .., inside a text; not the path of a URL.
+_PATH = re.compile(r"""(?<![\w/:.~-])(?:~[\w.-]*|\.{1,2})?/[^\s'",\[\]{}()|]*""")
+_PATH_KEY = re.compile(r"(^|[._])(path|dir)$")
+
+
+def without_paths(value: Any) -> Any:
+    """`value` with local paths reduced to their last part, inside mappings and lists too.
+
+    A path is a text that is the name of a file here, that begins like one (`/`, `~`, `./`, `../`),
+    or that follows the name of a path in an override (`run_dir=runs/1`). Hub ids and URLs stay.
+    """
+    if isinstance(value, Mapping):
+        return {key: _without_paths(str(key), item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(item) for item in value]
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    key, sign, text = value.partition("=")
+    if sign and " " not in key:
+        return f"{key}={_without_paths(key, text)}"
+    if value.startswith(("/", "~", "./", "../")) or _is_file(value):
+        return short_path(value)
+    return _PATH.sub(lambda match: short_path(match[0]), value)
+
+
+def _without_paths(key: str, value: Any) -> Any:
+    named = isinstance(value, str) and "/" in value and _PATH_KEY.search(key)
+    return short_path(value) if named else without_paths(value)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a name, or with a null character
+        return False
+
+
+def short_path(path: str) -> str:
+    """The last part of a path; of a run's `final/` or `checkpoints/step-8`, the run's name too."""
+    place = PurePath(path)
+    if place.name == "final" and place.parent.name:
+        return place.parent.name
+    if place.parent.name == "checkpoints" and place.parent.parent.name:
+        return "/".join(place.parts[-3:])
+    return place.name or path.strip("/") or path
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
