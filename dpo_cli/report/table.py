@@ -19,6 +19,7 @@ from dpo_cli.report.console import printable
 from dpo_cli.report.numbers import brief, figures
 
 WIDEST_NAME = 16  # characters of a first column that a narrow console does not wrap
+MANY_COLUMNS = 6  # more are set closer, to fit 80 characters
 
 # A cell that starts with one of these is a formula to Excel, LibreOffice or Google Sheets.
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")  # noqa: RUF001
@@ -74,7 +75,7 @@ class Table:
         headed = any(column.head for column in self.columns)
         table = rich.table.Table(
             title=Text(printable(self.title)), title_justify="left", show_header=headed,
-            show_lines=prose, collapse_padding=True,
+            show_lines=prose, collapse_padding=len(self.columns) > MANY_COLUMNS,
         )  # fmt: skip
         for place, column in enumerate(self.columns):
             head = printable(column.head)
