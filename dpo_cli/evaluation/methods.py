@@ -55,7 +55,7 @@ def budgets(kls: Sequence[float]) -> list[float]:
     return list(LADDER[max(end - 2, 0) : end + 1])
 
 
-def summarise(name: str, rows: Sequence[Row], kls: Sequence[float]) -> Summary:
+def summarize(name: str, rows: Sequence[Row], kls: Sequence[float]) -> Summary:
     """A method's rows, one or more, at these KLs."""
     gaps = [float(row["shortfall"]) for row in rows if row.get("shortfall") is not None]
     points = [float(row["kl"]) for row in rows]

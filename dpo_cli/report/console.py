@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live bar in a terminal, plain lines elsewhere."""
+"""Progress of a run: a live bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u
 
 
 def printable(text: str) -> str:
-    """`text` with control characters spelled out: a data row must not drive the terminal."""
+    """`text` with control characters escaped: a data row must not control the terminal."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -49,7 +49,7 @@ class _Task:
 
     name: str
     total: int | None
-    first: int  # done before this process: ETA counts only what it saw itself
+    first: int  # done before this process: not counted for the ETA
     done: int
     began: float
     last_line: float  # when a plain line was last printed
@@ -57,7 +57,7 @@ class _Task:
 
 
 class Progress:
-    """Shows how far a run is; use it as a context.
+    """Shows the progress of a run; a context manager.
 
         with Progress(logger.progress) as progress:
             with progress.phase("reference log-probs", rows) as tick:
@@ -65,8 +65,8 @@ class Progress:
             progress.begin(total_steps, first_step=resume_step)
             progress.advance(step, {"loss": 0.69, "tokens_per_second": 3200.0})
 
-    mode: `rich` is a live bar, `plain` a line at the first step, every tenth of the way and
-    every 30 s, `off` nothing at all; `auto` takes `rich` in a terminal, else `plain`.
+    mode: `rich` is a live bar; `plain` prints a line at the first step, at every tenth of all steps
+    and every 30 s; `off` prints nothing; `auto` is `rich` in a terminal, else `plain`.
     Raises ConfigError for another mode. Writes to stderr unless given a console.
     """
 
@@ -97,11 +97,11 @@ class Progress:
             self._live.stop()
 
     def begin(self, total: int | None, first_step: int = 0, name: str = "train") -> None:
-        """Start the clock of the training loop: `total` steps, `first_step` of them resumed."""
+        """Start timing the training loop of `total` steps, `first_step` of them done before."""
         self._training = self._open(name, total, first_step)
 
     def advance(self, step: int, values: Mapping[str, float]) -> None:
-        """`step` optimiser steps are done; `eval/` metrics get a line of their own."""
+        """`step` optimizer steps are done; `eval/` metrics get a line of their own."""
         if self._training is None:
             self.begin(total=None, first_step=step - 1)
         assert self._training is not None
@@ -117,7 +117,7 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """A named part of the run; call the yielded `tick(n)` when `n` more of `total` are done."""
+        """A named phase of the run; call the yielded `tick(n)` when `n` more are done."""
         task = self._open(name, total, first=0)
 
         def tick(n: int = 1) -> None:
@@ -162,7 +162,7 @@ class Progress:
 
 
 class _Bars(bars.Progress):
-    """Bars with a line of figures below: beside a bar they need more than 80 columns."""
+    """Bars with the figures on a line below: beside a bar they do not fit 80 columns."""
 
     figures = ""
 
@@ -203,7 +203,7 @@ def _line(task: _Task, now: float, eta: str, figures: str) -> str:
 
 
 def _eta(task: _Task, now: float) -> str:
-    """Time left at the mean pace of this process, evaluations and warm-up included."""
+    """Time left at the mean pace of this process, evaluations and compilation included."""
     fresh = task.done - task.first
     if task.total is None or fresh <= 0:
         return ""

@@ -1,7 +1,6 @@
-"""The files that say what a run was: configuration, command, versions, samples.
+"""The files that record what a run was: configuration, command, versions, samples.
 
-Every write here replaces a file in one step or appends whole lines, and no text leaves
-without `redact`.
+Every write replaces a file atomically or appends complete lines, and every text is redacted.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ PACKAGES = (
     "tensorboard", "wandb",
 )  # fmt: skip
 
-# TOKENIZERS_PARALLELISM=false is no secret, and MY_KEY_FILE names a place, not a key.
+# TOKENIZERS_PARALLELISM=false is no secret, and MY_KEY_FILE is a path, not a key.
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZER)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", flags=re.IGNORECASE
 )
@@ -45,7 +44,7 @@ _SECRET_SHAPE = re.compile(
 
 
 def redact(value: Any) -> Any:
-    """`value` without secrets; texts inside mappings and lists too, the rest as it is.
+    """`value` with secrets replaced, in texts inside mappings and lists too.
 
     A secret is the value of an environment variable whose name says so (TOKEN, KEY,
     SECRET, PASSWORD, ...), or text shaped like an access token.
@@ -161,10 +160,10 @@ def write_redacted_json(path: Path, value: Any) -> None:
 
 
 def drop_rows_after(path: Path, step: int) -> int:
-    """Cut a JSON-lines file back to the rows with `"step"` <= `step`; how many were removed.
+    """Truncate a JSON-lines file to its rows with `"step"` <= `step`; returns how many it lost.
 
-    Rows of later steps come from work that was lost with the process. A row torn by a crash
-    goes too. The file is replaced in one step, and not touched if nothing is to go.
+    Rows of later steps belong to work that was lost with the process. A row truncated by a crash
+    is removed too. The file is replaced atomically, and left alone if nothing is to be removed.
     """
     if not path.exists():
         return 0
@@ -243,14 +242,14 @@ def versions() -> dict[str, str]:
 
     A commit with uncommitted changes ends in "-dirty". Imports none of the packages.
     """
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     commit = _git_commit(Path(__file__).resolve().parents[2])
-    return found | ({"git_commit": commit} if commit else {})
+    return versions | ({"git_commit": commit} if commit else {})
 
 
 def _git_commit(checkout: Path) -> str | None:

@@ -33,7 +33,7 @@ TILES = (
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure to see first, with what it is and what it was before."""
+    """A figure to see first: its label, its value, and its interval or value before training."""
 
     label: str
     value: str
@@ -44,27 +44,27 @@ def tiles_of(folder: Folder) -> list[Tile]:
     """The first figures of TILES that the run has."""
     summary = folder.summary
     rates = [name for name in summary if re.fullmatch(r"win_rate_t[\d.e-]+", name)][:2]
-    found = [
+    tiles = [
         tile
         for name in TILES
         for metric in (rates if name == "win_rate" else [name])
         if (tile := tile_of(folder, metric)) is not None
     ]
     if len(trained(folder.points)) > 1:
-        found = _point_tiles(folder.points) + found
-    return found[:MOST_TILES]
+        tiles = _point_tiles(folder.points) + tiles
+    return tiles[:MOST_TILES]
 
 
 def shown_name(folder: Folder, metric: str) -> str | None:
-    """`eval/loss` of a run with held-out rows, whose training figures are of its last batches;
-    None where it has no such figure."""
+    """`eval/loss` of a run with held-out rows, else `loss`, which is of the last training batches;
+    None where the run has no such figure."""
     held_out = any(name.startswith("eval/") for name in folder.summary)
     name = f"eval/{metric}" if held_out else metric
     return name if is_number(folder.summary.get(name)) else None
 
 
 def words_of(folder: Folder, name: str) -> str:
-    """A figure's label; of a run that trains, whether it is of training or of held-out rows."""
+    """The label of a figure; of a run that trains, also whether it is of training batches."""
     words = label(name)
     spec = STAGES.get(folder.stage)
     training = spec is not None and spec.trains and not name.startswith("eval/")
@@ -136,8 +136,8 @@ class Picture:
 
 
 def pictures_of(folder: Folder, names: tuple[str, ...] = tuple(TITLES)) -> list[Picture]:
-    """Those of the named ones that the run drew."""
-    found = []
+    """The named pictures that the run drew."""
+    pictures = []
     for name in names:
         png = folder.pictures.get(name, b"")
         if not _is_png(png):
@@ -147,8 +147,8 @@ def pictures_of(folder: Folder, names: tuple[str, ...] = tuple(TITLES)) -> list[
         other = folder.pictures.get(f"{name}{NARROW}", b"")
         narrow = _uri(other) if _is_png(other) else None
         alt = alt_of(name, folder)
-        found.append(Picture(name, TITLES[name], alt, _uri(png), width, height, narrow))
-    return found
+        pictures.append(Picture(name, TITLES[name], alt, _uri(png), width, height, narrow))
+    return pictures
 
 
 def _is_png(content: bytes) -> bool:
@@ -160,21 +160,21 @@ def _uri(png: bytes) -> str:
 
 
 def alt_of(name: str, folder: Folder) -> str:
-    """What the picture shows, with the numbers a reader would take from it."""
-    told = {
+    """Alternative text: what the picture shows, with its main numbers."""
+    parts = {
         "frontier": _frontier,
         "win_rates": _win_rates,
         "held_out_rewards": _held_out_rewards,
         "overview": _overview,
     }[name](folder)
-    return "; ".join(told) + "."
+    return "; ".join(parts) + "."
 
 
 def _overview(folder: Folder) -> list[str]:
-    told = [f"Curves over {count(folder.last_step, 'training step')}"]
+    parts = [f"Curves over {count(folder.last_step, 'training step')}"]
     for metric in _CURVES:
-        told += [_change(folder.summary, name) for name in (metric, f"eval/{metric}")]
-    return [part for part in told if part]
+        parts += [_change(folder.summary, name) for name in (metric, f"eval/{metric}")]
+    return [part for part in parts if part]
 
 
 def _change(summary: Row, name: str) -> str:
@@ -186,26 +186,26 @@ def _change(summary: Row, name: str) -> str:
 
 
 def _held_out_rewards(folder: Folder) -> list[str]:
-    told = ["Histograms of the rewards of chosen and rejected responses, and their calibration"]
+    parts = ["Histograms of the rewards of chosen and rejected responses, and their calibration"]
     means = [("chosen", "eval/rewards/chosen"), ("rejected", "eval/rewards/rejected")]
-    told += [
+    parts += [
         f"mean reward of {kind} responses {figure(name, folder.summary[name])}"
         for kind, name in means
         if is_number(folder.summary.get(name))
     ]
-    return [*told, *filter(None, [_change(folder.summary, "eval/ece")])]
+    return [*parts, *filter(None, [_change(folder.summary, "eval/ece")])]
 
 
 def _frontier(folder: Folder) -> list[str]:
     policies = trained(folder.points)
-    told = [f"Reward against KL of {count(len(policies), 'policy', 'policies')}"]
+    parts = [f"Reward against KL of {count(len(policies), 'policy', 'policies')}"]
     for method in dict.fromkeys(str(row.get("method")) for row in policies):
         best = best_point([row for row in policies if str(row.get("method")) == method])
         if best is not None:
             reward = figure("reward", best["reward"])
             where = f" at {with_unit('kl', best['kl'])}" if is_number(best.get("kl")) else ""
-            told.append(f"{point_name(best)} reaches {reward}{where}")
-    return told
+            parts.append(f"{point_name(best)} reaches {reward}{where}")
+    return parts
 
 
 def _win_rates(folder: Folder) -> list[str]:

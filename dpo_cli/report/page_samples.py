@@ -48,7 +48,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and what one or several models made of it."""
+    """A prompt and the completions of one or several models."""
 
     prompt: Text
     answers: list[Answer]
@@ -56,7 +56,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """note: which of how many these are; the rows beyond the first `open` are folded away."""
+    """note: which rows these are; those beyond the first `open` are folded."""
 
     title: str
     note: str
@@ -65,7 +65,7 @@ class Samples:
 
     @property
     def listed(self) -> bool:
-        """One completion a prompt, no label above it: a list, not columns."""
+        """One unlabeled completion per prompt: a list, not columns."""
         return all(len(row.answers) == 1 and not row.answers[0].label for row in self.rows)
 
 
@@ -101,24 +101,24 @@ def completions_of(folder: Folder) -> list[Row]:
 
 
 def spread(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the values, evenly spaced, the first and the last among them."""
+    """At most `most` of the values, evenly spaced, with the first and the last."""
     if len(values) <= most:
         return list(values)
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def first_by_prompt(rows: Sequence[Row], key: str = "", value: Any = None) -> dict[str, Row]:
-    """prompt -> its first row whose `key` has that value; without a key, of its last step."""
-    found: dict[str, Row] = {}
+    """prompt -> its first row with that value of `key`; without a key, its row of the last step."""
+    rows_by_prompt: dict[str, Row] = {}
     for row in rows:
-        prompt, known = _words(row["prompt"]), found.get(_words(row["prompt"]))
+        prompt, known = _words(row["prompt"]), rows_by_prompt.get(_words(row["prompt"]))
         if key:
             wanted = (str(row.get(key)) == str(value)) and known is None
         else:
             wanted = known is None or _step(row) > _step(known)
         if wanted:
-            found[prompt] = row
-    return found
+            rows_by_prompt[prompt] = row
+    return rows_by_prompt
 
 
 def _step(row: Row) -> float:
@@ -131,7 +131,7 @@ def _words(prompt: Any) -> str:
 
 
 def side_by_side(title: str, groups: Sequence[tuple[str, dict[str, Row]]]) -> Samples | None:
-    """Completions of the prompts that all groups share, a column a group."""
+    """Completions of the prompts that all groups share, one column per group."""
     first, *others = (rows for _, rows in groups)
     shared = [prompt for prompt in first if all(prompt in rows for rows in others)]
     rows = [
@@ -177,7 +177,7 @@ def matches_of(folder: Folder) -> Samples | None:
 
 
 def _in_turn(matches: Sequence[Row], policies: Sequence[str]) -> list[Row]:
-    """All policies' first matches before anyone's second."""
+    """The first match of every policy, then the second of every policy, and so on."""
     seen = dict.fromkeys(policies, 0)
     turns = []
     for row in matches:

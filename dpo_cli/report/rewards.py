@@ -1,4 +1,4 @@
-"""A reward model's held-out rewards as a picture: how far apart, and how well calibrated."""
+"""A reward model's held-out rewards as a picture: their separation and calibration."""
 
 from __future__ import annotations
 
@@ -63,20 +63,20 @@ def draw_rewards(
 def _histograms(axes: Axes, chosen: Sequence[float], rejected: Sequence[float]) -> None:
     both = np.concatenate([chosen, rejected])
     edges = np.histogram_bin_edges(both, bins=BARS).tolist()
-    for values, colour in ((chosen, BLUE), (rejected, ORANGE)):
-        axes.hist(values, edges, color=colour, alpha=0.45)
-        axes.hist(values, edges, color=colour, histtype="step", linewidth=1.4)
+    for values, color in ((chosen, BLUE), (rejected, ORANGE)):
+        axes.hist(values, edges, color=color, alpha=0.45)
+        axes.hist(values, edges, color=color, histtype="step", linewidth=1.4)
     axes.set_xlabel("reward", fontsize=9, color=GREY)
     axes.set_ylabel("responses", fontsize=9, color=GREY)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.set_ylim(top=1.25 * axes.get_ylim()[1])  # room for the labels
     names = (("chosen", chosen, BLUE), ("rejected", rejected, ORANGE))
-    for row, (name, values, colour) in enumerate(names):
+    for row, (name, values, color) in enumerate(names):
         axes.annotate(
             f"{name}, mean {short_number(round(float(np.mean(values)), 2))}", (1, 1),
             xytext=(0, -13 * row),
             textcoords="offset points", xycoords="axes fraction", ha="right", va="top",
-            fontsize=9, fontweight="bold", color=colour,
+            fontsize=9, fontweight="bold", color=color,
         )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """head: a line break in it is where a console breaks it.
+    """head: may contain line breaks, which only a console shows.
 
     numeric: aligned right. metric: the figures are formatted as this metric's, with the same
     decimals in all rows (`numbers.figures`); "": each number to four digits.

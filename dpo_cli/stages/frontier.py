@@ -22,7 +22,7 @@ from dpo_cli.evaluation.methods import (
     leads,
     mean_curve,
     rewards_table,
-    summarise,
+    summarize,
 )
 from dpo_cli.report.files import redact, write_redacted_json
 from dpo_cli.report.frontier import Band, Cloud, draw_frontier
@@ -72,8 +72,8 @@ def run(session: Session) -> dict[str, Any]:
             band(curves) if curves else None,
         )
     kls = budgets([row["kl"] for own in trained.values() for row in own] or [1.0])
-    summaries = [summarise(name, own, kls) for name, own in trained.items()]
-    bounds = [summarise(BEST_OF, best_of, kls)] if best_of else []
+    summaries = [summarize(name, own, kls) for name, own in trained.items()]
+    bounds = [summarize(BEST_OF, best_of, kls)] if best_of else []
     report(session, [*summaries, *bounds], verdicts(summaries, kls), kls, curves)
     return figures([*summaries, *bounds])
 
