@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dpo_cli.durable import disk_errors
 from dpo_cli.report.console import printable
 from dpo_cli.report.numbers import count, short_number
 from dpo_cli.report.plots import (
@@ -84,8 +83,6 @@ def draw_frontier(
     bound of its KL. A few points far to the right are only counted in the caption.
     """
     folder = run_dir / "plots"
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
     paths = [
         save_png(
             _picture(run_dir.name, methods, best_of, optimum, narrow=bool(end)),

@@ -83,8 +83,6 @@ def draw_curves(run_dir: Path) -> list[Path]:
     if not panels:
         return []
     folder = run_dir / "plots"
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
     columns = 1 if len(panels) == 1 else 2 if len(panels) <= 4 else 3
     written = [
         save_png(_overview(panels, curves, run_dir.name, *how), folder / f"overview{end}.png")
@@ -281,7 +279,9 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
 
 
 def save_png(figure: Figure, path: Path) -> Path:
-    """Replace `path` by the picture. Raises DiskError."""
+    """Write the picture to `path`, whose folder is made if missing. Raises DiskError."""
+    with disk_errors(path.parent):
+        path.parent.mkdir(exist_ok=True)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_bytes(path, image.getvalue())

@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from dpo_cli.durable import disk_errors
 from dpo_cli.report.numbers import short_number
 from dpo_cli.report.plots import (
     BLUE,
@@ -54,10 +53,7 @@ def draw_rewards(
         panels.append(axes)
     _histograms(panels[0], chosen, rejected)
     _reliability(panels[1], bins)
-    folder = run_dir / "plots"
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-    return save_png(figure, folder / "held_out_rewards.png")
+    return save_png(figure, run_dir / "plots" / "held_out_rewards.png")
 
 
 def _histograms(axes: Axes, chosen: Sequence[float], rejected: Sequence[float]) -> None:

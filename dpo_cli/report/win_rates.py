@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
-from dpo_cli.durable import disk_errors
 from dpo_cli.report.plots import (
     BLUE,
     GREY,
@@ -42,8 +41,6 @@ def draw_win_rates(run_dir: Path, rows: Sequence[Row]) -> Path:
     the dashed line is chance. Raises DiskError.
     """
     folder = run_dir / "plots"
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
     paths = [
         save_png(_picture(run_dir.name, rows, *size), folder / f"win_rates{end}.png")
         for end, size in SIZES.items()
