@@ -19,10 +19,11 @@ from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.model.source import hub_commit
 from dpo_cli.plan.lengths import tokens_chooser
 from dpo_cli.report.card import write_model_card
-from dpo_cli.report.console import Progress, summary_table
+from dpo_cli.report.console import Progress
 from dpo_cli.report.curves import training_figures
 from dpo_cli.report.files import redact, versions, write_redacted_json, write_run_files
 from dpo_cli.report.sinks import Sink, open_sinks
+from dpo_cli.report.table import summary_table
 from dpo_cli.session.session import Session, base_provenance
 from dpo_cli.stages import load_stage
 from dpo_cli.train import checkpoint
@@ -93,7 +94,7 @@ def finish(
 
         draw_curves(run_dir)
     if (run_dir / "final").is_dir() and spec_of(config.stage).trains:
-        write_model_card(run_dir / "final", card_facts(config, figures, argv, session))
+        write_model_card(run_dir / "final", card_facts(config, figures, argv, session), run_dir)
     write_redacted_json(run_dir / "summary.json", summary)
     session.progress.show(summary_table(config.stage.name, figures.items()))
     if config.stage.name != "inspect":

@@ -7,13 +7,20 @@ import re
 import pytest
 from rich.console import Console
 
-from dpo_cli.report.compare import KEY_METRICS, sweep_table
+from dpo_cli.report import compare
+from dpo_cli.report.compare import KEY_METRICS
 
 
 def render(table):
     console = Console(file=io.StringIO(), width=200)
     console.print(table)
     return console.file.getvalue()
+
+
+def sweep_table(jobs, metrics=None):
+    """The table of a console, and the CSV."""
+    shown, everything = compare.sweep_table(jobs, metrics)
+    return shown, everything.csv()
 
 
 def read(text):
@@ -40,7 +47,7 @@ JOBS = [
 
 def test_columns_are_what_differs_and_the_metrics_in_order():
     table, text = sweep_table(JOBS)
-    shown = [str(column.header) for column in table.columns]
+    shown = [column.head for column in table.columns]
     assert shown == ["job", "beta", "seed", "status", "kl", "eval/\nloss", "loss"]
     header = ["job", "stage.beta", "seed", "status", "kl", "eval/loss", "loss", "zeta", "run_dir"]
     assert text.split("\n")[0].split(",") == header
@@ -73,7 +80,7 @@ def test_heads_are_never_broken_inside_a_word():
 def test_keys_that_end_alike_are_shown_whole():
     jobs = [{"job": i, "overrides": {"model.name": i, "data.name": i, "seed": i}} for i in (0, 1)]
     table, _ = sweep_table(jobs)
-    shown = [str(column.header) for column in table.columns]
+    shown = [column.head for column in table.columns]
     assert shown == ["job", "model.name", "data.name", "seed", "status"]
 
 
@@ -93,17 +100,17 @@ def test_the_table_shows_few_metrics_and_the_csv_all():
     summary = dict.fromkeys([*KEY_METRICS, "a"], 1.0)
     table, text = sweep_table([{"job": 0, "summary": summary}])
     heads = [name.replace("/", "/\n") for name in KEY_METRICS]
-    assert [str(c.header) for c in table.columns] == ["job", "status", *heads[:5]]
+    assert [c.head for c in table.columns] == ["job", "status", *heads[:5]]
     assert set(summary) < set(read(text)[0])
     table, _ = sweep_table([{"job": 0, "summary": summary}], metrics=["a"])
-    assert [str(c.header) for c in table.columns] == ["job", "status", "a"]
+    assert [c.head for c in table.columns] == ["job", "status", "a"]
 
 
 def test_one_job_shows_all_its_overrides_and_none_shows_nothing():
     table, _ = sweep_table([JOBS[0]])
-    assert [str(c.header) for c in table.columns][1:4] == ["beta", "lr", "seed"]
+    assert [c.head for c in table.columns][1:4] == ["beta", "lr", "seed"]
     table, text = sweep_table([])
-    assert (table.row_count, text) == (0, "job,status,run_dir\n")
+    assert (len(table.rows), text) == (0, "job,status,run_dir\n")
 
 
 @pytest.mark.parametrize("code", [(0, "done"), (-9, "killed (signal 9)"), (1, "failed (exit 1)")])

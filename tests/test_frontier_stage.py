@@ -13,12 +13,12 @@ from rich.console import Console
 
 from dpo_cli.config import FrontierConfig
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.evaluation.methods import budgets, leads, mean_curve, summarise, within
+from dpo_cli.evaluation.methods import budgets, leads, mean_curve, summarize, within
 from dpo_cli.evaluation.policies import POINT_KEYS
 from dpo_cli.plan.dry_run import frontier_rows
 from dpo_cli.report import frontier as picture
 from dpo_cli.report.console import Progress
-from dpo_cli.report.frontier import Cloud, _caption, kl_limit, markdown, styles
+from dpo_cli.report.frontier import Cloud, _caption, kl_limit, styles
 from dpo_cli.run import run
 from dpo_cli.stages.frontier import COLUMNS, cloud, measured_once, verdicts
 from small_runs import configure
@@ -213,13 +213,13 @@ def test_within_needs_a_point_of_every_seed():
 
 def test_a_lead_within_the_error_is_called_so():
     ours, theirs = [row("a", 1, 0.51)], [row("b", 1, 0.50)]
-    summaries = [summarise("b", theirs, [1.0]), summarise("a", ours, [1.0])]
+    summaries = [summarize("b", theirs, [1.0]), summarize("a", ours, [1.0])]
     (lead,) = leads(summaries, [1.0])
     assert (lead.first, lead.second, lead.se) == ("a", "b", pytest.approx(0.01 * math.sqrt(2)))
     assert verdicts(summaries, [1.0]) == [
         "Up to a KL of 1: a is level with b (0.010 ± 0.014 above)."
     ]
-    unknown = [summarise(name, [row(name, 1, 0.5, reward_se=None)], [1.0]) for name in "ab"]
+    unknown = [summarize(name, [row(name, 1, 0.5, reward_se=None)], [1.0]) for name in "ab"]
     assert verdicts(unknown, [1.0]) == [
         "Up to a KL of 1: a is before b, by 0.000 (its error is unknown)."
     ]
@@ -228,7 +228,7 @@ def test_a_lead_within_the_error_is_called_so():
 
 def test_the_reference_itself_leads_nobody():
     rows = {"reference": row("reference", 1e-6, 0.9), "a": row("a", 1, 0.5), "b": row("b", 1, 0.4)}
-    summaries = [summarise(name, [own], [1.0]) for name, own in rows.items()]
+    summaries = [summarize(name, [own], [1.0]) for name, own in rows.items()]
     (line,) = verdicts(summaries, [1.0])
     assert line.startswith("Up to a KL of 1: a leads b, ")
 
@@ -312,7 +312,3 @@ def test_the_last_point_of_each_run_is_marked():
     ]
     found: Cloud = cloud("dpo", rows)
     assert found.last.tolist() == [False, True, True, True]
-
-
-def test_names_do_not_break_the_markdown():
-    assert markdown(["a\nb", "c"], [["x|y", 1]]) == "| a b | c |\n|---|---:|\n| x\\|y | 1 |\n"

@@ -16,7 +16,7 @@ def test_a_recipe_compares_its_models(tmp_path):
     assert head == ["", "SFT", "DPO"]
     assert rows[0] == ["Reward", "0.500 ± 0.015", "0.762 ± 0.015"]
     assert page.texts["h3"] == ["01-a", "02-b"]
-    table = page.rows("Minutes of what is in the folders, whenever it ran")
+    table = page.rows("Minutes spent on what is in the folders, in any start")
     assert table[1] == ["01-a", "ran", "1.5", "dpo-run stage=evaluate"]
     assert "SFT: 0.500" in page.text
 
@@ -35,7 +35,7 @@ def test_repeats_are_averaged(tmp_path):
     rows = page.rows("Means of 2 runs, ± standard deviations")
     assert rows[1] == ["Reward", "0.600 ± 0.141"]
     assert page.texts["h3"] == ["01-a x2"]
-    table = page.rows("Minutes of what is in the folders, whenever it ran")
+    table = page.rows("Minutes spent on what is in the folders, in any start")
     assert table[1][:3] == ["01-a x2", "1 ran, 1 skipped", "3.0"]
 
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from dpo_cli.report.page_text import figure, figures, label
+from dpo_cli.report.numbers import figure, figures, label
+from dpo_cli.report.table import Column, Table
 from page_runs import POINTS, dpo_run, evaluation, jsonl, report
 
 
@@ -40,7 +41,7 @@ def test_an_evaluation_in_words(tmp_path):
     assert page.texts["h1"] == ["Evaluation of 04-dpo on sentiment"]
     assert (
         "50 completions: reward 0.762 ± 0.015 at a KL of 1.819 ± 0.078 nats to the reference; "
-        "73.1 ± 1.8% of the held-out pairs ranked right."
+        "73.1 ± 1.8% of the held-out pairs ranked correctly."
     ) in page.text
 
 
@@ -62,30 +63,24 @@ def test_several_policies_in_words(tmp_path):
     assert rows[2][4:6] == ["–", "–"]  # noqa: RUF001
 
 
-FRONTIER = """\
-# Reward against KL to the reference
-
-Highest reward up to a KL.
-
-| method | KL≤2 |
-|---|---:|
-| dpo \\| x | 0.510±0.010 |
-
-- Up to a KL of 2: dpo leads sft, by 0.200 ± 0.014.
-
-Distance to the optimum.
-
-| method | samples |
-|---|---:|
-| dpo | 8,192 |
-"""
+FRONTIER = {
+    "findings": ["Up to a KL of 2: dpo leads sft, by 0.200 ± 0.014."],
+    "tables": [
+        Table("Rewards", (Column("method"), Column("KL≤2", numeric=True)),
+              [["dpo | x", "0.510±0.010"]], "Highest reward up to a KL.").to_json(),
+        Table("Costs", (Column("method"), Column("samples", numeric=True)),
+              [["dpo", 8192]], "Distance to the optimum.").to_json(),
+        {"title": "of another version"},
+    ],
+}  # fmt: skip
 
 
 def test_a_frontier_in_words(tmp_path):
     config = {"stage": {"name": "frontier"}}
     folder = evaluation(
         tmp_path / "r", 0, config=config, summary={}, points_jsonl="",
-        frontier_md=FRONTIER, frontier_csv="method,setting,kl,reward\ndpo,beta=1,2.5,0.6\n",
+        frontier_json=json.dumps(FRONTIER),
+        frontier_csv="method,setting,kl,reward\ndpo,beta=1,2.5,0.6\n",
     )  # fmt: skip
     page = report(folder)
     assert page.texts["h1"] == ["Frontier of reward and KL"]
@@ -127,7 +122,7 @@ def test_ppo_is_told_by_its_held_out_prompts(tmp_path):
     page = report(dpo_run(tmp_path / "r", summary=summary, config=config))
     assert (
         "held-out score 0.200; held-out KL to the reference 3.200 nats; only 16.0% of the "
-        "completions end by themselves."
+        "completions finished with EOS."
     ) in page.text
 
 

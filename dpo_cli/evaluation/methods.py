@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from dpo_cli.report.numbers import nats, with_error
+from dpo_cli.report.table import Column, Table
 from dpo_cli.statistics import mean_and_error
 
 Row = Mapping[str, Any]  # of points.jsonl, with numbers for kl and reward
+Curves = Sequence[Sequence[tuple[float, float, float]]]  # per seed: (KL, reward, error), ascending
 LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)  # nats
 
 
@@ -52,7 +55,7 @@ def budgets(kls: Sequence[float]) -> list[float]:
     return list(LADDER[max(end - 2, 0) : end + 1])
 
 
-def summarise(name: str, rows: Sequence[Row], kls: Sequence[float]) -> Summary:
+def summarize(name: str, rows: Sequence[Row], kls: Sequence[float]) -> Summary:
     """A method's rows, one or more, at these KLs."""
     gaps = [float(row["shortfall"]) for row in rows if row.get("shortfall") is not None]
     points = [float(row["kl"]) for row in rows]
@@ -119,9 +122,7 @@ def leads(summaries: Sequence[Summary], kls: Sequence[float]) -> list[Lead]:
     return found
 
 
-def mean_curve(
-    curves: Sequence[Sequence[tuple[float, float, float]]], points: int = 200
-) -> np.ndarray:
+def mean_curve(curves: Curves, points: int = 200) -> np.ndarray:
     """(4, points): KL, mean reward, low, high of several optima, where all of them are known.
 
     curves: (KL, reward, its error) in order, one a seed; of a single one low and high are one
@@ -140,3 +141,62 @@ def mean_curve(
     if len(curves) == 1:
         return np.stack([kl, mean, mean - errors[0], mean + errors[0]])
     return np.stack([kl, mean, rewards.min(0), rewards.max(0)])
+
+
+WITHIN = (
+    "Highest reward among a method's points up to a KL: mean over seeds ± its standard error "
+    "(one seed: over prompts). The best of many noisy points is slightly overestimated."
+)
+SHORTFALL = (
+    "Shortfall: the optimum's reward at a point's own KL minus the point's, over its points; ≥ "
+    "where the optimum is not known up to that KL. Best-of-n is taken at the bound of its KL. "
+    "Samples and gradient steps: of the longest run."
+)
+
+
+def optimum_at(curves: Curves, kl: float) -> Estimate | None:
+    """Mean over seeds, None where not all of them reach so far."""
+    if not curves or any(curve[-1][0] < kl for curve in curves):
+        return None
+    known = mean_curve(curves)
+    return Estimate(float(np.interp(kl, known[0], known[1])), math.nan)
+
+
+def rewards_table(summaries: Sequence[Summary], kls: Sequence[float], curves: Curves) -> Table:
+    """The highest reward of each method within each KL budget."""
+    optimum = [optimum_at(curves, kl) for kl in kls]
+    heads = [*(f"KL≤{kl:g}" for kl in kls), "best (at KL)"]
+    rows = [["optimum", *map(_shown, optimum), None]] if any(optimum) else []
+    rows += [[s.name, *(_shown(s.within[kl]) for kl in kls), _best(s)] for s in summaries]
+    return Table("Highest reward up to a KL", _method_and(heads), rows, WITHIN)
+
+
+def costs_table(summaries: Sequence[Summary]) -> Table:
+    """How far each method stays below the optimum, and what its runs cost."""
+    heads = ["points", "seeds", "KL", "mean\nshortfall", "largest", "samples", "steps"]
+    rows = [
+        [s.name, s.points, s.seeds, f"{nats(s.kl[0])}-{nats(s.kl[1])}", *_shortfalls(s),
+         s.samples, s.gradient_steps]
+        for s in summaries
+    ]  # fmt: skip
+    return Table("Distance to the optimum, and cost", _method_and(heads), rows, SHORTFALL)
+
+
+def _method_and(heads: Sequence[str]) -> list[Column]:
+    return [Column("method"), *(Column(head, numeric=True) for head in heads)]
+
+
+def _shown(at: Estimate | None) -> str | None:
+    return with_error(at.reward, at.se) if at else None
+
+
+def _best(summary: Summary) -> str:
+    return f"{with_error(summary.best['reward'])} ({nats(summary.best['kl'])})"
+
+
+def _shortfalls(summary: Summary) -> tuple[str | None, str | None]:
+    """Mean and largest."""
+    if summary.shortfall is None:
+        return None, None
+    mean, most = summary.shortfall
+    return f"{'≥' * summary.at_least}{mean:.3f}", f"{'≥' * summary.at_least}{most:.3f}"

@@ -51,7 +51,7 @@ from dpo_cli.plan.memory.facts import (
 )
 from dpo_cli.plan.memory.shape import Shape, shape_of
 from dpo_cli.plan.memory.table import Row, copy_rows, memory_rows
-from dpo_cli.report.console import summary_table
+from dpo_cli.report.table import summary_table
 from dpo_cli.session.prompts import distinct_prompts
 from dpo_cli.session.rows import trained_line
 from dpo_cli.session.trained import held_out_line

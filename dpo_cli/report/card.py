@@ -2,96 +2,30 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import LOSS_FACTS, STAGES
 from dpo_cli.durable import write_bytes
-from dpo_cli.report.console import brief
-from dpo_cli.report.files import command_line, encode, redact, to_yaml, without_home
-
-_USAGE = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "path/to/this/folder"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder)
-"""
-# Not AutoPeftModel: it cuts an embedding with rows to spare down to the tokenizer's size.
-_ADAPTER_USAGE = """\
-{torch}from peft import PeftConfig, PeftModel
-from transformers import {auto}, AutoTokenizer{quantised}
-
-folder = "path/to/this/folder"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-adapter = PeftConfig.from_pretrained(folder)  # it names its base
-base = {auto}.from_pretrained(
-    adapter.base_model_name_or_path,
-    revision=adapter.revision,
-{options})
-model = PeftModel.from_pretrained(base, folder)
-"""
-_BITS = {  # as the base was stored in training, see model/quantise.py
-    "nf4": """\
-    quantization_config=BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    ),
-""",
-    "int8": "    quantization_config=BitsAndBytesConfig(load_in_8bit=True),\n",
-}
-_TEXT_PROMPT = """\
-inputs = tokenizer("Your prompt", return_tensors="pt")
-"""
-_CHAT_PROMPT = """\
-messages = [{"role": "user", "content": "Your question"}]
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+from dpo_cli.report.card_usage import usage
+from dpo_cli.report.files import (
+    command_line,
+    encode,
+    redact,
+    short_path,
+    to_yaml,
+    without_home,
+    without_paths,
 )
-"""
-_GENERATE = """\
-output = model.generate(**inputs, max_new_tokens=64)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
-"""
-
-_REWARD_USAGE = """\
-import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-folder = "path/to/this/folder"
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForSequenceClassification.from_pretrained(folder)
-"""
-_PADDING = "model.config.pad_token_id = tokenizer.pad_token_id\n"
-_ANSWERS = 'answers = [" One answer.", " Another."]\n'
-_REWARD_TEXTS = """\
-texts = ["Your prompt" + answer + tokenizer.eos_token for answer in answers]
-"""
-_REWARD_CHATS = """\
-question = {"role": "user", "content": "Your question"}
-chats = [
-    tokenizer.apply_chat_template(
-        [question, {"role": "assistant", "content": answer.strip()}], tokenize=False
-    )
-    for answer in answers
-]
-# the score belongs to the token that ends the answer, whatever the template writes after it
-ends = tokenizer.eos_token
-texts = [(chat.rpartition(ends)[0] or chat.rstrip()) + ends for chat in chats]
-"""
-_SCORE = """\
-inputs = tokenizer(
-    texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens={special}
-)
-with torch.no_grad():
-    print(model(**inputs).logits.squeeze(1))  # the higher, the better
-"""
+from dpo_cli.report.numbers import before, figure, interval
+from dpo_cli.report.page_figures import TILES, alt_of, shown_name, words_of
+from dpo_cli.report.page_read import Folder, read_folder
+from dpo_cli.report.page_samples import samples_of
+from dpo_cli.report.table import Column, Table, markdown_text
 
 _DPO_PAPER = """\
 @inproceedings{rafailov2023direct,
@@ -105,7 +39,12 @@ _DPO_PAPER = """\
 """
 
 
-def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
+CURVES = "training_curves.png"  # beside the weights, for the card
+MOST_RESULTS = 10
+MOST_SAMPLES = 3  # prompts
+
+
+def write_model_card(folder: Path, facts: dict[str, Any], run_dir: Path | None = None) -> None:
     """Write README.md beside the weights in `folder`. Raises DiskError.
 
     facts (all but `stage` may be left out):
@@ -116,26 +55,33 @@ def write_model_card(folder: Path, facts: dict[str, Any]) -> None:
         command: the arguments of the command line, in a list
         config: the settings that matter, nested as in the YAML
         results: metric -> number; versions: package -> version
+    run_dir: of the run that trained the model, for its curves (copied beside the card) and samples.
 
-    Hub ids go into the metadata only where no local `path` was used instead. Secrets are
-    taken out, and the home folder is written `~`.
+    The card is made to be published: no local path is in it (`without_paths`), no secret, and hub
+    ids are in the metadata only where no local `path` was used instead.
     """
     facts = _as_saved(folder, facts)
-    clean = without_home(redact({**facts, "command": command_line(facts.get("command", ()))}))
-    write_bytes(folder / "README.md", encode(_front_matter(clean) + _body(clean)))
+    run = read_folder(run_dir) if run_dir else Folder(folder)
+    run = replace(
+        run, summary=facts.get("results") or {}, config={"stage": {"name": facts["stage"]}}
+    )
+    if curves := run.pictures.get("overview"):
+        write_bytes(folder / CURVES, curves)
+    clean = without_paths(without_home(redact({**facts, "results": {}})))
+    write_bytes(folder / "README.md", encode(_front_matter(redact(facts)) + _body(clean, run)))
 
 
 def _as_saved(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts with what the saved files know better: an adapter's base, which is not always
-    what `model` names, and the reference; learning rates without the noise of their product."""
+    """The facts, corrected by the saved files: an adapter's base, which is not always what `model`
+    names, and the reference; learning rates without floating-point noise."""
     config, model = facts.get("config") or {}, facts.get("model") or {}
     reference = _read(folder / "dpo_run.json").get("reference")
     if reference and "reference" in config.get("stage", {}):
         config = {**config, "stage": {**config["stage"], "reference": reference}}
-    made = _read(folder / "adapter_config.json") if facts.get("adapter") else {}
-    if named := made.get("base_model_name_or_path"):
-        where = "path" if Path(named).is_absolute() else "hub_id"
-        model = {"name": model.get("name"), where: named, "revision": made.get("revision")}
+    adapter = _read(folder / "adapter_config.json") if facts.get("adapter") else {}
+    if base := adapter.get("base_model_name_or_path"):
+        where = "path" if Path(base).is_absolute() else "hub_id"
+        model = {where: base, "revision": adapter.get("revision")}
     return {**facts, "model": model, "config": _round_rates(config)}
 
 
@@ -154,9 +100,8 @@ def _round_rates(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _front_matter(facts: Mapping[str, Any]) -> str:
+    """Metadata of the hub, which refuses a base model or a dataset that is no hub id."""
     base, data = _hub_id(facts.get("model")), _hub_id(facts.get("data"))
-    if facts.get("adapter"):
-        base = base or (facts.get("model") or {}).get("path")
     fields = {
         "base_model": base,
         "datasets": [data] if data else None,
@@ -175,7 +120,7 @@ def _hub_id(source: Mapping[str, Any] | None) -> str | None:
 
 
 def _method(facts: Mapping[str, Any]) -> str:
-    """What the model is the result of: the loss's words, else the stage's."""
+    """How the model was trained: the words of its loss, else of its stage."""
     stage, spec = facts["stage"], STAGES.get(facts["stage"])
     loss = ((facts.get("config") or {}).get("stage") or {}).get("loss")
     if stage == "dpo" and loss in LOSS_FACTS:
@@ -183,21 +128,21 @@ def _method(facts: Mapping[str, Any]) -> str:
     return (spec.method or spec.title) if spec else str(stage)
 
 
-def _body(facts: Mapping[str, Any]) -> str:
-    method = _method(facts)
+def _body(facts: Mapping[str, Any], run: Folder) -> str:
     base = _origin(facts.get("model"))
     if facts.get("adapter"):
-        path = (facts.get("model") or {}).get("path")
-        base = f"An adapter (PEFT) of {_inline(path) if path else base}"
+        base = f"An adapter (PEFT) of {base}"
+    command = [*facts.get("command", ())]
     sections = [
-        f"# {_inline(facts.get('name') or 'A model of dpo-run')}\n",
-        f"{base} after {method} on {_origin(facts.get('data'))}, trained with `dpo-run`.\n",
-        "## Usage\n\n" + _fenced(_usage(facts), "python"),
-        "## Results\n\n" + _table("metric", "value", facts.get("results")),
-        "## Data\n\n" + _table("", "", facts.get("data")),
-        "## Base model\n\n" + _table("", "", facts.get("model")),
-        "## Training\n\n" + _training(facts),
-        "## Versions\n\n" + _table("package", "version", facts.get("versions")),
+        f"# {markdown_text(facts.get('name') or 'A model of dpo-run')}\n",
+        f"{base} after {_method(facts)} on {_origin(facts.get('data'))}, trained with `dpo-run`.\n",
+        "## Results\n\n" + _results(run),
+        "## Usage\n\n" + _fenced(usage(facts), "python"),
+        "## Samples\n\n" + _samples(run),
+        "## Data\n\n" + _table(("", ""), facts.get("data")),
+        "## Base model\n\n" + _table(("", ""), facts.get("model")),
+        "## Training\n\n" + _training(command, facts.get("config")),
+        "## Versions\n\n" + _table(("package", "version"), facts.get("versions")),
     ]
     if facts["stage"] == "dpo":
         sections.append("## Citation\n\n" + _fenced(_DPO_PAPER, "bibtex"))
@@ -205,58 +150,58 @@ def _body(facts: Mapping[str, Any]) -> str:
     return "\n".join(section for section in sections if not section.endswith("\n\n"))
 
 
-def _usage(facts: Mapping[str, Any]) -> str:
-    chat = bool(facts.get("chat"))
-    adapter = facts.get("adapter")
-    if facts["stage"] == "reward":
-        loaded = _adapter_usage(facts) + _PADDING if adapter else _REWARD_USAGE
-        texts = _ANSWERS + (_REWARD_CHATS if chat else _REWARD_TEXTS)
-        return loaded + texts + _SCORE.format(special=not chat)
-    loaded = _adapter_usage(facts) if adapter else _USAGE
-    return loaded + (_CHAT_PROMPT if chat else _TEXT_PROMPT) + _GENERATE
+def _results(run: Folder) -> str:
+    """The main figures, those with an interval first, and the curves."""
+    rows = []
+    for name in filter(None, (shown_name(run, metric) for metric in TILES)):
+        value = figure(name, run.summary[name], run.summary.get(f"{name}_se"))
+        first = before(name, run.summary).removesuffix(" before")
+        rows.append([words_of(run, name), value, interval(name, run.summary), first])
+    rows.sort(key=lambda row: not row[2])
+    heads = (Column("Metric"), *(Column(h, True) for h in ("Value", "95% interval", "Before")))
+    filled = [place for place in range(4) if any(row[place] for row in rows)]
+    columns = [heads[place] for place in filled]
+    cells = [[row[place] for place in filled] for row in rows[:MOST_RESULTS]]
+    parts = [Table("", columns, cells).markdown()] if rows else []
+    if "overview" in run.pictures:
+        alt = markdown_text(without_paths(alt_of("overview", run)))
+        parts.append(f"![{alt}]({CURVES})\n")
+    return "\n".join(parts)
 
 
-def _adapter_usage(facts: Mapping[str, Any]) -> str:
-    """The base as it was in training, and the adapter on it."""
-    reward, lora = facts["stage"] == "reward", (facts.get("config") or {}).get("lora") or {}
-    bits = _BITS.get(str(lora.get("quantization")), "")
-    return _ADAPTER_USAGE.format(
-        torch="import torch\n" if reward or "torch." in bits else "",
-        auto="AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM",
-        quantised=", BitsAndBytesConfig" if bits else "",
-        options="    num_labels=1,\n" * reward + bits,
-    )
+def _samples(run: Folder) -> str:
+    """Completions of the first prompts, of the last step or of before and after training."""
+    samples = samples_of(run)
+    parts = []
+    for sample in samples.rows[:MOST_SAMPLES] if samples else []:
+        ends = (
+            [sample.answers[0], sample.answers[-1]] if len(sample.answers) > 1 else sample.answers
+        )
+        parts.append("Prompt:\n\n" + _fenced(f"{sample.prompt.shown}\n", "text"))
+        for answer in ends:
+            name = markdown_text(answer.label or "Completion")
+            parts.append(f"{name}:\n\n" + _fenced(f"{answer.completion.shown}\n", "text"))
+    return "\n".join(parts)
 
 
 def _origin(source: Mapping[str, Any] | None) -> str:
-    """Name of a model or dataset; a hub id with its revision, of a path the last part."""
+    """Name of a model or dataset: a hub id with its revision, or the last part of a path."""
     source = source or {}
     if hub_id := _hub_id(source):
         revision = source.get("revision")
-        return _inline(f"{hub_id} (revision {revision})" if revision else hub_id)
-    name = Path(source["path"]).name if source.get("path") else source.get("name")
-    return _inline(name or "unnamed")
+        return markdown_text(f"{hub_id} (revision {revision})" if revision else hub_id)
+    name = short_path(str(source["path"])) if source.get("path") else source.get("name")
+    return markdown_text(name or "unnamed")
 
 
-def _training(facts: Mapping[str, Any]) -> str:
-    command = _fenced(facts["command"] + "\n", "bash") if facts["command"] else ""
-    config = _fenced(to_yaml(facts["config"]), "yaml") if facts.get("config") else ""
-    return "\n".join(filter(None, (command, config)))
+def _training(command: list[str], config: Mapping[str, Any] | None) -> str:
+    parts = [_fenced(command_line(command) + "\n", "bash")] if command else []
+    return "\n".join([*parts, *([_fenced(to_yaml(config), "yaml")] if config else [])])
 
 
-def _table(left: str, right: str, rows: Mapping[str, Any] | None) -> str:
-    shown = [(key, value) for key, value in (rows or {}).items() if value is not None]
-    if not shown:
-        return ""
-    lines = [f"| {left} | {right} |", "| --- | --- |"]
-    lines += [f"| {_inline(key)} | {_inline(value)} |" for key, value in shown]
-    return "\n".join(lines) + "\n"
-
-
-def _inline(value: Any) -> str:
-    """One line of Markdown text: no HTML, no markup, no table border of the user's making."""
-    text = " ".join(brief(value).split())
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(text, quote=False))
+def _table(heads: tuple[str, str], values: Mapping[str, Any] | None) -> str:
+    rows = [[name, value] for name, value in (values or {}).items() if value is not None]
+    return Table("", [*map(Column, heads)], rows).markdown() if rows else ""
 
 
 def _fenced(text: str, language: str) -> str:

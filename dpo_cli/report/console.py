@@ -1,4 +1,4 @@
-"""What a run shows while it works: a live bar in a terminal, plain lines elsewhere."""
+"""Progress of a run: a live bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Self
 
 from rich import progress as bars
 from rich.console import Console, RenderableType
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from dpo_cli.errors import ConfigError
+from dpo_cli.report.numbers import duration
 
 MODES = ("auto", "rich", "plain", "off")
 
@@ -39,7 +39,7 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u
 
 
 def printable(text: str) -> str:
-    """`text` with control characters spelled out: a data row must not drive the terminal."""
+    """`text` with control characters escaped: a data row must not control the terminal."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
@@ -49,7 +49,7 @@ class _Task:
 
     name: str
     total: int | None
-    first: int  # done before this process: ETA counts only what it saw itself
+    first: int  # done before this process: not counted for the ETA
     done: int
     began: float
     last_line: float  # when a plain line was last printed
@@ -57,7 +57,7 @@ class _Task:
 
 
 class Progress:
-    """Shows how far a run is; use it as a context.
+    """Shows the progress of a run; a context manager.
 
         with Progress(logger.progress) as progress:
             with progress.phase("reference log-probs", rows) as tick:
@@ -65,8 +65,8 @@ class Progress:
             progress.begin(total_steps, first_step=resume_step)
             progress.advance(step, {"loss": 0.69, "tokens_per_second": 3200.0})
 
-    mode: `rich` is a live bar, `plain` a line at the first step, every tenth of the way and
-    every 30 s, `off` nothing at all; `auto` takes `rich` in a terminal, else `plain`.
+    mode: `rich` is a live bar; `plain` prints a line at the first step, at every tenth of all steps
+    and every 30 s; `off` prints nothing; `auto` is `rich` in a terminal, else `plain`.
     Raises ConfigError for another mode. Writes to stderr unless given a console.
     """
 
@@ -97,11 +97,11 @@ class Progress:
             self._live.stop()
 
     def begin(self, total: int | None, first_step: int = 0, name: str = "train") -> None:
-        """Start the clock of the training loop: `total` steps, `first_step` of them resumed."""
+        """Start timing the training loop of `total` steps, `first_step` of them done before."""
         self._training = self._open(name, total, first_step)
 
     def advance(self, step: int, values: Mapping[str, float]) -> None:
-        """`step` optimiser steps are done; `eval/` metrics get a line of their own."""
+        """`step` optimizer steps are done; `eval/` metrics get a line of their own."""
         if self._training is None:
             self.begin(total=None, first_step=step - 1)
         assert self._training is not None
@@ -117,7 +117,7 @@ class Progress:
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """A named part of the run; call the yielded `tick(n)` when `n` more of `total` are done."""
+        """A named phase of the run; call the yielded `tick(n)` when `n` more are done."""
         task = self._open(name, total, first=0)
 
         def tick(n: int = 1) -> None:
@@ -125,7 +125,7 @@ class Progress:
 
         try:
             yield tick
-            took = _duration(self._clock() - task.began)
+            took = duration(self._clock() - task.began)
             self.note(f"{name}: {task.done:,} in {took}" if task.done else f"{name}: {took}")
         finally:
             if self._live is not None and task.bar is not None:
@@ -162,7 +162,7 @@ class Progress:
 
 
 class _Bars(bars.Progress):
-    """Bars with a line of figures below: beside a bar they need more than 80 columns."""
+    """Bars with the figures on a line below: beside a bar they do not fit 80 columns."""
 
     figures = ""
 
@@ -199,20 +199,16 @@ def _line(task: _Task, now: float, eta: str, figures: str) -> str:
     where = f"{task.name} {task.done:,}"
     if task.total:
         where += f"/{task.total:,} {task.done / task.total:4.0%}"
-    return "  ".join(filter(None, (where, _duration(now - task.began), eta, figures)))
+    return "  ".join(filter(None, (where, duration(now - task.began), eta, figures)))
 
 
 def _eta(task: _Task, now: float) -> str:
-    """Time left at the mean pace of this process, evaluations and warm-up included."""
+    """Time left at the mean pace of this process, evaluations and compilation included."""
     fresh = task.done - task.first
     if task.total is None or fresh <= 0:
         return ""
     left = max(task.total - task.done, 0) * (now - task.began) / fresh
-    return f"eta {_duration(left)}"
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+    return f"eta {duration(left)}"
 
 
 def _figures(values: Mapping[str, float]) -> str:
@@ -221,29 +217,3 @@ def _figures(values: Mapping[str, float]) -> str:
         for name, label, form in FIGURES
         if values.get(name) is not None
     )
-
-
-def summary_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:
-    """A two-column table of names and values, text taken literally; show it with `show`."""
-    table = Table(title=Text(printable(title)), title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(cell(name), cell(value))
-    return table
-
-
-def cell(value: object) -> Text:
-    """A table cell: text without markup, numbers to four digits, "-" for nothing."""
-    return Text(printable(brief(value)))
-
-
-def brief(value: object) -> str:
-    """A number to four digits, with thousands apart; "-" for None; other values as text."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)

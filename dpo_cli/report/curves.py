@@ -13,19 +13,19 @@ Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps (n,), values 
 
 
 def read_curves(path: Path) -> Curves:
-    """Every metric of a JSON-lines file by step; null is NaN, of rows repeated the last counts.
+    """Every metric of a JSON-lines file by step; null is NaN, and the last of repeated rows counts.
 
-    A missing file has no curves, and a row that cannot be read (torn by a crash) is skipped.
+    A missing file has no curves, and a row that cannot be read (truncated by a crash) is skipped.
     """
-    found: dict[str, dict[int, float]] = defaultdict(dict)
+    by_name: dict[str, dict[int, float]] = defaultdict(dict)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     for line in text.split("\n"):
         step, values = _read_row(line)
         for name, value in values.items():
             if value is None or isinstance(value, (int, float)):
-                found[name][step] = math.nan if value is None else float(value)
+                by_name[name][step] = math.nan if value is None else float(value)
     curves = {}
-    for name, by_step in found.items():
+    for name, by_step in by_name.items():
         steps = sorted(by_step)
         curves[name] = (np.array(steps), np.array([by_step[step] for step in steps]))
     return curves
@@ -40,7 +40,7 @@ def _read_row(line: str) -> tuple[int, dict[str, float | None]]:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over a centred window, cut short at the ends; NaN are skipped and stay NaN.
+    """Mean over a centered window, shorter at the ends; NaN are skipped and stay NaN.
 
     values: (n,). Returns (n,).
     """
@@ -65,7 +65,7 @@ HEADLINES = (
 
 
 def training_figures(path: Path) -> dict[str, float]:
-    """What a metrics.jsonl comes to: `first/<name>` of the headlines, then every metric's end.
+    """Figures of a metrics.jsonl: `first/<name>` of the headlines, then the end of every metric.
 
     The end of a training metric is its mean over the last tenth of the rows (a single step is
     noise), of a held-out one its last value. The first rows are those of the untrained model.

@@ -1,7 +1,6 @@
-"""The files that say what a run was: configuration, command, versions, samples.
+"""The files that record what a run was: configuration, command, versions, samples.
 
-Every write here replaces a file in one step or appends whole lines, and no text leaves
-without `redact`.
+Every write replaces a file atomically or appends complete lines, and every text is redacted.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import shlex
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -30,7 +29,7 @@ PACKAGES = (
     "tensorboard", "wandb",
 )  # fmt: skip
 
-# TOKENIZERS_PARALLELISM=false is no secret, and MY_KEY_FILE names a place, not a key.
+# TOKENIZERS_PARALLELISM=false is no secret, and MY_KEY_FILE is a path, not a key.
 _SECRET_NAME = re.compile(
     r"TOKEN(?!IZER)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", flags=re.IGNORECASE
 )
@@ -45,7 +44,7 @@ _SECRET_SHAPE = re.compile(
 
 
 def redact(value: Any) -> Any:
-    """`value` without secrets; texts inside mappings and lists too, the rest as it is.
+    """`value` with secrets replaced, in texts inside mappings and lists too.
 
     A secret is the value of an environment variable whose name says so (TOKEN, KEY,
     SECRET, PASSWORD, ...), or text shaped like an access token.
@@ -88,6 +87,53 @@ def without_home(value: Any) -> Any:
     return [without_home(item) for item in value] if isinstance(value, list) else value
 
 
+# An absolute path, or one of ~, . or .., inside a text; not the path of a URL.
+_PATH = re.compile(r"""(?<![\w/:.~-])(?:~[\w.-]*|\.{1,2})?/[^\s'",\[\]{}()|]*""")
+_PATH_KEY = re.compile(r"(^|[._])(path|dir)$")
+
+
+def without_paths(value: Any) -> Any:
+    """`value` with local paths reduced to their last part, inside mappings and lists too.
+
+    A path is a text that is the name of a file here, that begins like one (`/`, `~`, `./`, `../`),
+    or that follows the name of a path in an override (`run_dir=runs/1`). Hub ids and URLs stay.
+    """
+    if isinstance(value, Mapping):
+        return {key: _without_paths(str(key), item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(item) for item in value]
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    key, sign, text = value.partition("=")
+    if sign and " " not in key:
+        return f"{key}={_without_paths(key, text)}"
+    if value.startswith(("/", "~", "./", "../")) or _is_file(value):
+        return short_path(value)
+    return _PATH.sub(lambda match: short_path(match[0]), value)
+
+
+def _without_paths(key: str, value: Any) -> Any:
+    named = isinstance(value, str) and "/" in value and _PATH_KEY.search(key)
+    return short_path(value) if named else without_paths(value)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a name, or with a null character
+        return False
+
+
+def short_path(path: str) -> str:
+    """The last part of a path; of a run's `final/` or `checkpoints/step-8`, the run's name too."""
+    place = PurePath(path)
+    if place.name == "final" and place.parent.name:
+        return place.parent.name
+    if place.parent.name == "checkpoints" and place.parent.parent.name:
+        return "/".join(place.parts[-3:])
+    return place.name or path.strip("/") or path
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """Redacted, strictly valid JSON: NaN and infinities become null, scalars of numpy numbers."""
     return json.dumps(redact(_plain(value)), indent=indent, ensure_ascii=False, allow_nan=False)
@@ -114,10 +160,10 @@ def write_redacted_json(path: Path, value: Any) -> None:
 
 
 def drop_rows_after(path: Path, step: int) -> int:
-    """Cut a JSON-lines file back to the rows with `"step"` <= `step`; how many were removed.
+    """Truncate a JSON-lines file to its rows with `"step"` <= `step`; returns how many it lost.
 
-    Rows of later steps come from work that was lost with the process. A row torn by a crash
-    goes too. The file is replaced in one step, and not touched if nothing is to go.
+    Rows of later steps belong to work that was lost with the process. A row truncated by a crash
+    is removed too. The file is replaced atomically, and left alone if nothing is to be removed.
     """
     if not path.exists():
         return 0
@@ -196,14 +242,14 @@ def versions() -> dict[str, str]:
 
     A commit with uncommitted changes ends in "-dirty". Imports none of the packages.
     """
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
     commit = _git_commit(Path(__file__).resolve().parents[2])
-    return found | ({"git_commit": commit} if commit else {})
+    return versions | ({"git_commit": commit} if commit else {})
 
 
 def _git_commit(checkout: Path) -> str | None:

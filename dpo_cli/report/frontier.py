@@ -1,4 +1,4 @@
-"""Reward against KL to the reference: the picture, and its tables for console and Markdown."""
+"""Reward against KL to the reference, as a picture."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from rich.cells import cell_len
-from rich.table import Table
-from rich.text import Text
 
-from dpo_cli.durable import disk_errors
-from dpo_cli.report.console import cell, printable
+from dpo_cli.report.console import printable
+from dpo_cli.report.numbers import count, short_number
 from dpo_cli.report.plots import (
     BLUE,
     GREY,
@@ -29,12 +26,11 @@ from dpo_cli.report.plots import (
     new_figure,
     plain_axes,
     save_png,
-    short_number,
     shorten,
     wrapped,
 )
 
-# Okabe and Ito's palette without its yellow; a shape each, too: (colour, marker, size).
+# Okabe and Ito's palette without its yellow: (color, marker, size).
 STYLES = {
     "dpo": (BLUE, "o", 7.0),
     "ppo-baseline": (ORANGE, "s", 6.5),
@@ -50,7 +46,7 @@ MORE_STYLES = (
 )  # fmt: skip
 
 
-NARROWEST = 0.1  # nats: policies that have hardly moved are no spread
+NARROWEST = 0.1  # nats: the axis is at least this wide
 
 
 @dataclass(frozen=True)
@@ -81,14 +77,12 @@ class Band:
 def draw_frontier(
     run_dir: Path, methods: Sequence[Cloud], best_of: Cloud | None, optimum: Band | None
 ) -> Path:
-    """Draw `plots/frontier.png`, and the same for a phone; returns its path. Raises DiskError.
+    """Draw `plots/frontier.png`, and again for phones; returns its path. Raises DiskError.
 
-    A colour and a shape a method, error bars of one standard error; best-of-n open, at the
-    bound of its KL. A few points far to the right are counted in the caption instead.
+    One color and shape per method, error bars of one standard error; best-of-n is hollow, at the
+    bound of its KL. A few points far to the right are only counted in the caption.
     """
     folder = run_dir / "plots"
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
     paths = [
         save_png(
             _picture(run_dir.name, methods, best_of, optimum, narrow=bool(end)),
@@ -109,13 +103,13 @@ def _picture(
         limit = max(float(optimum.kl[-1]), NARROWEST)
     legend = 0.27 * (len(clouds) + bool(optimum) + bool(best_of)) + 0.2
     width = PHONE if narrow else 9.2  # inches, as below
-    told = wrapped(_caption(clouds, optimum, limit), width)
-    top = 0.95 + LINE * told.count("\n")
+    caption = wrapped(_caption(clouds, optimum, limit), width)
+    top = 0.95 + LINE * caption.count("\n")
     below, right = (0.8 + legend, 0.3) if narrow else (0.8, 2.45)
     height = below + 3.65 + top
     figure = new_figure(width, height)
     title = "Reward against KL to the reference"
-    headings(figure, title, told, size=13)
+    headings(figure, title, caption, size=13)
     figure.text(
         0.2 / width, 0.12 / height, shorten(name, int(10 * width)), fontsize=8, color=GREY,
         parse_math=False,
@@ -140,8 +134,8 @@ def _picture(
 def kl_limit(methods: Sequence[np.ndarray]) -> float:
     """The largest KL drawn, of the KLs of each method, (n,).
 
-    Far beyond three quarters of all points nothing is, but a method's first where it is not too
-    far to see the others.
+    Points beyond three times the upper quartile are left out, except a method's first point where
+    the other points stay readable beside it.
     """
     kls = np.concatenate([*methods, np.zeros(0)])
     if not len(kls):
@@ -153,7 +147,7 @@ def kl_limit(methods: Sequence[np.ndarray]) -> float:
 
 
 def styles(names: Sequence[str]) -> list[tuple[str, str, float]]:
-    """Colour, marker and its size of each method: the usual ones have their own."""
+    """(color, marker, size) of each method; the known ones always have the same."""
     taken = [STYLES[name] for name in names if name in STYLES]
     free = [style for style in MORE_STYLES if style not in taken]
     others = [name for name in names if name not in STYLES]
@@ -170,18 +164,17 @@ def _caption(clouds: Sequence[Cloud], optimum: Band | None, limit: float) -> str
         parts.append(f"band: {seeds} seeds" if seeds > 1 else "band: one standard error")
     beyond = [float(kl) for cloud in clouds for kl in cloud.kl if kl > 1.05 * limit]
     if beyond:
-        count = f"{len(beyond)} point{'s' * (len(beyond) > 1)}"
         unseen = [printable(cloud.name) for cloud in clouds if (cloud.kl > 1.05 * limit).all()]
-        whole = f" (all of {shorten(', '.join(unseen), 14)})" if unseen else ""
+        methods = f" (all of {shorten(', '.join(unseen), 14)})" if unseen else ""
         most = short_number(round(max(beyond), 1))
-        parts.append(f"{count} to the right{whole}, up to a KL of {most}")
+        parts.append(f"{count(len(beyond), 'point')} to the right{methods}, up to a KL of {most}")
     return SEPARATOR.join(parts)
 
 
 def _style(axes: Axes) -> None:
     plain_axes(axes)
     axes.margins(x=0.02, y=0.08)
-    axes.set_xlabel("KL(policy || reference) of a completion, nats", fontsize=9, color=GREY)
+    axes.set_xlabel("KL(policy || reference) per completion, nats", fontsize=9, color=GREY)
     axes.set_ylabel("reward", fontsize=9, color=GREY)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
@@ -195,15 +188,15 @@ def _draw_optimum(axes: Axes, optimum: Band | None) -> None:
     axes.plot(optimum.kl, optimum.reward, color=INK, linewidth=1.6, label="optimum", zorder=3)
 
 
-def _draw_cloud(axes: Axes, cloud: Cloud, colour: str, marker: str, size: float) -> None:
+def _draw_cloud(axes: Axes, cloud: Cloud, color: str, marker: str, size: float) -> None:
     axes.errorbar(
-        cloud.kl, cloud.reward, cloud.reward_se, cloud.kl_se, fmt="none", ecolor=colour,
+        cloud.kl, cloud.reward, cloud.reward_se, cloud.kl_se, fmt="none", ecolor=color,
         elinewidth=1, alpha=0.45, zorder=4,
     )  # fmt: skip
     for last, scale in ((False, 0.55), (True, 1.0)):
         at = cloud.last == last
         axes.plot(
-            cloud.kl[at], cloud.reward[at], marker, color=colour, markersize=size * scale,
+            cloud.kl[at], cloud.reward[at], marker, color=color, markersize=size * scale,
             alpha=1.0 if last else 0.55, markeredgecolor="white",
             markeredgewidth=0.8 if last else 0.3, zorder=6 if last else 5,
             label=printable(cloud.name) if last else None,
@@ -223,43 +216,3 @@ def _draw_best_of(axes: Axes, cloud: Cloud, limit: float) -> None:
                 label, (kl, reward), xytext=offset, textcoords="offset points", fontsize=8,
                 color=INK, ha=side, zorder=8,
             )  # fmt: skip
-
-
-Cells = Sequence[Sequence[object]]
-
-
-def rich_table(title: str, head: Sequence[str], rows: Cells) -> Table:
-    """The first column is names, the others numbers. head: with line breaks where wanted."""
-    table = Table(title=Text(printable(title)), title_justify="left", collapse_padding=True)
-    for place, name in enumerate(head):
-        parts = name.split("\n") if place else [name, *(printable(str(row[0])) for row in rows)]
-        table.add_column(
-            Text(name), justify="right" if place else "left", overflow="fold",
-            min_width=min(16, max(map(cell_len, parts))),
-        )  # fmt: skip
-    for row in rows:
-        table.add_row(*(cell(value) for value in row))
-    return table
-
-
-def markdown(head: Sequence[str], rows: Cells) -> str:
-    """The same as Markdown."""
-
-    def line(values: Sequence[object]) -> str:
-        return "| " + " | ".join(cell(v).plain.replace("|", r"\|") for v in values) + " |\n"
-
-    rule = "|" + "---|" + "---:|" * (len(head) - 1) + "\n"
-    return (
-        line([name.replace("\n", " ") for name in head]) + rule + "".join(line(row) for row in rows)
-    )
-
-
-def nats(kl: float) -> str:
-    """Three digits: 0.03, 4.51, 10.9, 180."""
-    return f"{kl:.{2 if kl < 10 else 1 if kl < 100 else 0}f}"
-
-
-def with_error(reward: float, error: float = np.nan) -> str:
-    """`0.905±0.012`, for a table's cell."""
-    digits = 3 if abs(reward) < 10 else 1
-    return f"{reward:.{digits}f}" + (f"±{error:.{digits}f}" if np.isfinite(error) else "")

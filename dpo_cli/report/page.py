@@ -1,7 +1,7 @@
-"""report.html: a run on one page that needs nothing else, no network and no script.
+"""report.html: a run on one self-contained page, without network access or scripts.
 
-Every text from outside (samples, names, settings) is escaped by the template engine, and its
-control characters are spelled out; the page's policy forbids all but its own style and pictures.
+The template engine escapes every text from outside (samples, names, settings), control characters
+included; the page's policy forbids everything but its own style and pictures.
 """
 
 from __future__ import annotations
@@ -19,20 +19,11 @@ from markupsafe import Markup
 from dpo_cli.durable import write_bytes
 from dpo_cli.report.console import printable
 from dpo_cli.report.files import encode
-from dpo_cli.report.page_duels import duels_of
-from dpo_cli.report.page_frontier import frontier_tables, points
-from dpo_cli.report.page_pictures import Picture, pictures_of
+from dpo_cli.report.page_figures import pictures_of, tiles_of
 from dpo_cli.report.page_read import Folder, cleaned, read_folder
+from dpo_cli.report.page_samples import samples_of
 from dpo_cli.report.page_story import title_of, verdict_of
-from dpo_cli.report.page_tables import (
-    Samples,
-    Table,
-    facts,
-    samples_of,
-    sweep,
-    win_rates,
-)
-from dpo_cli.report.page_tiles import Tile, tiles_of
+from dpo_cli.report.page_tables import facts, points, sweep, win_rates
 
 REPORT = "report.html"
 _POLICY = (
@@ -43,7 +34,7 @@ _POLICY = (
 def write_run_report(run_dir: Path, data: Mapping[str, Any]) -> Path:
     """Write `report.html` of a finished run; returns its path. Raises DiskError.
 
-    data: what is known of the rows (`train_rows`, `eval_rows`, `fingerprint`, ...).
+    data: facts of the rows it was trained on (`train_rows`, `eval_rows`, `fingerprint`, ...).
     """
     folder = read_folder(run_dir)
     body = {"run": run_parts(folder, cleaned(dict(data))), "kicker": str(cleaned(str(run_dir)))}
@@ -51,20 +42,19 @@ def write_run_report(run_dir: Path, data: Mapping[str, Any]) -> Path:
 
 
 def run_parts(folder: Folder, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the templates show of a run."""
+    """What the templates show of a run.
+
+    data: see `write_run_report`.
+    """
     data = data or {}
-    tables = [*frontier_tables(folder), win_rates(folder), points(folder), sweep(folder)]
+    tables = [*folder.tables, win_rates(folder), points(folder), sweep(folder)]
     figures = {k: v for k, v in folder.summary.items() if k not in ("stage", "run_dir")}
-    samples: Samples | None = duels_of(folder) or samples_of(folder)
-    pictures: list[Picture] = pictures_of(folder)
-    tiles: list[Tile] = tiles_of(folder)
-    shown: list[Table] = [table for table in tables if table is not None]
     return {
         "verdict": verdict_of(folder, data),
-        "tiles": tiles,
-        "pictures": pictures,
-        "tables": shown,
-        "samples": samples,
+        "tiles": tiles_of(folder),
+        "pictures": pictures_of(folder),
+        "tables": [table for table in tables if table is not None],
+        "samples": samples_of(folder),
         "commands": folder.commands,
         "config": folder.config_text,
         "data": facts("Rows of this run", ("fact", "value"), data),
@@ -106,5 +96,5 @@ def _environment() -> jinja2.Environment:
 
 
 def _visible(value: Any) -> Any:
-    """Control characters of a text are spelled out, as on the console."""
+    """Text with its control characters escaped, as on the console."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

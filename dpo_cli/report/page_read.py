@@ -1,7 +1,7 @@
-"""What a run's folder holds, for its report: read leniently, without secrets.
+"""The contents of a run's folder, for its report: read leniently, secrets redacted.
 
-A file that is missing, torn or of another shape counts as empty: the run is over, and its
-report shows what there is.
+A file that is missing, truncated or of another shape counts as empty: the report shows what there
+is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from dpo_cli.report.files import redact, without_home
+from dpo_cli.report.table import Table
 
 Row = dict[str, Any]
 MOST_ROWS = 5000  # read of a JSON-lines file: more than a report shows
@@ -23,7 +24,7 @@ MOST_ROWS = 5000  # read of a JSON-lines file: more than a report shows
 
 @dataclass(frozen=True)
 class Folder:
-    """A run: its papers, figures, rows and pictures."""
+    """A run: its configuration, figures, rows and pictures."""
 
     path: Path
     summary: Row = field(default_factory=dict)
@@ -34,7 +35,8 @@ class Folder:
     samples: list[Row] = field(default_factory=list)
     win_rates: list[Row] = field(default_factory=list)
     points: list[Row] = field(default_factory=list)
-    frontier: str = ""  # frontier.md
+    findings: list[str] = field(default_factory=list)  # sentences of frontier.json
+    tables: list[Table] = field(default_factory=list)  # of frontier.json
     sweep: list[Row] = field(default_factory=list)
     last_step: int = 0
     verdicts: list[Row] = field(default_factory=list)  # of a judge
@@ -48,12 +50,6 @@ class Folder:
     def stage(self) -> str:
         return str(self.setting("stage.name", self.summary.get("stage", "")))
 
-    @property
-    def findings(self) -> list[str]:
-        """The sentences that frontier.md lists."""
-        lines = self.frontier.split("\n")
-        return [line.removeprefix("- ") for line in lines if line.startswith("- ")]
-
     def setting(self, key: str, default: Any = None) -> Any:
         """`setting("stage.beta")`; the default where it is not set or null."""
         node: Any = self.config
@@ -63,8 +59,9 @@ class Folder:
 
 
 def read_folder(run_dir: Path) -> Folder:
-    """All that a report needs of a run or of a sweep."""
+    """Everything that a report shows of a run or a sweep."""
     config_text = _text(run_dir / "config.yaml")
+    frontier = read_object(run_dir / "frontier.json")
     return Folder(
         path=run_dir,
         summary=read_object(run_dir / "summary.json"),
@@ -76,7 +73,8 @@ def read_folder(run_dir: Path) -> Folder:
         win_rates=_flat(_objects(_parsed(_text(run_dir / "win_rates.json"), json.loads))),
         verdicts=_rows(run_dir / "verdicts.jsonl"),
         points=_flat(_rows(run_dir / "points.jsonl")) or _csv_rows(run_dir / "frontier.csv"),
-        frontier=cleaned(_text(run_dir / "frontier.md")),
+        findings=[str(finding) for finding in _list(frontier, "findings")],
+        tables=[t for t in map(Table.from_json, _list(frontier, "tables")) if t is not None],
         sweep=_csv_rows(run_dir / "sweep.csv"),
         last_step=_last_step(run_dir / "metrics.jsonl"),
         pictures=_pictures(run_dir / "plots"),
@@ -86,6 +84,11 @@ def read_folder(run_dir: Path) -> Folder:
 def read_object(path: Path) -> Row:
     """The object in a JSON file."""
     return _object(_text(path), json.loads)
+
+
+def _list(row: Row, key: str) -> list[Any]:
+    value = row.get(key)
+    return value if isinstance(value, list) else []
 
 
 def _object(text: str, load: Callable[[str], Any]) -> Row:
@@ -101,7 +104,7 @@ def _parsed(text: str, load: Callable[[str], Any]) -> Any:
 
 
 def cleaned(value: Any) -> Any:
-    """Without secrets, the home folder written `~`."""
+    """The value with secrets redacted and the home folder written `~`."""
     return without_home(redact(value))
 
 
@@ -121,12 +124,12 @@ def _rows(path: Path) -> list[Row]:
 
 def _objects(values: Any) -> list[Row]:
     rows = [v for v in values if isinstance(v, dict)] if isinstance(values, list) else []
-    found: list[Row] = cleaned(rows)
-    return found
+    redacted: list[Row] = cleaned(rows)
+    return redacted
 
 
 def _flat(rows: list[Row]) -> list[Row]:
-    """Rows of a table: what is neither a number nor a text is written as one."""
+    """Rows of numbers and texts: other values as JSON text."""
     plain = (int, float, str, type(None))
     return [{k: v if isinstance(v, plain) else json.dumps(v) for k, v in r.items()} for r in rows]
 
@@ -137,7 +140,7 @@ def _last_step(path: Path) -> int:
 
 
 def _tail(path: Path) -> list[Row]:
-    """The last rows are enough: steps only grow."""
+    """The last rows of a JSON-lines file: steps only grow."""
     rows = [_parsed(line, json.loads) for line in _text(path).split("\n")[-8:]]
     return [row for row in rows if isinstance(row, dict)]
 
@@ -161,10 +164,10 @@ def _cell(value: Any) -> Any:
 
 
 def _pictures(folder: Path) -> dict[str, bytes]:
-    found = {}
+    pictures = {}
     for path in sorted(folder.glob("*.png")):
         try:
-            found[path.stem] = path.read_bytes()
+            pictures[path.stem] = path.read_bytes()
         except OSError:
             continue
-    return found
+    return pictures

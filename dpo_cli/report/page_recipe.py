@@ -1,4 +1,4 @@
-"""report.html of a recipe: what its models came to, side by side, and every step below."""
+"""report.html of a recipe: its models side by side, and every step below."""
 
 from __future__ import annotations
 
@@ -10,40 +10,44 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.report.page import run_parts, write_page
-from dpo_cli.report.page_frontier import frontier_tables
-from dpo_cli.report.page_pictures import KEY, Picture, pictures_of
-from dpo_cli.report.page_read import Folder, Row, cleaned, read_folder, read_object
-from dpo_cli.report.page_story import interval, method_of, verdict_of
-from dpo_cli.report.page_tables import (
-    Cell,
-    Samples,
-    Table,
-    comparison,
-    completions_of,
-    facts,
-    first_by_prompt,
-    side_by_side,
-    win_rates,
+from dpo_cli.report.numbers import (
+    NOTHING,
+    before,
+    bracketed,
+    count,
+    figure,
+    interval,
+    is_number,
+    lower,
+    minutes,
+    with_unit,
 )
-from dpo_cli.report.page_text import NOTHING, count, figure, is_number, lower, with_unit
-from dpo_cli.report.page_tiles import (
+from dpo_cli.report.page import run_parts, write_page
+from dpo_cli.report.page_figures import (
+    KEY,
     MOST_TILES,
     TILES,
+    Picture,
     Tile,
+    pictures_of,
     shown_name,
     tile_of,
     tiles_of,
     words_of,
 )
+from dpo_cli.report.page_read import Folder, Row, cleaned, read_folder, read_object
+from dpo_cli.report.page_samples import Samples, completions_of, first_by_prompt, side_by_side
+from dpo_cli.report.page_story import method_of, verdict_of
+from dpo_cli.report.page_tables import comparison, facts, win_rates
+from dpo_cli.report.table import Column, Table
 
-_TOLD = ("reward", "kl", "accuracy", "win_rate", "rewards/accuracies", "loss")
+_VERDICT = ("reward", "kl", "accuracy", "win_rate", "rewards/accuracies", "loss")
 _DONE = {"run": "ran", "resume": "resumed", "skip": "skipped"}
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step with all its repeats. folder: of the first; seconds: of all, whenever they ran."""
+    """A step with all its repeats. folder: of the first; seconds: of all, in any start."""
 
     label: str
     repeats: int
@@ -67,21 +71,21 @@ class Model:
 def write_recipe_report(run_dir: Path, recipe: Mapping[str, Any]) -> Path:
     """Write `report.html` of a recipe's folder; returns its path. Raises DiskError.
 
-    recipe: what `recipe.facts` tells: its name, its variables, what became of each step
-    (`steps`), and the folders to compare (`report`).
+    recipe: of `workflow.recipe.facts`: its name, its variables, the outcome of each step (`steps`),
+    and the folders to compare (`report`).
     """
-    told = cleaned({key: recipe[key] for key in ("recipe", "description", "vars", "repeat")})
+    names = cleaned({key: recipe[key] for key in ("recipe", "description", "vars", "repeat")})
     steps = _steps(run_dir, recipe["steps"])
     models = [_model(row["label"], row["folders"]) for row in recipe["report"] if row["folders"]]
     folders = [step.folder for step in steps]
     tables = [
         _comparison(models),
-        *(table for folder in folders for table in frontier_tables(folder)),
+        *(table for folder in folders for table in folder.tables),
         *(_of_step(step, win_rates(step.folder)) for step in steps),
     ]
     body = {
         "kicker": cleaned(str(run_dir)),
-        "description": told["description"],
+        "description": names["description"],
         "verdict": _verdict(models, folders),
         "tiles": _tiles(models, steps),
         "pictures": _key_pictures(folders),
@@ -90,14 +94,14 @@ def write_recipe_report(run_dir: Path, recipe: Mapping[str, Any]) -> Path:
         "steps_table": _steps_table(steps),
         "steps": [_details(step) for step in steps],
         "variables": facts(
-            "Values of this run", ("variable", "value"), {**told["vars"], **told["repeat"]}
+            "Values of this run", ("variable", "value"), {**names["vars"], **names["repeat"]}
         ),
     }
-    return write_page(run_dir, "recipe.html.j2", f"Recipe {told['recipe']}", body)
+    return write_page(run_dir, "recipe.html.j2", f"Recipe {names['recipe']}", body)
 
 
 def _steps(run_dir: Path, outcomes: Sequence[Row]) -> list[Step]:
-    """One of each step; its repeats differ in what the recipe repeats alone."""
+    """The steps in order, the repeats of each together."""
     groups: dict[str, list[Row]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome["step"], []).append(outcome)
@@ -133,13 +137,13 @@ def averaged(summaries: Sequence[Row]) -> Row:
     """Means of the numbers that all have, `x_se` their standard deviations (n - 1)."""
     if len(summaries) == 1:
         return summaries[0]
-    found: Row = {}
+    means: Row = {}
     for name in summaries[0]:
         values = [summary.get(name) for summary in summaries]
         numbers = [value for value in values if is_number(value)]
         if len(numbers) == len(values) and not name.endswith("_se"):
-            found |= {name: statistics.fmean(numbers), f"{name}_se": statistics.stdev(numbers)}
-    return found
+            means |= {name: statistics.fmean(numbers), f"{name}_se": statistics.stdev(numbers)}
+    return means
 
 
 def _comparison(models: Sequence[Model]) -> Table | None:
@@ -157,45 +161,38 @@ def _of_step(step: Step, table: Table | None) -> Table | None:
 
 
 def _verdict(models: Sequence[Model], folders: Sequence[Folder]) -> str:
-    """What a frontier says, else the first and the last of the compared models."""
+    """The findings of a frontier, else the first compared model against the last."""
     frontiers = [folder for folder in folders if folder.stage == "frontier"]
     if frontiers:
         return verdict_of(frontiers[-1], {})
     if not models:
         return ""
     first, last = models[0], models[-1]
-    told = []
+    clauses = []
     compared = comparable(first, last)
-    for metric in _TOLD:
+    for metric in _VERDICT:
         name = shown_name(last.folder, metric)
         now = name and last.summary.get(name)
         if name and is_number(now):
             was = first.summary.get(name) if compared else None
             start = f"from {figure(name, was)} to " if is_number(was) else ""
             words = lower(words_of(last.folder, name).partition(" (")[0])
-            before = "" if compared else _before(last.summary, name)
-            told.append(
-                f"{words} {start}{with_unit(name, now)}{interval(last.summary, name)}{before}"
-            )
+            context = bracketed(interval(name, last.summary))
+            context += "" if compared else bracketed(before(name, last.summary))
+            clauses.append(f"{words} {start}{with_unit(name, now)}{context}")
     who = f"From {first.label} to {last.label}" if compared else last.label
-    return f"{who}: {', '.join(told[:3])}." if told else ""
+    return f"{who}: {', '.join(clauses[:3])}." if clauses else ""
 
 
 def comparable(first: Model, last: Model) -> bool:
-    """Whether a figure of one name is the same thing of both: the loss of SFT is no DPO's, and an
-    accuracy is one thing in training and another by a reward model."""
+    """Whether figures of one name mean the same for both: SFT's loss is not DPO's, and a policy's
+    accuracy is not a reward model's."""
     ways = [(m.folder.stage, method_of(m.folder)) for m in (first, last)]
     return first != last and ways[0] == ways[1]
 
 
-def _before(summary: Row, name: str) -> str:
-    """` (50.0% before)`: the run's own start."""
-    was = summary.get(f"first/{name}")
-    return f" ({figure(name, was)} before)" if is_number(was) else ""
-
-
 def _tiles(models: Sequence[Model], steps: Sequence[Step]) -> list[Tile]:
-    """Figures of the last compared model, each with the first one's; the time of all."""
+    """Figures of the last compared model, each beside the first model's; the time of all steps."""
     tiles: list[Tile] = []
     if models:
         first, last = models[0], models[-1]
@@ -209,14 +206,14 @@ def _tiles(models: Sequence[Model], steps: Sequence[Step]) -> list[Tile]:
         tiles = tiles or tiles_of(last.folder)
     seconds = [step.seconds for step in steps if step.seconds is not None]
     ran = "all steps" if len(seconds) == len(steps) else f"{len(seconds)} of {len(steps)} steps"
-    time = [Tile("Minutes", f"{sum(seconds) / 60:.1f}", ran)] if seconds else []
+    time = [Tile("Minutes", minutes(sum(seconds)), ran)] if seconds else []
     return tiles[: MOST_TILES - len(time)] + time
 
 
 def _key_pictures(folders: Iterable[Folder]) -> list[Picture]:
-    """Of all steps, the frontier first; each picture once."""
-    found = {p.uri: p for folder in folders for p in pictures_of(folder, KEY)}
-    return sorted(found.values(), key=lambda picture: KEY.index(picture.name))
+    """The pictures of all steps, the frontier first, each once."""
+    pictures = {p.uri: p for folder in folders for p in pictures_of(folder, KEY)}
+    return sorted(pictures.values(), key=lambda picture: KEY.index(picture.name))
 
 
 def _samples(models: Sequence[Model]) -> Samples | None:
@@ -225,18 +222,13 @@ def _samples(models: Sequence[Model]) -> Samples | None:
 
 
 def _steps_table(steps: Sequence[Step]) -> Table:
-    names = ("Step", "Status", "Minutes", "Command")
+    columns = [Column(n, numeric=n == "Minutes") for n in ("Step", "Status", "Minutes", "Command")]
     rows = [
-        [
-            Cell(_named(step), False),
-            Cell(step.status, False),
-            Cell(NOTHING if step.seconds is None else f"{step.seconds / 60:.1f}", True),
-            Cell(step.command, False),
-        ]
+        [_named(step), step.status, NOTHING if step.seconds is None else minutes(step.seconds),
+         step.command]
         for step in steps
-    ]
-    caption = "Minutes of what is in the folders, whenever it ran"
-    return Table("Steps", caption, [Cell(name, name == "Minutes") for name in names], rows)
+    ]  # fmt: skip
+    return Table("Steps", columns, rows, "Minutes spent on what is in the folders, in any start")
 
 
 def _named(step: Step) -> str:
@@ -244,7 +236,7 @@ def _named(step: Step) -> str:
 
 
 def _details(step: Step) -> dict[str, Any]:
-    """A step's own page, the first of its repeats, without the pictures shown above."""
+    """The page of a step's first repeat, without the pictures shown above."""
     pictures = pictures_of(step.folder, ("overview",))
     parts = run_parts(step.folder)
     if step.repeats > 1:

@@ -1,4 +1,4 @@
-"""A run in words: what was done to what, how it came out, and the few figures to see first."""
+"""A run in words: its title, and a sentence on what was done and what came of it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from pathlib import PurePath
 from typing import Any
 
 from dpo_cli.config import LOSS_FACTS, STAGES
-from dpo_cli.report.page_read import Folder, Row
-from dpo_cli.report.page_text import (
+from dpo_cli.report.numbers import (
     BOUNDS,
+    before,
+    bracketed,
     count,
     figure,
+    interval,
     is_number,
     label,
     lower,
     with_unit,
 )
+from dpo_cli.report.page_read import Folder, Row
 
-MOST_FINISH = 0.9  # a smaller share of finished completions is told
-MOST_FINDINGS = 4  # sentences of frontier.md
+FEW_FINISHED = 0.9  # a smaller share of finished completions is reported
+MOST_FINDINGS = 4  # sentences of frontier.json
 BASELINES = ("optimum", "best-of-n")  # rows of points.jsonl that are no trained policy
 
 
@@ -68,23 +71,23 @@ def path_name(path: str) -> str:
 
 
 def verdict_of(folder: Folder, data: Mapping[str, Any]) -> str:
-    """One line in plain words. data: the rows that were trained on (`train_rows`), if known."""
+    """One sentence in plain words. data: the rows trained on (`train_rows`), if known."""
     if folder.findings:
         return " ".join(folder.findings[:MOST_FINDINGS])
     if folder.sweep:
-        told = [count(len(folder.sweep), "job")]
+        clauses = [count(len(folder.sweep), "job")]
     elif len(trained(folder.points)) > 1 or folder.stage == "frontier":
-        told = _of_points(folder)
+        clauses = _of_points(folder)
     elif folder.stage == "evaluate":
-        told = [count(len(folder.samples), "completion"), *_of_evaluation(folder)]
+        clauses = [count(len(folder.samples), "completion"), *_of_evaluation(folder)]
     elif folder.stage in ("sample", "label"):
-        told = [_of_rows(folder.summary)]
+        clauses = [_of_rows(folder.summary)]
     else:
-        told = [_effort(folder, data), *_of_training(folder.summary), _seen_before(data)]
-    told = [clause for clause in told if clause]
-    if not told:
+        clauses = [_effort(folder, data), *_of_training(folder.summary), _seen_before(data)]
+    clauses = [clause for clause in clauses if clause]
+    if not clauses:
         return "The run left no figures."
-    line = ": ".join([told[0], "; ".join(told[1:])]) if told[1:] else told[0]
+    line = ": ".join([clauses[0], "; ".join(clauses[1:])]) if clauses[1:] else clauses[0]
     return line[:1].upper() + line[1:] + "."
 
 
@@ -100,72 +103,62 @@ def _of_training(summary: Row) -> list[str]:
     """Held-out figures, or those of the last steps where no rows were held out."""
     prefix = "eval/" if {"eval/loss", "eval/score"} & summary.keys() else ""
     where = "held-out" if prefix else "training"
-    told = []
+    clauses = []
     name = f"{prefix}rewards/accuracies"
     if is_number(summary.get(name)):
-        told.append(
-            f"the chosen response ranks first in {figure(name, summary[name])}"
-            f"{interval(summary, name)} of the {where} pairs{_was(summary, name)}"
+        share = f"{figure(name, summary[name])}{bracketed(interval(name, summary))}"
+        clauses.append(
+            f"the chosen response ranks first in {share} of the {where} pairs"
+            f"{bracketed(before(name, summary))}"
         )
     metrics = ("score", "kl") if prefix + "score" in summary else ("loss", "perplexity", "ece")
     for name in (prefix + metric for metric in metrics):
         if is_number(summary.get(name)):
             words = label(name).partition(" (")[0]
-            told.append(f"{lower(words)} {with_unit(name, summary[name])}{_was(summary, name)}")
-    return [*told, _unfinished(summary, "eval/finished", "rollout/finished")]
-
-
-def interval(summary: Row, name: str) -> str:
-    """` (57.1% to 69.0%)` where it is known."""
-    low, high = (summary.get(f"{name}_{bound}") for bound in BOUNDS)
-    known = is_number(low) and is_number(high)
-    return f" ({figure(name, low)} to {figure(name, high)})" if known else ""
-
-
-def _was(summary: Row, metric: str) -> str:
-    before = summary.get(f"first/{metric}")
-    return f" ({figure(metric, before)} before)" if is_number(before) else ""
+            value = f"{with_unit(name, summary[name])}{bracketed(before(name, summary))}"
+            clauses.append(f"{lower(words)} {value}")
+    return [*clauses, _unfinished(summary, "eval/finished", "rollout/finished")]
 
 
 def _of_rows(summary: Row) -> str:
     """`2,000 prompts to train on, 100 held out`, of what was sampled or labelled."""
-    told = []
+    clauses = []
     for split, use in (("train", "to train on"), ("eval", "held out")):
         for unit in ("prompt", "pair"):
             rows = summary.get(f"{split}_{unit}s")
-            told += [f"{count(rows, unit)} {use}"] if isinstance(rows, int) else []
-    return ", ".join([*told, *filter(None, [_unfinished(summary, "train_finished")])])
+            clauses += [f"{count(rows, unit)} {use}"] if isinstance(rows, int) else []
+    return ", ".join([*clauses, *filter(None, [_unfinished(summary, "train_finished")])])
 
 
 def _of_evaluation(folder: Folder) -> list[str]:
-    summary, told = folder.summary, []
+    summary, clauses = folder.summary, []
     if is_number(summary.get("reward")):
-        told.append(f"reward {_pair(summary, 'reward')}")
+        clauses.append(f"reward {_pair(summary, 'reward')}")
         if is_number(summary.get("kl")):
-            told[0] += f" at a KL of {_pair(summary, 'kl')} to the reference"
+            clauses[0] += f" at a KL of {_pair(summary, 'kl')} to the reference"
     if is_number(summary.get("accuracy")):
-        told.append(f"{_pair(summary, 'accuracy')} of the held-out pairs ranked right")
-    told += [_optimum(summary), *_of_win_rates(folder.win_rates)]
-    return [*told, _unfinished(summary, "finished"), _trained_on(summary)]
+        clauses.append(f"{_pair(summary, 'accuracy')} of the held-out pairs ranked correctly")
+    clauses += [_optimum(summary), *_of_win_rates(folder.win_rates)]
+    return [*clauses, _unfinished(summary, "finished"), _trained_on(summary)]
 
 
 def _unfinished(summary: Row, *names: str) -> str:
-    """Where many completions were cut, what is measured of them is of beginnings."""
+    """Where many completions were truncated, the figures are of their beginnings."""
     share = next((summary[name] for name in names if is_number(summary.get(name))), 1.0)
-    cut = share < MOST_FINISH
-    return f"only {figure('finished', share)} of the completions end by themselves" if cut else ""
+    truncated = share < FEW_FINISHED
+    return f"only {figure('finished', share)} of the completions finished with EOS" * truncated
 
 
 def _seen_before(data: Mapping[str, Any]) -> str:
-    """Held-out rows that the weights which a run started from had been trained on."""
+    """Held-out rows on which the run's initial weights had been trained."""
     seen, rows = data.get("eval_rows_trained_on"), data.get("eval_rows")
     if not (isinstance(seen, int) and isinstance(rows, int)):
         return ""
-    return f"{seen:,} of the {count(rows, 'held-out row')} were trained on before"
+    return f"{seen:,} of the {count(rows, 'held-out row')} had been trained on before"
 
 
 def _trained_on(summary: Row) -> str:
-    """What keeps the figures from being those of held-out prompts."""
+    """How far the prompts were not held out."""
     share = summary.get("trained_share")
     if is_number(share):
         return f"{figure('trained_share', share)} of these prompts were trained on"
@@ -174,7 +167,7 @@ def _trained_on(summary: Row) -> str:
 
 def _of_win_rates(rows: Sequence[Row]) -> list[str]:
     return [
-        f"win rate {figure('win_rate', row['win_rate'])}{_bounds(row)} against "
+        f"win rate {figure('win_rate', row['win_rate'])}{bracketed(_bounds(row))} against "
         f"{path_name(str(row['opponent']))} "
         f"at temperature {figure('temperature', row.get('temperature'))}"
         for row in rows[:2]
@@ -183,8 +176,8 @@ def _of_win_rates(rows: Sequence[Row]) -> list[str]:
 
 
 def _bounds(row: Row) -> str:
-    """Of a row of win_rates.json, whose interval has no name in front."""
-    return interval({f"win_rate_{bound}": row.get(bound) for bound in BOUNDS}, "win_rate")
+    """The interval of a row of win_rates.json, where its bounds have no prefix."""
+    return interval("win_rate", {f"win_rate_{bound}": row.get(bound) for bound in BOUNDS})
 
 
 def _pair(row: Row, metric: str) -> str:

@@ -16,20 +16,21 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dpo_cli.durable import disk_errors, write_bytes
 from dpo_cli.report.curves import Curves, read_curves, running_mean
+from dpo_cli.report.numbers import short_number
 
-# Okabe and Ito's palette: told apart with any colour vision.
+# Okabe and Ito's palette: distinguishable with any color vision.
 BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#6B6B6B"
-NARROW = "_narrow"  # ends the name of a picture drawn again for the screen of a phone
-ROUNDING = 1e-5  # a spread of values, relative to them, that is no curve
+NARROW = "_narrow"  # suffix of a picture drawn again for phones
+ROUNDING = 1e-5  # a relative spread of values below this is rounding noise
 SEPARATOR, LINE = "  ·  ", 0.17  # of a caption's parts; inches of a line of it
 PHONE = 4.6  # inches of it: 442 pixels of CSS, a fifth more than such a screen has
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart: its file name, title, and (metric, label, colour) per line.
+    """One chart: its file name, title, and (metric, label, color) per line.
 
-    With one line the held-out rows are drawn in ink; with two, in the colour of their line.
+    With one line the held-out rows are drawn in ink; with two, in the color of their line.
     """
 
     name: str
@@ -52,8 +53,8 @@ def _pair(prefix: str) -> tuple[tuple[str, str, str], ...]:
 PANELS = (
     Panel("loss", "Loss", _train("loss")),
     Panel("score", "Score", _train("score")),
-    Panel("kl", "KL to the reference (nats a sequence)", _train("kl"), from_zero=True),
-    Panel("kl_coef", "Weight of the KL", _train("kl_coef"), from_zero=True, smooth=False),
+    Panel("kl", "KL to the reference (nats per sequence)", _train("kl"), from_zero=True),
+    Panel("kl_coef", "KL coefficient", _train("kl_coef"), from_zero=True, smooth=False),
     Panel("value_loss", "Value loss", _train("value_loss"), from_zero=True),
     Panel("explained_variance", "Explained variance of the critic", _train("explained_variance")),
     Panel(
@@ -71,7 +72,7 @@ PANELS = (
 
 
 def draw_curves(run_dir: Path) -> list[Path]:
-    """Draw `metrics.jsonl` into `plots/`: overview.png, for a phone in one column, and each panel.
+    """Draw `metrics.jsonl` into `plots/`: overview.png, again for phones, and each panel.
 
     Faint lines are the logged values, strong ones their running mean, dots the held-out rows.
     Panels without data are left out; without any data nothing is written. Returns the paths
@@ -82,8 +83,6 @@ def draw_curves(run_dir: Path) -> list[Path]:
     if not panels:
         return []
     folder = run_dir / "plots"
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
     columns = 1 if len(panels) == 1 else 2 if len(panels) <= 4 else 3
     written = [
         save_png(_overview(panels, curves, run_dir.name, *how), folder / f"overview{end}.png")
@@ -95,7 +94,7 @@ def draw_curves(run_dir: Path) -> list[Path]:
 
 
 def _window(points: int) -> int:
-    """A twentieth of the run; short runs are drawn as they are."""
+    """A twentieth of the run; 1 (no smoothing) for short runs."""
     return points // 20 if points >= 40 else 1
 
 
@@ -111,10 +110,10 @@ def _overview(
     rows = math.ceil(len(panels) / columns)
     cell_width, cell_height = PHONE, 2.75  # inches
     width = max(columns * cell_width, least)
-    told = wrapped(_caption(panels, curves), width)
-    height = rows * cell_height + 0.75 + LINE * told.count("\n")
+    caption = wrapped(_caption(panels, curves), width)
+    height = rows * cell_height + 0.75 + LINE * caption.count("\n")
     figure = new_figure(width, height)
-    headings(figure, shorten(title, int(6 * width)), told, size=14)
+    headings(figure, shorten(title, int(6 * width)), caption, size=14)
     for index, panel in enumerate(panels):
         row, column = divmod(index, columns)
         left, bottom = column * cell_width + 0.65, (rows - 1 - row) * cell_height + 0.5
@@ -162,7 +161,7 @@ def headings(figure: Figure, title: str, caption: str, size: int) -> None:
 
 
 def wrapped(caption: str, width: float) -> str:
-    """A caption in lines that fit into so many inches, broken between its parts."""
+    """A caption wrapped between its parts to a width in inches."""
     lines: list[str] = []
     for part in caption.split(SEPARATOR):
         joined = f"{lines[-1]}{SEPARATOR}{part}" if lines else part
@@ -174,13 +173,13 @@ def wrapped(caption: str, width: float) -> str:
 
 
 def shorten(name: str, characters: int) -> str:
-    """A name that fits, its end left out."""
+    """At most so many characters of a name, its end elided."""
     return name if len(name) <= characters else f"{name[: characters - 1]}…"
 
 
 def _caption(panels: list[Panel], curves: Curves) -> str:
     drawn = [(panel, metric) for panel in panels for metric, _, _ in panel.lines]
-    parts = ["x: optimiser step"]
+    parts = ["x: optimizer step"]
     if any(p.smooth and m in curves and _window(len(curves[m][0])) > 1 for p, m in drawn):
         parts.append("strong line: running mean")
     if any(f"eval/{metric}" in curves for _, metric in drawn):
@@ -191,48 +190,48 @@ def _caption(panels: list[Panel], curves: Curves) -> str:
 def _draw(axes: Axes, panel: Panel, curves: Curves) -> None:
     pair = len(panel.lines) > 1
     ends: list[tuple[float, str, str]] = []
-    for metric, label, colour in panel.lines:
+    for metric, label, color in panel.lines:
         train_end = held_out_end = math.nan
         if metric in curves:
-            train_end = _draw_line(axes, *curves[metric], colour, panel.smooth)
+            train_end = _draw_line(axes, *curves[metric], color, panel.smooth)
         if f"eval/{metric}" in curves:
-            held_out_end = _draw_dots(axes, *curves[f"eval/{metric}"], colour if pair else INK)
+            held_out_end = _draw_dots(axes, *curves[f"eval/{metric}"], color if pair else INK)
         if pair:
-            ends.append((train_end if metric in curves else held_out_end, label, colour))
+            ends.append((train_end if metric in curves else held_out_end, label, color))
         elif math.isfinite(held_out_end):
-            ends += [(train_end, label, colour), (held_out_end, "held-out", INK)]
+            ends += [(train_end, label, color), (held_out_end, "held-out", INK)]
     _style(axes, panel)
     _label_ends(axes, ends)
 
 
 def _draw_line(
-    axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, smooth: bool
+    axes: Axes, steps: np.ndarray, values: np.ndarray, color: str, smooth: bool
 ) -> float:
-    """Draw a train curve and its running mean; the value of its last point."""
+    """Draw a training curve and its running mean; returns the value of its last point."""
     finite = np.isfinite(values)
     window = _window(int(finite.sum())) if smooth else 1
     if window > 1:
-        axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
     means = running_mean(values, window)
-    axes.plot(steps, means, color=colour, linewidth=1.8, solid_capstyle="round")
-    # a point between two gaps has no line to show it
+    axes.plot(steps, means, color=color, linewidth=1.8, solid_capstyle="round")
+    # a point between two gaps is on no line
     alone = finite & ~np.append(finite[1:], False) & ~np.insert(finite[:-1], 0, False)
-    axes.plot(steps[alone], values[alone], ".", color=colour, markersize=6)
+    axes.plot(steps[alone], values[alone], ".", color=color, markersize=6)
     return float(means[finite][-1]) if finite.any() else math.nan
 
 
-def _draw_dots(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> float:
-    """Draw held-out values; the last of them."""
+def _draw_dots(axes: Axes, steps: np.ndarray, values: np.ndarray, color: str) -> float:
+    """Draw held-out values; returns the last of them."""
     finite = np.isfinite(values)
     axes.plot(
-        steps[finite], values[finite], "o", color=colour, markersize=5.5,
+        steps[finite], values[finite], "o", color=color, markersize=5.5,
         markeredgecolor="white", markeredgewidth=0.9, zorder=4,
     )  # fmt: skip
     return float(values[finite][-1]) if finite.any() else math.nan
 
 
 def plain_axes(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
-    """The house's look: a base line, a light grid across `grid`, small grey ticks."""
+    """The common style: a base line, a light grid across `grid`, small gray ticks."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#BBBBBB")
     axes.grid(axis=grid, color="#E6E6E6", linewidth=0.8)
@@ -263,20 +262,8 @@ def _style(axes: Axes, panel: Panel) -> None:
         axes.axhline(panel.reference, color="#999999", linewidth=1, linestyle=(0, (4, 3)))
 
 
-def short_number(value: float) -> str:
-    """A tick label: 1500 -> 1.5k, 2e-06 -> 2e-6."""
-    if 0 < abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.3e}".split("e")
-        text = f"{float(mantissa):g}e{int(exponent)}"
-    else:
-        sizes = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-        size, letter = next((pair for pair in sizes if abs(value) >= pair[0]), (1, ""))
-        text = f"{value / size:.4g}{letter}"
-    return text.replace("-", "\N{MINUS SIGN}")
-
-
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Name the lines at the right edge, pushed apart where they end close together."""
+    """Label the lines at the right edge, spaced apart where they end close together."""
     ends = sorted((end for end in ends if math.isfinite(end[0])), key=lambda end: end[0])
     bottom, top = axes.get_ylim()
     gap = 12 / (axes.bbox.height / axes.figure.dpi * 72)  # 12 points, as a part of the axes
@@ -284,15 +271,17 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
     for value, _, _ in ends:
         place = (value - bottom) / (top - bottom)
         places.append(max(place, places[-1] + gap) if places else place)
-    for place, (_, label, colour) in zip(places, ends, strict=True):
+    for place, (_, label, color) in zip(places, ends, strict=True):
         axes.annotate(
             label, (1, place), xytext=(6, 0), textcoords="offset points",
-            xycoords="axes fraction", fontsize=9, fontweight="bold", color=colour, va="center",
+            xycoords="axes fraction", fontsize=9, fontweight="bold", color=color, va="center",
         )  # fmt: skip
 
 
 def save_png(figure: Figure, path: Path) -> Path:
-    """Replace `path` by the picture. Raises DiskError."""
+    """Write the picture to `path`, whose folder is made if missing. Raises DiskError."""
+    with disk_errors(path.parent):
+        path.parent.mkdir(exist_ok=True)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_bytes(path, image.getvalue())

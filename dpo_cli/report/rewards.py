@@ -1,4 +1,4 @@
-"""A reward model's held-out rewards as a picture: how far apart, and how well calibrated."""
+"""A reward model's held-out rewards as a picture: their separation and calibration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from dpo_cli.durable import disk_errors
+from dpo_cli.report.numbers import short_number
 from dpo_cli.report.plots import (
     BLUE,
     GREY,
@@ -19,7 +19,6 @@ from dpo_cli.report.plots import (
     new_figure,
     plain_axes,
     save_png,
-    short_number,
     shorten,
 )
 
@@ -54,29 +53,26 @@ def draw_rewards(
         panels.append(axes)
     _histograms(panels[0], chosen, rejected)
     _reliability(panels[1], bins)
-    folder = run_dir / "plots"
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
-    return save_png(figure, folder / "held_out_rewards.png")
+    return save_png(figure, run_dir / "plots" / "held_out_rewards.png")
 
 
 def _histograms(axes: Axes, chosen: Sequence[float], rejected: Sequence[float]) -> None:
     both = np.concatenate([chosen, rejected])
     edges = np.histogram_bin_edges(both, bins=BARS).tolist()
-    for values, colour in ((chosen, BLUE), (rejected, ORANGE)):
-        axes.hist(values, edges, color=colour, alpha=0.45)
-        axes.hist(values, edges, color=colour, histtype="step", linewidth=1.4)
+    for values, color in ((chosen, BLUE), (rejected, ORANGE)):
+        axes.hist(values, edges, color=color, alpha=0.45)
+        axes.hist(values, edges, color=color, histtype="step", linewidth=1.4)
     axes.set_xlabel("reward", fontsize=9, color=GREY)
     axes.set_ylabel("responses", fontsize=9, color=GREY)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.set_ylim(top=1.25 * axes.get_ylim()[1])  # room for the labels
     names = (("chosen", chosen, BLUE), ("rejected", rejected, ORANGE))
-    for row, (name, values, colour) in enumerate(names):
+    for row, (name, values, color) in enumerate(names):
         axes.annotate(
             f"{name}, mean {short_number(round(float(np.mean(values)), 2))}", (1, 1),
             xytext=(0, -13 * row),
             textcoords="offset points", xycoords="axes fraction", ha="right", va="top",
-            fontsize=9, fontweight="bold", color=colour,
+            fontsize=9, fontweight="bold", color=color,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard and Weights & Biases by configuration."""
+"""Metric sinks: metrics.jsonl always, TensorBoard and Weights & Biases by configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_cli.report.files import drop_rows_after, encode, redact, to_json
 
 
 class Sink(Protocol):
-    """Takes metrics by optimiser step; names as in metrics.jsonl (`loss`, `eval/loss`, ...)."""
+    """Takes metrics by optimizer step; names as in metrics.jsonl (`loss`, `eval/loss`, ...)."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -28,9 +28,9 @@ def open_sinks(
 ) -> list[Sink]:
     """Open every sink that `logger` asks for.
 
-    resume_step: the optimiser step the run goes on from, 0 for one that starts (again).
-    What was logged after it belongs to lost work and is removed, samples.jsonl included.
-    config: the resolved configuration, for sinks that show it; secrets are taken out.
+    resume_step: the optimizer step the run resumes from, 0 for a run from the start.
+    Rows logged after it belong to lost work and are removed, from samples.jsonl too.
+    config: the resolved configuration, for sinks that show it; secrets are redacted.
     Raises ConfigError (a sink that is not installed or not set up) and DiskError.
     """
     with disk_errors(run_dir):
@@ -53,10 +53,9 @@ def _last_kept_step(resume_step: int) -> int:
 
 
 class JsonlSink:
-    """metrics.jsonl: one object a line, `{"step": 3, "time": "...", "loss": 0.69, ...}`.
+    """metrics.jsonl: one object per line, `{"step": 3, "time": "...", "loss": 0.69, ...}`.
 
-    NaN and infinities are null. Each row is handed to the system at once, so a killed
-    process loses none.
+    NaN and infinities are null. Each row is flushed at once, so a killed process loses none.
     """
 
     def __init__(
@@ -107,10 +106,10 @@ class TensorboardSink:
 
 
 class WandbSink:
-    """A Weights & Biases run; its id is kept in wandb_run_id.txt, so a resumed run goes on there.
+    """A Weights & Biases run; its id is stored in wandb_run_id.txt, so a resumed run continues it.
 
-    W&B cannot rewind its own counter: the step is logged as a metric and every chart drawn
-    over it, so that steps repeated after a crash fall in the right place.
+    W&B cannot rewind its own counter: the step is logged as a metric and is the x axis of every
+    chart, so that steps repeated after a crash are in the right place.
     """
 
     def __init__(

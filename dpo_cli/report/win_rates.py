@@ -1,4 +1,4 @@
-"""Win rates as a picture: a bar a policy and temperature, with its 95% interval."""
+"""Win rates as a picture: one bar per policy and temperature, with its 95% interval."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
-from dpo_cli.durable import disk_errors
 from dpo_cli.report.plots import (
     BLUE,
     GREY,
@@ -36,14 +35,12 @@ Row = Mapping[str, Any]
 
 
 def draw_win_rates(run_dir: Path, rows: Sequence[Row]) -> Path:
-    """Draw `plots/win_rates.png`, and the same for a phone, of win_rates.json; returns its path.
+    """Draw `plots/win_rates.png`, and again for phones, of win_rates.json; returns its path.
 
-    Bars of one policy stand together under its name, a temperature each, in the rows' order;
+    The bars of a policy are grouped under its name, one per temperature, in the order of the rows;
     the dashed line is chance. Raises DiskError.
     """
     folder = run_dir / "plots"
-    with disk_errors(folder):
-        folder.mkdir(exist_ok=True)
     paths = [
         save_png(_picture(run_dir.name, rows, *size), folder / f"win_rates{end}.png")
         for end, size in SIZES.items()
@@ -57,10 +54,10 @@ def _picture(name: str, rows: Sequence[Row], width: float, left: float, right: f
     for row in shown:
         groups.setdefault(str(row["policy"]), []).append(row)
     drawn = BAR * len(shown) + NAME * len(groups)
-    told, letters = wrapped(caption(rows), width), int(10 * width)
-    height = drawn + 1.25 + LINE * told.count("\n")
+    heading, letters = wrapped(caption(rows), width), int(10 * width)
+    height = drawn + 1.25 + LINE * heading.count("\n")
     figure = new_figure(width, height)
-    headings(figure, "Win rate", told, size=13)
+    headings(figure, "Win rate", heading, size=13)
     footer = shorten(name, letters - 20)
     if len(rows) > MOST_BARS:
         footer += f"  ·  {MOST_BARS} of {len(rows)} bars; the others are in win_rates.json"
@@ -85,7 +82,7 @@ def _picture(name: str, rows: Sequence[Row], width: float, left: float, right: f
 
 
 def caption(rows: Sequence[Row]) -> str:
-    """Against whom, by whom, on how many prompts."""
+    """Opponent, judge and number of verdicts."""
     counts = sorted({row["wins"] + row["losses"] + row["ties"] for row in rows})
     number = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     parts = [
@@ -96,7 +93,7 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def _end(name: str, characters: int = 70) -> str:
-    """A name that fits, its beginning left out: folders differ at their end."""
+    """At most so many characters of a name, its beginning elided: folders differ at their end."""
     return name if len(name) <= characters else f"…{name[1 - characters :]}"
 
 

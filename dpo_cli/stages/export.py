@@ -61,7 +61,8 @@ def run(session: Session) -> dict[str, Any]:
     files = {TRAINED_PROMPTS: known.read_bytes()} if known and known.is_file() else {}
     save_final(final, model, tokenizer, provenance, files=files)
     chat = tokenizer.chat_template is not None
-    write_model_card(final, card_facts(session, provenance, chat))
+    run = run_of(model_folder(source.path))[0] if source.path else None
+    write_model_card(final, card_facts(session, provenance, chat, run), run)
     if stage.push_to_hub is not None:
         push(final, stage.push_to_hub)
         session.note(f"pushed to {stage.push_to_hub}")
@@ -109,11 +110,11 @@ def load_whole(source: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTr
     return model
 
 
-def card_facts(session: Session, provenance: dict[str, Any], chat: bool) -> dict[str, Any]:
-    """What the card says: how the weights were trained, as far as their run's folder tells. Of
-    local paths, which say nothing to others, the last part alone."""
+def card_facts(
+    session: Session, provenance: dict[str, Any], chat: bool, run: Path | None
+) -> dict[str, Any]:
+    """How the weights were trained, as far as the folder of their run tells."""
     source = session.config.model
-    run = run_of(model_folder(source.path))[0] if source.path else None
     stored = read_stored(run)
     settings = ("stage", "lora", "optim", "train", "seed")
     config: dict[str, Any] = {k: stored[k] for k in settings if k in stored}
@@ -121,7 +122,7 @@ def card_facts(session: Session, provenance: dict[str, Any], chat: bool) -> dict
         own = {k: v for k, v in config["stage"].items() if k != "reference"}
         config["stage"] = own | {"trained_against": provenance.get("reference")}
     data = {k: v for k, v in (stored.get("data") or {}).items() if k in ("name", "hub_id", "path")}
-    facts = {
+    return {
         "stage": provenance.get("stage", "export"),
         "name": session.run_dir.name,
         "model": base_of(source),
@@ -132,8 +133,6 @@ def card_facts(session: Session, provenance: dict[str, Any], chat: bool) -> dict
         "results": read_object(run / "summary.json", ("stage", "run_dir")) if run else {},
         "versions": versions(),
     }
-    cleaned: dict[str, Any] = without_paths(facts)
-    return cleaned
 
 
 def base_of(source: ModelConfig) -> dict[str, Any]:
@@ -168,20 +167,6 @@ def stored_command(run: Path | None) -> list[str]:
     path = run / "command.txt" if run else None
     lines = path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else []
     return shlex.split(lines[0]) if lines else []
-
-
-def without_paths(value: Any) -> Any:
-    """Texts that are local paths, and words `key=<path>`, with the path's last part alone."""
-    if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_paths(item) for item in value]
-    if not isinstance(value, str) or "/" not in value:
-        return value
-    key, sign, path = value.partition("=")
-    named = path if sign else value
-    local = named.startswith(("/", "./", "../", "~")) or Path(named).exists()
-    return f"{key}{sign}" * bool(sign) + Path(named).name if local else value
 
 
 def push(folder: Path, repository: str) -> None:

@@ -16,24 +16,17 @@ from dpo_cli.config import FrontierConfig
 from dpo_cli.durable import write_text
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.evaluation.methods import (
-    Estimate,
     Summary,
     budgets,
+    costs_table,
     leads,
     mean_curve,
-    summarise,
+    rewards_table,
+    summarize,
 )
-from dpo_cli.report.compare import csv_text
-from dpo_cli.report.files import redact
-from dpo_cli.report.frontier import (
-    Band,
-    Cloud,
-    draw_frontier,
-    markdown,
-    nats,
-    rich_table,
-    with_error,
-)
+from dpo_cli.report.files import redact, write_redacted_json
+from dpo_cli.report.frontier import Band, Cloud, draw_frontier
+from dpo_cli.report.table import Column, Table
 from dpo_cli.session.lengths import new_tokens_of
 from dpo_cli.session.session import Session
 
@@ -43,21 +36,12 @@ COLUMNS = (
     "method", "seed", "setting", "step", "kl", "reward", "kl_se", "reward_se",
     "optimum_reward_at_kl", "shortfall", "gradient_steps", "samples", "beyond_optimum",
 )  # fmt: skip
-WITHIN = (
-    "Highest reward among a method's points up to a KL: a mean over seeds ± its standard error "
-    "(one seed: over prompts). The best of many points is a little too high.\n"
-)
-SHORTFALL = (
-    "Shortfall: the optimum's reward at a point's own KL minus the point's, over its points; ≥ "
-    "where the optimum is not known up to that KL. Best-of-n is taken at the bound of its KL. "
-    "Samples and gradient steps: of the longest run.\n"
-)
 Row = dict[str, Any]
 Curves = list[list[tuple[float, float, float]]]  # a seed's (KL, reward, its error) in order
 
 
 def run(session: Session) -> dict[str, Any]:
-    """frontier.csv, frontier.md, plots/frontier.png, and the methods' figures."""
+    """frontier.csv, .md and .json, plots/frontier.png; returns the methods' figures."""
     stage = cast(FrontierConfig, session.config.stage)
     folders = distinct_folders(stage.evaluations)
     refuse_mixed(folders)
@@ -76,7 +60,7 @@ def run(session: Session) -> dict[str, Any]:
         session.note(f"{unknown} points have no KL and are left out")
     rows = measured_once(rows, session.note)
     table = [[row.get(name) for name in COLUMNS] for row in redact(rows)]
-    write_text(session.run_dir / "frontier.csv", csv_text([COLUMNS, *table]))
+    write_text(session.run_dir / "frontier.csv", Table("", [*map(Column, COLUMNS)], table).csv())
     curves = optimum_curves(rows)
     trained = by_method(rows)
     best_of = [row for row in rows if row["method"] == BEST_OF]
@@ -88,9 +72,9 @@ def run(session: Session) -> dict[str, Any]:
             band(curves) if curves else None,
         )
     kls = budgets([row["kl"] for own in trained.values() for row in own] or [1.0])
-    summaries = [summarise(name, own, kls) for name, own in trained.items()]
-    bounds = [summarise(BEST_OF, best_of, kls)] if best_of else []
-    tell(session, [*summaries, *bounds], verdicts(summaries, kls), kls, curves)
+    summaries = [summarize(name, own, kls) for name, own in trained.items()]
+    bounds = [summarize(BEST_OF, best_of, kls)] if best_of else []
+    report(session, [*summaries, *bounds], verdicts(summaries, kls), kls, curves)
     return figures([*summaries, *bounds])
 
 
@@ -234,55 +218,22 @@ def verdicts(summaries: Sequence[Summary], kls: Sequence[float]) -> list[str]:
     return lines
 
 
-def optimum_at(curves: Curves, kl: float) -> Estimate | None:
-    """Mean over seeds, None where not all of them reach so far."""
-    if not curves or any(curve[-1][0] < kl for curve in curves):
-        return None
-    known = mean_curve(curves)
-    return Estimate(float(np.interp(kl, known[0], known[1])), math.nan)
-
-
-def tell(
-    session: Session, summaries: Sequence[Summary], said: Sequence[str], kls: Sequence[float],
+def report(
+    session: Session, summaries: Sequence[Summary], findings: Sequence[str], kls: Sequence[float],
     curves: Curves,
 ) -> None:  # fmt: skip
-    """Both tables on the console and in frontier.md."""
-    top = [optimum_at(curves, kl) for kl in kls]
-    heads = ["method", *(f"KL≤{kl:g}" for kl in kls), "best (at KL)"]
-    rewards = [[OPTIMUM, *map(_shown, top), "-"]] if any(top) else []
-    rewards += [[s.name, *(_shown(s.within[kl]) for kl in kls), _best(s)] for s in summaries]
-    costs = ["method", "points", "seeds", "KL", "mean\nshortfall", "largest", "samples", "steps"]
-    rest = [
-        [s.name, s.points, s.seeds, f"{nats(s.kl[0])}-{nats(s.kl[1])}", *_shortfalls(s),
-         s.samples, s.gradient_steps]
-        for s in summaries
-    ]  # fmt: skip
-    session.progress.show(rich_table("Highest reward up to a KL", heads, rewards))
-    session.progress.show(rich_table("Distance to the optimum, and cost", costs, rest))
-    for line in said:
+    """The tables and findings on the console, in frontier.md, and in frontier.json for reports."""
+    tables = [rewards_table(summaries, kls, curves), costs_table(summaries)]
+    for table in tables:
+        session.progress.show(table)
+    for line in findings:
         session.note(line)
-    verdict = "".join(f"- {line}\n" for line in said)
-    parts = (
-        "# Reward against KL to the reference\n", WITHIN, markdown(heads, rewards), verdict,
-        SHORTFALL, markdown(costs, rest),
-    )  # fmt: skip
+    verdict = "".join(f"- {line}\n" for line in findings)
+    within, costs = (f"{table.caption}\n\n{table.markdown()}" for table in tables)
+    parts = ("# Reward against KL to the reference\n", within, verdict, costs)
     write_text(session.run_dir / "frontier.md", "\n".join(part for part in parts if part))
-
-
-def _shown(at: Estimate | None) -> str:
-    return with_error(at.reward, at.se) if at else "-"
-
-
-def _best(summary: Summary) -> str:
-    return f"{with_error(summary.best['reward'])} ({nats(summary.best['kl'])})"
-
-
-def _shortfalls(summary: Summary) -> tuple[str, str]:
-    """Mean and largest."""
-    if summary.shortfall is None:
-        return "-", "-"
-    mean, most = summary.shortfall
-    return f"{'≥' * summary.at_least}{mean:.3f}", f"{'≥' * summary.at_least}{most:.3f}"
+    stored = {"findings": list(findings), "tables": [table.to_json() for table in tables]}
+    write_redacted_json(session.run_dir / "frontier.json", stored)
 
 
 def figures(summaries: Sequence[Summary]) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from dpo_cli.config.hydra import job_count
-from dpo_cli.report.console import cell
+from dpo_cli.report import numbers
+from dpo_cli.report.table import Column, Table
 from dpo_cli.workflow.expand import Folders, Task, expand, resolve
 from dpo_cli.workflow.file import Recipe
 from dpo_cli.workflow.state import Decision, examine, first_few, jobs_done, record_of
@@ -122,19 +122,17 @@ def _cost(
 
 def plan_table(rows: Sequence[Planned]) -> Table:
     """A row for each task, or of many tasks for each step."""
-    groups = folded(rows, lambda row: row.task.step.label)
-    table = Table(title="Plan", title_justify="left")
-    for name in ("step", "to do", "jobs", "minutes"):
-        table.add_column(name, justify="left" if name in ("step", "to do") else "right")
-    for group in groups:
+    columns = [Column("step"), Column("to do"), Column("jobs", True), Column("minutes", True)]
+    lines = []
+    for group in folded(rows, lambda row: row.task.step.label):
         task, jobs = group[0].task, [row.jobs for row in group]
-        table.add_row(
-            cell(f"{task.step.label} x{len(group)}" if len(group) > 1 else task.label),
-            cell(counted([row.decision.action for row in group])),
-            cell("?" if None in jobs else sum(jobs)),  # type: ignore[arg-type]
-            cell(minutes([row.cost for row in group])),
-        )
-    return table
+        lines.append([
+            f"{task.step.label} x{len(group)}" if len(group) > 1 else task.label,
+            counted([row.decision.action for row in group]),
+            "?" if None in jobs else sum(job or 0 for job in jobs),
+            minutes([row.cost for row in group]),
+        ])  # fmt: skip
+    return Table("Plan", columns, lines)
 
 
 def minutes(costs: Sequence[Cost | None]) -> str:
@@ -146,7 +144,7 @@ def minutes(costs: Sequence[Cost | None]) -> str:
 
 
 def _minutes(seconds: Sequence[float], measured: bool) -> str:
-    return f"{sum(seconds) / 60:.1f}" if measured else f"~{sum(seconds) / 60:.3g}"
+    return numbers.minutes(sum(seconds)) if measured else f"~{sum(seconds) / 60:.3g}"
 
 
 def cost_line(costs: Sequence[Cost | None]) -> str:

@@ -172,9 +172,9 @@ def finish(folder: Path) -> int:
     jobs = recorded_jobs(folder)
     if not jobs:
         return 0
-    table, text = sweep_table(jobs)
-    Console().print(table)
-    write_text(folder / "sweep.csv", text)
+    shown, everything = sweep_table(jobs)
+    Console().print(shown)
+    write_text(folder / "sweep.csv", everything.csv())
     print(f"numbers of all jobs: {folder / 'sweep.csv'}")
     failed = [str(job["job"]) for job in jobs if job["exit_code"] != 0]
     if failed:

@@ -1,17 +1,20 @@
-"""Words and numbers of a report: names of metrics, figures that line up, texts cut to size."""
+"""Numbers and the names of metrics, as consoles, pages, cards and plots show them.
+
+Figures of one metric have the same decimals, so that a column lines up; shares are percentages.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeGuard
 
-MOST_CHARACTERS = 600  # of a prompt or a completion
 NOTHING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 NATS = "nats"
 PLUS_MINUS = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+BOUNDS = ("low", "high")  # of a 95% interval
 
 LABELS = {
     "reward": "Reward",
@@ -22,7 +25,7 @@ LABELS = {
     "likelihood_accuracy": "Preference accuracy by likelihood",
     "win_rate": "Win rate",
     "optimum_reward_at_kl": "Reward of the optimum at that KL",
-    "shortfall": "Short of the optimum by",
+    "shortfall": "Gap to the optimum",
     "rewards/accuracies": "Preference accuracy",
     "rewards/margins": "Reward margin",
     "rewards/chosen": "Reward of chosen responses",
@@ -30,68 +33,37 @@ LABELS = {
     "loss": "Loss",
     "ece": "Expected calibration error",
     "perplexity": "Perplexity",
-    "nll_per_token": "Negative log-likelihood a token",
+    "nll_per_token": "Negative log-likelihood per token",
     "logps/chosen": "Log-probability of chosen responses",
     "logps/rejected": "Log-probability of rejected responses",
     "logratios/chosen": "Log-ratio of chosen responses",
     "logratios/rejected": "Log-ratio of rejected responses",
-    "tokens": "Tokens a completion",
-    "finished": "Completions that end by themselves",
+    "tokens": "Tokens per completion",
+    "finished": "Completions finished with EOS",
     "distinct_2": "Distinct bigrams",
     "pairs": "Pairs",
-    "trained_share": "Share of the prompts that was trained on",
+    "trained_share": "Share of prompts seen in training",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
-    "step_seconds": "Seconds a step",
-    "tokens_per_second": "Tokens a second",
-    "pairs_per_second": "Pairs a second",
-    "examples_per_second": "Examples a second",
-    "tflops_per_second": "TFLOP a second",
-    "mfu": "Model FLOPs utilisation",
+    "step_seconds": "Seconds per step",
+    "tokens_per_second": "Tokens per second",
+    "pairs_per_second": "Pairs per second",
+    "examples_per_second": "Examples per second",
+    "tflops_per_second": "TFLOP/s",
+    "mfu": "Model FLOPs utilization",
     "peak_memory_mb": "Peak memory (MB)",
-    "micro_batch_tokens": "Tokens a micro-batch",
+    "micro_batch_tokens": "Tokens per micro-batch",
 }
 _SHARES = (
-    "accuracies",
-    "accuracy",
-    "likelihood_accuracy",
-    "trained_share",
-    "finished",
-    "ece",
-    "win_rate",
-    "low",
-    "high",
-    "distinct_2",
-    "mfu",
-)
-_SETTINGS = ("temperature", "setting")  # as written, no measured figures
+    "accuracies", "accuracy", "likelihood_accuracy", "trained_share", "finished", "ece",
+    "win_rate", "low", "high", "distinct_2", "mfu",
+)  # fmt: skip
+_SETTINGS = ("temperature", "setting")  # shown as written: they are chosen, not measured
 _NATS = ("kl", "kl_sampled", "nll_per_token", "logps", "logratios")
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text of somebody else's, cut to size. length: of the whole, in characters."""
-
-    shown: str
-    length: int
-
-    @property
-    def cut(self) -> bool:
-        return len(self.shown) < self.length
-
-
-def text(value: Any, most: int = MOST_CHARACTERS) -> Text:
-    """The first `most` characters; line ends as `\\n`, no space around it."""
-    whole = value if isinstance(value, str) else "" if value is None else str(value)
-    whole = whole.replace("\r\n", "\n").strip()
-    return Text(whole if len(whole) <= most else whole[:most].rstrip(), len(whole))
 
 
 def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-BOUNDS = ("low", "high")  # of a 95% interval
 
 
 def label(metric: str) -> str:
@@ -113,7 +85,7 @@ def label(metric: str) -> str:
 
 
 def lower(words: str) -> str:
-    """For the middle of a sentence; KL stays KL."""
+    """First letter in lower case, for the middle of a sentence; KL stays KL."""
     return words if words[:2].isupper() else words[:1].lower() + words[1:]
 
 
@@ -127,9 +99,10 @@ def _unit(metric: str) -> str:
 
 
 def figures(metric: str, values: Sequence[Any], errors: Sequence[Any] = ()) -> list[str]:
-    """Values of one metric with the same decimals; with its standard error where there is one.
+    """Values of one metric with the same number of decimals, `± error` where one is known.
 
-    The largest value has four digits; shares are percentages; what is no number is a dash.
+    The largest value has four digits; shares are percentages; None and NaN are a dash, other
+    values are shown as text.
     """
     scale, sign = (100.0, "%") if _unit(metric) == "%" else (1.0, "")
     numbers = [v for v in values if is_number(v)]
@@ -143,11 +116,11 @@ def figures(metric: str, values: Sequence[Any], errors: Sequence[Any] = ()) -> l
         if not is_number(value):
             shown.append(NOTHING if value is None or isinstance(value, float) else str(value))
             continue
-        one = _formatted(value if form == ",d" else value * scale, form)
+        text = _formatted(value if form == ",d" else value * scale, form)
         error = errors[index] if index < len(errors) else None
         if is_number(error) and form != ",d":
-            one += f"{PLUS_MINUS}{_formatted(error * scale, form)}"
-        shown.append(one.replace("e-0", "e-").replace("-", MINUS) + sign)
+            text += f"{PLUS_MINUS}{_formatted(error * scale, form)}"
+        shown.append(text.replace("e-0", "e-").replace("-", MINUS) + sign)
     return shown
 
 
@@ -156,6 +129,7 @@ def _formatted(value: float, form: str) -> str:
 
 
 def _form(values: Sequence[float], percent: bool) -> str:
+    """The format specification in which the largest of the values has four digits."""
     largest = max((abs(v) for v in values), default=0.0)
     if percent:
         return ".1f"
@@ -171,7 +145,7 @@ def figure(metric: str, value: Any, error: Any = None) -> str:
 
 
 def with_unit(metric: str, value: Any, error: Any = None) -> str:
-    """The same with its unit, for running text."""
+    """One value with its unit, for running text."""
     unit = f" {NATS}" if _unit(metric) == NATS else ""
     return figure(metric, value, error) + unit
 
@@ -179,3 +153,64 @@ def with_unit(metric: str, value: Any, error: Any = None) -> str:
 def count(number: int, singular: str, plural: str | None = None) -> str:
     """1,024 pairs; 1 pair."""
     return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def interval(metric: str, row: Mapping[str, Any]) -> str:
+    """`57.1% to 69.0%`, of `<metric>_low` and `<metric>_high`; "" where one is missing."""
+    low, high = (row.get(f"{metric}_{bound}") for bound in BOUNDS)
+    known = is_number(low) and is_number(high)
+    return f"{figure(metric, low)} to {figure(metric, high)}" if known else ""
+
+
+def before(metric: str, row: Mapping[str, Any]) -> str:
+    """`50.0% before`, of `first/<metric>`; "" where it is missing."""
+    first = row.get(f"first/{metric}")
+    return f"{figure(metric, first)} before" if is_number(first) else ""
+
+
+def bracketed(text: str) -> str:
+    """` (text)`; "" for ""."""
+    return f" ({text})" if text else ""
+
+
+def brief(value: Any) -> str:
+    """A number to four digits, with thousands apart; "-" for None; other values as text."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def nats(kl: float) -> str:
+    """Three digits: 0.03, 4.51, 10.9, 180."""
+    return f"{kl:.{2 if kl < 10 else 1 if kl < 100 else 0}f}"
+
+
+def with_error(value: float, error: float = math.nan) -> str:
+    """`0.905±0.012`, short enough for a wide table on a console."""
+    digits = 3 if abs(value) < 10 else 1
+    return f"{value:.{digits}f}" + (f"±{error:.{digits}f}" if math.isfinite(error) else "")
+
+
+def short_number(value: float) -> str:
+    """A tick label: 1500 -> 1.5k, 2e-06 -> 2e-6."""
+    if 0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    else:
+        sizes = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+        size, letter = next((pair for pair in sizes if abs(value) >= pair[0]), (1, ""))
+        text = f"{value / size:.4g}{letter}"
+    return text.replace("-", MINUS)
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """`0:01:30`."""
+    return str(timedelta(seconds=round(seconds)))
