@@ -206,12 +206,13 @@ def _follow(words: list[str]) -> int:
 def _run(cfg: DictConfig, words: list[str]) -> int:
     """Check everything that can be checked cheaply, then claim the folder and run."""
     from dpo_cli import run_folder
+    from dpo_cli.config import spec_of
     from dpo_cli.config.read import prepare
 
     config = prepare(cfg, words)
     config = config if elastic.rank() is None else elastic.as_started(config)
     chosen = config.run_dir or (cfg.hydra.run.dir if cfg.hydra.run.dir != "." else "")
-    if not chosen and config.stage.name == "inspect":  # leaves nothing to look at later
+    if not chosen and not spec_of(config.stage).keeps_folder:
         with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch:
             return _start(cfg, config, Path(scratch), words)
     folder = Path(chosen) if chosen else run_folder.default_run_dir(config)

@@ -23,7 +23,8 @@ from dpo_cli.report.console import Progress, summary_table
 from dpo_cli.report.curves import training_figures
 from dpo_cli.report.files import redact, versions, write_redacted_json, write_run_files
 from dpo_cli.report.sinks import Sink, open_sinks
-from dpo_cli.session.session import Session, base_provenance
+from dpo_cli.session.models import base_provenance
+from dpo_cli.session.session import Session
 from dpo_cli.stages import load_stage
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import run_lock
@@ -96,7 +97,7 @@ def finish(
         write_model_card(run_dir / "final", card_facts(config, figures, argv, session))
     write_redacted_json(run_dir / "summary.json", summary)
     session.progress.show(summary_table(config.stage.name, figures.items()))
-    if config.stage.name != "inspect":
+    if spec_of(config.stage).keeps_folder:
         session.progress.note(f"results in {run_dir}")
     if config.logger.report and spec_of(config.stage).reported:
         from dpo_cli.report.page import write_run_report  # so is jinja2

@@ -6,8 +6,8 @@ import torch
 
 from dpo_cli.logprobs import fused_head
 from dpo_cli.model.attention.registered import Placement
+from dpo_cli.session.models import note_head
 from dpo_cli.session.reference import reference_key
-from dpo_cli.session.session import note_head
 from small_models import build, examples
 
 

@@ -16,7 +16,8 @@ from dpo_cli.plan.memory.estimate import Estimate, estimate
 from dpo_cli.plan.memory.facts import capacity, texts_of
 from dpo_cli.plan.memory.weights import adapter_parameters
 from dpo_cli.report.console import Progress
-from dpo_cli.session.session import Session, load_policy_and_data
+from dpo_cli.session.models import load_policy_and_data
+from dpo_cli.session.session import Session
 from dpo_cli.train.host_copy import HostCopy
 from dpo_cli.train.runtime import start_runtime
 from memory_runs import GIB, GPT2_XL, LLAMA, configured, facts, of

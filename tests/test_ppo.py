@@ -16,8 +16,9 @@ from dpo_cli.model.attention.registered import attention_as
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import Progress
 from dpo_cli.rewards.scorers import Completed
+from dpo_cli.session.models import load_policy_and_data
 from dpo_cli.session.prompts import distinct_prompts
-from dpo_cli.session.session import Session, load_policy_and_data
+from dpo_cli.session.session import Session
 from dpo_cli.stages import ppo_baseline, rollout
 from dpo_cli.train import checkpoint, loop
 from dpo_cli.train.runtime import start_runtime

@@ -19,9 +19,10 @@ from dpo_cli.model.load import hf_config
 from dpo_cli.model.sampling.generate import SamplingOptions
 from dpo_cli.rewards.scorers import Completed
 from dpo_cli.rewards.scoring import NORMALISATION, reward_model_scorer
-from dpo_cli.session.prompts import distinct_prompts, source_prompts
+from dpo_cli.session.models import Loaded, Loading, load
+from dpo_cli.session.prompts import distinct_prompts
 from dpo_cli.session.sampling import complete
-from dpo_cli.session.session import Loaded, Session, load
+from dpo_cli.session.session import Session
 from dpo_cli.train.checkpoint import PROVENANCE, load_provenance
 
 
@@ -61,7 +62,7 @@ def _base(session: Session, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
     else:
         settings = session.config.lora  # quantised, it takes no more memory than in training
         adaptation = None if settings.name == "none" else Adaptation(settings)
-        model = load(session, source, tokenizer, adaptation=adaptation)
+        model = load(session, source, tokenizer, how=Loading(adaptation=adaptation))
         model.to(session.runtime.device)  # type: ignore[arg-type]
         return model
     session.note(f"rewards are not normalised: the run started from {why}, which samples nothing")
@@ -82,8 +83,7 @@ def _samples(
         found = complete(
             session, base, loaded.tokenizer, [e.prompt_ids for e in chosen], options, tick
         )
-    sources = source_prompts(session, loaded.tokenizer)["train"]
     return [
-        Completed(sources[e.row], row[0]["completion"], row[0]["finished"])
+        Completed(e.prompt, row[0]["completion"], row[0]["finished"])
         for e, row in zip(chosen, found, strict=True)
     ]

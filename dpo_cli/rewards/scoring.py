@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from dpo_cli.config import (
     ModelConfig,
     RewardFnConfig,
     RewardModelFn,
+    RunConfig,
     SentimentRewardFn,
 )
+from dpo_cli.config.unread import unread, value_at
 from dpo_cli.data.template import use_template_file
 from dpo_cli.errors import NonFiniteError
 from dpo_cli.model.attention.registered import kernel_of, use
@@ -63,6 +65,21 @@ def load_scorer(session: Session, config: RewardFnConfig | None = None) -> Score
     if isinstance(config, RewardModelFn):
         return _reward_model(session, config)
     return SCORERS[config.name]
+
+
+def scoring_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The line of a plan on what rates completions, if anything does. ConfigError for a local
+    model that cannot."""
+    reward = config.reward_fn
+    if unread(config, "reward_fn"):
+        return
+    if not isinstance(reward, (RewardModelFn, ClassifierRewardFn)):
+        yield "reward", reward.name
+        return
+    if reward.path is not None:
+        source = ModelConfig(path=reward.path)
+        classifier_config(source, load_tokenizer(source, KEY), KEY)
+    yield "reward", f"{reward.name}, {reward.path or value_at(config, 'reward_fn.hub_id')}"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,8 +31,9 @@ from dpo_cli.model.digest import loaded_digest
 from dpo_cli.model.forward import computed_by, head_of, sequence_logprobs
 from dpo_cli.model.source import Origin, origin_of
 from dpo_cli.records import EncodedExample
+from dpo_cli.session.models import AS_TRAINED, Loaded, Loading, load, load_named, named_source
 from dpo_cli.session.rows import over_rows
-from dpo_cli.session.session import Loaded, Session, load, load_named, named_source
+from dpo_cli.session.session import Session
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ def load_reference(session: Session, loaded: Loaded, named: str | None) -> Refer
         beside = None if origin.adapter is None else adapters.REFERENCE  # see `keep_start`
         return Reference(policy, shared=True, adapter=beside)
     if named is not None:
-        return Reference(load_named(session, named, loaded.tokenizer, as_trained=True))
-    return Reference(load(session, config.model, loaded.tokenizer, as_trained=True))
+        return Reference(load_named(session, named, loaded.tokenizer, how=AS_TRAINED))
+    return Reference(load(session, config.model, loaded.tokenizer, how=AS_TRAINED))
 
 
 def reference_origin(config: RunConfig, policy: PreTrainedModel) -> Origin | None:
@@ -127,6 +128,12 @@ def keep_start(config: RunConfig, policy: PreTrainedModel) -> None:
         from dpo_cli.model.adapters import lora  # PEFT is slow to import
 
         lora.add_reference(policy, origin)
+
+
+def beside_its_start(config: RunConfig) -> Loading:
+    """A policy with the adapter it starts from beside the trained one, where that is the reference
+    (`keep_start`)."""
+    return Loading(before_sharding=partial(keep_start, config))
 
 
 def reference_key(

@@ -25,11 +25,17 @@ from dpo_cli.train.task import Totals
 T = TypeVar("T")
 
 
-def step_plan(session: Session, rows: int) -> StepPlan:
-    train = session.config.train
-    plan = plan_steps(
-        rows, train.batch_size, train.epochs, train.max_steps, train.shuffle, session.config.seed
+def steps_of(config: RunConfig, rows: int) -> StepPlan:
+    """The steps that `train` makes of so many rows."""
+    train = config.train
+    return plan_steps(
+        rows, train.batch_size, train.epochs, train.max_steps, train.shuffle, config.seed
     )
+
+
+def step_plan(session: Session, rows: int) -> StepPlan:
+    """`steps_of`, with a note on rows that are left over."""
+    train, plan = session.config.train, steps_of(session.config, rows)
     if left := plan.left_out(train.epochs):
         session.note(f"{plan.steps:,} steps of {plan.batch_size}{left}")
     return plan

@@ -14,7 +14,8 @@ from dpo_cli.data.chat import turn_end
 from dpo_cli.distributed.fsdp import gathered
 from dpo_cli.model.sampling.generate import Completion, SamplingOptions, sample
 from dpo_cli.report.files import append_samples
-from dpo_cli.session.session import Loaded, Session
+from dpo_cli.session.models import Loaded
+from dpo_cli.session.session import Session
 
 
 def sample_writer(session: Session, loaded: Loaded) -> Callable[[int], None]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.config import LOSS_FACTS, DpoConfig
+from dpo_cli.config import LOSS_FACTS, DpoConfig, RunConfig
+from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.errors import DataError
 from dpo_cli.logprobs import sum_by_sequence
 from dpo_cli.losses import LOSSES, RankedLogprobs, preferences
@@ -20,8 +20,18 @@ from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.session import reference
 from dpo_cli.session.balance import balanced
+from dpo_cli.session.models import Loaded, load_policy_and_data
 from dpo_cli.session.precision import quantised_base
-from dpo_cli.session.reference import Reference, keep_start, load_reference
+from dpo_cli.session.preview import (
+    Preview,
+    Row,
+    data_rows,
+    device_row,
+    reference_row,
+    step_rows,
+    trained_model_rows,
+)
+from dpo_cli.session.reference import Reference, beside_its_start, load_reference
 from dpo_cli.session.rows import (
     batches_of,
     begin_training,
@@ -32,8 +42,9 @@ from dpo_cli.session.rows import (
     with_interval,
 )
 from dpo_cli.session.sampling import sample_writer
-from dpo_cli.session.session import Loaded, Session, load_policy_and_data
+from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_files
+from dpo_cli.session.workload import Workload, training_workload
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 
@@ -43,7 +54,7 @@ ReferenceOf = Callable[[Batch], Tensor]  # a row -> (E, K) reference log-probabi
 def run(session: Session) -> dict[str, Any]:
     """Train on ranked responses; metrics as in the paper's reference code."""
     stage = cast(DpoConfig, session.config.stage)
-    loaded = load_policy_and_data(session, before=partial(keep_start, session.config))
+    loaded = load_policy_and_data(session, beside_its_start(session.config))
     train, held_out = loaded.splits.train, loaded.splits.eval
     check_branches([*train, *held_out], stage)
     named = reference.reference_path(session.config, loaded)
@@ -80,8 +91,22 @@ def run(session: Session) -> dict[str, Any]:
             "reference": getattr(reference_of["train"], "key", "live"),
         },
     )
-    fit(task, session.config, session.runtime, session, session.snapshot)
+    fit(task, session)
     return {"samples": distinct_responses(train), "gradient_steps": plan.steps}
+
+
+def plan(preview: Preview) -> Iterator[Row]:
+    stage = cast(DpoConfig, preview.config.stage)
+    yield "stage", f"dpo, loss {stage.loss}, beta {stage.beta:g}"
+    yield from trained_model_rows(preview)
+    yield reference_row(stage.reference)
+    yield from data_rows(preview)
+    yield from step_rows(preview.config, preview.splits.train)
+    yield device_row(preview)
+
+
+def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
+    return training_workload(config, splits.train)
 
 
 def check_branches(examples: Sequence[EncodedExample], stage: DpoConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cli.config import EvaluateConfig
+from dpo_cli.config import EvaluateConfig, HttpJudgeConfig, RunConfig
+from dpo_cli.config.endpoint import endpoint_from_environment
+from dpo_cli.config.run_data import data_line
+from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.durable import write_bytes
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation import optimum
@@ -29,22 +32,26 @@ from dpo_cli.evaluation.measure import (
     texts_of,
 )
 from dpo_cli.evaluation.optimum import Optimum
-from dpo_cli.evaluation.policies import PolicyPoint, find_policies
+from dpo_cli.evaluation.policies import PolicyPoint, find_policies, reference_of
 from dpo_cli.evaluation.win_rate import WinRates, win_rates
 from dpo_cli.model.load import load_tokenizer
 from dpo_cli.model.sampling.generate import Completion, SamplingOptions
 from dpo_cli.model.source import model_folder
 from dpo_cli.report.files import encode, to_json
 from dpo_cli.rewards.scorers import as_text
-from dpo_cli.rewards.scoring import scorer_digest
-from dpo_cli.session.lengths import new_tokens, unfinished_line
-from dpo_cli.session.prompts import write_rows
+from dpo_cli.rewards.scoring import scorer_digest, scoring_rows
+from dpo_cli.session.lengths import needed_tokens, new_tokens, unfinished_line
+from dpo_cli.session.models import load
+from dpo_cli.session.preview import Preview, Row, data_rows, device_row, model_rows
+from dpo_cli.session.prompts import distinct_prompts, write_rows
 from dpo_cli.session.sampling import decoded_together, draw_samples
-from dpo_cli.session.session import Session, load
+from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_share
+from dpo_cli.session.workload import Workload, sampling_workload
 
 WIN_RATE = r"win_rate_t[\d.e+-]+"  # without its interval, _low and _high
 ROUND = 128  # completions of a prompt at once, where a GPU's memory decides on prompts
+NO_REFERENCE = "none: the KL is not measured (stage.reference)"
 A_FEW = 8  # samples kept of each policy but the last, of which all are
 
 
@@ -79,6 +86,48 @@ def run(session: Session) -> dict[str, Any]:
         chosen = shlex.quote(f"stage.evaluations=[{session.run_dir}]")
         session.note(f"to draw them: dpo-run stage=frontier {chosen}")
     return measured[0] if len(points) == 1 else overview(rows[extra:])
+
+
+def plan(preview: Preview) -> Iterator[Row]:
+    config, stage = preview.config, cast(EvaluateConfig, preview.config.stage)
+    yield "stage", "evaluate"
+    yield from scoring_rows(config)
+    yield from sampling_rows(config, stage)
+    notes: list[str] = []
+    points = find_policies(config, notes.append)
+    for line in notes:
+        yield "", line
+    if stage.policies:
+        yield "policies", f"{len(points):,}, the first of them:"
+        preview.use(points[0].source)
+    yield from model_rows(preview)
+    yield "reference", reference_of(stage, points) or NO_REFERENCE
+    if settings := data_line(config):
+        yield "", settings
+    yield from data_rows(preview)
+    yield device_row(preview)
+
+
+def sampling_rows(config: RunConfig, stage: EvaluateConfig) -> Iterator[Row]:
+    """What each policy writes, and what a judge is asked."""
+    yield "samples", f"up to {stage.prompts:,} prompts x {stage.completions:,} of a policy"
+    if stage.reference_samples:
+        yield "", f"{stage.reference_samples:,} a prompt of the reference"
+    if stage.opponent is None:
+        return
+    judge = config.judge
+    yield "win rates", f"against {stage.opponent}, by judge={judge.name}"
+    if isinstance(judge, HttpJudgeConfig):
+        requests = stage.prompts * len(stage.win_temperatures) * (1 + judge.both_orders)
+        server = f"{judge.model} at {endpoint_from_environment().host}"
+        most = f"at most {judge.max_calls:,} in all"
+        yield "", f"{server}: up to {requests:,} requests a policy, {most}"
+
+
+def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
+    stage, rows = cast(EvaluateConfig, config.stage), [*splits.train, *splits.eval]
+    most = stage.max_new_tokens or needed_tokens(rows)
+    return sampling_workload(distinct_prompts(rows), stage.completions, most)
 
 
 def load_policy(session: Session, bench: Bench, point: PolicyPoint) -> PreTrainedModel:

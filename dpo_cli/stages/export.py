@@ -33,8 +33,10 @@ from dpo_cli.model.reward import set_padding
 from dpo_cli.model.source import Origin, model_folder, origin_of, source_of
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.files import versions
+from dpo_cli.session.models import base_provenance
 from dpo_cli.session.precision import QUANTIZATION
-from dpo_cli.session.session import Session, base_provenance
+from dpo_cli.session.preview import Preview, Row, model_rows
+from dpo_cli.session.session import Session
 from dpo_cli.train.checkpoint import PROVENANCE, save_final
 
 MODEL_FACTS = ("name", "hub_id", "revision", "path")
@@ -66,6 +68,14 @@ def run(session: Session) -> dict[str, Any]:
         push(final, stage.push_to_hub)
         session.note(f"pushed to {stage.push_to_hub}")
     return {"weights": sum(p.numel() for p in model.parameters()), "dtype": dtype}
+
+
+def plan(preview: Preview) -> Iterator[Row]:
+    stage = cast(ExportConfig, preview.config.stage)
+    yield "stage", "export"
+    yield from model_rows(preview)
+    dtype = "as the base is stored" if stage.dtype == "auto" else stage.dtype
+    yield "export", f"{dtype}, {stage.push_to_hub or 'not on the hub'}"
 
 
 def told(origin: Origin, dtype: str, over: str | None) -> Iterator[str]:

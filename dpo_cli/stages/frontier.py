@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ from dpo_cli.report.frontier import (
     with_error,
 )
 from dpo_cli.session.lengths import new_tokens_of
+from dpo_cli.session.preview import Preview, Row
 from dpo_cli.session.session import Session
 
 OPTIMUM, BEST_OF = "optimum", "best-of-n"
@@ -52,7 +53,7 @@ SHORTFALL = (
     "where the optimum is not known up to that KL. Best-of-n is taken at the bound of its KL. "
     "Samples and gradient steps: of the longest run.\n"
 )
-Row = dict[str, Any]
+Point = dict[str, Any]  # a line of points.jsonl
 Curves = list[list[tuple[float, float, float]]]  # a seed's (KL, reward, its error) in order
 
 
@@ -94,6 +95,17 @@ def run(session: Session) -> dict[str, Any]:
     return figures([*summaries, *bounds])
 
 
+def plan(preview: Preview) -> Iterator[Row]:
+    """The evaluations and their points. ConfigError where they cannot be drawn together."""
+    folders = distinct_folders(cast(FrontierConfig, preview.config.stage).evaluations)
+    refuse_mixed(folders)
+    counts = {folder: len(read_points(folder)) for folder in folders}
+    yield "stage", "frontier"
+    yield "evaluations", f"{len(counts):,}, {sum(counts.values()):,} points"
+    for folder, points in counts.items():
+        yield "", f"{folder}: {points:,}"
+
+
 def distinct_folders(named: Sequence[str]) -> list[Path]:
     """In the order in which they were first named."""
     return list({Path(folder).resolve(): Path(folder) for folder in named}.values())
@@ -124,7 +136,7 @@ def refuse_mixed(folders: Sequence[Path]) -> None:
                 )
 
 
-def read_points(folder: Path) -> list[Row]:
+def read_points(folder: Path) -> list[Point]:
     """An evaluation's points.jsonl; `evaluation` names it in each row."""
     path = folder / "points.jsonl"
     rows = []
@@ -140,7 +152,7 @@ def read_points(folder: Path) -> list[Row]:
     return rows
 
 
-def measured_once(rows: Sequence[Row], note: Callable[[str], None]) -> list[Row]:
+def measured_once(rows: Sequence[Point], note: Callable[[str], None]) -> list[Point]:
     """Of a policy that several evaluations measured, only the last one's point."""
     latest: dict[tuple[Any, ...], int] = {}
     for place, row in enumerate(rows):
@@ -152,7 +164,7 @@ def measured_once(rows: Sequence[Row], note: Callable[[str], None]) -> list[Row]
     return kept
 
 
-def identity(row: Row) -> tuple[Any, ...] | None:
+def identity(row: Point) -> tuple[Any, ...] | None:
     """Of a trained policy: the same in every evaluation. None for other points."""
     policy = row.get("policy")
     if not policy or row["method"] in (OPTIMUM, BEST_OF):
@@ -162,16 +174,16 @@ def identity(row: Row) -> tuple[Any, ...] | None:
     return row["method"], where.removesuffix("/final"), row.get("step")
 
 
-def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def by_method(rows: Sequence[Point]) -> dict[str, list[Point]]:
     """Trained policies by method, in the order they come."""
-    found: dict[str, list[Row]] = defaultdict(list)
+    found: dict[str, list[Point]] = defaultdict(list)
     for row in rows:
         if row["method"] not in (OPTIMUM, BEST_OF):
             found[str(row["method"])].append(row)
     return dict(found)
 
 
-def optimum_curves(rows: Sequence[Row]) -> Curves:
+def optimum_curves(rows: Sequence[Point]) -> Curves:
     """One curve an evaluation that measured it, from the reference at KL 0 (best of 1)."""
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for row in rows:
@@ -188,7 +200,7 @@ def band(curves: Curves) -> Band:
     return Band(kl, reward, low, high, seeds=len(curves))
 
 
-def cloud(name: str, rows: Sequence[Row]) -> Cloud:
+def cloud(name: str, rows: Sequence[Point]) -> Cloud:
     """last: the largest step of its run, which has an evaluation, a seed and a setting."""
     ends: dict[tuple[Any, ...], float] = {}
     runs = [(row.get("evaluation"), row.get("seed"), row.get("setting")) for row in rows]
@@ -208,9 +220,9 @@ def cloud(name: str, rows: Sequence[Row]) -> Cloud:
     return Cloud(name, column("kl"), kl_se, column("reward"), reward_se, last, labels)
 
 
-def mean_over_seeds(rows: Sequence[Row]) -> list[Row]:
+def mean_over_seeds(rows: Sequence[Point]) -> list[Point]:
     """Best-of-n of several evaluations: one point an n, the mean reward."""
-    found: dict[str, list[Row]] = defaultdict(list)
+    found: dict[str, list[Point]] = defaultdict(list)
     for row in rows:
         found[str(row["setting"])].append(row)
     return [

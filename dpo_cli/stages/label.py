@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,8 @@ from dpo_cli.evaluation.labels import Pair, all_pairs, bradley_terry, flipped
 from dpo_cli.records import Prompt
 from dpo_cli.rewards.implicit import implicit_reward
 from dpo_cli.rewards.scorers import Completed, Scorer
-from dpo_cli.rewards.scoring import load_scorer
+from dpo_cli.rewards.scoring import load_scorer, scoring_rows
+from dpo_cli.session.preview import Preview, Row
 from dpo_cli.session.prompts import write_rows
 from dpo_cli.session.session import Session
 
@@ -83,6 +84,11 @@ def run(session: Session) -> dict[str, Any]:
         facts = pair_figures(scores, labelled, drawn=is_drawn(stage))
         figures |= {f"{name}_{k}": v for k, v in facts.items()}
     return figures
+
+
+def plan(preview: Preview) -> Iterator[Row]:
+    yield "stage", "label"
+    yield from scoring_rows(preview.config)
 
 
 def unfinished(folder: Path) -> bool:

@@ -6,8 +6,8 @@ The reward is a trained reward model or a ground truth (the paper's PPO-GT): `re
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -15,21 +15,38 @@ import torch
 from torch import Tensor
 
 from dpo_cli.config import PpoConfig, RunConfig
+from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError
 from dpo_cli.logprobs import fused_loss, sum_by_sequence
 from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.model.forward import head_of, target_states
 from dpo_cli.records import Batch, EncodedExample, LossOutput
-from dpo_cli.rewards.scoring import load_scorer, scorer_digest
-from dpo_cli.session.lengths import finished_share, new_tokens, unfinished_line, with_new_tokens
+from dpo_cli.rewards.scoring import load_scorer, scorer_digest, scoring_rows
+from dpo_cli.session.lengths import (
+    finished_share,
+    needed_tokens,
+    new_tokens,
+    unfinished_line,
+    with_new_tokens,
+)
+from dpo_cli.session.models import Loaded, load_policy_and_data
 from dpo_cli.session.precision import quantised_base
-from dpo_cli.session.prompts import distinct_prompts, source_prompts
-from dpo_cli.session.reference import keep_start, load_reference, reference_path
+from dpo_cli.session.preview import (
+    Preview,
+    Row,
+    data_rows,
+    device_row,
+    reference_row,
+    trained_model_rows,
+)
+from dpo_cli.session.prompts import distinct_prompts
+from dpo_cli.session.reference import beside_its_start, load_reference, reference_path
 from dpo_cli.session.rows import begin_training, packed_rows
 from dpo_cli.session.sampling import sample_writer
-from dpo_cli.session.session import Loaded, Session, load_policy_and_data
+from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_files
+from dpo_cli.session.workload import Workload, sampling_workload
 from dpo_cli.stages.rollout import (
     Actors,
     Rollout,
@@ -108,7 +125,7 @@ class Ppo:
 def run(session: Session) -> dict[str, Any]:
     """Roll out, learn from it for some passes, and again."""
     stage = cast(PpoConfig, session.config.stage)
-    loaded = load_policy_and_data(session, before=partial(keep_start, session.config))
+    loaded = load_policy_and_data(session, beside_its_start(session.config))
     named = reference_path(session.config, loaded)
     rows = [*loaded.splits.train, *loaded.splits.eval]
     stage = with_new_tokens(stage, rows, session.note)
@@ -152,13 +169,41 @@ def run(session: Session) -> dict[str, Any]:
         save_multiple=ppo.steps_per_rollout,
         carried=ppo.carried,
     )
-    fit(task, session.config, session.runtime, session, session.snapshot)
+    fit(task, session)
     samples = ppo.plan.steps * ppo.plan.batch_size * stage.completions
     return {"samples": samples, "gradient_steps": steps}
 
 
+def plan(preview: Preview) -> Iterator[Row]:
+    config, stage = preview.config, cast(PpoConfig, preview.config.stage)
+    yield "stage", "ppo-baseline"
+    yield from scoring_rows(config)
+    yield from trained_model_rows(preview)
+    yield reference_row(stage.reference)
+    yield from data_rows(preview)
+    prompts = len(distinct_prompts(preview.splits.train))
+    rollouts, steps = plan_rollouts(config, prompts), steps_of_rollout(config)
+    samples = f"{rollouts.steps:,} of {stage.rollout_samples:,} completions"
+    kl = f"towards {stage.target_kl:g} nats" if stage.kl_control == "adaptive" else "fixed"
+    yield "rollouts", f"{samples}, of {prompts:,} distinct prompts"
+    yield "steps", f"{rollouts.steps * steps:,}, {steps} after each rollout"
+    yield "KL weight", f"{stage.kl_coef:g}, {kl}"
+    yield device_row(preview)
+
+
+def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
+    """The step of the longest prompts stands for all."""
+    stage, rows = cast(PpoConfig, config.stage), [*splits.train, *splits.eval]
+    prompts = distinct_prompts(rows)
+    sampled = sampling_workload(
+        prompts, stage.completions, stage.max_new_tokens or needed_tokens(rows)
+    )
+    longest = sorted(range(len(prompts)), key=lambda i: sampled.lengths[i][0])
+    return replace(sampled, steps=[longest[-(config.train.batch_size // stage.completions) :]])
+
+
 def steps_of_rollout(config: RunConfig) -> int:
-    """Optimiser steps between two rollouts."""
+    """Optimizer steps between two rollouts."""
     stage = cast(PpoConfig, config.stage)
     return stage.rollout_samples // config.train.batch_size * stage.ppo_epochs
 
@@ -191,11 +236,7 @@ def build_actors(session: Session, loaded: Loaded, named: str | None, stage: Ppo
         if adaptive
         else FixedKl(stage.kl_coef)
     )
-    prompts = source_prompts(session, loaded.tokenizer)
-    return Actors(
-        loaded.model, reference, head, loaded.tokenizer, load_scorer(session), prompts["train"],
-        prompts["eval"], kl,
-    )  # fmt: skip
+    return Actors(loaded.model, reference, head, loaded.tokenizer, load_scorer(session), kl)
 
 
 def prepare_state(session: Session, ppo: Ppo) -> None:
@@ -257,8 +298,7 @@ def evaluate(ppo: Ppo) -> dict[str, float]:
     """
     if not ppo.held_out:
         return {}
-    session, stage = ppo.session, ppo.stage
-    actors = replace(ppo.actors, prompts=ppo.actors.held_out)
+    session, stage, actors = ppo.session, ppo.stage, ppo.actors
     samples = draw(session, actors, actors.policy, ppo.held_out, stage, EVAL_SEED)
     scores = scores_of(actors, ppo.held_out, samples)
     flat = [c for row in samples for c in row]

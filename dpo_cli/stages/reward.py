@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,14 +12,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.config import RewardConfig
+from dpo_cli.config import RewardConfig, RunConfig
+from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.errors import DataError
 from dpo_cli.losses import reward_loss
 from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.rewards.normalization import normalise
 from dpo_cli.session.balance import balanced
+from dpo_cli.session.models import Loading, load_policy_and_data
 from dpo_cli.session.precision import quantised_base
+from dpo_cli.session.preview import (
+    Preview,
+    Row,
+    data_rows,
+    device_row,
+    step_rows,
+    trained_model_rows,
+)
 from dpo_cli.session.rows import (
     batches_of,
     begin_training,
@@ -28,8 +38,9 @@ from dpo_cli.session.rows import (
     step_plan,
     with_interval,
 )
-from dpo_cli.session.session import Session, load_policy_and_data
+from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_files
+from dpo_cli.session.workload import Workload, training_workload
 from dpo_cli.statistics import calibration_error, reliability
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import Totals, TrainTask
@@ -48,7 +59,7 @@ class Rows:
 def run(session: Session) -> dict[str, Any]:
     """Train on pairs or ranked lists; rewards are those of the model, margins not taken off."""
     stage, device = cast(RewardConfig, session.config.stage), session.runtime.device
-    loaded = load_policy_and_data(session, load_reward_model)
+    loaded = load_policy_and_data(session, Loading(read=load_reward_model))
     branches = check_responses([*loaded.splits.train, *loaded.splits.eval], stage)
     train, held_out = (
         Rows(
@@ -81,9 +92,21 @@ def run(session: Session) -> dict[str, Any]:
         files=trained_files(session.config, loaded.splits),
         identity={"rows": loaded.splits.fingerprint, "margins": digest(train.margins)},
     )
-    fit(task, session.config, session.runtime, session, session.snapshot)
+    fit(task, session)
     draw(session, loaded.model, held_out, stage)
     return normalise(session, loaded)
+
+
+def plan(preview: Preview) -> Iterator[Row]:
+    yield "stage", "reward"
+    yield from trained_model_rows(preview)
+    yield from data_rows(preview)
+    yield from step_rows(preview.config, preview.splits.train)
+    yield device_row(preview)
+
+
+def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
+    return training_workload(config, splits.train)
 
 
 def check_responses(examples: Sequence[EncodedExample], stage: RewardConfig) -> int:

@@ -24,7 +24,7 @@ from dpo_cli.losses.ppo import (
 )
 from dpo_cli.model.forward import head_of, target_states
 from dpo_cli.model.sampling.generate import Completion, SamplingOptions
-from dpo_cli.records import Batch, EncodedExample, Prompt
+from dpo_cli.records import Batch, EncodedExample
 from dpo_cli.rewards.scorers import Completed, Scorer
 from dpo_cli.session.lengths import new_tokens
 from dpo_cli.session.reference import Reference
@@ -45,8 +45,6 @@ class Actors:
     value_head: torch.nn.Linear
     tokenizer: PreTrainedTokenizerFast
     score: Scorer
-    prompts: dict[int, Prompt]  # row -> the prompt as its source has it
-    held_out: dict[int, Prompt]  # of the other split, whose rows may have the same numbers
     kl: AdaptiveKl | FixedKl
     normaliser: Normaliser = field(default_factory=Normaliser)
 
@@ -107,7 +105,7 @@ def scores_of(
 ) -> Tensor:
     """(S,) raw scores, in the order of the samples."""
     rows = [
-        Completed(actors.prompts[e.row], completion_text(actors.tokenizer, c.ids), c.finished)
+        Completed(e.prompt, completion_text(actors.tokenizer, c.ids), c.finished)
         for e, row in zip(examples, samples, strict=True)
         for c in row
     ]

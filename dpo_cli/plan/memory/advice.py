@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from dpo_cli.config import DpoConfig, RunConfig, spec_of
+from dpo_cli.config import RunConfig, spec_of
 from dpo_cli.config.checks import check
 from dpo_cli.errors import ConfigError
 from dpo_cli.plan.memory.estimate import estimate
@@ -66,7 +66,7 @@ def candidates(config: RunConfig, facts: Facts) -> Iterator[Change]:
         yield from _tokens(config, facts)
         if not config.hardware.activation_checkpointing:
             yield _set("hardware", "activation_checkpointing", 1)
-        if isinstance(config.stage, DpoConfig) and config.stage.reference_logprobs == "live":
+        if getattr(config.stage, "reference_logprobs", None) == "live":
             yield _set("stage", "reference_logprobs", "cached")
         yield from _optimisers(config, facts.device)
     yield from _sequences(config)

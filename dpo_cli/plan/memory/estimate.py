@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dpo_cli.config import EvaluateConfig, RewardConfig, RunConfig, spec_of
+from dpo_cli.config import RunConfig, spec_of
 from dpo_cli.plan.memory.activations import working_bytes
 from dpo_cli.plan.memory.facts import Facts
 from dpo_cli.plan.memory.parts import (
@@ -96,7 +96,7 @@ def _training(run: Run) -> dict[str, Parts]:
         BACKWARD: {**kept, "working memory": working, **head_gradient(run)},
         BACKWARD_END: {**held, **gradients, "working memory": embedding_gradient(run)},
     }
-    if not isinstance(config.stage, RewardConfig):
+    if not spec_of(config.stage).reward_head:
         moments[HEAD] = {**kept, **output_layer(run)}
     if sequences := sequences_of(config):
         moments[SAMPLING] = {**held, **sampling_of(run, sequences)}
@@ -112,14 +112,14 @@ def _training(run: Run) -> dict[str, Parts]:
 def _using(run: Run) -> dict[str, Parts]:
     """Stages that train nothing."""
     config, shape = run.config, run.facts.shape
-    evaluates = isinstance(config.stage, EvaluateConfig)
+    compares = spec_of(config.stage).reference
     held: Parts = {
         "weights": weights_of(run),
-        "reference": float(FLOAT * shape.parameters) if evaluates else 0.0,
+        "reference": float(FLOAT * shape.parameters) if compares else 0.0,
         "reward model": float(FLOAT * run.facts.scorer),
     }
     sampling = sampling_of(run, sequences_of(config))
     moments: dict[str, Parts] = {SAMPLING: {**held, **sampling}}
-    if evaluates:
+    if compares:
         moments[SCORING] = {**held, **forward_of(run), **copies_of(run)}
     return moments

@@ -10,10 +10,9 @@ import torch
 
 from dpo_cli.config import HardwareConfig
 from dpo_cli.plan.memory.shape import Shape
-from dpo_cli.records import EncodedExample
+from dpo_cli.session.workload import Lengths
 
 MEMINFO = Path("/proc/meminfo")
-Lengths = tuple[int, Sequence[int]]  # of a prompt and of its responses, in tokens
 
 
 @dataclass(frozen=True)
@@ -46,19 +45,8 @@ class Facts:
     stored: int = 4
 
 
-def lengths_of(examples: Sequence[EncodedExample]) -> list[Lengths]:
-    return [(len(e.prompt_ids), [len(r) for r in e.response_ids]) for e in examples]
-
-
-def sampled_lengths(
-    examples: Sequence[EncodedExample], completions: int, new_tokens: int
-) -> list[Lengths]:
-    """As if every completion took all the tokens it may."""
-    return [(len(e.prompt_ids), [new_tokens] * completions) for e in examples]
-
-
 def texts_of(lengths: Sequence[Lengths], steps: Iterable[Sequence[int]]) -> Texts:
-    """Of packed rows, whose prompts come once. steps: the examples of each optimiser step."""
+    """Of packed rows, whose prompts come once. steps: the examples of each optimizer step."""
     sizes = [prompt + sum(responses) for prompt, responses in lengths]
     keys = sum(prompt * len(responses) + sum(responses) for prompt, responses in lengths)
     total = sum(sizes)

@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cli.config import (
-    DpoConfig,
-    EvaluateConfig,
-    LoraConfig,
-    PpoConfig,
-    RewardConfig,
-    RunConfig,
-    SampleConfig,
-    spec_of,
-)
+from dpo_cli.config import LoraConfig, RunConfig, spec_of
 from dpo_cli.logprobs import BLOCK_BYTES, CHUNK_BYTES, EAGER_BLOCKS
 from dpo_cli.model.attention.registered import MOST_TOKENS
 from dpo_cli.plan.memory.activations import Numbers, Rows, Trained, kept_bytes, working_bytes
@@ -126,9 +117,9 @@ def reference_of(run: Run, passing: bool = False) -> float:
     passing: while the cache is filled, for which a named reference is loaded, and never else.
     """
     stage: Any = run.config.stage
-    if not isinstance(stage, (DpoConfig, PpoConfig)):
+    if not (spec_of(stage).reference and run.trains):
         return 0.0
-    cached = isinstance(stage, DpoConfig) and stage.reference_logprobs == "cached"
+    cached = getattr(stage, "reference_logprobs", "live") == "cached"
     another = stage.reference is not None or (run.learnt.whole and not cached)
     if not another or passing != cached:
         return 0.0
@@ -196,9 +187,10 @@ def embedding_gradient(run: Run) -> float:
 def sequences_of(config: RunConfig) -> int:
     """Decoded together."""
     stage: Any = config.stage
-    if isinstance(stage, (PpoConfig, SampleConfig, EvaluateConfig)):
-        return stage.batch_size or spec_of(stage).cpu_batch_size or 0  # a GPU takes more that fit
-    return 0 if isinstance(stage, RewardConfig) else config.train.sample_prompts
+    spec = spec_of(stage)
+    if spec.cpu_batch_size is not None:
+        return stage.batch_size or spec.cpu_batch_size  # a GPU decodes as many as fit
+    return 0 if spec.reward_head else config.train.sample_prompts
 
 
 def sampling_of(run: Run, sequences: int) -> Parts:
