@@ -14,13 +14,14 @@ from rich.console import Console
 
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.evaluation.methods import budgets, leads, mean_curve, summarise, within
+from dpo_cli.evaluation.points import measured_once
 from dpo_cli.evaluation.policies import POINT_KEYS
 from dpo_cli.report import frontier as picture
 from dpo_cli.report.console import Progress
 from dpo_cli.report.frontier import Cloud, _caption, kl_limit, markdown, styles
 from dpo_cli.run import run
 from dpo_cli.session.preview import Preview
-from dpo_cli.stages.frontier import COLUMNS, cloud, measured_once, plan, verdicts
+from dpo_cli.stages.frontier import COLUMNS, cloud, plan, verdicts
 from dpo_cli.train.runtime import Runtime
 from small_runs import configure
 

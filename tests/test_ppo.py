@@ -13,6 +13,7 @@ from dpo_cli.durable import file_digest
 from dpo_cli.errors import ConfigError, Preempted
 from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.model.attention.registered import attention_as
+from dpo_cli.model.sampling import generate
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import Progress
 from dpo_cli.rewards.scorers import Completed
@@ -297,6 +298,29 @@ def test_the_held_out_loss_is_of_the_scores_that_ppo_maximises(actors):
     ppo = ppo_baseline.Ppo(session, stage, made, [], held_out, None)  # type: ignore[arg-type]
     figures = ppo_baseline.evaluate(ppo)
     assert figures["loss"] == pytest.approx(stage.kl_coef * figures["kl"] + 7.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("most", [2, 0])
+def test_memory_that_runs_out_in_sampling_leaves_the_token_budget(actors, monkeypatch, most):
+    """As in the loop, which evaluates within the budget of training: only decoding is lowered."""
+    session, made, examples, stage = actors
+    ppo = ppo_baseline.Ppo(session, stage, made, [], examples[:4], None)  # type: ignore[arg-type]
+    plain = generate._decode
+
+    def scarce(model, prompts, options, *rest):
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(model, prompts, options, *rest)
+
+    monkeypatch.setattr(generate, "_decode", scarce)
+    before = session.budget.tokens
+    if most:
+        session.within_memory(lambda: ppo_baseline.evaluate(ppo))
+        assert session.decoding.sequences == most * stage.completions
+    else:
+        with pytest.raises(ConfigError, match="out of memory while sampling from a single prompt"):
+            session.within_memory(lambda: ppo_baseline.evaluate(ppo))
+    assert session.budget.tokens == before
 
 
 def test_a_rollout_in_which_nothing_ended_is_told(actors, monkeypatch):

@@ -27,7 +27,7 @@ from dpo_cli.model.rope import cuts_of
 from dpo_cli.model.routers import loss_function
 from dpo_cli.model.source import model_folder
 from dpo_cli.model.stored import refuse_non_finite
-from dpo_cli.session.precision import hold_as_trained, note_head, refuse_rounding
+from dpo_cli.session.precision import hold_as_trained, note_head, quantised_base, refuse_rounding
 from dpo_cli.session.session import Session, load_data
 from dpo_cli.session.trained import held_out_line, seen_before
 from dpo_cli.train.checkpoint import load_provenance
@@ -202,6 +202,13 @@ def named_source(config: ModelConfig, named: str, key: str = "stage.reference") 
         config, architecture=None, revision=None, tokenizer=None,
         path=str(local) if local else None, hub_id=None if local else named,
     )  # fmt: skip
+
+
+def provenance_of(session: Session, splits: EncodedSplits, **own: Any) -> dict[str, Any]:
+    """What is written beside the weights that a run trains; own: of its stage alone."""
+    config = session.config
+    facts = {"stage": config.stage.name, **own, "data": splits.origin, "date": config.data.date}
+    return facts | quantised_base(config.lora)
 
 
 def base_provenance(config: ModelConfig) -> dict[str, Any]:

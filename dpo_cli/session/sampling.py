@@ -72,8 +72,10 @@ def draw_samples(
     assert pad is not None
     ranks = session.ranks
     with session.runtime.autocast(), gathered(model):
-        share = ranks.rank, ranks.size
-        mine = sample(model, prompts, options, ends, pad, tick, share, session.note)
+        mine = sample(
+            model, prompts, options, ends, pad, tick, (ranks.rank, ranks.size), session.note,
+            session.decoding,
+        )  # fmt: skip
     if ranks.size == 1:
         return mine
     shares = ranks.gather(mine)

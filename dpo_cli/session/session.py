@@ -15,6 +15,7 @@ from dpo_cli.data.chat import is_chat
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.distributed.ranks import Ranks
 from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.sampling.sampled import DecodingLimit
 from dpo_cli.report.console import Progress
 from dpo_cli.report.sinks import Sink
 from dpo_cli.train.checkpoint import Snapshot
@@ -46,6 +47,7 @@ class Session:
     choose_tokens: Callable[[PreTrainedTokenizerFast, EncodedSplits], Chosen] | None = None
     data_facts: dict[str, Any] = field(default_factory=dict)  # for the model card
     budget: TokenBudget = field(init=False)
+    decoding: DecodingLimit = field(init=False, default_factory=DecodingLimit)
     cuts: tuple[int, ...] = field(
         init=False, default=()
     )  # where its models' rows are cut, by length

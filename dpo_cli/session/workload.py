@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dpo_cli.config import RunConfig
+from dpo_cli.config import EvaluateConfig, PpoConfig, RunConfig, SampleConfig
+from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.records import EncodedExample
+from dpo_cli.session.lengths import needed_tokens
+from dpo_cli.session.prompts import distinct_prompts
 from dpo_cli.session.rows import steps_of
 
 Lengths = tuple[int, Sequence[int]]  # tokens of a prompt and of each of its responses
@@ -31,10 +34,14 @@ def training_workload(config: RunConfig, examples: Sequence[EncodedExample]) -> 
 
 
 def sampling_workload(
-    prompts: Sequence[EncodedExample], completions: int, new_tokens: int
+    stage: SampleConfig | EvaluateConfig | PpoConfig, splits: EncodedSplits
 ) -> Workload:
-    """As if every completion took all the tokens it may."""
-    lengths = [(len(e.prompt_ids), [new_tokens] * completions) for e in prompts]
+    """Of a stage that samples from the distinct prompts, as if every completion took all the
+    tokens it may."""
+    rows = [*splits.train, *splits.eval]
+    new_tokens = stage.max_new_tokens or needed_tokens(rows)
+    responses = [new_tokens] * stage.completions
+    lengths = [(len(e.prompt_ids), responses) for e in distinct_prompts(rows)]
     return Workload(lengths, new_tokens=new_tokens)
 
 

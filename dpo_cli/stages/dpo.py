@@ -20,8 +20,7 @@ from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.session import reference
 from dpo_cli.session.balance import balanced
-from dpo_cli.session.models import Loaded, load_policy_and_data
-from dpo_cli.session.precision import quantised_base
+from dpo_cli.session.models import Loaded, load_policy_and_data, provenance_of
 from dpo_cli.session.preview import (
     Preview,
     Row,
@@ -76,15 +75,13 @@ def run(session: Session) -> dict[str, Any]:
         live_references=int(stage.reference_logprobs == "live"),
         on_eval=sample_writer(session, loaded),
         unit="pairs" if stage.loss != "plackett_luce" else "lists",
-        provenance={
-            "stage": "dpo",
-            "loss": stage.loss,
-            "beta": stage.beta,
-            "reference": named or session.config.model.path or session.config.model.hub_id,
-            "data": loaded.splits.origin,
-            "date": session.config.data.date,
-            **quantised_base(session.config.lora),
-        },
+        provenance=provenance_of(
+            session,
+            loaded.splits,
+            loss=stage.loss,
+            beta=stage.beta,
+            reference=named or session.config.model.path or session.config.model.hub_id,
+        ),
         files=trained_files(session.config, loaded.splits),
         identity={
             "rows": loaded.splits.fingerprint,

@@ -40,10 +40,10 @@ from dpo_cli.model.source import model_folder
 from dpo_cli.report.files import encode, to_json
 from dpo_cli.rewards.scorers import as_text
 from dpo_cli.rewards.scoring import scorer_digest, scoring_rows
-from dpo_cli.session.lengths import needed_tokens, new_tokens, unfinished_line
+from dpo_cli.session.lengths import new_tokens, unfinished_line
 from dpo_cli.session.models import load
 from dpo_cli.session.preview import Preview, Row, data_rows, device_row, model_rows
-from dpo_cli.session.prompts import distinct_prompts, write_rows
+from dpo_cli.session.prompts import write_rows
 from dpo_cli.session.sampling import decoded_together, draw_samples
 from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_share
@@ -125,9 +125,7 @@ def sampling_rows(config: RunConfig, stage: EvaluateConfig) -> Iterator[Row]:
 
 
 def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
-    stage, rows = cast(EvaluateConfig, config.stage), [*splits.train, *splits.eval]
-    most = stage.max_new_tokens or needed_tokens(rows)
-    return sampling_workload(distinct_prompts(rows), stage.completions, most)
+    return sampling_workload(cast(EvaluateConfig, config.stage), splits)
 
 
 def load_policy(session: Session, bench: Bench, point: PolicyPoint) -> PreTrainedModel:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
-import yaml
 
 from dpo_cli.config import FrontierConfig
 from dpo_cli.durable import write_text
-from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.errors import DataError
 from dpo_cli.evaluation.methods import (
     Estimate,
     Summary,
@@ -22,6 +19,15 @@ from dpo_cli.evaluation.methods import (
     leads,
     mean_curve,
     summarise,
+)
+from dpo_cli.evaluation.points import (
+    BEST_OF,
+    OPTIMUM,
+    Point,
+    distinct_folders,
+    measured_once,
+    read_points,
+    refuse_mixed,
 )
 from dpo_cli.report.compare import csv_text
 from dpo_cli.report.files import redact
@@ -34,11 +40,9 @@ from dpo_cli.report.frontier import (
     rich_table,
     with_error,
 )
-from dpo_cli.session.lengths import new_tokens_of
 from dpo_cli.session.preview import Preview, Row
 from dpo_cli.session.session import Session
 
-OPTIMUM, BEST_OF = "optimum", "best-of-n"
 AT_REFERENCE = 1e-3  # nats: a method that goes no further is the reference itself
 COLUMNS = (
     "method", "seed", "setting", "step", "kl", "reward", "kl_se", "reward_se",
@@ -53,7 +57,6 @@ SHORTFALL = (
     "where the optimum is not known up to that KL. Best-of-n is taken at the bound of its KL. "
     "Samples and gradient steps: of the longest run.\n"
 )
-Point = dict[str, Any]  # a line of points.jsonl
 Curves = list[list[tuple[float, float, float]]]  # a seed's (KL, reward, its error) in order
 
 
@@ -104,74 +107,6 @@ def plan(preview: Preview) -> Iterator[Row]:
     yield "evaluations", f"{len(counts):,}, {sum(counts.values()):,} points"
     for folder, points in counts.items():
         yield "", f"{folder}: {points:,}"
-
-
-def distinct_folders(named: Sequence[str]) -> list[Path]:
-    """In the order in which they were first named."""
-    return list({Path(folder).resolve(): Path(folder) for folder in named}.values())
-
-
-def refuse_mixed(folders: Sequence[Path]) -> None:
-    """Rewards of different functions, or of completions of other lengths, have no common axis."""
-    first: tuple[Path, Any] | None = None
-    for folder in folders:
-        path = folder / "config.yaml"
-        stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if not isinstance(stored, dict) or "reward_fn" not in stored:
-            continue
-        reward = {k: v for k, v in stored["reward_fn"].items() if k != "batch_size"}
-        if reward.get("path"):
-            reward["path"] = str(Path(reward["path"]).resolve())
-        facts = {
-            "reward_fn": reward,
-            "stage.max_new_tokens": new_tokens_of(folder, stored.get("stage", {})),
-        }
-        if first is None:
-            first = folder, facts
-        for key, value in facts.items():
-            if value != first[1][key]:
-                raise ConfigError(
-                    f"stage.evaluations: {first[0]} and {folder} differ in {key} "
-                    f"({first[1][key]} against {value}); draw them apart"
-                )
-
-
-def read_points(folder: Path) -> list[Point]:
-    """An evaluation's points.jsonl; `evaluation` names it in each row."""
-    path = folder / "points.jsonl"
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            known = {name: row[name] for name in ("method", "reward", "kl", "setting")}
-            rows.append({**row, **known, "evaluation": str(folder)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: is not a point ({error!r})") from error
-    return rows
-
-
-def measured_once(rows: Sequence[Point], note: Callable[[str], None]) -> list[Point]:
-    """Of a policy that several evaluations measured, only the last one's point."""
-    latest: dict[tuple[Any, ...], int] = {}
-    for place, row in enumerate(rows):
-        latest[identity(row) or (place,)] = place
-    kept = [rows[place] for place in sorted(latest.values())]
-    if again := len(rows) - len(kept):
-        points = "point is" if again == 1 else "points are"
-        note(f"{again} {points} left out: a later evaluation has the same policy again")
-    return kept
-
-
-def identity(row: Point) -> tuple[Any, ...] | None:
-    """Of a trained policy: the same in every evaluation. None for other points."""
-    policy = row.get("policy")
-    if not policy or row["method"] in (OPTIMUM, BEST_OF):
-        return None
-    place = Path(policy)
-    where = str(place.resolve()) if place.is_dir() else policy
-    return row["method"], where.removesuffix("/final"), row.get("step")
 
 
 def by_method(rows: Sequence[Point]) -> dict[str, list[Point]]:

@@ -20,8 +20,7 @@ from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.rewards.normalization import normalise
 from dpo_cli.session.balance import balanced
-from dpo_cli.session.models import Loading, load_policy_and_data
-from dpo_cli.session.precision import quantised_base
+from dpo_cli.session.models import Loading, load_policy_and_data, provenance_of
 from dpo_cli.session.preview import (
     Preview,
     Row,
@@ -82,13 +81,11 @@ def run(session: Session) -> dict[str, Any]:
         evaluate=lambda: evaluate(session, loaded.model, held_out, stage),
         budget=session.budget,
         unit="pairs" if branches == 2 else "lists",
-        provenance={
-            "stage": "reward",
-            "base": session.config.model.path or session.config.model.hub_id,
-            "data": loaded.splits.origin,
-            "date": session.config.data.date,
-            **quantised_base(session.config.lora),
-        },
+        provenance=provenance_of(
+            session,
+            loaded.splits,
+            base=session.config.model.path or session.config.model.hub_id,
+        ),
         files=trained_files(session.config, loaded.splits),
         identity={"rows": loaded.splits.fingerprint, "margins": digest(train.margins)},
     )

@@ -11,7 +11,6 @@ from dpo_cli.model.load import context_length, load_tokenizer
 from dpo_cli.model.sampling.generate import SamplingOptions
 from dpo_cli.session.lengths import (
     finished_share,
-    needed_tokens,
     new_tokens,
     unfinished_line,
     with_new_tokens,
@@ -72,9 +71,7 @@ def plan(preview: Preview) -> Iterator[Row]:
 
 
 def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
-    stage, rows = cast(SampleConfig, config.stage), [*splits.train, *splits.eval]
-    most = stage.max_new_tokens or needed_tokens(rows)
-    return sampling_workload(distinct_prompts(rows), stage.completions, most)
+    return sampling_workload(cast(SampleConfig, config.stage), splits)
 
 
 def sampling_options(session: Session, stage: SampleConfig) -> list[SamplingOptions]:

@@ -15,8 +15,7 @@ from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.model.forward import loss_and_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.session.balance import balanced
-from dpo_cli.session.models import Loaded, load_policy_and_data
-from dpo_cli.session.precision import quantised_base
+from dpo_cli.session.models import Loaded, load_policy_and_data, provenance_of
 from dpo_cli.session.preview import (
     Preview,
     Row,
@@ -62,12 +61,7 @@ def run(session: Session) -> dict[str, Any]:
         evaluate=lambda: evaluate(session, loaded, held_out, stage.reduction),
         budget=session.budget,
         on_eval=sample_writer(session, loaded),
-        provenance={
-            "stage": "sft",
-            "data": loaded.splits.origin,
-            "date": session.config.data.date,
-            **quantised_base(session.config.lora),
-        },
+        provenance=provenance_of(session, loaded.splits),
         files=trained_files(session.config, loaded.splits),
         identity={"rows": loaded.splits.fingerprint},
     )
