@@ -247,7 +247,7 @@ def test_a_policy_measured_twice_counts_once():
         row("optimum", 1.0, 0.3, policy="r/a"),
     ]
     assert [r["reward"] for r in measured_once(rows, told.append)] == [0.2, 0.3, 0.4, 0.5, 0.3]
-    assert told == ["1 point is left out: a later evaluation has the same policy again"]
+    assert told == ["1 point is dropped: a later evaluation has the same policy"]
 
 
 def test_a_dry_run_lists_the_evaluations_and_refuses_mixed_ones(tmp_path):

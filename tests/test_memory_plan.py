@@ -41,7 +41,7 @@ def test_a_full_run_holds_sixteen_bytes_a_weight() -> None:
     found = parts(of("stage=sft"))
     assert found["weights"] == pytest.approx(4 * 8.03, rel=1e-3)
     assert found["gradients"] == pytest.approx(4 * 8.03, rel=1e-3)
-    assert found["optimiser state"] == pytest.approx(8 * 8.03, rel=1e-3)
+    assert found["optimizer state"] == pytest.approx(8 * 8.03, rel=1e-3)
     assert found["bf16 copies"] == pytest.approx(2 * 6.979, rel=1e-3)
     assert "gathered blocks" not in of("stage=sft").parts
 
@@ -89,7 +89,7 @@ def test_a_named_reference_is_there_while_its_log_probabilities_are_computed() -
 
 def test_sharding_divides_what_is_kept_and_gathers_what_computes() -> None:
     one, eight = of("stage=sft").moments, on_eight("stage=sft").moments
-    for name in ("weights", "gradients", "optimiser state"):
+    for name in ("weights", "gradients", "optimizer state"):
         end = "the backward's end"
         assert eight[end][name] == pytest.approx(one[end][name] / 8)
     assert eight["the backward"]["gathered blocks"] > 0 == one["the backward"]["gathered blocks"]
@@ -101,7 +101,7 @@ def test_a_quantised_base_is_whole_on_every_device() -> None:
     adapters = 4 * adapter_parameters(LoraConfig(name="qlora"), LLAMA)
     saved = one.parts["weights"] - eight.parts["weights"]
     assert saved == pytest.approx(adapters * 7 / 8)
-    assert eight.moments["the backward"]["optimiser state"] == adapters * 2 / 8
+    assert eight.moments["the backward"]["optimizer state"] == adapters * 2 / 8
 
 
 def test_sharded_weights_are_whole_while_they_sample_but_not_while_they_load() -> None:

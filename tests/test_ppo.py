@@ -263,8 +263,8 @@ def test_a_signal_waits_for_the_rollouts_end(sft, tmp_path, monkeypatch):
         (["stage.temperature=0"], r"stage\.temperature=0\.0: must be above 0"),
         (["stage.kl_control=fixed", "stage.target_kl=3"], r"has no effect with stage\.kl_control"),
         (["stage.vf_coef=0", "stage.value_lr_scale=3"], r"value_lr_scale=3\.0: has no effect with"),
-        (["stage.normalize_prompts=0"], r"normalise_prompts=0: nothing to measure"),
-        (["stage.normalize=false"], r"normalise_prompts=8: has no effect with stage\.normalise"),
+        (["stage.normalize_prompts=0"], r"normalize_prompts=0: nothing to measure"),
+        (["stage.normalize=false"], r"normalize_prompts=8: has no effect with stage\.normalize"),
     ],
 )
 def test_what_cannot_work_is_refused(words, message):

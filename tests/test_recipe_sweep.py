@@ -131,7 +131,7 @@ def test_a_killed_sweep_goes_on(
     out = capfd.readouterr().out
     assert "grid: resume (its sweep did not finish, jobs done: 1)" in out
     assert "[job 0] seed=1 stage=sft" in out
-    assert ": done earlier" in out
+    assert ": finished earlier" in out
     assert run_cli() == 0
     assert starts(here) == []
     assert not list(here.glob("runs/small/01-grid.old*"))

@@ -114,6 +114,7 @@ def test_one_prompt_that_does_not_fit_is_an_error():
 def test_what_memory_has_shown_counts_for_later_passes_of_a_run():
     """In sequences: 2 prompts of 2 completions fit, so 4 prompts of one do."""
     model, told, limit = build("llama"), [], DecodingLimit()
+    sample(model, PROMPTS, SamplingOptions(1, max_new_tokens=2), EOS, PAD, note=quiet)
     sizes = []
 
     def scarce(module, words, output):

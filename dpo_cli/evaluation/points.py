@@ -1,4 +1,4 @@
-"""points.jsonl of evaluations, as they are read to be drawn together."""
+"""Reading points.jsonl of several evaluations."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def read_points(folder: Path) -> list[Point]:
 
 
 def measured_once(rows: Sequence[Point], note: Callable[[str], None]) -> list[Point]:
-    """Of a policy that several evaluations measured, only the last one's point."""
+    """Keep only the last point of a policy that several evaluations measured."""
     latest: dict[tuple[Any, ...], int] = {}
     for place, row in enumerate(rows):
         latest[identity(row) or (place,)] = place
     kept = [rows[place] for place in sorted(latest.values())]
     if again := len(rows) - len(kept):
         points = "point is" if again == 1 else "points are"
-        note(f"{again} {points} left out: a later evaluation has the same policy again")
+        note(f"{again} {points} dropped: a later evaluation has the same policy")
     return kept
 
 

@@ -27,7 +27,12 @@ from dpo_cli.model.rope import cuts_of
 from dpo_cli.model.routers import loss_function
 from dpo_cli.model.source import model_folder
 from dpo_cli.model.stored import refuse_non_finite
-from dpo_cli.session.precision import hold_as_trained, note_head, quantised_base, refuse_rounding
+from dpo_cli.session.precision import (
+    hold_as_trained,
+    note_head,
+    quantized_base,
+    refuse_rounding,
+)
 from dpo_cli.session.session import Session, load_data
 from dpo_cli.session.trained import held_out_line, seen_before
 from dpo_cli.train.checkpoint import load_provenance
@@ -93,7 +98,7 @@ def load(
         held = hold_as_trained(model, session.config.hardware) or held
     note_head(model, session.placement, key)
     if session.ranks.size > 1:
-        spread_weights(session, model, key, held)
+        shard_weights(session, model, key, held)
     return model
 
 
@@ -111,7 +116,7 @@ def use_training_kernels(session: Session, model: PreTrainedModel) -> None:
 
 
 def compiles(session: Session) -> bool:
-    """Whether the run compiles its blocks: `auto` where that is sooner done than not."""
+    """Whether the run compiles its blocks; `auto`: where compiling pays off."""
     choice, steps = session.config.hardware.compile, session.config.train.max_steps
     if session.config.train.router_aux_loss_coef:
         return False
@@ -121,12 +126,12 @@ def compiles(session: Session) -> bool:
     return choice == "blocks"
 
 
-def spread_weights(
+def shard_weights(
     session: Session, model: PreTrainedModel, key: str, held: torch.dtype | None
 ) -> None:
     """Shard a loaded model over the ranks. ConfigError for one whose forwards differ by rank.
 
-    held: what its weights come to be in on the way; None leaves each as it is.
+    held: the dtype its weights are converted to; None keeps their own.
     """
     if kernel_of(model) == "plain":  # as many forwards as a row needs
         raise ConfigError(
@@ -142,7 +147,7 @@ def spread_weights(
 def _arrived(
     family: str, held: torch.dtype | None, weights: list[tuple[str, torch.nn.Parameter]]
 ) -> None:
-    """Of a block that is about to be sharded."""
+    """Check and convert the weights of a block that is about to be sharded."""
     refuse_non_finite(family, weights)
     for _, weight in weights:
         if held is not None and weight.is_floating_point():
@@ -190,13 +195,13 @@ def load_named(
     if load_tokenizer(source, key).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
             f"{key}={named}: has another tokenizer than model={session.config.model.name}; its "
-            "log-probabilities would be of other texts"
+            "log-probabilities would be of other tokens"
         )
     return load(session, source, tokenizer, key, how)
 
 
 def named_source(config: ModelConfig, named: str, key: str = "stage.reference") -> ModelConfig:
-    """Where another model is, read in the way of the run's own."""
+    """The source of another model, with the other settings of the run's own."""
     local = model_folder(named, key) if Path(named).is_dir() else None
     return replace(
         config, architecture=None, revision=None, tokenizer=None,
@@ -208,7 +213,7 @@ def provenance_of(session: Session, splits: EncodedSplits, **own: Any) -> dict[s
     """What is written beside the weights that a run trains; own: of its stage alone."""
     config = session.config
     facts = {"stage": config.stage.name, **own, "data": splits.origin, "date": config.data.date}
-    return facts | quantised_base(config.lora)
+    return facts | quantized_base(config.lora)
 
 
 def base_provenance(config: ModelConfig) -> dict[str, Any]:

@@ -128,8 +128,8 @@ def step_rows(config: RunConfig, examples: Sequence[EncodedExample]) -> Iterator
     per_step = sum(e.packed_tokens for e in examples) / len(examples) * plan.batch_size
     count = f"{plan.batch_size} examples{plan.left_out(config.train.epochs)}"
     yield "steps", f"{plan.steps:,} of {count}"
-    yield "tokens", f"{per_step:,.0f} a step, {per_step * plan.steps:,.0f} in all (packed)"
-    yield "optimiser", f"{optim.name}, lr {optim.lr:g}, {optim.schedule} after warm-up"
+    yield "tokens", f"{per_step:,.0f} per step, {per_step * plan.steps:,.0f} in total (packed)"
+    yield "optimizer", f"{optim.name}, lr {optim.lr:g}, {optim.schedule} after warm-up"
 
 
 def device_row(preview: Preview) -> Row:

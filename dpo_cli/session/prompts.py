@@ -19,5 +19,5 @@ def distinct_prompts(examples: list[EncodedExample]) -> list[EncodedExample]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """JSON lines, written whole or not at all, with their checksum."""
+    """Write JSON lines atomically, with their checksum."""
     write_checked_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""What every stage is given, and the steps that several stages share."""
+"""What every stage gets: the run's configuration, devices, sinks and budgets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Chosen(Protocol):
 
 @dataclass
 class Session:
-    """One run: resolved configuration, where it writes, where it computes."""
+    """One run: its configuration, run folder, devices and sinks."""
 
     config: RunConfig
     run_dir: Path
@@ -43,7 +43,7 @@ class Session:
     progress: Progress
     sinks: list[Sink]
     snapshot: Snapshot | None = None
-    # Chooses the tokens of a micro-batch by the rows and the memory that is free; None: as they are
+    # Chooses the tokens of a micro-batch by the rows and the free memory; None: as configured
     choose_tokens: Callable[[PreTrainedTokenizerFast, EncodedSplits], Chosen] | None = None
     data_facts: dict[str, Any] = field(default_factory=dict)  # for the model card
     budget: TokenBudget = field(init=False)
@@ -65,11 +65,11 @@ class Session:
 
     @property
     def token_budget(self) -> int:
-        """Most tokens of a row that is packed now."""
+        """Most tokens of a pack, as of now."""
         return self.budget.tokens
 
     def within_memory(self, work: Callable[[], T]) -> T:
-        """`work()`, a pass that only measures, in smaller rows where memory runs out."""
+        """`work()`, a pass without side effects, repeated with smaller packs if memory runs out."""
         return within(self.budget, self.runtime.device, self.note, work)
 
     def settle_tokens(self, tokenizer: PreTrainedTokenizerFast, splits: EncodedSplits) -> None:

@@ -47,7 +47,7 @@ from dpo_cli.session.workload import Workload, training_workload
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 
-ReferenceOf = Callable[[Batch], Tensor]  # a row -> (E, K) reference log-probabilities
+ReferenceOf = Callable[[Batch], Tensor]  # a pack -> (E, K) reference log-probabilities
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def check_branches(examples: Sequence[EncodedExample], stage: DpoConfig) -> None
 
 
 def references(session: Session, loaded: Loaded, named: str | None) -> dict[str, ReferenceOf]:
-    """Reference log-probabilities of both splits, as functions of a packed row."""
+    """Reference log-probabilities of both splits, as functions of a pack."""
     stage = cast(DpoConfig, session.config.stage)
     splits = {"train": loaded.splits.train, "eval": loaded.splits.eval}
     live = stage.reference_logprobs == "live"
@@ -159,11 +159,11 @@ def _live(against: Reference) -> ReferenceOf:
 def dpo_loss(
     model: PreTrainedModel, batch: Batch, reference_of: ReferenceOf, stage: DpoConfig
 ) -> LossOutput:
-    """Sum over the row's examples of the chosen loss, with the paper's metrics."""
+    """Sum of the configured loss over the pack's examples, with the paper's metrics."""
     reference = reference_of(batch)
 
     def ranked(logprobs: Tensor, examples: slice) -> RankedLogprobs:
-        """Token log-probabilities of some of the row's examples -> their sequences'."""
+        """Token log-probabilities of some of the pack's examples -> those of their sequences."""
         k = batch.branches
         lengths = batch.sequence_lengths[examples.start * k : examples.stop * k]
         index = torch.repeat_interleave(lengths, output_size=len(logprobs))
@@ -222,7 +222,7 @@ def evaluate(
     reference_of: ReferenceOf | None,
     stage: DpoConfig,
 ) -> dict[str, float]:
-    """The training figures on the held-out rows; empty without any."""
+    """The training metrics on the held-out rows; empty without any."""
     if reference_of is None:
         return {}
     found = mean_figures(

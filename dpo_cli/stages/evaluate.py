@@ -52,11 +52,11 @@ from dpo_cli.session.workload import Workload, sampling_workload
 WIN_RATE = r"win_rate_t[\d.e+-]+"  # without its interval, _low and _high
 ROUND = 128  # completions of a prompt at once, where a GPU's memory decides on prompts
 NO_REFERENCE = "none: the KL is not measured (stage.reference)"
-A_FEW = 8  # samples kept of each policy but the last, of which all are
+A_FEW = 8  # samples kept per policy; of the last one all are
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Sample from each policy on the same held-out prompts; a row each in points.jsonl."""
+    """Sample from each policy on the same held-out prompts; one row per policy in points.jsonl."""
     stage = cast(EvaluateConfig, session.config.stage)
     points = find_policies(session.config, session.note)
     bench = set_up(session, stage, points)
@@ -72,13 +72,13 @@ def run(session: Session) -> dict[str, Any]:
     total = len(points) * len(bench.examples) * passes
     with session.progress.phase("evaluating", total) as tick:
         for number, point in enumerate(points, start=1):
-            figures, made = measure(session, stage, bench, point, best, wins, tick)
-            free(session)
+            figures, drawn = measure(session, stage, bench, point, best, wins, tick)
+            free_policy(session)
             measured.append(figures)
             rows.append(point.row(figures))
             write_points(session.run_dir / "points.jsonl", rows)
-            made = [{**row, "policy": point.label} for row in made]
-            samples += made if number == len(points) else made[:A_FEW]
+            drawn = [{**row, "policy": point.label} for row in drawn]
+            samples += drawn if number == len(points) else drawn[:A_FEW]
             write_rows(session.run_dir / "samples.jsonl", samples)
             if len(points) > 1:
                 session.note(f"{number}/{len(points)}  {brief_line(point, figures)}")
@@ -109,10 +109,10 @@ def plan(preview: Preview) -> Iterator[Row]:
 
 
 def sampling_rows(config: RunConfig, stage: EvaluateConfig) -> Iterator[Row]:
-    """What each policy writes, and what a judge is asked."""
-    yield "samples", f"up to {stage.prompts:,} prompts x {stage.completions:,} of a policy"
+    """How many samples each policy draws, and how many requests a judge gets."""
+    yield "samples", f"up to {stage.prompts:,} prompts x {stage.completions:,} per policy"
     if stage.reference_samples:
-        yield "", f"{stage.reference_samples:,} a prompt of the reference"
+        yield "", f"{stage.reference_samples:,} per prompt, of the reference"
     if stage.opponent is None:
         return
     judge = config.judge
@@ -120,8 +120,8 @@ def sampling_rows(config: RunConfig, stage: EvaluateConfig) -> Iterator[Row]:
     if isinstance(judge, HttpJudgeConfig):
         requests = stage.prompts * len(stage.win_temperatures) * (1 + judge.both_orders)
         server = f"{judge.model} at {endpoint_from_environment().host}"
-        most = f"at most {judge.max_calls:,} in all"
-        yield "", f"{server}: up to {requests:,} requests a policy, {most}"
+        most = f"at most {judge.max_calls:,} in total"
+        yield "", f"{server}: up to {requests:,} requests per policy, {most}"
 
 
 def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
@@ -142,9 +142,9 @@ def load_policy(session: Session, bench: Bench, point: PolicyPoint) -> PreTraine
     return policy.to(session.runtime.device).eval()  # type: ignore[arg-type]
 
 
-def free(session: Session) -> None:
-    """Give back a policy's memory: the parts of a model refer to each other, so that only the
-    collector frees them."""
+def free_policy(session: Session) -> None:
+    """Free a policy's memory: the modules of a model form reference cycles, which only the garbage
+    collector frees."""
     gc.collect()
     if session.runtime.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -161,7 +161,7 @@ def measure(
     session: Session, stage: EvaluateConfig, bench: Bench, point: PolicyPoint,
     best: Optimum | None, wins: WinRates | None, tick: Tick,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    """A policy's figures, and its samples as rows for people to read."""
+    """A policy's figures, and its samples as readable rows."""
     policy = load_policy(session, bench, point)
     samples = draw(session, bench, policy, stage, stage.completions, session.config.seed, tick)
     texts = texts_of(bench.tokenizer, samples)
@@ -214,7 +214,7 @@ def draw(
 
 
 def find_optimum(session: Session, stage: EvaluateConfig, bench: Bench) -> Optimum | None:
-    """From samples of the reference, or as an earlier evaluation found it."""
+    """The optimum from samples of the reference, or of an earlier evaluation."""
     if (
         bench.reference is None
         or bench.score is None
@@ -252,12 +252,12 @@ def reference_rewards(
 
 
 def write_points(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """JSON lines, written whole or not at all; NaN as null."""
+    """Write JSON lines atomically; NaN as null."""
     write_bytes(path, encode("".join(to_json(row) + "\n" for row in rows)))
 
 
 def brief_line(point: PolicyPoint, figures: dict[str, Any]) -> str:
-    """What a log says of a policy."""
+    """A policy's figures in one line of the log."""
     line = point.label
     if "reward" in figures:
         line += f"  reward {figures['reward']:.3f} ± {figures['reward_se']:.3f}"

@@ -1,4 +1,4 @@
-"""stage=frontier: evaluations drawn together, and what they say of each method."""
+"""stage=frontier: several evaluations in one plot, and a comparison of their methods."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from dpo_cli.report.frontier import (
 from dpo_cli.session.preview import Preview, Row
 from dpo_cli.session.session import Session
 
-AT_REFERENCE = 1e-3  # nats: a method that goes no further is the reference itself
+AT_REFERENCE = 1e-3  # nats: a method that stays below is the reference itself
 COLUMNS = (
     "method", "seed", "setting", "step", "kl", "reward", "kl_se", "reward_se",
     "optimum_reward_at_kl", "shortfall", "gradient_steps", "samples", "beyond_optimum",
@@ -69,7 +69,7 @@ def run(session: Session) -> dict[str, Any]:
     unknown = sum(row["kl"] is None for row in rows)
     unrewarded = sum(row["reward"] is None for row in rows)
     if unrewarded:
-        session.note(f"{unrewarded} points have no reward and are left out")
+        session.note(f"{unrewarded} points have no reward and are dropped")
     rows = [row for row in rows if row["kl"] is not None and row["reward"] is not None]
     if not rows:
         raise DataError(
@@ -77,7 +77,7 @@ def run(session: Session) -> dict[str, Any]:
             "stage.temperature=1.0"
         )
     if unknown:
-        session.note(f"{unknown} points have no KL and are left out")
+        session.note(f"{unknown} points have no KL and are dropped")
     rows = measured_once(rows, session.note)
     table = [[row.get(name) for name in COLUMNS] for row in redact(rows)]
     write_text(session.run_dir / "frontier.csv", csv_text([COLUMNS, *table]))
@@ -94,7 +94,7 @@ def run(session: Session) -> dict[str, Any]:
     kls = budgets([row["kl"] for own in trained.values() for row in own] or [1.0])
     summaries = [summarise(name, own, kls) for name, own in trained.items()]
     bounds = [summarise(BEST_OF, best_of, kls)] if best_of else []
-    tell(session, [*summaries, *bounds], verdicts(summaries, kls), kls, curves)
+    print_tables(session, [*summaries, *bounds], verdicts(summaries, kls), kls, curves)
     return figures([*summaries, *bounds])
 
 
@@ -119,7 +119,7 @@ def by_method(rows: Sequence[Point]) -> dict[str, list[Point]]:
 
 
 def optimum_curves(rows: Sequence[Point]) -> Curves:
-    """One curve an evaluation that measured it, from the reference at KL 0 (best of 1)."""
+    """One curve per evaluation that measured it, from the reference at KL 0 (best of 1)."""
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for row in rows:
         start = row["method"] == BEST_OF and row["setting"] == "n=1"
@@ -156,7 +156,7 @@ def cloud(name: str, rows: Sequence[Point]) -> Cloud:
 
 
 def mean_over_seeds(rows: Sequence[Point]) -> list[Point]:
-    """Best-of-n of several evaluations: one point an n, the mean reward."""
+    """Best-of-n of several evaluations: one point per n, the mean reward."""
     found: dict[str, list[Point]] = defaultdict(list)
     for row in rows:
         found[str(row["setting"])].append(row)
@@ -167,7 +167,7 @@ def mean_over_seeds(rows: Sequence[Point]) -> list[Point]:
 
 
 def verdicts(summaries: Sequence[Summary], kls: Sequence[float]) -> list[str]:
-    """A sentence a KL: which method leads, and whether that is more than chance."""
+    """A sentence per KL: which method leads, and whether by more than chance."""
     lines = []
     moved = [s for s in summaries if s.kl[1] > AT_REFERENCE]  # not the reference itself
     for lead in leads(moved, kls):
@@ -189,7 +189,7 @@ def optimum_at(curves: Curves, kl: float) -> Estimate | None:
     return Estimate(float(np.interp(kl, known[0], known[1])), math.nan)
 
 
-def tell(
+def print_tables(
     session: Session, summaries: Sequence[Summary], said: Sequence[str], kls: Sequence[float],
     curves: Curves,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""stage=inspect: what the model will be shown, token by token. Trains nothing."""
+"""stage=inspect: the encoded rows, token by token. Trains nothing."""
 
 from __future__ import annotations
 

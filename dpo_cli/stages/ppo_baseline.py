@@ -52,7 +52,7 @@ from dpo_cli.stages.rollout import (
     final_scores,
     measure,
     plan_rollouts,
-    reference_normaliser,
+    reference_normalizer,
     roll_out,
     scores_of,
     steps_of_rollout,
@@ -63,7 +63,7 @@ from dpo_cli.statistics import mean_and_error
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 
-EVAL_SEED = 7_919  # held-out prompts are sampled with the same draws at every evaluation
+EVAL_SEED = 7_919  # the same random numbers at every evaluation
 
 
 @dataclass
@@ -226,7 +226,7 @@ def prepare_state(session: Session, ppo: Ppo) -> None:
         ppo.actors.normaliser = Normaliser(*kept["score"])
     elif ppo.stage.normalize and ppo.stage.normalize_prompts:
         chosen = ppo.prompts[: ppo.stage.normalize_prompts]
-        ppo.actors.normaliser = reference_normaliser(session, ppo.actors, chosen, ppo.stage)
+        ppo.actors.normaliser = reference_normalizer(session, ppo.actors, chosen, ppo.stage)
 
 
 def ppo_loss(actors: Actors, batch: Batch, rollout: Rollout, stage: PpoConfig) -> LossOutput:
@@ -271,7 +271,7 @@ def ppo_loss(actors: Actors, batch: Batch, rollout: Rollout, stage: PpoConfig) -
 
 
 def evaluate(ppo: Ppo) -> dict[str, float]:
-    """Score and KL on held-out prompts; `loss` is what PPO lowers at its first KL weight.
+    """Score and KL on held-out prompts; `loss` is PPO's objective at the initial KL weight.
 
     Errors are left out where a single prompt has none.
     """

@@ -18,7 +18,7 @@ from dpo_cli.errors import DataError
 from dpo_cli.losses import reward_loss
 from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.records import Batch, EncodedExample, LossOutput
-from dpo_cli.rewards.normalization import normalise
+from dpo_cli.rewards.normalization import normalize
 from dpo_cli.session.balance import balanced
 from dpo_cli.session.models import Loading, load_policy_and_data, provenance_of
 from dpo_cli.session.preview import (
@@ -56,7 +56,7 @@ class Rows:
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Train on pairs or ranked lists; rewards are those of the model, margins not taken off."""
+    """Train on pairs or ranked lists; reported rewards are the model's, margins not subtracted."""
     stage, device = cast(RewardConfig, session.config.stage), session.runtime.device
     loaded = load_policy_and_data(session, Loading(read=load_reward_model))
     branches = check_responses([*loaded.splits.train, *loaded.splits.eval], stage)
@@ -90,8 +90,8 @@ def run(session: Session) -> dict[str, Any]:
         identity={"rows": loaded.splits.fingerprint, "margins": digest(train.margins)},
     )
     fit(task, session)
-    draw(session, loaded.model, held_out, stage)
-    return normalise(session, loaded)
+    draw_held_out(session, loaded.model, held_out, stage)
+    return normalize(session, loaded)
 
 
 def plan(preview: Preview) -> Iterator[Row]:
@@ -107,7 +107,7 @@ def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
 
 
 def check_responses(examples: Sequence[EncodedExample], stage: RewardConfig) -> int:
-    """K >= 2, the same for all examples; pairs where the options are of pairs."""
+    """K >= 2, the same for all examples; K = 2 where an option needs pairs."""
     check_lengths(examples, 2, "reward")
     counts = {len(e.response_ids) for e in examples}
     if len(counts) > 1:
@@ -117,7 +117,7 @@ def check_responses(examples: Sequence[EncodedExample], stage: RewardConfig) -> 
         if branches > 2 and getattr(stage, key):
             raise DataError(
                 f"stage.{key}={getattr(stage, key)}: takes pairs, the rows have {branches} "
-                f"responses: leave it out"
+                f"responses: remove it"
             )
     return branches
 
@@ -135,7 +135,7 @@ def margins_of(examples: Sequence[EncodedExample], device: torch.device) -> Tens
     for i in np.flatnonzero(margins < 0):
         raise DataError(
             f"stage.margins=true: row {examples[int(i)].row} scores its rejected response higher "
-            "than its chosen one: mend the row or use stage.margins=false"
+            "than its chosen one: fix the row or use stage.margins=false"
         )
     return torch.tensor(margins, dtype=torch.float32, device=device)
 
@@ -199,8 +199,10 @@ def pair_margins(values: Tensor) -> list[float]:
     return found
 
 
-def draw(session: Session, model: PreTrainedModel, rows: Rows, stage: RewardConfig) -> None:
-    """The held-out rewards of the finished model as a picture in `plots/`."""
+def draw_held_out(
+    session: Session, model: PreTrainedModel, rows: Rows, stage: RewardConfig
+) -> None:
+    """Plot the held-out rewards of the final model in `plots/`."""
     if not (rows.examples and session.config.logger.plots):
         return
     if rows.rewards is None:  # resumed after the last step

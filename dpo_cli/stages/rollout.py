@@ -134,7 +134,7 @@ def scores_of(
     return torch.tensor(actors.score(rows), dtype=torch.float32)
 
 
-def reference_normaliser(
+def reference_normalizer(
     session: Session, actors: Actors, examples: Sequence[EncodedExample], stage: PpoConfig
 ) -> Normaliser:
     """Mean and standard deviation of the score on one reference sample of each prompt."""

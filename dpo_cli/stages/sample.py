@@ -24,7 +24,7 @@ from dpo_cli.session.workload import Workload, sampling_workload
 
 
 def run(session: Session) -> dict[str, Any]:
-    """A row a prompt and temperature: {prompt, completions, finished, temperature}.
+    """A row per prompt and temperature: {prompt, completions, finished, temperature}.
 
     The figures count what was written.
     """
@@ -75,7 +75,7 @@ def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
 
 
 def sampling_options(session: Session, stage: SampleConfig) -> list[SamplingOptions]:
-    """One a temperature, each with random numbers of its own; greedy completions are all equal."""
+    """One per temperature, each with its own seed; greedy completions are all equal."""
     return [
         SamplingOptions(
             completions=stage.completions if temperature > 0 else 1,

@@ -84,7 +84,8 @@ def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
 
 
 def targets_of(examples: list[EncodedExample], train_on_prompt: bool) -> list[EncodedExample]:
-    """One branch an example. On the prompt too: all but its first token become targets."""
+    """The first response of each example. train_on_prompt: all but the prompt's first token become
+    targets too."""
     single = keep_responses(examples, 1)
     if not train_on_prompt:
         return single
@@ -99,7 +100,7 @@ def targets_of(examples: list[EncodedExample], train_on_prompt: bool) -> list[En
 
 
 def sft_loss(model: PreTrainedModel, batch: Batch, reduction: str) -> LossOutput:
-    """Negative log-likelihood; `mean` weighs by tokens, `sum` by examples."""
+    """Negative log-likelihood; `mean` weights by tokens, `sum` by examples."""
     loss, logprobs = loss_and_logprobs(model, batch, lambda values, _: -values.sum())
     tokens, examples = float(len(logprobs)), float(len(batch.example_ids))
     return LossOutput(

@@ -2,9 +2,9 @@
 records of a task for that.
 
 <run_dir>/02-dpo-0.json   status   started | done
-                          inputs   overrides, files, what the used tasks wrote, version
-                          outputs  their identity, once done
-                          seconds  spent on it, over all its starts with these inputs
+                          inputs   overrides, files, outputs of the used tasks, version
+                          outputs  their identity, once finished
+                          seconds  spent on it, summed over all starts with these inputs
                           finished_seconds   what the last finished one took
 """
 
@@ -25,7 +25,7 @@ from dpo_cli.run_folder import JOBS, SWEEP, is_used, read_json
 from dpo_cli.workflow.expand import Folders, Task, resolve
 from dpo_cli.workflow.file import Recipe
 
-HASHED_BYTES = 16 * 2**20  # larger files count by name and size; their summary tells the rest
+HASHED_BYTES = 16 * 2**20  # of larger files name and size count; metrics show the rest
 PENDING = "not there yet"  # identity of a step that has yet to run
 OUTPUT_NAMES = ("summary.json", "sweep.csv")  # beside *.jsonl and what is in final/
 
@@ -39,7 +39,7 @@ class Decision:
 
 
 def record_of(task: Task, run_dir: Path) -> dict[str, Any]:
-    """What the task's last start and end left behind; empty if it never started."""
+    """The record of the task's last start; empty if it never started."""
     return read_json(run_dir / f"{task.label}.json")
 
 

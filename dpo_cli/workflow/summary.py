@@ -1,4 +1,4 @@
-"""What a recipe prints: what it did, and how its models compare."""
+"""What a recipe prints at the end: its steps, and a comparison of its models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dpo_cli.report.console import brief, cell
 from dpo_cli.run_folder import read_json
 
 SHOWN_PROMPTS = 3
-SHOWN_ROWS = 20  # of more, those of one step are a row
+SHOWN_ROWS = 20  # of more, each step has one row
 DONE = {"run": "ran", "resume": "resumed", "skip": "skipped"}
 
 Row = TypeVar("Row")
@@ -25,7 +25,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a task; plain values."""
+    """How a task ended, as plain values."""
 
     name: str  # dpo
     step: str  # 02-dpo
@@ -110,9 +110,9 @@ def figures_table(labels: Sequence[str], summaries: Sequence[Sequence[dict[str, 
 
 
 def averaged(values: Sequence[Any]) -> Any:
-    """A value that all have as it is, of numbers their mean ± standard deviation (n - 1).
+    """A value that all share, or the mean ± standard deviation (n - 1) of the numbers.
 
-    Where only k of n have the number, it is of those, with (k).
+    Where only k of n have the number, it is over those k, with (k).
     """
     numbers = [value for value in values if _is_number(value)]
     if all(value == values[0] for value in values):

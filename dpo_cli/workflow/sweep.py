@@ -1,13 +1,13 @@
 """A sweep (-m): every job in a process of its own, one table at the end.
 
 Hydra's sweeper makes the jobs and its launcher (local, joblib, submitit) calls `run_job`
-for each, here or on another machine; what is known of a job comes back as a file.
+for each, here or on another machine; each job leaves its result as a file.
 
     <sweep folder>/0/ 1/ ...     the run folders        jobs/0.json ...  how each job ended
                    multirun.yaml what Hydra composed    sweep.csv        all numbers
-                   sweep.json    its words              old/0-1 ...      jobs run anew
+                   sweep.json    its overrides          old/0-1 ...      jobs that were run again
 
-With `resume=true` a sweep goes on in its folder: jobs that ended well are left alone.
+With `resume=true` a sweep continues in its folder and skips the jobs that succeeded.
 """
 
 from __future__ import annotations
@@ -45,17 +45,19 @@ from dpo_cli.train.guard import run_lock
 from dpo_cli.workflow.child import as_override, run_child, shell_status
 from dpo_cli.workflow.state import Decision, decide, identity
 
-SAID = {"skip": ": done earlier", "resume": ": resumed", "run": ""}
+SAID = {"skip": ": finished earlier", "resume": ": resumed", "run": ""}
 
 
 @contextmanager
 def claimed(chosen: str, words: Sequence[str], resume: bool = False) -> Iterator[Path]:
     """Hold the sweep's folder, `chosen` or a new one; no two sweeps get the same.
 
-    words: what the sweep was started with; one that is resumed must be the same sweep.
+    words: its overrides; a sweep that is resumed must have the same.
     """
     if resume and not chosen:
-        raise ConfigError("resume=true: which sweep? give hydra.sweep.dir=<its folder>")
+        raise ConfigError(
+            "resume=true: needs the sweep to resume; set hydra.sweep.dir=<its folder>"
+        )
     folder = Path(chosen or f"runs/sweep-{unique_name()}")
     if not resume:
         _refuse_used(folder)
@@ -64,9 +66,9 @@ def claimed(chosen: str, words: Sequence[str], resume: bool = False) -> Iterator
     make(folder)
     with run_lock(folder):
         if not resume:
-            _refuse_used(folder)  # of two that found it empty, one gets here first
+            _refuse_used(folder)  # two may have found it empty at once
             write_json(folder / SWEEP, {"overrides": redact(list(words))})
-        for path in folder.iterdir():  # a killed sweep leaves its job at work
+        for path in folder.iterdir():  # a killed sweep may leave its job running
             if path.is_dir():
                 refuse_locked(path)
         make(folder / JOBS)
@@ -79,7 +81,7 @@ def _refuse_used(folder: Path) -> None:
 
 
 def _refuse_other(folder: Path, words: Sequence[str]) -> None:
-    """Raise ConfigError unless the folder's sweep was started with the same words."""
+    """Raise ConfigError unless the folder's sweep was started with the same overrides."""
     if not (folder / SWEEP).is_file():
         raise ConfigError(f"resume=true: hydra.sweep.dir={folder} is not the folder of a sweep")
     before, now = (
@@ -89,7 +91,7 @@ def _refuse_other(folder: Path, words: Sequence[str]) -> None:
     if before != now:
         raise ConfigError(
             f"resume=true: the sweep in {folder} was started with {' '.join(before)}; give the "
-            "same words in the same order, or choose another folder"
+            "same overrides in the same order, or choose another folder"
         )
 
 

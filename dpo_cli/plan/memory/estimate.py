@@ -1,7 +1,7 @@
-"""Memory of one device at each moment of a run, and so at its peak.
+"""Memory of one device at each moment of a run, and so its peak.
 
-Parts that never live at once are never added: rollouts need a cache of keys and values, and
-steps gradients and activations.
+Parts that are never allocated at once are not added: rollouts need a cache of keys and values,
+steps need gradients and activations.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SAMPLING, SCORING, REFERENCE = "sampling", "scoring a micro-batch", "the referen
 LOADING = "loading"
 # Beside tensors. cpu: Python with its libraries; cuda: the context, kernels, workspaces.
 PROGRAM = {"cpu": 600 * 2**20, "cuda": 900 * 2**20}
-SLACK = {"cpu": 0.10, "cuda": 0.05}  # of the rest: what an allocator holds and cannot use
+SLACK = {"cpu": 0.10, "cuda": 0.05}  # of the rest: what an allocator holds unused
 ONEDNN = 100 * 2**20  # of a CPU's bf16 matrix products, which lay out their operands anew
 
 
@@ -46,7 +46,7 @@ class Estimate:
 
     @property
     def moment(self) -> str:
-        """The one that needs most."""
+        """The peak."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
@@ -66,13 +66,13 @@ def estimate(config: RunConfig, facts: Facts) -> Estimate:
 
 
 def saved_bytes(config: RunConfig, facts: Facts) -> float:
-    """What a checkpoint holds, and so what a copy of the state takes of the host's memory."""
+    """What a checkpoint holds, and so the host memory that a copy of the state takes."""
     learnt = Run(config, facts).learnt
     return learnt.size * learnt.parameters + state_bytes(config.optim, learnt)
 
 
 def _around(parts: Parts, facts: Facts) -> Parts:
-    """What is there beside tensors."""
+    """Memory beside tensors."""
     products = ONEDNN if facts.half and facts.device == "cpu" else 0
     allocator = SLACK[facts.device] * sum(parts.values()) + products
     return {"allocator": allocator, "program": PROGRAM[facts.device]}
@@ -83,12 +83,12 @@ def _training(run: Run) -> dict[str, Parts]:
     shards = run.sharing.shards
     held: Parts = {
         "weights": weights_of(run),
-        "optimiser state": state_bytes(config.optim, learnt) / shards,
+        "optimizer state": state_bytes(config.optim, learnt) / shards,
         "reference": reference_of(run) / shards,
         "reward model": float(FLOAT * facts.scorer),
     }
     gradients = {"gradients": learnt.size * learnt.parameters / shards}
-    # In a step of one micro-batch gradients come as activations go.
+    # In a step of one micro-batch gradients replace activations.
     meanwhile = gradients if run.step > run.rows.tokens else {}
     kept = {**held, **activations_of(run), **meanwhile}
     working = working_bytes(facts.shape, run.numbers, run.rows)

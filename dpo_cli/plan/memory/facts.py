@@ -1,4 +1,4 @@
-"""What an estimate reads beside the configuration: lengths of the rows, memory of the device."""
+"""Inputs of an estimate beside the configuration: text lengths, device memory."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def texts_of(lengths: Sequence[Lengths], steps: Iterable[Sequence[int]]) -> Text
 
 
 def capacity(hardware: HardwareConfig, device: str) -> float | None:
-    """Bytes of one device: `hardware.memory_gb` (GiB), else as found; None if neither says.
+    """Bytes of one device: `hardware.memory_gb` (GiB), else as detected; None if unknown.
 
     Processes on a CPU share its memory.
     """
@@ -79,8 +79,8 @@ def capacity(hardware: HardwareConfig, device: str) -> float | None:
 
 
 def room(hardware: HardwareConfig, device: torch.device) -> float:
-    """Bytes of a CUDA device that this process has or could have now, its context not counted; no
-    more than `hardware.memory_gb`."""
+    """Bytes of a CUDA device that this process holds or could allocate, without its context; at
+    most `hardware.memory_gb`."""
     free, _ = torch.cuda.mem_get_info(device)
     found = float(free + torch.cuda.memory_reserved(device))
     return found if hardware.memory_gb is None else min(found, hardware.memory_gb * 2**30)
