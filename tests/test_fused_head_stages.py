@@ -25,7 +25,7 @@ def test_a_refusal_is_told_when_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr(fused_head, "refused", lambda shape: "no C compiler")
     note_head(on_cuda(notes), build("gpt2"), "model.path")
     assert notes[1:] == [
-        "model.path: log-probabilities by plain operations, which are slower (no C compiler)"
+        "model.path: log-probabilities use plain operations, which are slower (no C compiler)"
     ]
     monkeypatch.setattr(fused_head, "refused", lambda shape: None)
     note_head(on_cuda(notes), build("gpt2"), "model.path")

@@ -179,7 +179,7 @@ def test_the_plan_counts_the_jobs_that_are_left(
     capfd.readouterr()
     assert run_cli("dry_run=true") == 0
     out = capfd.readouterr().out
-    assert "left to do: ~4 of ~6 minutes; no figure for 1 of 2 steps" in out
+    assert "time left: ~4 of ~6 minutes; no estimate for 1 of 2 steps" in out
     assert "│ 01-grid │ resume │    3 │      ~6 │" in out
 
 
