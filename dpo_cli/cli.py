@@ -1,7 +1,7 @@
 """`dpo-run`: from the command line to one run, a sweep or a recipe.
 
 Hydra composes the configuration; it neither makes folders nor runs anything but sweeps.
-A user's mistake becomes one line and an exit code, a bug of ours keeps its traceback.
+A user's mistake is reported in one line with an exit code; a bug keeps its traceback.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough: `| head`
+    except BrokenPipeError:  # the reader closed the pipe: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = BROKEN_PIPE
     if code:
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fail_together(error: UserError) -> int:
-    """Of many ranks that end for one reason, the launcher speaks; alone, the first one does."""
+    """Of many ranks that fail for one reason, the launcher reports it; without ours, the first."""
     if isinstance(error, PeerLost):
         return error.exit_code
     elastic.record(error)
@@ -62,7 +62,7 @@ def fail_together(error: UserError) -> int:
 
 
 def report_error(error: UserError) -> int:
-    """Print the error, several problems as a list."""
+    """Print the error; several problems as a list."""
     first, *others = str(error).splitlines() or [type(error).__name__]
     if others:
         lines = [f"error: {len(others) + 1} problems", *(f"  {line}" for line in [first, *others])]
@@ -80,7 +80,7 @@ def dispatch(words: list[str]) -> int:
         elastic.end_with_the_launcher()
     if elastic.rank():
         _let_segments_grow()
-        return _follow(words)
+        return _run_rank(words)
     if any(word.startswith("recipe=") for word in words):
         from dpo_cli.workflow.recipe import run_recipe
 
@@ -110,7 +110,7 @@ def _resume_folder(words: Sequence[str]) -> Path | None:
 
 
 def _stored_command(folder: Path, words: Sequence[str]) -> list[str]:
-    """The command that started the run in `folder`, with the new words on top."""
+    """The command that started the run in `folder`; new overrides take precedence."""
     from dpo_cli import run_folder
     from dpo_cli.workflow.child import as_override
 
@@ -152,7 +152,7 @@ def _parse(words: Sequence[str]) -> Namespace:
 
 
 def _flags(args: Namespace) -> list[str]:
-    """Hydra's flags again, without those that dpo-run has dealt with."""
+    """Hydra's flags again, without those that dpo-run handles."""
     valued = {"--cfg": args.cfg, "--package": args.package, "--info": args.info}
     valued["--config-name"] = args.config_name
     switches = {"--resolve": args.resolve, "--hydra-help": args.hydra_help}
@@ -166,7 +166,7 @@ def _ask_hydra(args: Namespace) -> None:
     try:
         _hydra_main(args)
     except ConfigError:
-        if not args.shell_completion:  # there, a half-typed line is no mistake
+        if not args.shell_completion:  # there a line may be incomplete
             raise
 
 
@@ -191,8 +191,8 @@ def _refuse_ranks(what: str) -> None:
         raise ConfigError(f"torchrun: starts one run, not {what}; use dpo-run hardware.devices=")
 
 
-def _follow(words: list[str]) -> int:
-    """A rank but the first: what to do comes from that one."""
+def _run_rank(words: list[str]) -> int:
+    """A rank other than the first, which sends it the configuration."""
     config, code = elastic.follow()
     if config is None:
         return code
@@ -206,19 +206,20 @@ def _follow(words: list[str]) -> int:
 def _run(cfg: DictConfig, words: list[str]) -> int:
     """Check everything that can be checked cheaply, then claim the folder and run."""
     from dpo_cli import run_folder
+    from dpo_cli.config import spec_of
     from dpo_cli.config.read import prepare
 
     config = prepare(cfg, words)
     config = config if elastic.rank() is None else elastic.as_started(config)
     chosen = config.run_dir or (cfg.hydra.run.dir if cfg.hydra.run.dir != "." else "")
-    if not chosen and config.stage.name == "inspect":  # leaves nothing to look at later
+    if not chosen and not spec_of(config.stage).keeps_folder:
         with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch:
             return _start(cfg, config, Path(scratch), words)
     folder = Path(chosen) if chosen else run_folder.default_run_dir(config)
     if config.resume and not chosen:
-        raise ConfigError("resume=true: which run? give resume=<run folder>")
+        raise ConfigError("resume=true: needs the run to resume; give resume=<run folder>")
     if elastic.rank() is None and elastic.on_several_nodes(config):
-        return elastic.launch(config, words)  # the folder is for the first rank to look at
+        return elastic.launch(config, words)  # the first rank checks the folder
     try:
         return _start(cfg, config, folder, words)
     except UserError:
@@ -228,13 +229,13 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
 
 
 def _start(cfg: DictConfig, config: RunConfig, folder: Path, words: list[str]) -> int:
-    """Claim the folder and run, here or in a process per device."""
+    """Claim the folder and run, here or in one process per device."""
     from dpo_cli import run_folder
 
     leading = elastic.rank() is not None
     run_folder.check_free(folder, config.resume)
     config.run_dir = str(folder)
-    config.resume &= not run_folder.is_bare(folder)  # else it never got going
+    config.resume &= not run_folder.is_bare(folder)  # else it never started
     environment = {str(key): str(value) for key, value in cfg.hydra.job.env_set.items()}
     os.environ.update(environment)
     _let_segments_grow()
@@ -258,14 +259,14 @@ def _start(cfg: DictConfig, config: RunConfig, folder: Path, words: list[str]) -
 
 
 def _let_segments_grow() -> None:
-    """Packed rows differ in length in every micro-batch, which would leave holes in the fixed
-    segments of PyTorch's CUDA allocator. It reads this when torch is imported."""
+    """Packs differ in length in every micro-batch, which would fragment the fixed segments of
+    PyTorch's CUDA allocator. It reads this when torch is imported."""
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name: the user's choice
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _sweep(args: Namespace) -> int:
-    """Hand the jobs to Hydra, then sum up."""
+    """Let Hydra run the jobs, then summarize."""
     from dpo_cli.config import hydra as overrides
     from dpo_cli.workflow import sweep
 

@@ -10,6 +10,7 @@ Shape letters used throughout:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,8 @@ class EncodedExample:
     """Token ids of a prompt (with BOS where the model has one) and of each response.
 
     A response ends with EOS unless it was cut, to a limit or when it was sampled. All arrays
-    are int32 and 1-D. key: of the prompt's content, see data/trained.py; 0: unknown.
+    are int32 and 1-D. key: of the prompt's content, see data/trained.py; 0: unknown. prompt_json:
+    the prompt as its source has it, as UTF-8 of JSON, which takes less memory than messages do.
     """
 
     prompt_ids: np.ndarray
@@ -59,6 +61,13 @@ class EncodedExample:
     row: int
     scores: tuple[float, ...] | None = None
     key: int = 0
+    prompt_json: bytes = b'""'
+
+    @property
+    def prompt(self) -> Prompt:
+        """As the source has it: text, or the messages of a chat."""
+        prompt: Prompt = json.loads(self.prompt_json)
+        return prompt
 
     @property
     def packed_tokens(self) -> int:

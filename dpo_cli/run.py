@@ -1,4 +1,4 @@
-"""One run, top to bottom: lock the folder, say what it is, do the stage, sum up."""
+"""One run, top to bottom: lock the folder, record the settings, run the stage, summarize."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from dpo_cli.report.curves import training_figures
 from dpo_cli.report.files import redact, versions, write_redacted_json, write_run_files
 from dpo_cli.report.sinks import Sink, open_sinks
 from dpo_cli.report.table import summary_table
-from dpo_cli.session.session import Session, base_provenance
+from dpo_cli.session.models import base_provenance
+from dpo_cli.session.session import Session
 from dpo_cli.stages import load_stage
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import run_lock
 from dpo_cli.train.memory import explained, smaller_next_time
 from dpo_cli.train.runtime import start_runtime
 
-# What a resumed run may change without becoming another run.
+# Keys that may differ when a run is resumed.
 MAY_CHANGE = (
     "run_dir", "resume", "dry_run", "cache_dir", "logger.",
     "hardware.device", "hardware.nodes", "hardware.sharding", "hardware.timeout_seconds",
@@ -43,16 +44,16 @@ MAY_CHANGE = (
 
 
 def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
-    """Do the configured stage in `config.run_dir` and return its figures (summary.json)."""
+    """Run the configured stage in `config.run_dir` and return its figures (summary.json)."""
     ranks = current()
     if not ranks.first:
-        help_out(config)
+        run_other_rank(config)
         return {}
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with run_lock(run_dir):
-        asked = config
-        config = ranks.from_first(lambda: dated(asked, run_dir))
+        given = config
+        config = ranks.from_first(lambda: dated(given, run_dir))
         snapshot = ranks.from_first(lambda: resume_point(config, run_dir))
         write_run_files(run_dir, asdict(config), argv)
         runtime = start_runtime(config.hardware, config.seed)
@@ -70,8 +71,8 @@ def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
             return finish(config, run_dir, figures, argv, session)
 
 
-def help_out(config: RunConfig) -> None:
-    """Another rank's part: the same work, and whatever it writes goes to a folder of its own."""
+def run_other_rank(config: RunConfig) -> None:
+    """A rank other than the first: the same work, writing to a temporary folder."""
     own = config
     config = current().from_first(lambda: own)
     snapshot = current().from_first(lambda: None)
@@ -86,7 +87,7 @@ def help_out(config: RunConfig) -> None:
 def finish(
     config: RunConfig, run_dir: Path, figures: dict[str, Any], argv: list[str], session: Session
 ) -> dict[str, Any]:
-    """Curves, model card, summary.json, a table on the console, and the report of it all."""
+    """Write curves, model card, summary.json and the report; print a table."""
     figures |= training_figures(run_dir / "metrics.jsonl")
     summary = {"stage": config.stage.name, "run_dir": str(run_dir), **figures}
     if config.logger.plots:
@@ -97,7 +98,7 @@ def finish(
         write_model_card(run_dir / "final", card_facts(config, figures, argv, session), run_dir)
     write_redacted_json(run_dir / "summary.json", summary)
     session.progress.show(summary_table(config.stage.name, figures.items()))
-    if config.stage.name != "inspect":
+    if spec_of(config.stage).keeps_folder:
         session.progress.note(f"results in {run_dir}")
     if config.logger.report and spec_of(config.stage).reported:
         from dpo_cli.report.page import write_run_report  # so is jinja2
@@ -108,8 +109,8 @@ def finish(
 
 
 def dated(config: RunConfig, run_dir: Path) -> RunConfig:
-    """With the day that chat templates are told: of this run's start, of the run that made the
-    model, or today."""
+    """With the date that chat templates see: of this run's start, of the run that made the model,
+    or today."""
     date = config.data.date
     if date is None and config.resume and (run_dir / "config.yaml").is_file():
         stored = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -121,7 +122,7 @@ def dated(config: RunConfig, run_dir: Path) -> RunConfig:
 
 
 def first_command(run_dir: Path, argv: list[str]) -> list[str]:
-    """How the run was started; a resume alone would not say."""
+    """The command that started the run, which a resumed one stored earlier."""
     lines = (run_dir / "command.txt").read_text().splitlines()
     return shlex.split(lines[0]) if lines else argv
 
@@ -159,8 +160,7 @@ def sinks_of(config: RunConfig, run_dir: Path, step: int) -> Iterator[list[Sink]
 
 
 def resume_point(config: RunConfig, run_dir: Path) -> checkpoint.Snapshot | None:
-    """The newest valid checkpoint of this very run; None for a fresh one, or one that had not
-    saved any yet."""
+    """The newest valid checkpoint of this run; None for a new run, or one that has saved none."""
     if not config.resume:
         return None
     stored = run_dir / "config.yaml"
@@ -169,7 +169,7 @@ def resume_point(config: RunConfig, run_dir: Path) -> checkpoint.Snapshot | None
     changes = differences(yaml.safe_load(stored.read_text()), redact(asdict(config)))
     if changes:
         raise ConfigError(
-            f"resume: this is another run than the one in {run_dir}: " + "; ".join(changes)
+            f"resume: settings differ from those of the run in {run_dir}: " + "; ".join(changes)
         )
     if not checkpoint.steps_in(run_dir / "checkpoints"):
         return None

@@ -1,4 +1,4 @@
-"""A run's folder before the run: its name, its claim, and how Hydra composed it."""
+"""A run's folder before the run starts: its name, its lock, and the composed configuration."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from dpo_cli.errors import ConfigError, DiskError, RunLockedError
 from dpo_cli.report.files import redact
 from dpo_cli.train.guard import run_lock
 
-COMPOSED = ".hydra"  # Hydra's own name for the folder of what was composed
+COMPOSED = ".hydra"  # Hydra's own name for the folder of the composed configuration
 LOCK = ".lock"
 SWEEP = "sweep.json"  # what a sweep was started with, in its folder
 JOBS = "jobs"  # beside it: how each job ended
 STALE = {COMPOSED, "config.yaml", "command.txt", "versions.json", "metrics.jsonl", "tensorboard"}
-PAPERS = STALE | {LOCK, "wandb", "wandb_run_id.txt"}  # all that a start writes before it works
+START_FILES = STALE | {LOCK, "wandb", "wandb_run_id.txt"}  # all that a start writes before work
 
 
 def unique_name() -> str:
-    """`<time>-<4 hex>`: runs started in the same second must not meet."""
+    """`<time>-<4 hex>`: runs started in the same second need different folders."""
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
@@ -40,7 +40,7 @@ def default_run_dir(config: RunConfig) -> Path:
 
 
 def _slug(name: str) -> str:
-    """A name that is one folder's, whatever was written: no separators, no leading dots."""
+    """A name as part of a folder's name: no separators, no leading dots."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "unnamed"
 
 
@@ -49,8 +49,8 @@ def is_used(folder: Path) -> bool:
 
 
 def check_free(folder: Path, resume: bool) -> None:
-    """Raise ConfigError unless a run may start there (resume: or go on), RunLockedError if
-    one is at work."""
+    """Raise ConfigError unless a run may start there (resume: or continue), RunLockedError if one
+    is running."""
     if not is_used(folder):
         return
     refuse_locked(folder)
@@ -61,12 +61,12 @@ def check_free(folder: Path, resume: bool) -> None:
         raise ConfigError(f"run_dir={folder}: is not a run folder; choose another to resume")
     if not resume:
         other = "choose another run_dir"
-        remedy = f"go on with dpo-run resume={folder}, or {other}" if is_run else other
+        remedy = f"continue it with dpo-run resume={folder}, or {other}" if is_run else other
         raise ConfigError(f"run_dir={folder}: is not empty; {remedy}")
 
 
 def is_bare(folder: Path) -> bool:
-    """Whether nothing is there but the papers of a start that failed before it did anything."""
+    """Whether the folder holds at most the files of a start that failed before any work."""
     if not is_used(folder):
         return True
     if not folder.is_dir():
@@ -74,12 +74,12 @@ def is_bare(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     metrics = folder / "metrics.jsonl"
     ours = _is_run(folder) or names <= {COMPOSED, LOCK}
-    return ours and names <= PAPERS and not (metrics.exists() and metrics.stat().st_size)
+    return ours and names <= START_FILES and not (metrics.exists() and metrics.stat().st_size)
 
 
 def remove_bare(folder: Path) -> None:
-    """Take away what a start that failed has left, if that is all there is; and `runs/`, if there
-    is nothing else in it."""
+    """Remove the files of a failed start, if there is nothing else; and `runs/`, if that is empty
+    then."""
     if not (folder.is_dir() and is_bare(folder)):
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -88,14 +88,14 @@ def remove_bare(folder: Path) -> None:
 
 
 def refuse_locked(folder: Path) -> None:
-    """Raise RunLockedError if another process works in the folder."""
+    """Raise RunLockedError if another process uses the folder."""
     if (folder / LOCK).exists():  # asking creates the file, so ask only in run folders
         with run_lock(folder):
             pass
 
 
 def set_aside(folder: Path, stem: Path) -> None:
-    """Keep a folder as `<stem>-1`, `-2`, ..., whichever is free: it may hold a model."""
+    """Rename a folder to `<stem>-1`, `-2`, ..., whichever is free: it may hold a model."""
     number = 1
     while (old := stem.with_name(f"{stem.name}-{number}")).exists():
         number += 1
@@ -155,12 +155,12 @@ def _store(folder: Path, cfg: DictConfig) -> None:
 
 
 def task_overrides(cfg: DictConfig) -> list[str]:
-    """What the user wrote, Hydra's own settings aside; interpolations stay as they are."""
+    """The user's overrides without Hydra's own; interpolations are not resolved."""
     return _words(cfg.hydra.overrides.task)
 
 
 def composed_with(cfg: DictConfig) -> list[str]:
-    """The words beside the overrides that compose the same YAML again."""
+    """The arguments beside the overrides that compose the same configuration again."""
     words = _words(cfg.hydra.overrides.hydra)
     name = cfg.hydra.job.config_name
     return [word for word in words if key_of(word) == "hydra.searchpath"] + (

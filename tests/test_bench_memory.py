@@ -24,8 +24,8 @@ def test_estimated_beside_measured(
     # 29,184 weights: 64 x 32 words, 1024 x 32 places, two blocks of 12,704, the last norm
     weights = (64 * 32 + 1024 * 32 + 2 * 12_704 + 64) * 4 / 2**20
     assert full["parts_mb"]["weights"] == pytest.approx(weights)
-    assert full["parts_mb"]["optimiser state"] == pytest.approx(2 * weights)
-    assert rmsprop["parts_mb"]["optimiser state"] == pytest.approx(weights)
+    assert full["parts_mb"]["optimizer state"] == pytest.approx(2 * weights)
+    assert rmsprop["parts_mb"]["optimizer state"] == pytest.approx(weights)
     for run_facts in (full, rmsprop):
         parts = run_facts["parts_mb"]
         assert run_facts["estimated_mb"] == pytest.approx(sum(parts.values()) - parts["program"])

@@ -304,6 +304,26 @@ class TestCache:
         assert ids.dtype == np.int32
         assert ids.flags.writeable  # torch.from_numpy warns otherwise
 
+    def test_prompts_are_kept_as_their_source_has_them(
+        self, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Texts of any script; after the first load no source is read."""
+        texts = [
+            "plain",
+            "naïve 漢字 🎉",
+            'a "quote" \\ and\n\u2028 lines',
+            "\t",
+        ]
+        rows = [{"prompt": f"{text} {i}", "chosen": "a", "rejected": "b"}
+                for i, text in enumerate(texts * 6)]  # fmt: skip
+        file.write_text("\n".join(map(json.dumps, rows)))
+        for _ in range(2):  # the second time out of the cache
+            found = self.load(file, tmp_path / "cache")
+            examples = [*found.train, *found.eval]
+            assert len(examples) == len(rows)
+            assert all(e.prompt == rows[e.row]["prompt"] for e in examples)
+            monkeypatch.setattr(dataset, "read_source", None)
+
     def test_changes_are_seen(self, file: Path, tmp_path: Path) -> None:
         cache = tmp_path / "cache"
         base = self.load(file, cache)

@@ -8,19 +8,21 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.image import imread
 from rich.console import Console
 
-from dpo_cli.config import FrontierConfig
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.evaluation.methods import budgets, leads, mean_curve, summarize, within
+from dpo_cli.evaluation.points import measured_once
 from dpo_cli.evaluation.policies import POINT_KEYS
-from dpo_cli.plan.dry_run import frontier_rows
 from dpo_cli.report import frontier as picture
 from dpo_cli.report.console import Progress
 from dpo_cli.report.frontier import Cloud, _caption, kl_limit, styles
 from dpo_cli.run import run
-from dpo_cli.stages.frontier import COLUMNS, cloud, measured_once, verdicts
+from dpo_cli.session.preview import Preview
+from dpo_cli.stages.frontier import COLUMNS, cloud, plan, verdicts
+from dpo_cli.train.runtime import Runtime
 from small_runs import configure
 
 
@@ -245,16 +247,21 @@ def test_a_policy_measured_twice_counts_once():
         row("optimum", 1.0, 0.3, policy="r/a"),
     ]
     assert [r["reward"] for r in measured_once(rows, told.append)] == [0.2, 0.3, 0.4, 0.5, 0.3]
-    assert told == ["1 point is left out: a later evaluation has the same policy again"]
+    assert told == ["1 point is dropped: a later evaluation has the same policy"]
 
 
 def test_a_dry_run_lists_the_evaluations_and_refuses_mixed_ones(tmp_path):
     first = evaluation(tmp_path / "a", points(0))
     other = evaluation(tmp_path / "b", points(1)[:3], max_new_tokens=64)
-    stage = FrontierConfig(evaluations=[str(first), str(first)])
-    assert frontier_rows(stage) == [("evaluations", "1, 9 points"), ("", f"{first}: 9")]
+    assert planned(first, first)[1:] == [("evaluations", "1, 9 points"), ("", f"{first}: 9")]
     with pytest.raises(ConfigError, match=r"differ in stage\.max_new_tokens"):
-        frontier_rows(FrontierConfig(evaluations=[str(first), str(other)]))
+        planned(first, other)
+
+
+def planned(*folders):
+    """The lines of a dry run that draws these evaluations."""
+    config = configure("stage=frontier", f"stage.evaluations=[{','.join(map(str, folders))}]")
+    return list(plan(Preview(config, Runtime(torch.device("cpu"), "fp32"))))
 
 
 @pytest.mark.parametrize(

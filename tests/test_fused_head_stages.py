@@ -6,8 +6,8 @@ import torch
 
 from dpo_cli.logprobs import fused_head
 from dpo_cli.model.attention.registered import Placement
+from dpo_cli.session.models import note_head
 from dpo_cli.session.reference import reference_key
-from dpo_cli.session.session import note_head
 from small_models import build, examples
 
 
@@ -15,7 +15,7 @@ def on_cuda(notes=None):
     """What a stage is told of where it computes, for a session on a GPU that is not there."""
     device = torch.device("cuda", 0)
     return SimpleNamespace(
-        placement=Placement(device, torch.bfloat16), note=notes and notes.append,
+        placement=Placement(device, torch.bfloat16, notes.append if notes else print),
         runtime=SimpleNamespace(device=device, precision="bf16"),
     )  # fmt: skip
 
@@ -23,12 +23,12 @@ def on_cuda(notes=None):
 def test_a_refusal_is_told_when_the_model_is_loaded(monkeypatch):
     notes = [""]
     monkeypatch.setattr(fused_head, "refused", lambda shape: "no C compiler")
-    note_head(on_cuda(notes), build("gpt2"), "model.path")
+    note_head(build("gpt2"), on_cuda(notes).placement, "model.path")
     assert notes[1:] == [
-        "model.path: log-probabilities by plain operations, which are slower (no C compiler)"
+        "model.path: log-probabilities use plain operations, which are slower (no C compiler)"
     ]
     monkeypatch.setattr(fused_head, "refused", lambda shape: None)
-    note_head(on_cuda(notes), build("gpt2"), "model.path")
+    note_head(build("gpt2"), on_cuda(notes).placement, "model.path")
     assert len(notes) == 2
 
 

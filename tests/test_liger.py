@@ -16,7 +16,7 @@ from dpo_cli.model import liger
 from dpo_cli.model.attention import registered as attention
 from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.fuse import fuse_gelu
-from dpo_cli.session import session
+from dpo_cli.session import models
 from small_models import build, examples, gradients, packed, packed_loss
 from small_runs import train
 
@@ -169,8 +169,8 @@ def test_ligers_own_kernels_on_a_gpu(family):
 
 def test_beside_compiled_blocks_it_is_told_to_be_unused(tmp_path, monkeypatch, capsys):
     """`auto` decides only on the device."""
-    monkeypatch.setattr(session, "compiles", lambda run: True)
-    monkeypatch.setattr(session, "compile_blocks", lambda model, note: None)
+    monkeypatch.setattr(models, "compiles", lambda run: True)
+    monkeypatch.setattr(models, "compile_blocks", lambda model, note: None)
     train(tmp_path / "r", "stage=sft", "train.max_steps=1", "hardware.kernels=liger",
           "hardware.compile=auto", "logger.progress=plain")  # fmt: skip
     told = "".join(capsys.readouterr())

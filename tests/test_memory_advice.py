@@ -135,7 +135,7 @@ def test_the_table_adds_up() -> None:
     rows = memory_rows(configured("stage=sft"), facts(), 500.0 * GIB)
     sizes = {"GiB": 2**30, "MiB": 2**20}
     values = {name: str(value).split() for name, value in rows}
-    total = values.pop("in all, a GPU")
+    total = values.pop("total per GPU")
     fits = values.pop("fits")
     parts_sum = sum(float(value[0]) * sizes[value[1]] for value in values.values())
     assert parts_sum == pytest.approx(float(total[0]) * GIB, rel=0.01)
@@ -149,5 +149,5 @@ def test_told_where_it_does_not_fit_or_nobody_knows() -> None:
     assert text[at - 1] == "fits no, a GPU has 60.0 GiB"
     assert re.fullmatch(r"train\.micro_batch_tokens=\d+: \d+\.\d GiB", text[at + 1])
     assert told(None, "stage=dpo")["fits"].startswith("set hardware.memory_gb=")
-    assert told(2.0, "stage=dpo")["remedy"] == "no two changes make it fit; nearest comes"
+    assert told(2.0, "stage=dpo")["remedy"] == "no two changes make it fit; the closest is"
     assert "pair" in told(20.0, "stage=dpo", "lora=lora")["remedy"]

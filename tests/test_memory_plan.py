@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 
@@ -15,8 +18,11 @@ from dpo_cli.plan.memory.budget import STEP, Fitting, fitting, is_open, with_tok
 from dpo_cli.plan.memory.estimate import Estimate, estimate
 from dpo_cli.plan.memory.facts import capacity, texts_of
 from dpo_cli.plan.memory.weights import adapter_parameters
+from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import Progress
-from dpo_cli.session.session import Session, load_policy_and_data
+from dpo_cli.session.models import load_policy_and_data
+from dpo_cli.session.session import Session
+from dpo_cli.stages import sft
 from dpo_cli.train.host_copy import HostCopy
 from dpo_cli.train.runtime import start_runtime
 from memory_runs import GIB, GPT2_XL, LLAMA, configured, facts, of
@@ -35,7 +41,7 @@ def test_a_full_run_holds_sixteen_bytes_a_weight() -> None:
     found = parts(of("stage=sft"))
     assert found["weights"] == pytest.approx(4 * 8.03, rel=1e-3)
     assert found["gradients"] == pytest.approx(4 * 8.03, rel=1e-3)
-    assert found["optimiser state"] == pytest.approx(8 * 8.03, rel=1e-3)
+    assert found["optimizer state"] == pytest.approx(8 * 8.03, rel=1e-3)
     assert found["bf16 copies"] == pytest.approx(2 * 6.979, rel=1e-3)
     assert "gathered blocks" not in of("stage=sft").parts
 
@@ -83,7 +89,7 @@ def test_a_named_reference_is_there_while_its_log_probabilities_are_computed() -
 
 def test_sharding_divides_what_is_kept_and_gathers_what_computes() -> None:
     one, eight = of("stage=sft").moments, on_eight("stage=sft").moments
-    for name in ("weights", "gradients", "optimiser state"):
+    for name in ("weights", "gradients", "optimizer state"):
         end = "the backward's end"
         assert eight[end][name] == pytest.approx(one[end][name] / 8)
     assert eight["the backward"]["gathered blocks"] > 0 == one["the backward"]["gathered blocks"]
@@ -95,7 +101,7 @@ def test_a_quantised_base_is_whole_on_every_device() -> None:
     adapters = 4 * adapter_parameters(LoraConfig(name="qlora"), LLAMA)
     saved = one.parts["weights"] - eight.parts["weights"]
     assert saved == pytest.approx(adapters * 7 / 8)
-    assert eight.moments["the backward"]["optimiser state"] == adapters * 2 / 8
+    assert eight.moments["the backward"]["optimizer state"] == adapters * 2 / 8
 
 
 def test_sharded_weights_are_whole_while_they_sample_but_not_while_they_load() -> None:
@@ -174,6 +180,19 @@ def test_a_dry_run_of_every_stage_that_runs_a_model(stage: str, tmp_path: Path) 
     rows, memory = plan_tables(config)
     assert dict(rows)["device"] == "cpu, fp32"
     assert dict(memory)["fits"] == "yes, a process has 1.0 GiB"
+
+
+def test_the_plan_counts_what_is_learned_of_prompts() -> None:
+    """A prompt of 5 tokens and a response of 3: 3 targets of 8 tokens, with the prompt's all but
+    the first, 7 of 8. The second response is not trained on."""
+    row = EncodedExample(np.arange(5), (np.arange(3), np.arange(9)), 0)
+    splits: Any = SimpleNamespace(train=[row], eval=[])
+    for word, lengths, scored in (("false", (5, [3]), 3 / 8), ("true", (1, [7]), 7 / 8)):
+        config = configure(*TINY, "stage=sft", f"stage.train_on_prompt={word}")
+        found = sft.workload(config, splits)
+        assert found.lengths == [lengths]
+        texts = texts_of(found.lengths, found.steps)
+        assert (texts.longest, texts.scored) == (8, scored)
 
 
 def test_a_gpu_that_is_not_here_can_be_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:

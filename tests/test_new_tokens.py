@@ -11,7 +11,6 @@ from rich.console import Console
 
 from dpo_cli.config import EvaluateConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.plan.lengths import planned_texts
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import Progress
 from dpo_cli.report.page import write_run_report
@@ -46,7 +45,7 @@ def test_a_limit_that_is_given_stays():
     assert with_new_tokens(EvaluateConfig(), rows, notes.append).max_new_tokens == 5
     assert notes == ["stage.max_new_tokens=5: 95% of the data's responses are no longer"]
     assert unfinished_line(0.9, 5) is None
-    assert unfinished_line(0.45, 5).startswith("only 45% of the completions ended within 5 tokens")
+    assert unfinished_line(0.45, 5).startswith("only 45% of completions finished with EOS")
 
 
 def test_the_console_of_ppo_shows_score_kl_and_finished_share():
@@ -75,7 +74,7 @@ def test_an_evaluation_and_its_page(sft, tmp_path, capsys):
     (point,) = (tmp_path / "e" / "points.jsonl").read_text().splitlines()
     assert json.loads(point)["max_new_tokens"] == summary["max_new_tokens"]
     train(tmp_path / "short", *words, "stage.max_new_tokens=1")
-    assert "of the completions ended within 1 tokens" in " ".join(capsys.readouterr().err.split())
+    assert "the others were truncated to 1 tokens" in " ".join(capsys.readouterr().err.split())
     page = " ".join((tmp_path / "short" / "report.html").read_text().split())
     assert "of the completions end by themselves" in page
 
@@ -96,7 +95,6 @@ def test_ppo_and_sample_take_what_the_data_needs(sft, tmp_path, capsys):
     words = "stage=sample", f"model.path={sft}", "stage.prompts=2", "stage.eval_prompts=0"
     train(tmp_path / "s", *words, "logger.progress=plain", "stage.completions=1")
     assert "stage.max_new_tokens=" in capsys.readouterr().err
-    assert planned_texts  # the plan reads the same rows
 
 
 def test_the_finished_share_has_an_interval_of_its_prompts():

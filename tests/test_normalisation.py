@@ -171,7 +171,7 @@ def test_the_base_writes_the_samples_not_the_trained_model(sft, tmp_path, monkey
 def test_what_cannot_write_normalises_nothing(trained, tmp_path, capsys, start, why):
     words = [] if start == "scratch" else [f"model.path={trained[0]}"]
     summary = train(tmp_path / "r", *REWARD, *words, "logger.progress=plain")
-    assert f"rewards are not normalised: the run started from {why}" in capsys.readouterr().err
+    assert f"rewards are not normalized: the run started from {why}" in capsys.readouterr().err
     assert "reward_mean" not in summary
     assert "normalisation" not in json.loads((tmp_path / "r/final/dpo_run.json").read_text())
     session, said = session_of(

@@ -10,7 +10,8 @@ from dpo_cli import cli
 from dpo_cli.distributed.ranks import Ranks
 from dpo_cli.errors import ConfigError
 from dpo_cli.model.source import model_folder
-from dpo_cli.plan.dry_run import device_line, plan_rows
+from dpo_cli.plan.dry_run import plan_rows
+from dpo_cli.session.preview import device_line
 from dpo_cli.session.rows import begin_training
 from dpo_cli.train.runtime import Runtime
 from small_adapters import write_base

@@ -13,11 +13,13 @@ from dpo_cli.durable import file_digest
 from dpo_cli.errors import ConfigError, Preempted
 from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.model.attention.registered import attention_as
+from dpo_cli.model.sampling import generate
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import Progress
 from dpo_cli.rewards.scorers import Completed
+from dpo_cli.session.models import load_policy_and_data
 from dpo_cli.session.prompts import distinct_prompts
-from dpo_cli.session.session import Session, load_policy_and_data
+from dpo_cli.session.session import Session
 from dpo_cli.stages import ppo_baseline, rollout
 from dpo_cli.train import checkpoint, loop
 from dpo_cli.train.runtime import start_runtime
@@ -261,8 +263,8 @@ def test_a_signal_waits_for_the_rollouts_end(sft, tmp_path, monkeypatch):
         (["stage.temperature=0"], r"stage\.temperature=0\.0: must be above 0"),
         (["stage.kl_control=fixed", "stage.target_kl=3"], r"has no effect with stage\.kl_control"),
         (["stage.vf_coef=0", "stage.value_lr_scale=3"], r"value_lr_scale=3\.0: has no effect with"),
-        (["stage.normalize_prompts=0"], r"normalise_prompts=0: nothing to measure"),
-        (["stage.normalize=false"], r"normalise_prompts=8: has no effect with stage\.normalise"),
+        (["stage.normalize_prompts=0"], r"normalize_prompts=0: nothing to measure"),
+        (["stage.normalize=false"], r"normalize_prompts=8: has no effect with stage\.normalize"),
     ],
 )
 def test_what_cannot_work_is_refused(words, message):
@@ -296,6 +298,29 @@ def test_the_held_out_loss_is_of_the_scores_that_ppo_maximises(actors):
     ppo = ppo_baseline.Ppo(session, stage, made, [], held_out, None)  # type: ignore[arg-type]
     figures = ppo_baseline.evaluate(ppo)
     assert figures["loss"] == pytest.approx(stage.kl_coef * figures["kl"] + 7.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("most", [2, 0])
+def test_memory_that_runs_out_in_sampling_leaves_the_token_budget(actors, monkeypatch, most):
+    """As in the loop, which evaluates within the budget of training: only decoding is lowered."""
+    session, made, examples, stage = actors
+    ppo = ppo_baseline.Ppo(session, stage, made, [], examples[:4], None)  # type: ignore[arg-type]
+    plain = generate._decode
+
+    def scarce(model, prompts, options, *rest):
+        if len(prompts) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(model, prompts, options, *rest)
+
+    monkeypatch.setattr(generate, "_decode", scarce)
+    before = session.budget.tokens
+    if most:
+        session.within_memory(lambda: ppo_baseline.evaluate(ppo))
+        assert session.decoding.sequences == most * stage.completions
+    else:
+        with pytest.raises(ConfigError, match="out of memory while sampling from a single prompt"):
+            session.within_memory(lambda: ppo_baseline.evaluate(ppo))
+    assert session.budget.tokens == before
 
 
 def test_a_rollout_in_which_nothing_ended_is_told(actors, monkeypatch):

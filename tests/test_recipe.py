@@ -133,7 +133,7 @@ def test_a_failing_step_ends_the_recipe(folder: Path, capfd: pytest.CaptureFixtu
     (folder / "fail-dpo").touch()
     assert run_cli() == 3
     assert starts(folder) == ["run sft", "run dpo"]
-    told = "step dpo ended with exit code 3; to go on, mend what the error says and run the same"
+    told = "step dpo ended with exit code 3; to continue, fix the error above and run the same"
     assert told in capfd.readouterr().err
     (folder / "fail-dpo").unlink()
     assert run_cli() == 0
@@ -144,7 +144,9 @@ def test_a_failing_step_ends_the_recipe(folder: Path, capfd: pytest.CaptureFixtu
 def test_a_killed_step_is_told_as_such(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "kill-dpo").touch()
     assert run_cli() == 137
-    told = "step dpo was killed (SIGKILL); to go on, run the same command again: finished steps are"
+    told = (
+        "step dpo was killed (SIGKILL); to continue, run the same command again: finished steps are"
+    )
     assert told in capfd.readouterr().err
     (folder / "kill-dpo").unlink()
     assert run_cli() == 0

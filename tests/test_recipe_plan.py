@@ -50,8 +50,8 @@ def test_the_plan_shows_jobs_and_guessed_minutes(
     assert "│ 02-dpo-0  │ run   │    1 │       ? │" in out
     assert "│ 03-grid-1 │ run   │    6 │    ~8.5 │" in out
     assert (
-        "left to do: ~23 of ~23 minutes; no figure for 2 of 6 steps; "
-        "~: the recipe's guess, on two CPU cores"
+        "time left: ~23 of ~23 minutes; no estimate for 2 of 6 steps; "
+        "~: the recipe's estimate, on two CPU cores"
     ) in " ".join(out)
     command = out[out.index("03-grid-1: run") + 1]
     assert command == ("  dpo-run -m stage=dpo seed=1 stage.beta=0.1,0.5 'optim.lr=choice(1,2,3)'")
@@ -160,8 +160,8 @@ def test_sums_of_costs() -> None:
     assert minutes([measured, measured]) == "3.0"
     assert minutes([measured, guess]) == "~3.5"
     assert minutes([measured, None]) == "?"
-    assert cost_line([measured]) == "left to do: 0.5 of 1.5 minutes"
-    assert cost_line([None]) == "no figure for 1 of 1 steps"
+    assert cost_line([measured]) == "time left: 0.5 of 1.5 minutes"
+    assert cost_line([None]) == "no estimate for 1 of 1 steps"
     assert counted(["run"]) == "run"
     assert counted(["skip", "run", "skip"]) == "2 skip, 1 run"
 

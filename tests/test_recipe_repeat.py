@@ -97,7 +97,7 @@ def test_a_failing_value_is_named_and_taken_up_again(
     (here / "stop-dpo-1").touch()
     assert run_cli() == 75
     assert starts(here) == ORDER[:5]
-    told = "step dpo (seed=1) ended with exit code 75; to go on, run the same command again: "
+    told = "step dpo (seed=1) ended with exit code 75; to continue, run the same command again: "
     assert told in capfd.readouterr().err
     (here / "stop-dpo-1").unlink()
     (here / "value-sft-0").write_text("0.7")

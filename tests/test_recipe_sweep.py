@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.workflow import child as launch
-from dpo_cli.workflow.sweep import left_to_do
+from dpo_cli.workflow.sweep import decide_job
 from recipe_helpers import run_cli, starts
 
 pytest_plugins = ["recipe_fixtures"]
@@ -131,7 +131,7 @@ def test_a_killed_sweep_goes_on(
     out = capfd.readouterr().out
     assert "grid: resume (its sweep did not finish, jobs done: 1)" in out
     assert "[job 0] seed=1 stage=sft" in out
-    assert ": done earlier" in out
+    assert ": finished earlier" in out
     assert run_cli() == 0
     assert starts(here) == []
     assert not list(here.glob("runs/small/01-grid.old*"))
@@ -179,7 +179,7 @@ def test_the_plan_counts_the_jobs_that_are_left(
     capfd.readouterr()
     assert run_cli("dry_run=true") == 0
     out = capfd.readouterr().out
-    assert "left to do: ~4 of ~6 minutes; no figure for 1 of 2 steps" in out
+    assert "time left: ~4 of ~6 minutes; no estimate for 1 of 2 steps" in out
     assert "│ 01-grid │ resume │    3 │      ~6 │" in out
 
 
@@ -213,13 +213,13 @@ def test_what_is_left_of_a_job(tmp_path: Path) -> None:
     run_dir, words = tmp_path / "0", ["seed=1", "stage.beta=0.1"]
     (run_dir / "checkpoints/step-1").mkdir(parents=True)
     failed = {"overrides": {"seed": "1", "stage.beta": "0.1"}, "exit_code": -9}
-    assert left_to_do({}, words, run_dir) == "start"  # how it was started is not known
+    assert decide_job({}, words, run_dir).action == "run"  # how it was started is not known
     (run_dir / ".hydra").mkdir()
     stored = run_dir / ".hydra/overrides.yaml"
     stored.write_text('["seed=1", "stage.beta=0.2", "run_dir=x"]')
-    assert left_to_do(failed, words, run_dir) == "start"  # another job's checkpoint
+    assert decide_job(failed, words, run_dir).action == "run"  # another job's checkpoint
     stored.write_text('["seed=1", "stage.beta=0.1", "run_dir=x"]')
-    assert left_to_do(failed, words, run_dir) == "resume"
-    assert left_to_do({}, words, run_dir) == "resume"
+    assert decide_job(failed, words, run_dir).action == "resume"
+    assert decide_job({}, words, run_dir).action == "resume"
     done = failed | {"exit_code": 0, "outputs": "of another time"}
-    assert left_to_do(done, words, run_dir) == "start"
+    assert decide_job(done, words, run_dir).action == "run"

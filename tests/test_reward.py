@@ -277,9 +277,9 @@ def test_the_plan_tells_what_a_judge_is_asked(sft, monkeypatch):
         )
     )  # fmt: skip
     assert ("reward", "sentiment") in rows
-    assert ("samples", "up to 20 prompts x 2 of a policy") in rows
+    assert ("samples", "up to 20 prompts x 2 per policy") in rows
     assert ("win rates", "against chosen, by judge=http") in rows
-    told = "gpt-4 at localhost:8000: up to 80 requests a policy, at most 2,000 in all"
+    told = "gpt-4 at localhost:8000: up to 80 requests per policy, at most 2,000 in total"
     assert ("", told) in rows
 
 

@@ -62,7 +62,7 @@ def test_a_used_folder_is_refused_with_the_way_on(
     before = (empty / "a/.hydra/overrides.yaml").read_text()
     message = fails(capsys, "run_dir=a", "seed=1")
     assert message == (
-        "run_dir=a: is not empty; go on with dpo-run resume=a, or choose another run_dir"
+        "run_dir=a: is not empty; continue it with dpo-run resume=a, or choose another run_dir"
     )
     assert (empty / "a/.hydra/overrides.yaml").read_text() == before
     (empty / "b").mkdir()

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo_cli.errors import ConfigError
 from dpo_cli.model import forward
 from dpo_cli.model.sampling import generate, static_cache
 from dpo_cli.model.sampling.generate import SamplingOptions, sample
+from dpo_cli.model.sampling.sampled import DecodingLimit
 from dpo_cli.model.sampling.stepper import Stepper
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
@@ -105,8 +107,28 @@ def test_one_prompt_that_does_not_fit_is_an_error():
 
     sample(model, PROMPTS, SamplingOptions(1, max_new_tokens=2), EOS, PAD)
     model.register_forward_hook(never)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(ConfigError, match=r"sampling from a single prompt of \d+ tokens \(1 compl"):
         sample(model, PROMPTS, SamplingOptions(1), EOS, PAD, note=quiet)
+
+
+def test_what_memory_has_shown_counts_for_later_passes_of_a_run():
+    """In sequences: 2 prompts of 2 completions fit, so 4 prompts of one do."""
+    model, told, limit = build("llama"), [], DecodingLimit()
+    sample(model, PROMPTS, SamplingOptions(1, max_new_tokens=2), EOS, PAD, note=quiet)
+    sizes = []
+
+    def scarce(module, words, output):
+        sizes.append(output.logits.shape[0])
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_hook(scarce)
+    for completions in (2, 2, 1):
+        options = SamplingOptions(completions, max_new_tokens=2, batch_size=8)
+        sample(model, [*PROMPTS, *PROMPTS], options, EOS, PAD, note=told.append, limit=limit)
+    assert limit.sequences == 4
+    assert len(told) == 1
+    assert sum(size > 4 for size in sizes) == 1
 
 
 @pytest.mark.parametrize(("precision", "atol"), [("fp32", 1e-5), ("bf16", 0.05)])

@@ -25,7 +25,7 @@ from dpo_cli.model.digest import loaded_digest, model_digest
 from dpo_cli.model.load import load_model, load_tokenizer
 from dpo_cli.model.skeleton import ROWS, skeleton
 from dpo_cli.model.stored import hold, stored_dtype, weight_files
-from dpo_cli.session import session
+from dpo_cli.session import models
 from small_adapters import write_base
 from small_models import FAMILIES, SMALL
 from small_runs import train
@@ -394,10 +394,10 @@ def test_a_run_reads_files_alone_and_once(folders, tmp_path, monkeypatch):
 def test_ranks_look_at_weights_as_they_come():
     bad = torch.nn.Parameter(torch.tensor([1.0, torch.nan], dtype=torch.bfloat16))
     good = torch.nn.Parameter(torch.tensor([1.5, 2.0], dtype=torch.bfloat16))
-    session._arrived("Llama", torch.float32, [("norm", good)])
+    models._arrived("Llama", torch.float32, [("norm", good)])
     assert good.dtype == torch.float32
     with pytest.raises(NonFiniteError, match=r"^Llama: its weight head is not finite"):
-        session._arrived("Llama", torch.float32, [("norm", good), ("head", bad)])
+        models._arrived("Llama", torch.float32, [("norm", good), ("head", bad)])
 
 
 # ---------------------------------------------------------------- memory of the host
@@ -412,7 +412,7 @@ from dpo_cli.model.adapters import lora
 from dpo_cli.model.adapters.active import Adaptation
 from dpo_cli.model.attention.registered import Placement
 from dpo_cli.distributed.fsdp import make_mesh, shard
-from dpo_cli.session.session import _arrived
+from dpo_cli.session.models import _arrived
 from dpo_cli.train.runtime import quiet_libraries
 
 quiet_libraries()

@@ -145,7 +145,7 @@ def _reward_fn(config: RunConfig) -> Iterator[str]:
         yield (
             f"reward_fn=none: stage={stage.name} needs a reward; choose one of {', '.join(others)}"
         )
-    generated = isinstance(config.data, SentimentDataConfig) or stage.name == "label"
+    generated = isinstance(config.data, SentimentDataConfig) or not spec_of(stage).reads_rows
     if isinstance(chosen, SentimentRewardFn) and not generated:
         yield (
             "reward_fn=sentiment: rates the reviews of data=sentiment, not "
@@ -191,8 +191,6 @@ def _train(config: RunConfig) -> Iterator[str]:
         hint = did_you_mean(name, known)
         yield f"train.best_metric={name}: must be one of {', '.join(known)}{hint}"
     coefficient = config.train.router_aux_loss_coef
-    if coefficient and config.stage.name == "ppo-baseline":
-        yield no_effect("train.router_aux_loss_coef", coefficient, "stage=ppo-baseline")
     if coefficient and config.hardware.compile == "blocks":
         yield (
             f"train.router_aux_loss_coef={coefficient}: routers are not watched in compiled "

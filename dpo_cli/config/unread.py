@@ -19,9 +19,7 @@ from dpo_cli.config.stages.base import no_effect
 
 CHOSEN_BY_STAGE = ("reward_fn", "judge")  # groups that only some stages read
 SETTINGS = {"optim": OptimConfig(), "train": TrainConfig()}  # of training
-READ_ANYWAY = {  # by stages that do not train
-    (stage, "train.micro_batch_tokens") for stage in ("evaluate", "label")
-}  # fmt: skip
+PACKING = "train.micro_batch_tokens"  # read by stages that score rows without training, too
 HARDWARE = HardwareConfig()
 OF_TRAINING = {  # keys of the hardware that stages without training do not read
     f"hardware.{name}": getattr(HARDWARE, name)
@@ -56,7 +54,8 @@ def unread_problems(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
 def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
     """Keys that neither the stage nor the weights read."""
     stage, path = config.stage.name, config.model.path
-    trains = spec_of(config.stage).trains
+    spec = spec_of(config.stage)
+    trains = spec.trains
     for key in keys:
         group, _, name = key.partition(".")
         value = value_at(config, key)
@@ -64,11 +63,11 @@ def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
             yield no_effect(group, value.name, why)
         if value is None or not name:  # not a key's word but an option's, such as optim=adamw
             continue
-        untrained = group in SETTINGS and not trains and (stage, key) not in READ_ANYWAY
+        untrained = group in SETTINGS and not trains and not (spec.reads and key == PACKING)
         if untrained and value != getattr(SETTINGS[group], name):
             yield no_effect(key, value, f"stage={stage}, which trains nothing")
-        elif stage == "reward" and key.startswith("train.sample_") and value:
-            yield no_effect(key, value, "stage=reward, which generates nothing")
+        elif spec.reward_head and key.startswith("train.sample_") and value:
+            yield no_effect(key, value, f"stage={stage}, which generates nothing")
         elif group in CHOSEN_BY_STAGE and (why := unread(config, group)):
             yield no_effect(key, value, why)
         elif key in OF_TRAINING and value != OF_TRAINING[key] and not trains:
@@ -103,7 +102,7 @@ def _alone(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
         value = value_at(config, key)
         if key in SHARING and value != getattr(HARDWARE, key.partition(".")[2]):
             yield no_effect(key, value, f"{stage}, which runs in one process")
-        elif key == "hardware.precision" and stage == "stage=export" and value != "auto":
+        elif key == "hardware.precision" and hasattr(config.stage, "dtype") and value != "auto":
             yield no_effect(key, value, f"{stage}, whose dtype is stage.dtype")
 
 

@@ -84,6 +84,8 @@ def _flatten(examples: Sequence[EncodedExample]) -> Arrays:
         "responses": np.array([len(e.response_ids) for e in examples], np.int32),
         "rows": np.array([e.row for e in examples], np.int64),
         "keys": np.array([e.key for e in examples], np.uint64),
+        "prompts": np.frombuffer(b"".join(e.prompt_json for e in examples), np.uint8),
+        "prompt_bytes": np.array([len(e.prompt_json) for e in examples], np.int64),
         "scores": np.array([s for group in scores for s in group], np.float64),
         "scored": np.array([len(group) for group in scores], np.int32),
     }
@@ -94,6 +96,8 @@ def _restore(arrays: Arrays, name: str) -> list[EncodedExample]:
     keys = arrays[f"{name}.keys"].tolist()
     lengths = arrays[f"{name}.lengths"].tolist()
     pieces = iter([ids[end - n : end] for n, end in zip(lengths, accumulate(lengths), strict=True)])
+    texts, sizes = arrays[f"{name}.prompts"].tobytes(), arrays[f"{name}.prompt_bytes"].tolist()
+    prompts = iter([texts[end - n : end] for n, end in zip(sizes, accumulate(sizes), strict=True)])
     values = iter(arrays[f"{name}.scores"].tolist())
     counts = arrays[f"{name}.responses"].tolist(), arrays[f"{name}.scored"].tolist()
     return [
@@ -103,6 +107,7 @@ def _restore(arrays: Arrays, name: str) -> list[EncodedExample]:
             row=row,
             scores=tuple(next(values) for _ in range(scored)) or None,
             key=key,
+            prompt_json=next(prompts),
         )
         for row, key, responses, scored in zip(rows, keys, *counts, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -269,7 +270,14 @@ def _fit(
         row,
         written.example.scores,
         prompt_key(written.example.prompt),
+        _as_json(written.example.prompt),
     )
+
+
+def _as_json(prompt: Prompt) -> bytes:
+    """Texts may hold lone surrogates, and messages whatever their file has beside the text."""
+    text = json.dumps(prompt, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _ids(table: Mapping[Piece, Ids | None], piece: Piece) -> Ids:

@@ -21,9 +21,10 @@ from dpo_cli.records import EncodedExample, Prompt
 from dpo_cli.rewards.scorers import Scorer
 from dpo_cli.rewards.scoring import load_scorer
 from dpo_cli.session.lengths import new_tokens, with_new_tokens
-from dpo_cli.session.prompts import distinct_prompts, source_prompts
+from dpo_cli.session.models import load_named
+from dpo_cli.session.prompts import distinct_prompts
 from dpo_cli.session.rows import check_lengths
-from dpo_cli.session.session import Session, load_data, load_named
+from dpo_cli.session.session import Session, load_data
 from dpo_cli.session.trained import check_held_out, known_models, shared_rows
 
 TRAINING = "training prompts"  # the word beside figures that are not of held-out prompts
@@ -75,12 +76,11 @@ def set_up(session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint
     pairs = pairs_of(session, stage, splits, tokenizer, context)
     if line := check_held_out(session.config, models, pairs, "held-out pairs"):
         session.note(line)
-    sources = source_prompts(session, tokenizer)["eval" if splits.eval else "train"]
     reference = None
     if named is not None:
         reference = load_named(session, named, tokenizer)
         reference.to(session.runtime.device).eval()  # type: ignore[arg-type]
-    prompts = [sources[e.row] for e in chosen]
+    prompts = [e.prompt for e in chosen]
     score = None if isinstance(session.config.reward_fn, NoRewardFn) else load_scorer(session)
     stage = with_new_tokens(stage, [*splits.train, *splits.eval], session.note)
     return Bench(

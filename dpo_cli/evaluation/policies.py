@@ -174,8 +174,8 @@ def _share(cost: Mapping[str, int], name: str, step: int | None) -> int | None:
 
 def method_of(provenance: Mapping[str, Any]) -> str:
     """The stage, or the loss where stage=dpo trained with another than DPO's."""
-    stage, loss = provenance.get("stage"), provenance.get("loss", "sigmoid")
-    return str(loss if stage == "dpo" and loss != "sigmoid" else stage or "policy")
+    loss = provenance.get("loss", "sigmoid")  # which stage=dpo alone writes
+    return str(loss if loss != "sigmoid" else provenance.get("stage") or "policy")
 
 
 def seed_of(run: Path, default: int) -> int:

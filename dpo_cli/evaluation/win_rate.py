@@ -23,8 +23,9 @@ from dpo_cli.records import EncodedExample, Prompt, response_text
 from dpo_cli.report.files import encode, to_json, write_redacted_json
 from dpo_cli.rewards.scorers import Completed, Scorer, as_text
 from dpo_cli.session.lengths import new_tokens
+from dpo_cli.session.models import load_named
 from dpo_cli.session.sampling import completion_text, decoded_together, draw_samples
-from dpo_cli.session.session import Session, load_named
+from dpo_cli.session.session import Session
 from dpo_cli.statistics import win_rate
 
 REFERENCE_TEMPERATURE = 1.0  # that of the distribution the KL is measured to

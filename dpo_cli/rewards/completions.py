@@ -1,4 +1,4 @@
-"""Values of sampled completions by a model: token ids as in training, packed rows."""
+"""Model values of sampled completions: encoded as in training, and packed."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from dpo_cli.records import Batch, EncodedExample, Prompt
 from dpo_cli.rewards.scorers import Completed
 from dpo_cli.session.session import Session
 
-MOST_BRANCHES = 16  # completions behind one copy of their prompt: a packed row stays short
+MOST_BRANCHES = 16  # completions per copy of their prompt, so that packs stay short
 
 
 @dataclass
 class Encoding:
-    """Completions to the ids that `model` was trained on, cut as the run's `data` group says.
+    """Encodes completions as `model` was trained, truncated as the run's `data` group says.
 
-    The first call that cuts anything says so on the console.
+    The first call that truncates anything notes it on the console.
     """
 
     session: Session
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    told: bool = field(default=False, init=False)
+    noted: bool = field(default=False, init=False)
 
     def __call__(self, rows: Sequence[Completed]) -> list[EncodedExample]:
         config, cuts = self.session.config.data, DropReport(read=len(rows))
@@ -45,19 +45,19 @@ class Encoding:
         config, texts = as_read_by(self.tokenizer, config, rows)
         plain = [(*text, row.finished) for text, row in zip(texts, rows, strict=True)]
         encoded = encode_completed(plain, self.tokenizer, config, limits, cuts)
-        for line in [] if self.told else cuts.summary_lines():
+        for line in [] if self.noted else cuts.summary_lines():
             self.session.note(f"completions: {line}")
-            self.told = True
+            self.noted = True
         return encoded
 
 
 def as_read_by(
     tokenizer: PreTrainedTokenizerFast, config: DataConfig, rows: Sequence[Completed]
 ) -> tuple[DataConfig, list[tuple[Prompt, str]]]:
-    """The settings, and each prompt and completion, in which this tokenizer's model reads them.
+    """The data settings and (prompt, completion) as this tokenizer's model reads them.
 
-    HH's dialogues are messages to a model with a chat template, text to one without: to the model
-    that scores, whatever they were to the one that wrote.
+    HH's dialogues are messages for a model with a chat template and text for one without: of the
+    scoring model, whatever the sampling model has.
     """
     texts = [(row.prompt, row.completion) for row in rows]
     if config.name != "hh" or config.chat_template != "auto":
@@ -83,8 +83,8 @@ def values_of(
 ) -> list[float]:
     """`compute(packed row) -> (S,)` for examples of one response, in their order.
 
-    A prompt is computed once for its responses, and equal responses get one value: between
-    rows of other lengths theirs would differ by rounding, and look like a preference.
+    A prompt is computed once for its responses, and equal responses get one value: in packs of
+    different lengths theirs would differ by rounding, and look like a preference.
     """
     budget = min(session.token_budget, MOST_TOKENS.get(kernel_of(model), session.token_budget))
     cuts = sorted(

@@ -17,14 +17,15 @@ from dpo_cli.records import Batch
 from dpo_cli.rewards.completions import Encoding, values_of
 from dpo_cli.rewards.scorers import Completed, Scorer
 from dpo_cli.rewards.scoring import finite
-from dpo_cli.session.session import Session, base_provenance, load, load_named
+from dpo_cli.session.models import base_provenance, load, load_named
+from dpo_cli.session.session import Session
 
 
 @dataclass(frozen=True)
 class ImplicitReward:
     """beta (log pi - log pi_ref) of a completion given its prompt, in nats times beta.
 
-    The prompt's log Z, which no difference of two completions has, is left out.
+    Without the prompt's log Z, which cancels between two completions.
     """
 
     session: Session
@@ -47,7 +48,7 @@ class ImplicitReward:
 
 
 def implicit_reward(session: Session, stage: LabelConfig) -> Scorer:
-    """Of `model` against `stage.reference`, or the one it was trained against."""
+    """The implicit reward of `model` against `stage.reference`, or its training reference."""
     source = session.config.model
     named = stage.reference or base_provenance(source).get("reference")
     if named is None:
@@ -56,7 +57,9 @@ def implicit_reward(session: Session, stage: LabelConfig) -> Scorer:
             "trained against; set stage.reference=<folder>"
         )
     if source.path is not None and Path(named).resolve() == Path(source.path).resolve():
-        raise ConfigError(f"stage.reference={named}: is model.path itself, every reward would be 0")
+        raise ConfigError(
+            f"stage.reference={named}: is model.path itself, so every reward would be 0"
+        )
     tokenizer = load_tokenizer(source)
     policy = load(session, source, tokenizer)
     models = policy, load_named(session, named, tokenizer)

@@ -1,4 +1,4 @@
-"""Mean valence of a completion's words, by a list of words."""
+"""Mean valence of a completion's words, from a lexicon."""
 
 from __future__ import annotations
 

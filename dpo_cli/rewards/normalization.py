@@ -1,4 +1,4 @@
-"""Mean and spread of a reward model on samples of the model it was made from.
+"""Mean and standard deviation of a reward model on samples of the model it was trained from.
 
 With them the reward has mean 0 and std 1 where PPO starts (arXiv 1909.08593, section 2).
 """
@@ -18,14 +18,15 @@ from dpo_cli.model.classifier import CLASSIFIER
 from dpo_cli.model.load import hf_config
 from dpo_cli.model.sampling.generate import SamplingOptions
 from dpo_cli.rewards.scorers import Completed
-from dpo_cli.rewards.scoring import NORMALISATION, reward_model_scorer
-from dpo_cli.session.prompts import distinct_prompts, source_prompts
+from dpo_cli.rewards.scoring import NORMALIZATION, reward_model_scorer
+from dpo_cli.session.models import Loaded, Loading, load
+from dpo_cli.session.prompts import distinct_prompts
 from dpo_cli.session.sampling import complete
-from dpo_cli.session.session import Loaded, Session, load
+from dpo_cli.session.session import Session
 from dpo_cli.train.checkpoint import PROVENANCE, load_provenance
 
 
-def normalise(session: Session, loaded: Loaded) -> dict[str, float]:
+def normalize(session: Session, loaded: Loaded) -> dict[str, float]:
     """Measure, and write {mean, std, samples} beside the final weights; figures of the run.
 
     Nothing is measured, and a note says why, where the run started from no policy.
@@ -41,30 +42,32 @@ def normalise(session: Session, loaded: Loaded) -> dict[str, float]:
     scores = np.array(reward_model_scorer(session, loaded.model, loaded.tokenizer)(rows))
     mean, std = float(scores.mean()), float(scores.std())
     if std == 0.0:
-        session.note(f"rewards are not normalised: all {len(rows)} samples have the same")
+        session.note(f"rewards are not normalized: all {len(rows)} samples have the same reward")
         return {}
     if not session.ranks.first:
         return {}
     final = session.run_dir / "final"
     facts = {"mean": mean, "std": std, "samples": len(rows)}
-    replace_json(final, PROVENANCE, load_provenance(final) | {NORMALISATION: facts})
+    replace_json(final, PROVENANCE, load_provenance(final) | {NORMALIZATION: facts})
     return {"reward_mean": mean, "reward_std": std}
 
 
 def _base(session: Session, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel | None:
-    """The weights the run started from (not its checkpoint's), if they can write."""
+    """The weights the run started from (not its checkpoint's), if they are a language model's."""
     source = session.config.model
     if source.path is None and source.architecture is not None:
         why = "random weights"
     elif any(n.endswith(CLASSIFIER) for n in hf_config(source, tokenizer).architectures or ()):
         why = "a reward model"
     else:
-        settings = session.config.lora  # quantised, it takes no more memory than in training
+        settings = session.config.lora  # quantized, it takes no more memory than in training
         adaptation = None if settings.name == "none" else Adaptation(settings)
-        model = load(session, source, tokenizer, adaptation=adaptation)
+        model = load(session, source, tokenizer, how=Loading(adaptation=adaptation))
         model.to(session.runtime.device)  # type: ignore[arg-type]
         return model
-    session.note(f"rewards are not normalised: the run started from {why}, which samples nothing")
+    session.note(
+        f"rewards are not normalized: the run started from {why}, which cannot be sampled from"
+    )
     return None
 
 
@@ -78,12 +81,11 @@ def _samples(
     options = SamplingOptions(
         max_new_tokens=stage.normalize_max_new_tokens, seed=session.config.seed
     )
-    with session.progress.phase("sampling to normalise", count) as tick:
+    with session.progress.phase("sampling to normalize", count) as tick:
         found = complete(
             session, base, loaded.tokenizer, [e.prompt_ids for e in chosen], options, tick
         )
-    sources = source_prompts(session, loaded.tokenizer)["train"]
     return [
-        Completed(sources[e.row], row[0]["completion"], row[0]["finished"])
+        Completed(e.prompt, row[0]["completion"], row[0]["finished"])
         for e, row in zip(chosen, found, strict=True)
     ]

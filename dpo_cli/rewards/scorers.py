@@ -1,7 +1,7 @@
 """Rewards of a completion: name -> function of completions, for those that need no model.
 
 A new one is a function here, a line of `SCORERS`, its schema in `config/rewards.py` and
-`conf/reward_fn/x.yaml`; those with a model are in `stages/scoring.py`.
+`conf/reward_fn/x.yaml`; those with a model are in `rewards/scoring.py`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dpo_cli.records import Prompt
 
 @dataclass(frozen=True)
 class Completed:
-    """A prompt as its source has it, and what a policy wrote after it.
+    """A prompt as its source has it, and a sampled completion.
 
-    finished: ended by itself (EOS), not by a limit of tokens.
+    finished: ended with EOS, not truncated.
     """
 
     prompt: Prompt
@@ -26,7 +26,7 @@ class Completed:
 
     @property
     def text(self) -> str:
-        """Both as one text; of a chat, the contents of its messages."""
+        """Prompt and completion as one text; of a chat, the contents of its messages."""
         return as_text(self.prompt) + self.completion
 
 
@@ -49,7 +49,7 @@ def sentiment_log_odds(rows: Sequence[Completed]) -> list[float]:
 
 
 def length(rows: Sequence[Completed]) -> list[float]:
-    """Number of words: a reward nobody wants, to see length exploitation."""
+    """Number of words: shows how length is exploited."""
     return [float(len(row.completion.split())) for row in rows]
 
 

@@ -1,9 +1,9 @@
-"""The reward of the `reward_fn` group, ready to score completions."""
+"""The scorer that the `reward_fn` group names."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +16,10 @@ from dpo_cli.config import (
     ModelConfig,
     RewardFnConfig,
     RewardModelFn,
+    RunConfig,
     SentimentRewardFn,
 )
+from dpo_cli.config.unread import unread, value_at
 from dpo_cli.data.template import use_template_file
 from dpo_cli.errors import NonFiniteError
 from dpo_cli.model.attention.registered import kernel_of, use
@@ -41,15 +43,15 @@ from dpo_cli.train.checkpoint import load_provenance
 from dpo_cli.train.runtime import Runtime
 
 KEY = "reward_fn.path"
-NORMALISATION = "normalisation"  # the entry of a reward model's dpo_run.json
+NORMALIZATION = "normalisation"  # the entry of a reward model's dpo_run.json
 
 
 def load_scorer(session: Session, config: RewardFnConfig | None = None) -> Scorer:
     """The scorer that `config` (default: the run's reward_fn) names; its model stays loaded.
 
-    A completion's score is the same among whichever others it comes, up to rounding (of what
-    `scoring_dtype` says), and exactly that of its equals in the same call. Ground truths and
-    classifiers score in float32 everywhere. Raises ConfigError or DataError.
+    A completion's score does not depend on the others of a call, up to rounding (of
+    `scoring_dtype`); equal completions of a call get equal scores. Ground truths and classifiers
+    score in float32 everywhere. Raises ConfigError or DataError.
     """
     config = config or session.config.reward_fn
     if isinstance(config, SentimentRewardFn) and config.scale == "log_odds":
@@ -63,6 +65,21 @@ def load_scorer(session: Session, config: RewardFnConfig | None = None) -> Score
     if isinstance(config, RewardModelFn):
         return _reward_model(session, config)
     return SCORERS[config.name]
+
+
+def scoring_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The line of a plan on what rates completions, if anything does. ConfigError for a local
+    model that cannot."""
+    reward = config.reward_fn
+    if unread(config, "reward_fn"):
+        return
+    if not isinstance(reward, (RewardModelFn, ClassifierRewardFn)):
+        yield "reward", reward.name
+        return
+    if reward.path is not None:
+        source = ModelConfig(path=reward.path)
+        classifier_config(source, load_tokenizer(source, KEY), KEY)
+    yield "reward", f"{reward.name}, {reward.path or value_at(config, 'reward_fn.hub_id')}"
 
 
 @dataclass(frozen=True)
@@ -92,8 +109,8 @@ def _classifier(session: Session, config: ClassifierRewardFn) -> Scorer:
 
 
 @dataclass(frozen=True)
-class Normalisation:
-    """Makes rewards of reference samples mean 0 and std 1; the default leaves them raw."""
+class Normalization:
+    """Scales rewards to mean 0 and std 1 on reference samples; the default is the identity."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -113,7 +130,7 @@ class RewardModelScorer:
     session: Session
     model: PreTrainedModel
     encoding: Encoding
-    normalise: Normalisation
+    normalize: Normalization
     dtype: torch.dtype = torch.float32
 
     def __call__(self, rows: Sequence[Completed]) -> list[float]:
@@ -121,7 +138,7 @@ class RewardModelScorer:
         found = self.session.within_memory(
             lambda: values_of(self.session, self.model, examples, self._rewards, keep_last=True)
         )
-        return finite(self.normalise(found))
+        return finite(self.normalize(found))
 
     def _rewards(self, batch: Batch) -> torch.Tensor:
         half = self.dtype != torch.float32
@@ -130,8 +147,8 @@ class RewardModelScorer:
 
 
 def scoring_dtype(runtime: Runtime) -> torch.dtype:
-    """Bfloat16 on CUDA in a run that computes in it, where float32 would take as long as sampling
-    what is scored: the rounding that the reward model was trained with. Else float32."""
+    """Bfloat16 on CUDA in a run that computes in it, as the reward model was trained: float32 would
+    take as long as sampling. Else float32."""
     half = runtime.device.type == "cuda" and runtime.precision == "bf16"
     return torch.bfloat16 if half else torch.float32
 
@@ -140,15 +157,15 @@ def reward_model_scorer(
     session: Session,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    normalise: Normalisation | None = None,
+    normalize: Normalization | None = None,
 ) -> RewardModelScorer:
-    """Of a reward model in memory, which is put on the session's device."""
+    """A scorer of a loaded reward model, which is moved to the session's device."""
     model.to(session.runtime.device).eval()  # type: ignore[arg-type]
     dtype = scoring_dtype(session.runtime)
     if dtype == torch.float32 and kernel_of(model) == "varlen":  # refuses float32
         use(model, "sdpa")
     encoding = Encoding(session, model, tokenizer)
-    return RewardModelScorer(session, model, encoding, normalise or Normalisation(), dtype)
+    return RewardModelScorer(session, model, encoding, normalize or Normalization(), dtype)
 
 
 def _reward_model(session: Session, config: RewardModelFn) -> Scorer:
@@ -162,24 +179,24 @@ def _reward_model(session: Session, config: RewardModelFn) -> Scorer:
     model.requires_grad_(False)
     if on.dtype != torch.float32:
         round_products(model, on.dtype)
-    normalise = _normalisation(session, config) if config.normalized else None
-    return reward_model_scorer(session, model, tokenizer, normalise)
+    normalize = _normalization(session, config) if config.normalized else None
+    return reward_model_scorer(session, model, tokenizer, normalize)
 
 
-def _normalisation(session: Session, config: RewardModelFn) -> Normalisation | None:
+def _normalization(session: Session, config: RewardModelFn) -> Normalization | None:
     assert config.path is not None  # checked with the configuration
-    facts = load_provenance(model_folder(config.path, KEY)).get(NORMALISATION)
+    facts = load_provenance(model_folder(config.path, KEY)).get(NORMALIZATION)
     if facts is None:
         session.note(
-            f"reward_fn.normalized=true: {config.path} has measured no mean and std "
-            "(stage.normalize_prompts of stage=reward): its rewards are raw"
+            f"reward_fn.normalized=true: {config.path} stores no mean and std "
+            "(stage.normalize_prompts of stage=reward), so its rewards are not scaled"
         )
         return None
-    return Normalisation(float(facts["mean"]), float(facts["std"]))
+    return Normalization(float(facts["mean"]), float(facts["std"]))
 
 
 def scorer_digest(scorer: Scorer) -> str | None:
-    """sha256 of the model behind a scorer, which may be trained anew in the same folder."""
+    """sha256 of a scorer's model, whose folder may be overwritten by another training."""
     if isinstance(scorer, ClassifierScorer):
         return loaded_digest(scorer.classifier.model)
     return loaded_digest(scorer.model) if isinstance(scorer, RewardModelScorer) else None

@@ -1,4 +1,4 @@
-"""The auxiliary loss of a mixture of experts, added to a stage's own."""
+"""The auxiliary load-balancing loss of a mixture of experts, added to a stage's loss."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ LossOf = Callable[[Batch], LossOutput]
 
 
 def balanced(config: RunConfig, model: PreTrainedModel, compute: LossOf) -> LossOf:
-    """`compute` of a micro-batch with `train.router_aux_loss_coef` times the router loss of the
-    policy on it, which the step's mean weighs as it weighs the micro-batch. ConfigError for a
-    model without such a loss."""
+    """`compute` plus `train.router_aux_loss_coef` times the policy's router loss on the
+    micro-batch, weighted as the micro-batch is. ConfigError for a model without a router loss."""
     coefficient = config.train.router_aux_loss_coef
     if not coefficient:
         return compute
@@ -26,11 +25,14 @@ def balanced(config: RunConfig, model: PreTrainedModel, compute: LossOf) -> Loss
     def with_router_loss(batch: Batch) -> LossOutput:
         with routers.watched():
             out = compute(batch)
-        found = routers.loss(batch)
-        if found is None:
+        router_loss = routers.loss(batch)
+        if router_loss is None:
             return out
-        metrics = {**out.metrics, "router_aux_loss": (out.weight * found.detach(), out.weight)}
-        total = out.loss_sum + coefficient * out.weight * found
+        metrics = {
+            **out.metrics,
+            "router_aux_loss": (out.weight * router_loss.detach(), out.weight),
+        }
+        total = out.loss_sum + coefficient * out.weight * router_loss
         return replace(out, loss_sum=total, metrics=metrics)
 
     return with_router_loss

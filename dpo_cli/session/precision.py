@@ -14,9 +14,9 @@ from dpo_cli.train.runtime import Runtime
 QUANTIZATION = "quantization"  # key of an adapter's provenance: how its base was stored
 
 
-def quantised_base(lora: LoraConfig) -> dict[str, str]:
-    """Provenance of an adapter trained over quantised weights, empty of others: the unquantised
-    base with that adapter is another model."""
+def quantized_base(lora: LoraConfig) -> dict[str, str]:
+    """Provenance of an adapter trained over quantized weights, else empty: the unquantized base
+    with that adapter is another model."""
     kind = lora.quantization if lora.name != "none" else None
     return {QUANTIZATION: kind} if kind else {}
 
@@ -33,10 +33,9 @@ def refuse_rounding(hardware: HardwareConfig, runtime: Runtime) -> None:
 
 
 def hold_as_trained(model: PreTrainedModel, hardware: HardwareConfig) -> torch.dtype | None:
-    """Float32 master weights stay; with hardware.weights=bf16 they are rounded once, here, and
-    the dtype is returned.
+    """Keep float32 master weights; with hardware.weights=bf16 round them once and return the dtype.
 
-    Gradients and the optimiser's state follow. Buffers stay in float32: rotary frequencies
+    Gradients and optimizer state have the same dtype. Buffers stay in float32: rotary frequencies
     would lose distant positions.
     """
     if hardware.weights != "bf16":
@@ -48,8 +47,8 @@ def hold_as_trained(model: PreTrainedModel, hardware: HardwareConfig) -> torch.d
 
 
 def note_head(model: PreTrainedModel, on: Placement, key: str) -> None:
-    """Say so where a GPU cannot use the kernel for log-probabilities."""
+    """Note if a GPU cannot use the kernel for log-probabilities."""
     if on.device.type != "cuda" or model.get_output_embeddings() is None:
         return
     if (why := head_of(model).refused(on.device, on.dtype)) is not None:
-        on.note(f"{key}: log-probabilities by plain operations, which are slower ({why})")
+        on.note(f"{key}: log-probabilities use plain operations, which are slower ({why})")

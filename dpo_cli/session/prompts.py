@@ -1,4 +1,4 @@
-"""The prompts that are sampled, and the rows that come of them."""
+"""The prompts to sample from, and files of rows."""
 
 from __future__ import annotations
 
@@ -6,23 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
-from dpo_cli.data.dataset import load_splits
 from dpo_cli.durable import write_checked_text
-from dpo_cli.records import EncodedExample, Prompt
-from dpo_cli.session.session import Session
-
-
-def source_prompts(
-    session: Session, tokenizer: PreTrainedTokenizerFast
-) -> dict[str, dict[int, Prompt]]:
-    """split -> row -> the prompt as the source has it: text, or the messages of a chat."""
-    splits = load_splits(session.config.data, session.config.seed, tokenizer)
-    return {
-        "train": {e.row: e.prompt for e in splits.train},
-        "eval": {e.row: e.prompt for e in splits.eval},
-    }
+from dpo_cli.records import EncodedExample
 
 
 def distinct_prompts(examples: list[EncodedExample]) -> list[EncodedExample]:
@@ -34,5 +19,5 @@ def distinct_prompts(examples: list[EncodedExample]) -> list[EncodedExample]:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """JSON lines, written whole or not at all, with their checksum."""
+    """Write JSON lines atomically, with their checksum."""
     write_checked_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,7 +1,7 @@
-"""Reference log-probabilities: computed once, sorted by length, cached by content.
+"""The frozen reference, and its log-probabilities: computed once and cached by content.
 
 The key is a digest of the reference's weights, the token ids of every row and the
-precision, so a changed row, tokenizer or truncation misses, and the runs of a beta sweep
+precision: a changed row, tokenizer or truncation is a cache miss, and the runs of a beta sweep
 share one pass.
 """
 
@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,14 +31,15 @@ from dpo_cli.model.digest import loaded_digest
 from dpo_cli.model.forward import computed_by, head_of, sequence_logprobs
 from dpo_cli.model.source import Origin, origin_of
 from dpo_cli.records import EncodedExample
+from dpo_cli.session.models import AS_TRAINED, Loaded, Loading, load, load_named, named_source
 from dpo_cli.session.rows import over_rows
-from dpo_cli.session.session import Loaded, Session, load, load_named, named_source
+from dpo_cli.session.session import Session
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The frozen policy that log-ratios are taken to: a model of its own, or the trained one with
-    another adapter, or with none (`shared`), so that the weights under it lie in memory once."""
+    """The frozen policy of the log-ratios: a model of its own, or (`shared`) the trained model with
+    another adapter or none, so that the base weights are in memory once."""
 
     model: PreTrainedModel
     shared: bool = False
@@ -46,7 +47,7 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
-        """The model as the reference, without gradients or dropout, in the body alone."""
+        """The model as the reference, without gradients or dropout, inside the context."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -60,14 +61,14 @@ class Reference:
             self.model.train(was_training)
 
     def frozen(self, device: torch.device) -> Reference:
-        """On a device for good; a model of its own is never trained."""
+        """Moved to a device, and frozen if it is a model of its own."""
         if not self.shared:
             self.model.to(device).requires_grad_(False)  # type: ignore[arg-type]
         return self
 
     @cached_property
     def digest(self) -> str:
-        """Of its function, which nothing changes; of a shared one the base must not be trained."""
+        """Of the function it computes; a shared base must not be trained."""
         with self.active() as model:
             return loaded_digest(model)
 
@@ -79,8 +80,8 @@ def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
     if named is None and kind:
         raise ConfigError(
             f"model.path={config.model.path} is itself {kind} policy, trained against "
-            f"{loaded.base.get('reference')}: name the reference with stage.reference=<folder> "
-            "(that one to keep it, model.path to start afresh from this policy)"
+            f"{loaded.base.get('reference')}: set stage.reference=<folder> (that one to keep it, "
+            "model.path to take this policy as the new reference)"
         )
     return named
 
@@ -97,13 +98,13 @@ def load_reference(session: Session, loaded: Loaded, named: str | None) -> Refer
         beside = None if origin.adapter is None else adapters.REFERENCE  # see `keep_start`
         return Reference(policy, shared=True, adapter=beside)
     if named is not None:
-        return Reference(load_named(session, named, loaded.tokenizer, as_trained=True))
-    return Reference(load(session, config.model, loaded.tokenizer, as_trained=True))
+        return Reference(load_named(session, named, loaded.tokenizer, how=AS_TRAINED))
+    return Reference(load(session, config.model, loaded.tokenizer, how=AS_TRAINED))
 
 
 def reference_origin(config: RunConfig, policy: PreTrainedModel) -> Origin | None:
-    """Where the reference comes from that the policy itself is, but for its adapter; None for one
-    of other weights."""
+    """The reference's origin if it differs from the policy by its adapter alone; None if its base
+    differs."""
     if not adapters.is_adapted(policy):
         return None
     named = cast(Any, config.stage).reference
@@ -111,22 +112,30 @@ def reference_origin(config: RunConfig, policy: PreTrainedModel) -> Origin | Non
     origin, own = origin_of(source, "stage.reference"), origin_of(config.model)
     if origin.identity() != own.identity():
         return None
-    if _place(origin) != _place(own) and (changes_base(origin) or changes_base(own)):
-        return None  # what one of them changed in the base is not in the other
+    if _adapter_folder(origin) != _adapter_folder(own) and (
+        changes_base(origin) or changes_base(own)
+    ):
+        return None  # one changed its base, the other did not
     return origin
 
 
-def _place(origin: Origin) -> Path | None:
+def _adapter_folder(origin: Origin) -> Path | None:
     return None if origin.adapter is None else origin.adapter.resolve()
 
 
 def keep_start(config: RunConfig, policy: PreTrainedModel) -> None:
-    """Put the adapter of such a reference beside the trained one: before weights are sharded."""
+    """Load the adapter of such a reference beside the trained one, before weights are sharded."""
     origin = reference_origin(config, policy)
     if origin is not None and origin.adapter is not None:
         from dpo_cli.model.adapters import lora  # PEFT is slow to import
 
         lora.add_reference(policy, origin)
+
+
+def beside_its_start(config: RunConfig) -> Loading:
+    """A policy with the adapter it starts from beside the trained one, where that is the reference
+    (`keep_start`)."""
+    return Loading(before_sharding=partial(keep_start, config))
 
 
 def reference_key(
@@ -141,9 +150,9 @@ def reference_key(
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def place_of(session: Session, key: str) -> str:
-    """Where the cache has them: half-precision weights that are gathered round more than those
-    that autocast rounds for a multiplication alone. The run is the same (`key`)."""
+def cache_key(session: Session, key: str) -> str:
+    """The key in the cache: gathered half-precision weights round more than autocast does. Sharded
+    or not, the run is the same (`key`)."""
     if session.ranks.size == 1 or session.runtime.precision == "fp32":
         return key
     return hashlib.sha256(f"{key} sharded".encode()).hexdigest()
@@ -169,10 +178,10 @@ def compute(
 def cached(
     session: Session, reference: Reference, examples: Sequence[EncodedExample], name: str
 ) -> tuple[Tensor, str]:
-    """As `compute`, read from or written to the cache folder; and the cache's key."""
+    """As `compute`, through the cache; and the key."""
     with reference.active() as model:
         key = reference_key(session, reference, examples)
-        folder = Path(session.config.cache_dir) / "reference" / place_of(session, key)[:32]
+        folder = Path(session.config.cache_dir) / "reference" / cache_key(session, key)[:32]
         found = session.ranks.from_first(lambda: read(folder))
         if found is not None:
             session.note(f"{name}: read from cache {key[:12]}")
@@ -188,7 +197,7 @@ def cached(
         return values, key
     try:
         publish_folder(folder, write)
-    except DiskError as error:  # another run of a sweep published it first, or no room
+    except DiskError as error:  # another run of a sweep published it first, or the disk is full
         session.note(f"{name}: not cached: {error}")
     return values, key
 

@@ -1,4 +1,4 @@
-"""Examples as packed rows: a step's micro-batches, and passes over all of them."""
+"""Examples as packs: a step's micro-batches, and passes over all examples."""
 
 from __future__ import annotations
 
@@ -25,27 +25,33 @@ from dpo_cli.train.task import Totals
 T = TypeVar("T")
 
 
-def step_plan(session: Session, rows: int) -> StepPlan:
-    train = session.config.train
-    plan = plan_steps(
-        rows, train.batch_size, train.epochs, train.max_steps, train.shuffle, session.config.seed
+def steps_of(config: RunConfig, rows: int) -> StepPlan:
+    """The steps that `train` makes of so many rows."""
+    train = config.train
+    return plan_steps(
+        rows, train.batch_size, train.epochs, train.max_steps, train.shuffle, config.seed
     )
+
+
+def step_plan(session: Session, rows: int) -> StepPlan:
+    """`steps_of`, with a note on rows that are left over."""
+    train, plan = session.config.train, steps_of(session.config, rows)
     if left := plan.left_out(train.epochs):
         session.note(f"{plan.steps:,} steps of {plan.batch_size}{left}")
     return plan
 
 
 def begin_training(session: Session, model: PreTrainedModel, steps: int) -> None:
-    """Start the clock of the loop, with a line on what is trained, and on how many devices."""
+    """Start the progress bar, after a note on what is trained and on how many devices."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(_numbers(p) for p in model.parameters() if not p.requires_grad)
+    frozen = sum(_elements(p) for p in model.parameters() if not p.requires_grad)
     devices = f"; {session.ranks.size} devices" * (session.ranks.size > 1)
     session.note(f"trained: {trained_line(session.config, trained, frozen)}{devices}")
     session.begin(steps)
 
 
 def trained_line(config: RunConfig, trained: int, frozen: int) -> str:
-    """`1,179,648 weights (LoRA r 16), 124.4M frozen in nf4`; of full training the number alone."""
+    """`1,179,648 weights (LoRA r 16), 124.4M frozen in nf4`; of full training the count alone."""
     lora = config.lora
     if lora.name == "none":
         return f"{trained:,} weights"
@@ -55,8 +61,8 @@ def trained_line(config: RunConfig, trained: int, frozen: int) -> str:
     return f"{trained:,} weights {made}, {frozen / 1e6:,.1f}M frozen{stored}"
 
 
-def _numbers(weight: Tensor) -> int:
-    """Of a weight in 4 bits, two of which share an entry, those it stands for."""
+def _elements(weight: Tensor) -> int:
+    """Elements of a weight; two 4-bit values share one entry of the packed tensor."""
     packed = getattr(weight, "quant_state", None)
     return weight.numel() if packed is None else math.prod(packed.shape)
 
@@ -66,7 +72,7 @@ def batches_of(
 ) -> Callable[[int], list[Batch]]:
     """step -> its micro-batches, each at most the token budget, ready for the trained model.
 
-    With a router loss with their last tokens, whose experts count.
+    A router loss needs the last tokens too.
     """
     keep_last = keep_last or session.config.train.router_aux_loss_coef > 0
     return lambda step: packed_rows(session, examples, plan.indices(step), keep_last)
@@ -95,9 +101,9 @@ def over_rows(
     keep_last: bool = False,
     tick: Callable[[int], None] = lambda examples: None,
 ) -> Iterable[tuple[Batch, T]]:
-    """Packed rows of all examples, and what `compute` makes of each on the run's device.
+    """Packs of all examples, each with the result of `compute` on the run's device.
 
-    The ranks share the work: what is computed is sent to all of them, its tensors on the CPU.
+    The ranks share the work: results are sent to all of them, with tensors on the CPU.
     """
 
     left = len(examples)
@@ -106,13 +112,13 @@ def over_rows(
         nonlocal left
         with session.runtime.autocast():
             made = compute(row.to(session.runtime.device))
-        done = min(left, len(row.example_ids) * session.ranks.size)  # the others have as many
+        done = min(left, len(row.example_ids) * session.ranks.size)  # the other ranks did as many
         left -= done
         tick(done)
         return made
 
     rows = pack_sorted(examples, session.token_budget, keep_last, session.cuts)
-    if session.ranks.size == 1:  # one row after the other, none of them kept
+    if session.ranks.size == 1:  # lazily, keeping no pack
         return ((row, computed(row)) for row in rows)
     refuse_shared(examples, session.cuts)
     listed = list(rows)
@@ -124,7 +130,7 @@ def mean_figures(
     examples: Sequence[EncodedExample],
     compute: Callable[[Batch], LossOutput],
 ) -> dict[str, float]:
-    """A loss and its figures over all examples; empty without any."""
+    """Mean loss and metrics over all examples; empty without any."""
     totals, travels = Totals(), session.ranks.size > 1
     made = over_rows(session, examples, lambda r: compute(r).on_cpu() if travels else compute(r))
     for _, out in made:
@@ -133,7 +139,7 @@ def mean_figures(
 
 
 def with_interval(figures: dict[str, float], name: str, count: int) -> dict[str, float]:
-    """The figures, a share of so many rows among them with its 95% interval: `_low`, `_high`."""
+    """The figures, with the 95% interval (`_low`, `_high`) of a share of `count` rows."""
     if name not in figures:
         return figures
     found = share_interval(figures[name], count)
@@ -146,7 +152,7 @@ def keep_responses(examples: Sequence[EncodedExample], count: int) -> list[Encod
 
 
 def distinct_responses(examples: Sequence[EncodedExample]) -> int:
-    """How many samples the rows were made of: a response may be in several pairs."""
+    """Distinct (prompt, response): a response may be in several pairs."""
     return len({(e.prompt_ids.tobytes(), r.tobytes()) for e in examples for r in e.response_ids})
 
 

@@ -1,4 +1,4 @@
-"""Completions of prompts by the run's models, as ids and as text."""
+"""Sampling from the run's models: completions as token ids and as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from dpo_cli.data.chat import turn_end
 from dpo_cli.distributed.fsdp import gathered
 from dpo_cli.model.sampling.generate import Completion, SamplingOptions, sample
 from dpo_cli.report.files import append_samples
-from dpo_cli.session.session import Loaded, Session
+from dpo_cli.session.models import Loaded
+from dpo_cli.session.session import Session
 
 
 def sample_writer(session: Session, loaded: Loaded) -> Callable[[int], None]:
@@ -40,15 +41,15 @@ def sample_writer(session: Session, loaded: Loaded) -> Callable[[int], None]:
 def decoded_together(
     session: Session, stage: SampleConfig | EvaluateConfig | PpoConfig
 ) -> int | None:
-    """Sequences that are decoded at once; None: as many as the GPU has room for."""
+    """Sequences decoded at once; None: as many as fit on the GPU."""
     if stage.batch_size is None and session.runtime.device.type == "cpu":
         return spec_of(stage).cpu_batch_size
     return stage.batch_size
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Every token that ends a completion: of the tokenizer, the model's two configurations, and
-    the chat template's end of a turn, which answers are trained to end with."""
+    """Every token that ends a completion: EOS of the tokenizer and of the model's configurations,
+    and the chat template's end-of-turn token."""
     found = [tokenizer.eos_token_id]
     for config in (model.generation_config, model.config, model.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
@@ -71,8 +72,10 @@ def draw_samples(
     assert pad is not None
     ranks = session.ranks
     with session.runtime.autocast(), gathered(model):
-        share = ranks.rank, ranks.size
-        mine = sample(model, prompts, options, ends, pad, tick, share, session.note)
+        mine = sample(
+            model, prompts, options, ends, pad, tick, (ranks.rank, ranks.size), session.note,
+            session.decoding,
+        )  # fmt: skip
     if ranks.size == 1:
         return mine
     shares = ranks.gather(mine)
@@ -87,7 +90,7 @@ def complete(
     options: SamplingOptions,
     tick: Callable[[int], None] = lambda prompts: None,
 ) -> list[list[dict[str, Any]]]:
-    """Samples as readable rows {prompt, completion, finished, tokens}, a list a prompt."""
+    """Samples as rows {prompt, completion, finished, tokens}, one list per prompt."""
     samples = draw_samples(session, model, tokenizer, prompts, options, tick)
     return [
         [
@@ -104,22 +107,22 @@ def complete(
 
 
 def text_of(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
-    """Token ids as text, special tokens left out."""
+    """Token ids as text, without special tokens."""
     return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def completion_text(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
-    """Sampled ids as the text that continues a prompt, special tokens left out.
+    """Sampled ids as the text that continues a prompt, without special tokens.
 
-    Decoded behind an anchor: sentencepiece takes the space off whatever begins a text.
+    Decoded behind an anchor: sentencepiece strips the space at the start of a text.
     """
     anchor, before = _anchor(tokenizer)
-    whole = text_of(tokenizer, np.concatenate([anchor, ids]))
-    return whole[len(before) :] if whole.startswith(before) else text_of(tokenizer, ids)
+    text = text_of(tokenizer, np.concatenate([anchor, ids]))
+    return text[len(before) :] if text.startswith(before) else text_of(tokenizer, ids)
 
 
 @lru_cache(maxsize=8)
 def _anchor(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, str]:
-    """Ids of a text, and what they are decoded to."""
+    """Ids of a text, and the text they decode to."""
     ids = np.array(tokenizer("a", add_special_tokens=False).input_ids, np.int32)
     return ids, text_of(tokenizer, ids)

@@ -1,4 +1,4 @@
-"""Whether rows that are measured as held out were trained on, by the policies or the reward."""
+"""Whether held-out rows were trained on, by the policies or the reward model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dpo_cli.errors import DataError
 from dpo_cli.model.source import model_folder
 from dpo_cli.records import EncodedExample
 
-BY_CHANCE = ("sentiment", "imdb")  # data whose prompts are first words, which many texts share
+BY_CHANCE = ("sentiment", "imdb")  # data whose prompts are the first few words of a text
 MANY = 32  # rows of such data, which are not all in the training rows by chance
 FEW = 0.01  # a share of the rows that two files may have in common without being the same
 NAMED = 3  # models in a message
 
 
 def trained_files(config: RunConfig, splits: EncodedSplits) -> dict[str, bytes]:
-    """What a run leaves beside its weights: the keys of its training prompts, and of those that
-    the weights it started from were trained on."""
+    """Files saved beside the weights: the keys of the training prompts, and of those that the
+    initial weights were trained on."""
     base = trained.read(model_folder(config.model.path)) if config.model.path else None
     return {trained.TRAINED_PROMPTS: trained.as_bytes((e.key for e in splits.train), base)}
 

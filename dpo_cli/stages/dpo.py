@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.config import LOSS_FACTS, DpoConfig
+from dpo_cli.config import LOSS_FACTS, DpoConfig, RunConfig
+from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.errors import DataError
 from dpo_cli.logprobs import sum_by_sequence
 from dpo_cli.losses import LOSSES, RankedLogprobs, preferences
@@ -20,8 +20,17 @@ from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.session import reference
 from dpo_cli.session.balance import balanced
-from dpo_cli.session.precision import quantised_base
-from dpo_cli.session.reference import Reference, keep_start, load_reference
+from dpo_cli.session.models import Loaded, load_policy_and_data, provenance_of
+from dpo_cli.session.preview import (
+    Preview,
+    Row,
+    data_rows,
+    device_row,
+    reference_row,
+    step_rows,
+    trained_model_rows,
+)
+from dpo_cli.session.reference import Reference, beside_its_start, load_reference
 from dpo_cli.session.rows import (
     batches_of,
     begin_training,
@@ -32,18 +41,19 @@ from dpo_cli.session.rows import (
     with_interval,
 )
 from dpo_cli.session.sampling import sample_writer
-from dpo_cli.session.session import Loaded, Session, load_policy_and_data
+from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_files
+from dpo_cli.session.workload import Workload, training_workload
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 
-ReferenceOf = Callable[[Batch], Tensor]  # a row -> (E, K) reference log-probabilities
+ReferenceOf = Callable[[Batch], Tensor]  # a pack -> (E, K) reference log-probabilities
 
 
 def run(session: Session) -> dict[str, Any]:
     """Train on ranked responses; metrics as in the paper's reference code."""
     stage = cast(DpoConfig, session.config.stage)
-    loaded = load_policy_and_data(session, before=partial(keep_start, session.config))
+    loaded = load_policy_and_data(session, beside_its_start(session.config))
     train, held_out = loaded.splits.train, loaded.splits.eval
     check_branches([*train, *held_out], stage)
     named = reference.reference_path(session.config, loaded)
@@ -65,23 +75,35 @@ def run(session: Session) -> dict[str, Any]:
         live_references=int(stage.reference_logprobs == "live"),
         on_eval=sample_writer(session, loaded),
         unit="pairs" if stage.loss != "plackett_luce" else "lists",
-        provenance={
-            "stage": "dpo",
-            "loss": stage.loss,
-            "beta": stage.beta,
-            "reference": named or session.config.model.path or session.config.model.hub_id,
-            "data": loaded.splits.origin,
-            "date": session.config.data.date,
-            **quantised_base(session.config.lora),
-        },
+        provenance=provenance_of(
+            session,
+            loaded.splits,
+            loss=stage.loss,
+            beta=stage.beta,
+            reference=named or session.config.model.path or session.config.model.hub_id,
+        ),
         files=trained_files(session.config, loaded.splits),
         identity={
             "rows": loaded.splits.fingerprint,
             "reference": getattr(reference_of["train"], "key", "live"),
         },
     )
-    fit(task, session.config, session.runtime, session, session.snapshot)
+    fit(task, session)
     return {"samples": distinct_responses(train), "gradient_steps": plan.steps}
+
+
+def plan(preview: Preview) -> Iterator[Row]:
+    stage = cast(DpoConfig, preview.config.stage)
+    yield "stage", f"dpo, loss {stage.loss}, beta {stage.beta:g}"
+    yield from trained_model_rows(preview)
+    yield reference_row(stage.reference)
+    yield from data_rows(preview)
+    yield from step_rows(preview.config, preview.splits.train)
+    yield device_row(preview)
+
+
+def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
+    return training_workload(config, splits.train)
 
 
 def check_branches(examples: Sequence[EncodedExample], stage: DpoConfig) -> None:
@@ -98,7 +120,7 @@ def check_branches(examples: Sequence[EncodedExample], stage: DpoConfig) -> None
 
 
 def references(session: Session, loaded: Loaded, named: str | None) -> dict[str, ReferenceOf]:
-    """Reference log-probabilities of both splits, as functions of a packed row."""
+    """Reference log-probabilities of both splits, as functions of a pack."""
     stage = cast(DpoConfig, session.config.stage)
     splits = {"train": loaded.splits.train, "eval": loaded.splits.eval}
     live = stage.reference_logprobs == "live"
@@ -137,11 +159,11 @@ def _live(against: Reference) -> ReferenceOf:
 def dpo_loss(
     model: PreTrainedModel, batch: Batch, reference_of: ReferenceOf, stage: DpoConfig
 ) -> LossOutput:
-    """Sum over the row's examples of the chosen loss, with the paper's metrics."""
+    """Sum of the configured loss over the pack's examples, with the paper's metrics."""
     reference = reference_of(batch)
 
     def ranked(logprobs: Tensor, examples: slice) -> RankedLogprobs:
-        """Token log-probabilities of some of the row's examples -> their sequences'."""
+        """Token log-probabilities of some of the pack's examples -> those of their sequences."""
         k = batch.branches
         lengths = batch.sequence_lengths[examples.start * k : examples.stop * k]
         index = torch.repeat_interleave(lengths, output_size=len(logprobs))
@@ -200,7 +222,7 @@ def evaluate(
     reference_of: ReferenceOf | None,
     stage: DpoConfig,
 ) -> dict[str, float]:
-    """The training figures on the held-out rows; empty without any."""
+    """The training metrics on the held-out rows; empty without any."""
     if reference_of is None:
         return {}
     found = mean_figures(

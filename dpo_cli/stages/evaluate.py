@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cli.config import EvaluateConfig
+from dpo_cli.config import EvaluateConfig, HttpJudgeConfig, RunConfig
+from dpo_cli.config.endpoint import endpoint_from_environment
+from dpo_cli.config.run_data import data_line
+from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.durable import write_bytes
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation import optimum
@@ -29,27 +32,31 @@ from dpo_cli.evaluation.measure import (
     texts_of,
 )
 from dpo_cli.evaluation.optimum import Optimum
-from dpo_cli.evaluation.policies import PolicyPoint, find_policies
+from dpo_cli.evaluation.policies import PolicyPoint, find_policies, reference_of
 from dpo_cli.evaluation.win_rate import WinRates, win_rates
 from dpo_cli.model.load import load_tokenizer
 from dpo_cli.model.sampling.generate import Completion, SamplingOptions
 from dpo_cli.model.source import model_folder
 from dpo_cli.report.files import encode, to_json
 from dpo_cli.rewards.scorers import as_text
-from dpo_cli.rewards.scoring import scorer_digest
+from dpo_cli.rewards.scoring import scorer_digest, scoring_rows
 from dpo_cli.session.lengths import new_tokens, unfinished_line
+from dpo_cli.session.models import load
+from dpo_cli.session.preview import Preview, Row, data_rows, device_row, model_rows
 from dpo_cli.session.prompts import write_rows
 from dpo_cli.session.sampling import decoded_together, draw_samples
-from dpo_cli.session.session import Session, load
+from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_share
+from dpo_cli.session.workload import Workload, sampling_workload
 
 WIN_RATE = r"win_rate_t[\d.e+-]+"  # without its interval, _low and _high
 ROUND = 128  # completions of a prompt at once, where a GPU's memory decides on prompts
-A_FEW = 8  # samples kept of each policy but the last, of which all are
+NO_REFERENCE = "none: the KL is not measured (stage.reference)"
+A_FEW = 8  # samples kept per policy; of the last one all are
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Sample from each policy on the same held-out prompts; a row each in points.jsonl."""
+    """Sample from each policy on the same held-out prompts; one row per policy in points.jsonl."""
     stage = cast(EvaluateConfig, session.config.stage)
     points = find_policies(session.config, session.note)
     bench = set_up(session, stage, points)
@@ -65,13 +72,13 @@ def run(session: Session) -> dict[str, Any]:
     total = len(points) * len(bench.examples) * passes
     with session.progress.phase("evaluating", total) as tick:
         for number, point in enumerate(points, start=1):
-            figures, made = measure(session, stage, bench, point, best, wins, tick)
-            free(session)
+            figures, drawn = measure(session, stage, bench, point, best, wins, tick)
+            free_policy(session)
             measured.append(figures)
             rows.append(point.row(figures))
             write_points(session.run_dir / "points.jsonl", rows)
-            made = [{**row, "policy": point.label} for row in made]
-            samples += made if number == len(points) else made[:A_FEW]
+            drawn = [{**row, "policy": point.label} for row in drawn]
+            samples += drawn if number == len(points) else drawn[:A_FEW]
             write_rows(session.run_dir / "samples.jsonl", samples)
             if len(points) > 1:
                 session.note(f"{number}/{len(points)}  {brief_line(point, figures)}")
@@ -79,6 +86,46 @@ def run(session: Session) -> dict[str, Any]:
         chosen = shlex.quote(f"stage.evaluations=[{session.run_dir}]")
         session.note(f"to draw them: dpo-run stage=frontier {chosen}")
     return measured[0] if len(points) == 1 else overview(rows[extra:])
+
+
+def plan(preview: Preview) -> Iterator[Row]:
+    config, stage = preview.config, cast(EvaluateConfig, preview.config.stage)
+    yield "stage", "evaluate"
+    yield from scoring_rows(config)
+    yield from sampling_rows(config, stage)
+    notes: list[str] = []
+    points = find_policies(config, notes.append)
+    for line in notes:
+        yield "", line
+    if stage.policies:
+        yield "policies", f"{len(points):,}, the first of them:"
+        preview.use(points[0].source)
+    yield from model_rows(preview)
+    yield "reference", reference_of(stage, points) or NO_REFERENCE
+    if settings := data_line(config):
+        yield "", settings
+    yield from data_rows(preview)
+    yield device_row(preview)
+
+
+def sampling_rows(config: RunConfig, stage: EvaluateConfig) -> Iterator[Row]:
+    """How many samples each policy draws, and how many requests a judge gets."""
+    yield "samples", f"up to {stage.prompts:,} prompts x {stage.completions:,} per policy"
+    if stage.reference_samples:
+        yield "", f"{stage.reference_samples:,} per prompt, of the reference"
+    if stage.opponent is None:
+        return
+    judge = config.judge
+    yield "win rates", f"against {stage.opponent}, by judge={judge.name}"
+    if isinstance(judge, HttpJudgeConfig):
+        requests = stage.prompts * len(stage.win_temperatures) * (1 + judge.both_orders)
+        server = f"{judge.model} at {endpoint_from_environment().host}"
+        most = f"at most {judge.max_calls:,} in total"
+        yield "", f"{server}: up to {requests:,} requests per policy, {most}"
+
+
+def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
+    return sampling_workload(cast(EvaluateConfig, config.stage), splits)
 
 
 def load_policy(session: Session, bench: Bench, point: PolicyPoint) -> PreTrainedModel:
@@ -95,9 +142,9 @@ def load_policy(session: Session, bench: Bench, point: PolicyPoint) -> PreTraine
     return policy.to(session.runtime.device).eval()  # type: ignore[arg-type]
 
 
-def free(session: Session) -> None:
-    """Give back a policy's memory: the parts of a model refer to each other, so that only the
-    collector frees them."""
+def free_policy(session: Session) -> None:
+    """Free a policy's memory: the modules of a model form reference cycles, which only the garbage
+    collector frees."""
     gc.collect()
     if session.runtime.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -114,7 +161,7 @@ def measure(
     session: Session, stage: EvaluateConfig, bench: Bench, point: PolicyPoint,
     best: Optimum | None, wins: WinRates | None, tick: Tick,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    """A policy's figures, and its samples as rows for people to read."""
+    """A policy's figures, and its samples as readable rows."""
     policy = load_policy(session, bench, point)
     samples = draw(session, bench, policy, stage, stage.completions, session.config.seed, tick)
     texts = texts_of(bench.tokenizer, samples)
@@ -167,7 +214,7 @@ def draw(
 
 
 def find_optimum(session: Session, stage: EvaluateConfig, bench: Bench) -> Optimum | None:
-    """From samples of the reference, or as an earlier evaluation found it."""
+    """The optimum from samples of the reference, or of an earlier evaluation."""
     if (
         bench.reference is None
         or bench.score is None
@@ -205,12 +252,12 @@ def reference_rewards(
 
 
 def write_points(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """JSON lines, written whole or not at all; NaN as null."""
+    """Write JSON lines atomically; NaN as null."""
     write_bytes(path, encode("".join(to_json(row) + "\n" for row in rows)))
 
 
 def brief_line(point: PolicyPoint, figures: dict[str, Any]) -> str:
-    """What a log says of a policy."""
+    """A policy's figures in one line of the log."""
     line = point.label
     if "reward" in figures:
         line += f"  reward {figures['reward']:.3f} ± {figures['reward_se']:.3f}"

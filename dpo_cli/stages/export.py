@@ -33,29 +33,35 @@ from dpo_cli.model.reward import set_padding
 from dpo_cli.model.source import Origin, model_folder, origin_of, source_of
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.files import versions
+from dpo_cli.session.models import base_provenance
 from dpo_cli.session.precision import QUANTIZATION
-from dpo_cli.session.session import Session, base_provenance
+from dpo_cli.session.preview import Preview, Row, model_rows
+from dpo_cli.session.session import Session
 from dpo_cli.train.checkpoint import PROVENANCE, save_final
 
 MODEL_FACTS = ("name", "hub_id", "revision", "path")
-LOCAL = ["MANIFEST.json", PROVENANCE, TRAINED_PROMPTS]  # of use here alone, with paths of this disk
+LOCAL = [
+    "MANIFEST.json",
+    PROVENANCE,
+    TRAINED_PROMPTS,
+]  # not uploaded: useful only here, and with local paths
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}  # safetensors' names
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Merge in float32 over the unquantised base, then round; the figures count the weights."""
+    """Merge in float32 into the unquantized base, then round; the figures count the weights."""
     stage = cast(ExportConfig, session.config.stage)
     source, final = session.config.model, session.run_dir / "final"
     tokenizer = load_tokenizer(source)
-    model = load_whole(source, tokenizer)
+    model = load_dense(source, tokenizer)
     provenance, origin = base_provenance(source), origin_of(source)
     over = provenance.get(QUANTIZATION) if origin.adapter else None
     dtype = stage.dtype
     if dtype == "auto":
         dtype = "bf16" if over else stored_dtype(source)
     model.to(DTYPES[dtype])  # type: ignore[arg-type]
-    for line in told(origin, dtype, over):
+    for line in description(origin, dtype, over):
         session.note(line)
     known = model_folder(source.path) / TRAINED_PROMPTS if source.path else None
     files = {TRAINED_PROMPTS: known.read_bytes()} if known and known.is_file() else {}
@@ -69,8 +75,16 @@ def run(session: Session) -> dict[str, Any]:
     return {"weights": sum(p.numel() for p in model.parameters()), "dtype": dtype}
 
 
-def told(origin: Origin, dtype: str, over: str | None) -> Iterator[str]:
-    """What the weights are, for the console. over: how the base was quantised in training."""
+def plan(preview: Preview) -> Iterator[Row]:
+    stage = cast(ExportConfig, preview.config.stage)
+    yield "stage", "export"
+    yield from model_rows(preview)
+    dtype = "as the base is stored" if stage.dtype == "auto" else stage.dtype
+    yield "export", f"{dtype}, {stage.push_to_hub or 'not on the hub'}"
+
+
+def description(origin: Origin, dtype: str, over: str | None) -> Iterator[str]:
+    """What was exported, for the console. over: how the base was quantized in training."""
     base = origin.base.path or origin.base.hub_id
     if origin.adapter is None:
         yield f"{base} in {dtype}"
@@ -78,8 +92,8 @@ def told(origin: Origin, dtype: str, over: str | None) -> Iterator[str]:
     yield f"{origin.adapter} merged into {base} in {dtype}"
     if over:
         yield (
-            f"it was trained over that base in {over}, and is merged into the unquantised one: "
-            "close to what was trained, not the same"
+            f"it was trained over that base quantized as {over} and is merged into the unquantized "
+            "one: close to what was trained, not identical"
         )
 
 
@@ -99,7 +113,7 @@ def stored_dtype(config: ModelConfig) -> str:
     return STORED[kinds[0]] if kinds else "fp32"
 
 
-def load_whole(source: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def load_dense(source: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Policy or classifier with all its weights in float32. Raises ConfigError."""
     shape = hf_config(source, tokenizer)
     if not any(name.endswith(CLASSIFIER) for name in shape.architectures or ()):

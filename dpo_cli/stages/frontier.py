@@ -1,20 +1,17 @@
-"""stage=frontier: evaluations drawn together, and what they say of each method."""
+"""stage=frontier: several evaluations in one plot, and a comparison of their methods."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
-import yaml
 
 from dpo_cli.config import FrontierConfig
 from dpo_cli.durable import write_text
-from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.errors import DataError
 from dpo_cli.evaluation.methods import (
     Summary,
     budgets,
@@ -24,19 +21,26 @@ from dpo_cli.evaluation.methods import (
     rewards_table,
     summarize,
 )
+from dpo_cli.evaluation.points import (
+    BEST_OF,
+    OPTIMUM,
+    Point,
+    distinct_folders,
+    measured_once,
+    read_points,
+    refuse_mixed,
+)
 from dpo_cli.report.files import redact, write_redacted_json
 from dpo_cli.report.frontier import Band, Cloud, draw_frontier
 from dpo_cli.report.table import Column, Table
-from dpo_cli.session.lengths import new_tokens_of
+from dpo_cli.session.preview import Preview, Row
 from dpo_cli.session.session import Session
 
-OPTIMUM, BEST_OF = "optimum", "best-of-n"
-AT_REFERENCE = 1e-3  # nats: a method that goes no further is the reference itself
+AT_REFERENCE = 1e-3  # nats: a method that stays below is the reference itself
 COLUMNS = (
     "method", "seed", "setting", "step", "kl", "reward", "kl_se", "reward_se",
     "optimum_reward_at_kl", "shortfall", "gradient_steps", "samples", "beyond_optimum",
 )  # fmt: skip
-Row = dict[str, Any]
 Curves = list[list[tuple[float, float, float]]]  # a seed's (KL, reward, its error) in order
 
 
@@ -49,7 +53,7 @@ def run(session: Session) -> dict[str, Any]:
     unknown = sum(row["kl"] is None for row in rows)
     unrewarded = sum(row["reward"] is None for row in rows)
     if unrewarded:
-        session.note(f"{unrewarded} points have no reward and are left out")
+        session.note(f"{unrewarded} points have no reward and are dropped")
     rows = [row for row in rows if row["kl"] is not None and row["reward"] is not None]
     if not rows:
         raise DataError(
@@ -57,7 +61,7 @@ def run(session: Session) -> dict[str, Any]:
             "stage.temperature=1.0"
         )
     if unknown:
-        session.note(f"{unknown} points have no KL and are left out")
+        session.note(f"{unknown} points have no KL and are dropped")
     rows = measured_once(rows, session.note)
     table = [[row.get(name) for name in COLUMNS] for row in redact(rows)]
     write_text(session.run_dir / "frontier.csv", Table("", [*map(Column, COLUMNS)], table).csv())
@@ -78,85 +82,28 @@ def run(session: Session) -> dict[str, Any]:
     return figures([*summaries, *bounds])
 
 
-def distinct_folders(named: Sequence[str]) -> list[Path]:
-    """In the order in which they were first named."""
-    return list({Path(folder).resolve(): Path(folder) for folder in named}.values())
+def plan(preview: Preview) -> Iterator[Row]:
+    """The evaluations and their points. ConfigError where they cannot be drawn together."""
+    folders = distinct_folders(cast(FrontierConfig, preview.config.stage).evaluations)
+    refuse_mixed(folders)
+    counts = {folder: len(read_points(folder)) for folder in folders}
+    yield "stage", "frontier"
+    yield "evaluations", f"{len(counts):,}, {sum(counts.values()):,} points"
+    for folder, points in counts.items():
+        yield "", f"{folder}: {points:,}"
 
 
-def refuse_mixed(folders: Sequence[Path]) -> None:
-    """Rewards of different functions, or of completions of other lengths, have no common axis."""
-    first: tuple[Path, Any] | None = None
-    for folder in folders:
-        path = folder / "config.yaml"
-        stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if not isinstance(stored, dict) or "reward_fn" not in stored:
-            continue
-        reward = {k: v for k, v in stored["reward_fn"].items() if k != "batch_size"}
-        if reward.get("path"):
-            reward["path"] = str(Path(reward["path"]).resolve())
-        facts = {
-            "reward_fn": reward,
-            "stage.max_new_tokens": new_tokens_of(folder, stored.get("stage", {})),
-        }
-        if first is None:
-            first = folder, facts
-        for key, value in facts.items():
-            if value != first[1][key]:
-                raise ConfigError(
-                    f"stage.evaluations: {first[0]} and {folder} differ in {key} "
-                    f"({first[1][key]} against {value}); draw them apart"
-                )
-
-
-def read_points(folder: Path) -> list[Row]:
-    """An evaluation's points.jsonl; `evaluation` names it in each row."""
-    path = folder / "points.jsonl"
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-            known = {name: row[name] for name in ("method", "reward", "kl", "setting")}
-            rows.append({**row, **known, "evaluation": str(folder)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: is not a point ({error!r})") from error
-    return rows
-
-
-def measured_once(rows: Sequence[Row], note: Callable[[str], None]) -> list[Row]:
-    """Of a policy that several evaluations measured, only the last one's point."""
-    latest: dict[tuple[Any, ...], int] = {}
-    for place, row in enumerate(rows):
-        latest[identity(row) or (place,)] = place
-    kept = [rows[place] for place in sorted(latest.values())]
-    if again := len(rows) - len(kept):
-        points = "point is" if again == 1 else "points are"
-        note(f"{again} {points} left out: a later evaluation has the same policy again")
-    return kept
-
-
-def identity(row: Row) -> tuple[Any, ...] | None:
-    """Of a trained policy: the same in every evaluation. None for other points."""
-    policy = row.get("policy")
-    if not policy or row["method"] in (OPTIMUM, BEST_OF):
-        return None
-    place = Path(policy)
-    where = str(place.resolve()) if place.is_dir() else policy
-    return row["method"], where.removesuffix("/final"), row.get("step")
-
-
-def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def by_method(rows: Sequence[Point]) -> dict[str, list[Point]]:
     """Trained policies by method, in the order they come."""
-    found: dict[str, list[Row]] = defaultdict(list)
+    found: dict[str, list[Point]] = defaultdict(list)
     for row in rows:
         if row["method"] not in (OPTIMUM, BEST_OF):
             found[str(row["method"])].append(row)
     return dict(found)
 
 
-def optimum_curves(rows: Sequence[Row]) -> Curves:
-    """One curve an evaluation that measured it, from the reference at KL 0 (best of 1)."""
+def optimum_curves(rows: Sequence[Point]) -> Curves:
+    """One curve per evaluation that measured it, from the reference at KL 0 (best of 1)."""
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for row in rows:
         start = row["method"] == BEST_OF and row["setting"] == "n=1"
@@ -172,7 +119,7 @@ def band(curves: Curves) -> Band:
     return Band(kl, reward, low, high, seeds=len(curves))
 
 
-def cloud(name: str, rows: Sequence[Row]) -> Cloud:
+def cloud(name: str, rows: Sequence[Point]) -> Cloud:
     """last: the largest step of its run, which has an evaluation, a seed and a setting."""
     ends: dict[tuple[Any, ...], float] = {}
     runs = [(row.get("evaluation"), row.get("seed"), row.get("setting")) for row in rows]
@@ -192,9 +139,9 @@ def cloud(name: str, rows: Sequence[Row]) -> Cloud:
     return Cloud(name, column("kl"), kl_se, column("reward"), reward_se, last, labels)
 
 
-def mean_over_seeds(rows: Sequence[Row]) -> list[Row]:
-    """Best-of-n of several evaluations: one point an n, the mean reward."""
-    found: dict[str, list[Row]] = defaultdict(list)
+def mean_over_seeds(rows: Sequence[Point]) -> list[Point]:
+    """Best-of-n of several evaluations: one point per n, the mean reward."""
+    found: dict[str, list[Point]] = defaultdict(list)
     for row in rows:
         found[str(row["setting"])].append(row)
     return [
@@ -204,7 +151,7 @@ def mean_over_seeds(rows: Sequence[Row]) -> list[Row]:
 
 
 def verdicts(summaries: Sequence[Summary], kls: Sequence[float]) -> list[str]:
-    """A sentence a KL: which method leads, and whether that is more than chance."""
+    """A sentence per KL: which method leads, and whether by more than chance."""
     lines = []
     moved = [s for s in summaries if s.kl[1] > AT_REFERENCE]  # not the reference itself
     for lead in leads(moved, kls):

@@ -1,7 +1,8 @@
-"""stage=inspect: what the model will be shown, token by token. Trains nothing."""
+"""stage=inspect: the encoded rows, token by token. Trains nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 from rich.console import Console
@@ -9,6 +10,7 @@ from rich.console import Console
 from dpo_cli.config import InspectConfig
 from dpo_cli.data.show import describe
 from dpo_cli.model.load import configured_context, load_tokenizer
+from dpo_cli.session.preview import Preview, Row, data_rows, device_row, model_rows
 from dpo_cli.session.session import Session, load_data
 
 
@@ -21,3 +23,10 @@ def run(session: Session) -> dict[str, Any]:
     for part in describe(splits, tokenizer, stage.examples, stage.split):
         console.print(part)
     return {"train_rows": len(splits.train), "eval_rows": len(splits.eval)}
+
+
+def plan(preview: Preview) -> Iterator[Row]:
+    yield "stage", "inspect"
+    yield from model_rows(preview)
+    yield from data_rows(preview)
+    yield device_row(preview)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,18 +20,19 @@ from dpo_cli.evaluation.labels import Pair, all_pairs, bradley_terry, flipped
 from dpo_cli.records import Prompt
 from dpo_cli.rewards.implicit import implicit_reward
 from dpo_cli.rewards.scorers import Completed, Scorer
-from dpo_cli.rewards.scoring import load_scorer
+from dpo_cli.rewards.scoring import load_scorer, scoring_rows
+from dpo_cli.session.preview import Preview, Row
 from dpo_cli.session.prompts import write_rows
 from dpo_cli.session.session import Session
 
-ROWS_AT_ONCE = 512  # a call of the scorer: full batches of like lengths, and an ETA
+ROWS_AT_ONCE = 512  # per call of the scorer: full batches of similar lengths, and an ETA
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A row of stage=sample: a prompt and what a policy wrote after it.
+    """A row of stage=sample: a prompt and its completions.
 
-    finished: one each; None where the row does not say, and all are taken for whole.
+    finished: per completion; None if the row does not say, and all count as finished.
     """
 
     prompt: Prompt
@@ -40,13 +41,13 @@ class Sampled:
 
     @property
     def completed(self) -> list[Completed]:
-        whole = [True] * len(self.completions)
-        pairs = zip(self.completions, self.finished or whole, strict=True)
-        return [Completed(self.prompt, text, finished) for text, finished in pairs]
+        finished = self.finished or [True] * len(self.completions)
+        pairs = zip(self.completions, finished, strict=True)
+        return [Completed(self.prompt, text, ended) for text, ended in pairs]
 
 
 def run(session: Session) -> dict[str, Any]:
-    """All pairs of a row's completions, one row a pair, for each file of stage.samples."""
+    """All pairs of a row's completions, one row per pair, for each file of stage.samples."""
     stage = cast(LabelConfig, session.config.stage)
     assert stage.samples is not None  # checked with the configuration
     if unfinished(Path(stage.samples)):
@@ -64,11 +65,11 @@ def run(session: Session) -> dict[str, Any]:
     for name, found in sampled.items():
         rows = [without_blanks(row) for row in found]
         if blank := sum(not text.strip() for row in found for text in row.completions):
-            session.note(f"{name}: {blank} blank {_completions(blank, 'is', 'are')} left out")
+            session.note(f"{name}: {blank} blank {_completions(blank, 'is', 'are')} dropped")
         if cut := sum(not finished for row in rows for finished in row.finished or ()):
             session.note(
-                f"{name}: {cut} {_completions(cut, 'was', 'were')} cut by stage=sample's limit of "
-                "tokens: train with data.finished_field=finished, or policies learn to end there"
+                f"{name}: {cut} {_completions(cut, 'was', 'were')} truncated by stage=sample: "
+                "train with data.finished_field=finished, or policies learn to stop there"
             )
         scores = score_all(session, score, rows, name)
         rng = random.Random(f"{session.config.seed} {name}")
@@ -85,8 +86,13 @@ def run(session: Session) -> dict[str, Any]:
     return figures
 
 
+def plan(preview: Preview) -> Iterator[Row]:
+    yield "stage", "label"
+    yield from scoring_rows(preview.config)
+
+
 def unfinished(folder: Path) -> bool:
-    """Whether it is the folder of a run that has yet to reach its end."""
+    """Whether it is the folder of a run that has not finished."""
     return (folder / "config.yaml").is_file() and not (folder / "summary.json").is_file()
 
 
@@ -95,7 +101,7 @@ def _completions(count: int, one: str, several: str) -> str:
 
 
 def without_blanks(row: Sampled) -> Sampled:
-    """Nothing is learned from an empty text; data=jsonl would drop its pairs."""
+    """Without blank completions, whose pairs data=jsonl would drop."""
     kept = [i for i, text in enumerate(row.completions) if text.strip()]
     finished = None if row.finished is None else [row.finished[i] for i in kept]
     return Sampled(row.prompt, [row.completions[i] for i in kept], finished)

@@ -6,8 +6,8 @@ The reward is a trained reward model or a ground truth (the paper's PPO-GT): `re
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -15,21 +15,35 @@ import torch
 from torch import Tensor
 
 from dpo_cli.config import PpoConfig, RunConfig
-from dpo_cli.data.loader import StepPlan, plan_steps
-from dpo_cli.errors import ConfigError
+from dpo_cli.data.dataset import EncodedSplits
+from dpo_cli.data.loader import StepPlan
 from dpo_cli.logprobs import fused_loss, sum_by_sequence
 from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
 from dpo_cli.model.forward import head_of, target_states
 from dpo_cli.records import Batch, EncodedExample, LossOutput
-from dpo_cli.rewards.scoring import load_scorer, scorer_digest
-from dpo_cli.session.lengths import finished_share, new_tokens, unfinished_line, with_new_tokens
-from dpo_cli.session.precision import quantised_base
-from dpo_cli.session.prompts import distinct_prompts, source_prompts
-from dpo_cli.session.reference import keep_start, load_reference, reference_path
+from dpo_cli.rewards.scoring import load_scorer, scorer_digest, scoring_rows
+from dpo_cli.session.lengths import (
+    finished_share,
+    new_tokens,
+    unfinished_line,
+    with_new_tokens,
+)
+from dpo_cli.session.models import Loaded, load_policy_and_data, provenance_of
+from dpo_cli.session.preview import (
+    Preview,
+    Row,
+    data_rows,
+    device_row,
+    reference_row,
+    trained_model_rows,
+)
+from dpo_cli.session.prompts import distinct_prompts
+from dpo_cli.session.reference import beside_its_start, load_reference, reference_path
 from dpo_cli.session.rows import begin_training, packed_rows
 from dpo_cli.session.sampling import sample_writer
-from dpo_cli.session.session import Loaded, Session, load_policy_and_data
+from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_files
+from dpo_cli.session.workload import Workload, sampling_workload
 from dpo_cli.stages.rollout import (
     Actors,
     Rollout,
@@ -37,9 +51,11 @@ from dpo_cli.stages.rollout import (
     draw,
     final_scores,
     measure,
-    reference_normaliser,
+    plan_rollouts,
+    reference_normalizer,
     roll_out,
     scores_of,
+    steps_of_rollout,
     values_of,
     with_samples,
 )
@@ -47,12 +63,12 @@ from dpo_cli.statistics import mean_and_error
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 
-EVAL_SEED = 7_919  # held-out prompts are sampled with the same draws at every evaluation
+EVAL_SEED = 7_919  # the same random numbers at every evaluation
 
 
 @dataclass
 class Ppo:
-    """One run. plan: which prompts make which rollout; `rollout`: the one being learnt from."""
+    """One run. plan: which prompts make which rollout; rollout: the one that is trained on."""
 
     session: Session
     stage: PpoConfig
@@ -61,11 +77,11 @@ class Ppo:
     held_out: list[EncodedExample]
     plan: StepPlan
     rollout: Rollout = field(default_factory=lambda: Rollout([], [], {}))
-    told: bool = False  # that completions are cut
+    noted: bool = False  # that completions are truncated
 
     @property
     def minibatch(self) -> int:
-        """Prompts a step."""
+        """Prompts per step."""
         return self.session.config.train.batch_size // self.stage.completions
 
     @property
@@ -76,6 +92,10 @@ class Ppo:
     def steps_per_rollout(self) -> int:
         return self.steps_per_epoch * self.stage.ppo_epochs
 
+    @property
+    def steps(self) -> int:
+        return self.plan.steps * self.steps_per_rollout
+
     def before_step(self, step: int) -> dict[str, float]:
         """A new rollout where one is due."""
         number, behind = divmod(step, self.steps_per_rollout)
@@ -85,9 +105,9 @@ class Ppo:
         seed = int(np.random.SeedSequence([self.session.config.seed, number]).generate_state(1)[0])
         self.rollout = roll_out(self.session, self.actors, chosen, self.stage, seed)
         line = unfinished_line(self.rollout.figures["rollout/finished"], new_tokens(self.stage))
-        if line and not self.told:
+        if line and not self.noted:
             self.session.note(line)
-            self.told = True
+            self.noted = True
         return self.rollout.figures
 
     def batches(self, step: int) -> list[Batch]:
@@ -106,40 +126,29 @@ class Ppo:
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Roll out, learn from it for some passes, and again."""
-    stage = cast(PpoConfig, session.config.stage)
-    loaded = load_policy_and_data(session, before=partial(keep_start, session.config))
-    named = reference_path(session.config, loaded)
-    rows = [*loaded.splits.train, *loaded.splits.eval]
-    stage = with_new_tokens(stage, rows, session.note)
-    prompts = distinct_prompts(loaded.splits.train)
-    actors = build_actors(session, loaded, named, stage)
-    ppo = Ppo(
-        session, stage, actors, prompts, distinct_prompts(loaded.splits.eval)[: stage.eval_prompts],
-        plan_rollouts(session.config, len(prompts)),
-    )  # fmt: skip
-    steps = ppo.plan.steps * ppo.steps_per_rollout
-    prepare_state(session, ppo)
-    begin_training(session, loaded.model, steps)
+    """Roll out, train on the rollout for some epochs, and again."""
+    loaded = load_policy_and_data(session, beside_its_start(session.config))
+    reference = reference_path(session.config, loaded)
+    ppo = prepare(session, loaded, reference)
+    stage, actors = ppo.stage, ppo.actors
+    begin_training(session, loaded.model, ppo.steps)
     task = TrainTask(
         model=loaded.model,
         tokenizer=loaded.tokenizer,
-        steps=steps,
+        steps=ppo.steps,
         batches=ppo.batches,
         compute_loss=lambda batch: ppo_loss(actors, batch, ppo.rollout, stage),
         evaluate=lambda: evaluate(ppo),
         budget=session.budget,
         on_eval=sample_writer(session, loaded),
         unit="prompts",
-        provenance={
-            "stage": "ppo-baseline",
-            "reward_fn": vars(session.config.reward_fn),
-            "target_kl": stage.target_kl if stage.kl_control == "adaptive" else None,
-            "reference": named or session.config.model.path or session.config.model.hub_id,
-            "data": loaded.splits.origin,
-            "date": session.config.data.date,
-            **quantised_base(session.config.lora),
-        },
+        provenance=provenance_of(
+            session,
+            loaded.splits,
+            reward_fn=vars(session.config.reward_fn),
+            target_kl=stage.target_kl if stage.kl_control == "adaptive" else None,
+            reference=reference or session.config.model.path or session.config.model.hub_id,
+        ),
         files=trained_files(session.config, loaded.splits),
         identity={
             "rows": loaded.splits.fingerprint,
@@ -152,28 +161,46 @@ def run(session: Session) -> dict[str, Any]:
         save_multiple=ppo.steps_per_rollout,
         carried=ppo.carried,
     )
-    fit(task, session.config, session.runtime, session, session.snapshot)
+    fit(task, session)
     samples = ppo.plan.steps * ppo.plan.batch_size * stage.completions
-    return {"samples": samples, "gradient_steps": steps}
+    return {"samples": samples, "gradient_steps": ppo.steps}
 
 
-def steps_of_rollout(config: RunConfig) -> int:
-    """Optimiser steps between two rollouts."""
+def prepare(session: Session, loaded: Loaded, reference: str | None) -> Ppo:
+    """Actors, prompts and plan of a run, with the state of its checkpoint if it resumes one."""
+    rows = [*loaded.splits.train, *loaded.splits.eval]
+    stage = with_new_tokens(cast(PpoConfig, session.config.stage), rows, session.note)
+    prompts, held_out = map(distinct_prompts, (loaded.splits.train, loaded.splits.eval))
+    actors = build_actors(session, loaded, reference, stage)
+    plan = plan_rollouts(session.config, len(prompts))
+    ppo = Ppo(session, stage, actors, prompts, held_out[: stage.eval_prompts], plan)
+    prepare_state(session, ppo)
+    return ppo
+
+
+def plan(preview: Preview) -> Iterator[Row]:
+    config, stage = preview.config, cast(PpoConfig, preview.config.stage)
+    yield "stage", "ppo-baseline"
+    yield from scoring_rows(config)
+    yield from trained_model_rows(preview)
+    yield reference_row(stage.reference)
+    yield from data_rows(preview)
+    prompts = len(distinct_prompts(preview.splits.train))
+    rollouts, steps = plan_rollouts(config, prompts), steps_of_rollout(config)
+    samples = f"{rollouts.steps:,} of {stage.rollout_samples:,} completions"
+    kl = f"towards {stage.target_kl:g} nats" if stage.kl_control == "adaptive" else "fixed"
+    yield "rollouts", f"{samples}, of {prompts:,} distinct prompts"
+    yield "steps", f"{rollouts.steps * steps:,}, {steps} after each rollout"
+    yield "KL weight", f"{stage.kl_coef:g}, {kl}"
+    yield device_row(preview)
+
+
+def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
+    """The step of the longest prompts stands for all."""
     stage = cast(PpoConfig, config.stage)
-    return stage.rollout_samples // config.train.batch_size * stage.ppo_epochs
-
-
-def plan_rollouts(config: RunConfig, prompts: int) -> StepPlan:
-    """Which prompts make which rollout: `train.epochs` over the prompts, or `train.max_steps`."""
-    train, stage = config.train, cast(PpoConfig, config.stage)
-    size = stage.rollout_samples // stage.completions
-    rollouts = None if train.max_steps is None else train.max_steps // steps_of_rollout(config)
-    if rollouts is None and prompts * train.epochs < size:
-        raise ConfigError(
-            f"stage.rollout_samples={stage.rollout_samples}: {prompts} distinct prompts are fewer "
-            "than one rollout takes; lower it, or raise train.epochs"
-        )
-    return plan_steps(prompts, size, train.epochs, rollouts, train.shuffle, config.seed)
+    sampled = sampling_workload(stage, splits)
+    longest = sorted(range(len(sampled.lengths)), key=lambda i: sampled.lengths[i][0])
+    return replace(sampled, steps=[longest[-(config.train.batch_size // stage.completions) :]])
 
 
 def build_actors(session: Session, loaded: Loaded, named: str | None, stage: PpoConfig) -> Actors:
@@ -185,17 +212,10 @@ def build_actors(session: Session, loaded: Loaded, named: str | None, stage: Ppo
     head = torch.nn.Linear(width, 1).to(device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
-    adaptive = stage.kl_control == "adaptive"
-    kl = (
-        AdaptiveKl(stage.kl_coef, stage.target_kl, stage.kl_horizon)
-        if adaptive
-        else FixedKl(stage.kl_coef)
-    )
-    prompts = source_prompts(session, loaded.tokenizer)
-    return Actors(
-        loaded.model, reference, head, loaded.tokenizer, load_scorer(session), prompts["train"],
-        prompts["eval"], kl,
-    )  # fmt: skip
+    kl: AdaptiveKl | FixedKl = FixedKl(stage.kl_coef)
+    if stage.kl_control == "adaptive":
+        kl = AdaptiveKl(stage.kl_coef, stage.target_kl, stage.kl_horizon)
+    return Actors(loaded.model, reference, head, loaded.tokenizer, load_scorer(session), kl)
 
 
 def prepare_state(session: Session, ppo: Ppo) -> None:
@@ -206,7 +226,7 @@ def prepare_state(session: Session, ppo: Ppo) -> None:
         ppo.actors.normaliser = Normaliser(*kept["score"])
     elif ppo.stage.normalize and ppo.stage.normalize_prompts:
         chosen = ppo.prompts[: ppo.stage.normalize_prompts]
-        ppo.actors.normaliser = reference_normaliser(session, ppo.actors, chosen, ppo.stage)
+        ppo.actors.normaliser = reference_normalizer(session, ppo.actors, chosen, ppo.stage)
 
 
 def ppo_loss(actors: Actors, batch: Batch, rollout: Rollout, stage: PpoConfig) -> LossOutput:
@@ -251,18 +271,18 @@ def ppo_loss(actors: Actors, batch: Batch, rollout: Rollout, stage: PpoConfig) -
 
 
 def evaluate(ppo: Ppo) -> dict[str, float]:
-    """Score and KL on held-out prompts; `loss` is what PPO lowers at its first KL weight.
+    """Score and KL on held-out prompts; `loss` is PPO's objective at the initial KL weight.
 
     Errors are left out where a single prompt has none.
     """
     if not ppo.held_out:
         return {}
-    session, stage = ppo.session, ppo.stage
-    actors = replace(ppo.actors, prompts=ppo.actors.held_out)
+    session, stage, actors = ppo.session, ppo.stage, ppo.actors
     samples = draw(session, actors, actors.policy, ppo.held_out, stage, EVAL_SEED)
     scores = scores_of(actors, ppo.held_out, samples)
     flat = [c for row in samples for c in row]
-    tokens = measure(session, actors, with_samples(ppo.held_out, samples), stage)
+    completed = with_samples(ppo.held_out, samples)
+    tokens = session.within_memory(lambda: measure(session, actors, completed, stage))
     kl, error = mean_and_error([float((t.logprobs - t.reference).sum()) for t in tokens])
     score, score_error = mean_and_error(scores.tolist())
     wanted = float(final_scores(actors, scores, flat, stage).mean())

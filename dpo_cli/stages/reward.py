@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,14 +12,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.config import RewardConfig
+from dpo_cli.config import RewardConfig, RunConfig
+from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.errors import DataError
 from dpo_cli.losses import reward_loss
 from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.records import Batch, EncodedExample, LossOutput
-from dpo_cli.rewards.normalization import normalise
+from dpo_cli.rewards.normalization import normalize
 from dpo_cli.session.balance import balanced
-from dpo_cli.session.precision import quantised_base
+from dpo_cli.session.models import Loading, load_policy_and_data, provenance_of
+from dpo_cli.session.preview import (
+    Preview,
+    Row,
+    data_rows,
+    device_row,
+    step_rows,
+    trained_model_rows,
+)
 from dpo_cli.session.rows import (
     batches_of,
     begin_training,
@@ -28,8 +37,9 @@ from dpo_cli.session.rows import (
     step_plan,
     with_interval,
 )
-from dpo_cli.session.session import Session, load_policy_and_data
+from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_files
+from dpo_cli.session.workload import Workload, training_workload
 from dpo_cli.statistics import calibration_error, reliability
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import Totals, TrainTask
@@ -46,9 +56,9 @@ class Rows:
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Train on pairs or ranked lists; rewards are those of the model, margins not taken off."""
+    """Train on pairs or ranked lists; reported rewards are the model's, margins not subtracted."""
     stage, device = cast(RewardConfig, session.config.stage), session.runtime.device
-    loaded = load_policy_and_data(session, load_reward_model)
+    loaded = load_policy_and_data(session, Loading(read=load_reward_model))
     branches = check_responses([*loaded.splits.train, *loaded.splits.eval], stage)
     train, held_out = (
         Rows(
@@ -71,23 +81,33 @@ def run(session: Session) -> dict[str, Any]:
         evaluate=lambda: evaluate(session, loaded.model, held_out, stage),
         budget=session.budget,
         unit="pairs" if branches == 2 else "lists",
-        provenance={
-            "stage": "reward",
-            "base": session.config.model.path or session.config.model.hub_id,
-            "data": loaded.splits.origin,
-            "date": session.config.data.date,
-            **quantised_base(session.config.lora),
-        },
+        provenance=provenance_of(
+            session,
+            loaded.splits,
+            base=session.config.model.path or session.config.model.hub_id,
+        ),
         files=trained_files(session.config, loaded.splits),
         identity={"rows": loaded.splits.fingerprint, "margins": digest(train.margins)},
     )
-    fit(task, session.config, session.runtime, session, session.snapshot)
-    draw(session, loaded.model, held_out, stage)
-    return normalise(session, loaded)
+    fit(task, session)
+    draw_held_out(session, loaded.model, held_out, stage)
+    return normalize(session, loaded)
+
+
+def plan(preview: Preview) -> Iterator[Row]:
+    yield "stage", "reward"
+    yield from trained_model_rows(preview)
+    yield from data_rows(preview)
+    yield from step_rows(preview.config, preview.splits.train)
+    yield device_row(preview)
+
+
+def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
+    return training_workload(config, splits.train)
 
 
 def check_responses(examples: Sequence[EncodedExample], stage: RewardConfig) -> int:
-    """K >= 2, the same for all examples; pairs where the options are of pairs."""
+    """K >= 2, the same for all examples; K = 2 where an option needs pairs."""
     check_lengths(examples, 2, "reward")
     counts = {len(e.response_ids) for e in examples}
     if len(counts) > 1:
@@ -97,7 +117,7 @@ def check_responses(examples: Sequence[EncodedExample], stage: RewardConfig) -> 
         if branches > 2 and getattr(stage, key):
             raise DataError(
                 f"stage.{key}={getattr(stage, key)}: takes pairs, the rows have {branches} "
-                f"responses: leave it out"
+                f"responses: remove it"
             )
     return branches
 
@@ -115,7 +135,7 @@ def margins_of(examples: Sequence[EncodedExample], device: torch.device) -> Tens
     for i in np.flatnonzero(margins < 0):
         raise DataError(
             f"stage.margins=true: row {examples[int(i)].row} scores its rejected response higher "
-            "than its chosen one: mend the row or use stage.margins=false"
+            "than its chosen one: fix the row or use stage.margins=false"
         )
     return torch.tensor(margins, dtype=torch.float32, device=device)
 
@@ -179,8 +199,10 @@ def pair_margins(values: Tensor) -> list[float]:
     return found
 
 
-def draw(session: Session, model: PreTrainedModel, rows: Rows, stage: RewardConfig) -> None:
-    """The held-out rewards of the finished model as a picture in `plots/`."""
+def draw_held_out(
+    session: Session, model: PreTrainedModel, rows: Rows, stage: RewardConfig
+) -> None:
+    """Plot the held-out rewards of the final model in `plots/`."""
     if not (rows.examples and session.config.logger.plots):
         return
     if rows.rewards is None:  # resumed after the last step

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.config import PpoConfig
+from dpo_cli.config import PpoConfig, RunConfig
+from dpo_cli.data.loader import StepPlan, plan_steps
+from dpo_cli.errors import ConfigError
 from dpo_cli.logprobs import Head, promote, target_logprobs
 from dpo_cli.losses.ppo import (
     AdaptiveKl,
@@ -24,7 +27,7 @@ from dpo_cli.losses.ppo import (
 )
 from dpo_cli.model.forward import head_of, target_states
 from dpo_cli.model.sampling.generate import Completion, SamplingOptions
-from dpo_cli.records import Batch, EncodedExample, Prompt
+from dpo_cli.records import Batch, EncodedExample
 from dpo_cli.rewards.scorers import Completed, Scorer
 from dpo_cli.session.lengths import new_tokens
 from dpo_cli.session.reference import Reference
@@ -38,15 +41,13 @@ FALSE_KL = -3.0  # standard errors below zero at which a mean KL says that somet
 
 @dataclass
 class Actors:
-    """All that a rollout takes. value_head: (D,) -> (1,), read at the state of each token."""
+    """What PPO works with. value_head: (D,) -> (1,), read at the state of each token."""
 
     policy: PreTrainedModel
     reference: Reference
     value_head: torch.nn.Linear
     tokenizer: PreTrainedTokenizerFast
     score: Scorer
-    prompts: dict[int, Prompt]  # row -> the prompt as its source has it
-    held_out: dict[int, Prompt]  # of the other split, whose rows may have the same numbers
     kl: AdaptiveKl | FixedKl
     normaliser: Normaliser = field(default_factory=Normaliser)
 
@@ -55,7 +56,7 @@ class Actors:
 class Tokens:
     """One prompt's completions, token by token, (n,) each; the last two come by `estimate`.
 
-    On the CPU where they are worked out, then on the run's device (`on_device`).
+    On the CPU where they are computed, then on the run's device (`on_device`).
     """
 
     logprobs: Tensor
@@ -72,6 +73,25 @@ class Rollout:
     examples: list[EncodedExample]
     tokens: list[Tokens]
     figures: dict[str, float]
+
+
+def steps_of_rollout(config: RunConfig) -> int:
+    """Optimizer steps between two rollouts."""
+    stage = cast(PpoConfig, config.stage)
+    return stage.rollout_samples // config.train.batch_size * stage.ppo_epochs
+
+
+def plan_rollouts(config: RunConfig, prompts: int) -> StepPlan:
+    """Which prompts make which rollout: `train.epochs` over the prompts, or `train.max_steps`."""
+    train, stage = config.train, cast(PpoConfig, config.stage)
+    size = stage.rollout_samples // stage.completions
+    rollouts = None if train.max_steps is None else train.max_steps // steps_of_rollout(config)
+    if rollouts is None and prompts * train.epochs < size:
+        raise ConfigError(
+            f"stage.rollout_samples={stage.rollout_samples}: {prompts} distinct prompts are fewer "
+            "than one rollout takes; lower it, or raise train.epochs"
+        )
+    return plan_steps(prompts, size, train.epochs, rollouts, train.shuffle, config.seed)
 
 
 def at_temperature(head: Head, temperature: float) -> Head:
@@ -107,14 +127,14 @@ def scores_of(
 ) -> Tensor:
     """(S,) raw scores, in the order of the samples."""
     rows = [
-        Completed(actors.prompts[e.row], completion_text(actors.tokenizer, c.ids), c.finished)
+        Completed(e.prompt, completion_text(actors.tokenizer, c.ids), c.finished)
         for e, row in zip(examples, samples, strict=True)
         for c in row
     ]
     return torch.tensor(actors.score(rows), dtype=torch.float32)
 
 
-def reference_normaliser(
+def reference_normalizer(
     session: Session, actors: Actors, examples: Sequence[EncodedExample], stage: PpoConfig
 ) -> Normaliser:
     """Mean and standard deviation of the score on one reference sample of each prompt."""
@@ -134,7 +154,7 @@ def roll_out(
 ) -> Rollout:
     """Sample, score, and one forward of policy and reference over what was sampled.
 
-    The KL weight moves on afterwards: this rollout's rewards have the one before.
+    The KL weight is updated afterwards: this rollout's rewards have the one before.
     """
     started = time.perf_counter()
     samples = draw(session, actors, actors.policy, examples, stage, seed)
@@ -145,38 +165,43 @@ def roll_out(
     full = with_samples(examples, samples)
     tokens = session.within_memory(lambda: measure(session, actors, full, stage))
     lengths = torch.tensor([len(c.ids) for c in flat])
-    logratios = torch.cat([t.logprobs - t.reference for t in tokens])
+    coefficient = actors.kl.coef
     figures = estimate(actors, tokens, final_scores(actors, raw, flat, stage), lengths, stage)
-    kl, error = mean_and_error([float(part.sum()) for part in logratios.split(lengths.tolist())])
-    if kl < FALSE_KL * error:
-        session.note(f"KL of {kl:.3f} is below zero: the samples are not the policy's")
-    seconds = time.perf_counter() - started
-    finished = sum(c.finished for c in flat)
+    kl = sequence_kl(session, tokens, lengths)
+    actors.kl.update(kl, len(flat))
+    finished, count = sum(c.finished for c in flat), int(lengths.sum())
     if stage.no_eos_score is not None and not finished:
         session.note(
             f"no completion ended within stage.max_new_tokens={stage.max_new_tokens}: all have "
-            f"stage.no_eos_score={stage.no_eos_score:g} and nothing is learnt from their scores; "
+            f"stage.no_eos_score={stage.no_eos_score:g} and nothing is learned from their scores; "
             "allow more tokens, or use stage.no_eos_score=null"
         )
-    count = int(lengths.sum())
     figures |= {
         "score": float(raw.mean()),
         "kl": kl,
-        "kl_coef": actors.kl.coef,
+        "kl_coef": coefficient,
         "entropy_nats": -float(torch.cat([t.logprobs for t in tokens]).sum()) / len(flat),
         "rollout/tokens": count / len(flat),
         "rollout/finished": finished / len(flat),
-        "rollout/seconds": seconds,
+        "rollout/seconds": time.perf_counter() - started,
         "rollout/sampling_seconds": sampled - started,
         "rollout/scoring_seconds": scored - sampled,
         "rollout/tokens_per_second": count / (sampled - started),
     }
-    actors.kl.update(kl, len(flat))
     return Rollout(full, on_device(tokens, session.runtime.device), figures)
 
 
+def sequence_kl(session: Session, tokens: Sequence[Tokens], lengths: Tensor) -> float:
+    """Mean KL per completion, in nats; a note if it is significantly negative."""
+    logratios = torch.cat([t.logprobs - t.reference for t in tokens])
+    kl, error = mean_and_error([float(part.sum()) for part in logratios.split(lengths.tolist())])
+    if kl < FALSE_KL * error:
+        session.note(f"KL of {kl:.3f} is below zero: the samples are not the policy's")
+    return kl
+
+
 def on_device(tokens: Sequence[Tokens], device: torch.device) -> list[Tokens]:
-    """The tokens where the steps are computed, in one copy: one a step would make it wait."""
+    """The tokens on the run's device, in one copy: one per step would make each step wait."""
     names = [f.name for f in fields(Tokens)]
     columns = torch.stack([torch.cat([getattr(t, name) for t in tokens]) for name in names])
     parts = columns.to(device).split([len(t.logprobs) for t in tokens], dim=1)
@@ -196,7 +221,7 @@ def with_samples(
 def final_scores(
     actors: Actors, raw: Tensor, samples: Sequence[Completion], stage: PpoConfig
 ) -> Tensor:
-    """(S,) what PPO maximises: normalised, clipped, and a fixed low score without EOS."""
+    """(S,) what PPO maximizes: normalized, clipped, and a fixed low score without EOS."""
     scores = actors.normaliser(raw)
     if stage.score_clip is not None:
         scores = scores.clamp(-stage.score_clip, stage.score_clip)

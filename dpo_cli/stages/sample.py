@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
-from dpo_cli.config import SampleConfig
+from dpo_cli.config import RunConfig, SampleConfig
+from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.model.load import context_length, load_tokenizer
 from dpo_cli.model.sampling.generate import SamplingOptions
-from dpo_cli.session.lengths import finished_share, new_tokens, unfinished_line, with_new_tokens
-from dpo_cli.session.prompts import distinct_prompts, source_prompts, write_rows
+from dpo_cli.session.lengths import (
+    finished_share,
+    new_tokens,
+    unfinished_line,
+    with_new_tokens,
+)
+from dpo_cli.session.models import load
+from dpo_cli.session.preview import Preview, Row, data_rows, device_row, model_rows
+from dpo_cli.session.prompts import distinct_prompts, write_rows
 from dpo_cli.session.sampling import complete, decoded_together
-from dpo_cli.session.session import Session, load, load_data
+from dpo_cli.session.session import Session, load_data
+from dpo_cli.session.workload import Workload, sampling_workload
 
 
 def run(session: Session) -> dict[str, Any]:
-    """A row a prompt and temperature: {prompt, completions, finished, temperature}.
+    """A row per prompt and temperature: {prompt, completions, finished, temperature}.
 
     The figures count what was written.
     """
@@ -25,7 +35,6 @@ def run(session: Session) -> dict[str, Any]:
     splits = load_data(session, context_length(model), tokenizer)
     stage = with_new_tokens(stage, [*splits.train, *splits.eval], session.note)
     limits = {"train": (splits.train, stage.prompts), "eval": (splits.eval, stage.eval_prompts)}
-    sources = source_prompts(session, tokenizer)
     figures: dict[str, Any] = {}
     for name, (examples, limit) in limits.items():
         chosen = distinct_prompts(examples)[:limit]
@@ -40,7 +49,7 @@ def run(session: Session) -> dict[str, Any]:
             found.append((options.temperature, rows))
         write_rows(session.run_dir / f"{name}.jsonl", [
             {
-                "prompt": sources[name][e.row],
+                "prompt": e.prompt,
                 "completions": [c["completion"] for c in rows[place]],
                 "finished": [c["finished"] for c in rows[place]],
                 "temperature": temperature,
@@ -54,8 +63,19 @@ def run(session: Session) -> dict[str, Any]:
     return figures
 
 
+def plan(preview: Preview) -> Iterator[Row]:
+    yield "stage", "sample"
+    yield from model_rows(preview)
+    yield from data_rows(preview)
+    yield device_row(preview)
+
+
+def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
+    return sampling_workload(cast(SampleConfig, config.stage), splits)
+
+
 def sampling_options(session: Session, stage: SampleConfig) -> list[SamplingOptions]:
-    """One a temperature, each with random numbers of its own; greedy completions are all equal."""
+    """One per temperature, each with its own seed; greedy completions are all equal."""
     return [
         SamplingOptions(
             completions=stage.completions if temperature > 0 else 1,

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from dpo_cli.config import SftConfig
+from dpo_cli.config import RunConfig, SftConfig
+from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.model.forward import loss_and_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.session.balance import balanced
-from dpo_cli.session.precision import quantised_base
+from dpo_cli.session.models import Loaded, load_policy_and_data, provenance_of
+from dpo_cli.session.preview import (
+    Preview,
+    Row,
+    data_rows,
+    device_row,
+    step_rows,
+    trained_model_rows,
+)
 from dpo_cli.session.rows import (
     batches_of,
     begin_training,
@@ -24,8 +34,9 @@ from dpo_cli.session.rows import (
     step_plan,
 )
 from dpo_cli.session.sampling import sample_writer
-from dpo_cli.session.session import Loaded, Session, load_policy_and_data
+from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_files
+from dpo_cli.session.workload import Workload, training_workload
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
 
@@ -50,21 +61,31 @@ def run(session: Session) -> dict[str, Any]:
         evaluate=lambda: evaluate(session, loaded, held_out, stage.reduction),
         budget=session.budget,
         on_eval=sample_writer(session, loaded),
-        provenance={
-            "stage": "sft",
-            "data": loaded.splits.origin,
-            "date": session.config.data.date,
-            **quantised_base(session.config.lora),
-        },
+        provenance=provenance_of(session, loaded.splits),
         files=trained_files(session.config, loaded.splits),
         identity={"rows": loaded.splits.fingerprint},
     )
-    fit(task, session.config, session.runtime, session, session.snapshot)
+    fit(task, session)
     return {"samples": distinct_responses(train), "gradient_steps": plan.steps}
 
 
+def plan(preview: Preview) -> Iterator[Row]:
+    stage = cast(SftConfig, preview.config.stage)
+    yield "stage", "sft"
+    yield from trained_model_rows(preview)
+    yield from data_rows(preview)
+    yield from step_rows(preview.config, targets_of(preview.splits.train, stage.train_on_prompt))
+    yield device_row(preview)
+
+
+def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
+    stage = cast(SftConfig, config.stage)
+    return training_workload(config, targets_of(splits.train, stage.train_on_prompt))
+
+
 def targets_of(examples: list[EncodedExample], train_on_prompt: bool) -> list[EncodedExample]:
-    """One branch an example. On the prompt too: all but its first token become targets."""
+    """The first response of each example. train_on_prompt: all but the prompt's first token become
+    targets too."""
     single = keep_responses(examples, 1)
     if not train_on_prompt:
         return single
@@ -79,7 +100,7 @@ def targets_of(examples: list[EncodedExample], train_on_prompt: bool) -> list[En
 
 
 def sft_loss(model: PreTrainedModel, batch: Batch, reduction: str) -> LossOutput:
-    """Negative log-likelihood; `mean` weighs by tokens, `sum` by examples."""
+    """Negative log-likelihood; `mean` weights by tokens, `sum` by examples."""
     loss, logprobs = loss_and_logprobs(model, batch, lambda values, _: -values.sum())
     tokens, examples = float(len(logprobs)), float(len(batch.example_ids))
     return LossOutput(

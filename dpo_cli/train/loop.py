@@ -38,17 +38,15 @@ from dpo_cli.train.rounding import changed_share, rounding_note, watch
 from dpo_cli.train.runtime import Runtime
 from dpo_cli.train.saving import Best, Saves
 from dpo_cli.train.step import accumulate
-from dpo_cli.train.task import Reporter, TrainTask
+from dpo_cli.train.task import TrainingSession, TrainTask
 
 
 @dataclass
 class Fit:
-    """The state of a run that a checkpoint carries beside weights and optimiser."""
+    """The state of a run that a checkpoint carries beside weights and optimizer."""
 
     task: TrainTask
-    config: RunConfig
-    runtime: Runtime
-    reporter: Reporter
+    session: TrainingSession
     optimizer: Optimizer
     saves: Saves
     batches: Callable[[int], Sequence[Batch]]  # the task's, made ahead of time on CUDA
@@ -59,19 +57,23 @@ class Fit:
     before: dict[str, float] = field(default_factory=dict)  # figures of the last before_step
     due: set[str] = field(default_factory=set)  # evaluate, save: at the next save_multiple
 
+    @property
+    def config(self) -> RunConfig:
+        return self.session.config
 
-def fit(
-    task: TrainTask,
-    config: RunConfig,
-    runtime: Runtime,
-    reporter: Reporter,
-    snapshot: checkpoint.Snapshot | None = None,
-) -> None:
-    """Train to the end and publish `final/`; the figures are in metrics.jsonl.
+    @property
+    def runtime(self) -> Runtime:
+        return self.session.runtime
+
+
+def fit(task: TrainTask, session: TrainingSession) -> None:
+    """Train to the end, from the session's snapshot if it has one, and publish `final/`; the
+    figures are in metrics.jsonl.
 
     Raises NonFiniteError before a bad step is taken and Preempted after a signal, with
     the state saved.
     """
+    config, runtime, snapshot = session.config, session.runtime, session.snapshot
     assert config.optim.lr is not None
     run_dir = Path(config.run_dir)
     task.trained.to(runtime.device)
@@ -80,9 +82,8 @@ def fit(
         task.model, config.optim, config.optim.lr, task.heads, task.heads_lr_scale
     )
     run = Fit(
-        task, config, runtime, reporter, optimizer,
-        Saves(task, config, runtime, reporter, optimizer), task.batches, sizes_of(task.model),
-        peak_tflops(runtime.device, runtime.precision),
+        task, session, optimizer, Saves(task, session, optimizer), task.batches,
+        sizes_of(task.model), peak_tflops(runtime.device, runtime.precision),
     )  # fmt: skip
     ranks = runtime.ranks
     if ranks.first:
@@ -142,7 +143,7 @@ def _train_step(run: Fit) -> dict[str, float]:
     lr = learning_rate(config.optim, config.optim.lr or 0.0, run.step, task.steps)
     task.model.train()
     run.runtime.own_random_numbers(config.seed, run.step)
-    sums = accumulate(task, lambda: run.batches(run.step), run.runtime, run.reporter.note)
+    sums = accumulate(task, lambda: run.batches(run.step), run.runtime, run.session.note)
     ranks = run.runtime.ranks
     values = sums.totals.means(ranks)
     weight = sums.totals.weights["loss"]
@@ -157,7 +158,7 @@ def _train_step(run: Fit) -> dict[str, float]:
             f"{_remedy(run)}"
         ) from None
     if note := rounding_note(changed_share(watched), lr):
-        run.reporter.note(note)
+        run.session.note(note)
     run.step += 1
     seconds = time.perf_counter() - started
     values |= {
@@ -178,8 +179,8 @@ def _train_step(run: Fit) -> dict[str, float]:
 def _after_step(run: Fit, values: dict[str, float], stop: StopRequest) -> None:
     train, last = run.config.train, run.step == run.task.steps
     if last or run.step % train.log_every_steps == 0:
-        run.reporter.write(run.step, values)
-    run.reporter.advance(run.step, values)
+        run.session.write(run.step, values)
+    run.session.advance(run.step, values)
     run.saves.look()
     if last or is_due(run.step, train.eval_every_steps, run.task.steps):
         run.due.add("evaluate")
@@ -213,7 +214,7 @@ def _evaluate(run: Fit) -> bool:
     """Figures and samples of the held-out rows; True if they are the best so far."""
     run.task.model.eval()
     with torch.no_grad(), run.runtime.autocast():
-        figures = within(run.task.budget, run.runtime.device, run.reporter.note, run.task.evaluate)
+        figures = within(run.task.budget, run.runtime.device, run.session.note, run.task.evaluate)
     bad = [name for name, value in figures.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteError(
@@ -222,8 +223,8 @@ def _evaluate(run: Fit) -> bool:
     run.task.on_eval(run.step)
     named = {f"eval/{k}": v for k, v in figures.items()}
     if named:
-        run.reporter.write(run.step, named)
-        run.reporter.advance(run.step, named)
+        run.session.write(run.step, named)
+        run.session.advance(run.step, named)
     name = run.config.train.best_metric
     if name not in figures or run.step == 0:
         return False

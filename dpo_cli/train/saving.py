@@ -25,8 +25,7 @@ from dpo_cli.train import checkpoint, contents
 from dpo_cli.train.contents import Contents, Texts
 from dpo_cli.train.host_copy import HostCopy
 from dpo_cli.train.pace import Pace
-from dpo_cli.train.runtime import Runtime
-from dpo_cli.train.task import Reporter, TrainTask
+from dpo_cli.train.task import TrainingSession, TrainTask
 
 Best = dict[str, float]  # step and value of a held-out figure
 TOLD_SECONDS = 1.0  # saves that take longer are told with their times
@@ -79,16 +78,10 @@ class Saves:
     not depend on what was saved when.
     """
 
-    def __init__(
-        self,
-        task: TrainTask,
-        config: RunConfig,
-        runtime: Runtime,
-        reporter: Reporter,
-        optimizer: Optimizer,
-    ) -> None:
+    def __init__(self, task: TrainTask, session: TrainingSession, optimizer: Optimizer) -> None:
+        config, runtime = session.config, session.runtime
         self.task, self.config, self.runtime = task, config, runtime
-        self.reporter, self.optimizer = reporter, optimizer
+        self.note, self.optimizer = session.note, optimizer
         self.run_dir = Path(config.run_dir)
         self.kept: Best | None = None
         self.pace = Pace(config.train.save_every_minutes)
@@ -166,7 +159,7 @@ class Saves:
         try:
             self.wait()
         except UserError as error:
-            self.reporter.note(f"a checkpoint could not be saved: {error}")
+            self.note(f"a checkpoint could not be saved: {error}")
 
     def save(self, step: int, best: Best | None, last: bool) -> None:
         """Save the state of now. last: no step follows, so it is published on return."""
@@ -258,12 +251,12 @@ class Saves:
         line = f"saved checkpoints/step-{step}"
         if seconds >= TOLD_SECONDS:
             line += f" (the training stood still {stood:.1f} s{written})"
-        self.reporter.note(line)
+        self.note(line)
 
     def _note_once(self, line: str) -> None:
         if line not in self._noted:
             self._noted.add(line)
-            self.reporter.note(line)
+            self.note(line)
 
 
 def _folder(best: Best) -> str:

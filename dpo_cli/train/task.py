@@ -1,22 +1,34 @@
-"""What a stage hands to the loop, where the loop's figures go, and sums over micro-batches."""
+"""What a stage hands to the loop, the session it runs in, and sums over micro-batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from dpo_cli.config import RunConfig
 from dpo_cli.distributed.ranks import ALONE, Ranks
 from dpo_cli.records import Batch, LossOutput
 from dpo_cli.train.memory import TokenBudget
+from dpo_cli.train.runtime import Runtime
+
+if TYPE_CHECKING:
+    from dpo_cli.train.checkpoint import Snapshot
 
 
-class Reporter(Protocol):
-    """Where the loop's figures go: metric sinks and the console."""
+class TrainingSession(Protocol):
+    """The run that the loop trains in: its settings, and where figures go (metric sinks and the
+    console)."""
 
+    @property
+    def config(self) -> RunConfig: ...
+    @property
+    def runtime(self) -> Runtime: ...
+    @property
+    def snapshot(self) -> Snapshot | None: ...
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
     def advance(self, step: int, values: Mapping[str, float]) -> None: ...
     def note(self, line: str) -> None: ...

@@ -1,1 +1,1 @@
-"""Many runs: recipes of steps, sweeps, and the process each run gets."""
+"""Many runs: recipes and sweeps, with one process per run."""

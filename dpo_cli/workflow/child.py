@@ -25,13 +25,13 @@ def child_command() -> list[str]:
 
 
 def run_child(arguments: Sequence[str]) -> tuple[int, bool]:
-    """Run `dpo-run <arguments>` to its end: its exit code, and whether we were told to stop.
+    """Run `dpo-run <arguments>` to its end: its exit code, and whether a signal asked us to stop.
 
-    Output goes straight to our own. Signals are handed on and the child is waited for, so
-    that it can save a checkpoint. A child killed by signal N gives -N.
+    The child inherits our output. Signals are forwarded and the child is waited for, so that
+    it can save a checkpoint. A child killed by signal N gives -N.
     """
     # Its own process group: Ctrl-C reaches it once, through us, and not a second time from
-    # the terminal, which it would take for a hurry.
+    # the terminal, at which it would not save.
     child = subprocess.Popen([*child_command(), *arguments], process_group=0)
     with _forwarding(child) as stopped:
         code = child.wait()

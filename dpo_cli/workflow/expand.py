@@ -1,4 +1,4 @@
-"""From a recipe's steps to its commands: repeated for each value, references filled in."""
+"""From a recipe's steps to its commands: repeated for each value, references resolved."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Task:
         return _title(self.step.name, self.key, self.slug)
 
     def at(self, run_dir: Path, folders: Folders) -> Path:
-        """The task's folder, from now on known to those that follow."""
+        """The task's folder, recorded in `folders` for the tasks that follow."""
         folder = run_dir / self.label
         folders.setdefault(self.step.name, {})[self.slug] = folder
         return folder
@@ -63,53 +63,53 @@ def expand(recipe: Recipe) -> list[Task]:
 
 
 def resolve(recipe: Recipe, task: Task, folders: Folders) -> tuple[list[str], dict[str, Path]]:
-    """The task's words for the command line, and title -> folder of the earlier ones it uses."""
+    """The task's overrides, and title -> folder of the earlier tasks that they refer to."""
     references = _References(recipe, task, folders)
     overrides = task.step.overrides
     if isinstance(overrides, Mapping):
-        words = [as_override(key, references.filled(value)) for key, value in overrides.items()]
+        resolved = [as_override(key, references.resolve(v)) for key, v in overrides.items()]
     else:
-        words = [_filled_word(word, references, task.step.sweep) for word in overrides]
-    return words, dict(sorted(references.used.items()))
+        resolved = [_resolve_override(text, references, task.step.sweep) for text in overrides]
+    return resolved, dict(sorted(references.used.items()))
 
 
-def _filled_word(word: str, references: _References, sweep: bool) -> str:
+def _resolve_override(text: str, references: _References, sweep: bool) -> str:
     """`key=value`: a value that is one reference is quoted as needed, other text is not.
 
-    In a sweep a list is what to try: `stage.beta=${vars.betas}` runs once for each.
+    In a sweep a list holds the values to try: `stage.beta=${vars.betas}` runs once per value.
     """
-    key, _, value = word.partition("=")
+    key, _, value = text.partition("=")
     if not REFERENCE.fullmatch(value):
-        return str(references.filled(word))
-    found = references.filled(value)
-    if sweep and isinstance(found, list):
-        return f"{key}=" + ",".join(as_override("", item).removeprefix("=") for item in found)
-    return as_override(key, found)
+        return str(references.resolve(text))
+    resolved = references.resolve(value)
+    if sweep and isinstance(resolved, list):
+        return f"{key}=" + ",".join(as_override("", item).removeprefix("=") for item in resolved)
+    return as_override(key, resolved)
 
 
 @dataclass
 class _References:
-    """What stands for `${...}` in one task. used: title -> folder of the tasks named so far."""
+    """The values of `${...}` in one task. used: title -> folder of the tasks named so far."""
 
     recipe: Recipe
     task: Task
     folders: Folders
     used: dict[str, Path] = field(default_factory=dict)
 
-    def filled(self, value: Any) -> Any:
-        """A value of the YAML with its references replaced; a lone reference keeps its type."""
+    def resolve(self, value: Any) -> Any:
+        """A value of the YAML with its references resolved; a lone reference keeps its type."""
         if isinstance(value, list):
             return [entry for item in value for entry in self._entries(item)]
         if not isinstance(value, str):
             return value
-        if whole := REFERENCE.fullmatch(value):
-            return self._value(whole[1])
+        if lone := REFERENCE.fullmatch(value):
+            return self._value(lone[1])
         return REFERENCE.sub(lambda match: self._text(match[1]), value)
 
     def _entries(self, item: Any) -> list[Any]:
-        """What an item of a list stands for; `${steps.x.dirs}` for all of them."""
-        filled = self.filled(item)
-        return filled if isinstance(item, str) and isinstance(filled, list) else [filled]
+        """An item of a list; `${steps.x.dirs}` is several."""
+        resolved = self.resolve(item)
+        return resolved if isinstance(item, str) and isinstance(resolved, list) else [resolved]
 
     def _text(self, reference: str) -> str:
         if reference.startswith("steps.") and reference.endswith(".dirs"):
@@ -124,14 +124,14 @@ class _References:
         if kind == "repeat" and self.task.slug and rest == self.task.key:
             return self.task.value
         if kind == "steps" and part in ("dir", "dirs") and name in self.folders:
-            found = self._places(name, part)
-            self.used |= found
-            paths = [str(path) for path in found.values()]
+            folders = self._folders_of(name, part)
+            self.used |= folders
+            paths = [str(path) for path in folders.values()]
             return paths if part == "dirs" else paths[0]
         raise _unknown(self, reference)
 
-    def _places(self, name: str, part: str) -> dict[str, Path]:
-        """Title -> folder of what `${steps.<name>.<part>}` stands for."""
+    def _folders_of(self, name: str, part: str) -> dict[str, Path]:
+        """Title -> folder, of `${steps.<name>.<part>}`."""
         places, own = self.folders[name], self.task.slug
         key = self.recipe.repeat.key if self.recipe.repeat else ""
         titled = {_title(name, key, slug): folder for slug, folder in places.items()}

@@ -3,16 +3,16 @@
     description: one line
     vars: {rows: 1000, path: "???", seeds: [0, 1]}  vars.rows=... on the command line changes it;
                                                     ??? must be given
-    repeat: {seed: "${vars.seeds}"}  the steps run once for each value; vars.seeds=0,1,2 changes it
+    repeat: {seed: "${vars.seeds}"}  the steps run once per value; vars.seeds=0,1,2 changes it
     steps:
       - name: sft
         overrides: {stage: sft, data.rows: "${vars.rows}", seed: "${repeat.seed}"}
-        minutes: 3                  a guess on two CPU cores, for the plan
+        minutes: 3                  estimate on two CPU cores, for the plan
       - name: dpo
-        overrides: [stage=dpo, "model.path=${steps.sft.dir}"]   words as on the command line
-        sweep: false                true: run with -m, values separated by commas or a list of vars
+        overrides: [stage=dpo, "model.path=${steps.sft.dir}"]   as on the command line
+        sweep: false                true: run with -m; values separated by commas, or a list of vars
       - name: together
-        once: true                  not for each value: before, between or after those that are
+        once: true                  run once, not per value; before, between or after repeated steps
         overrides: {stage: frontier, stage.evaluations: "${steps.dpo.dirs}"}
     report: [{label: SFT, step: evaluate-sft}, ...]   summaries to compare at the end
 
@@ -41,7 +41,7 @@ RESERVED = {
     "run_dir": "each step has a folder of its own",
     "hydra.run.dir": "each step has a folder of its own",
     "hydra.sweep.dir": "each step has a folder of its own",
-    "resume": "unfinished steps are resumed anyway",
+    "resume": "unfinished steps are always resumed",
     "dry_run": "write it after recipe=",
     "model.trust_remote_code": "a file may not allow foreign code to run",
 }
@@ -52,7 +52,7 @@ _KEY = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclass(frozen=True)
 class Step:
-    """One command. `overrides` still has its references."""
+    """One command; references in `overrides` are not resolved yet."""
 
     number: int
     name: str
@@ -68,7 +68,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Repeat:
-    """What the steps run for. values: by the name that a value has in folders."""
+    """What the steps are repeated for. values: by the value's name in folders."""
 
     key: str
     values: dict[str, Any]
@@ -101,8 +101,8 @@ def find_recipe(name: str) -> Path:
 def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True) -> Recipe:
     """Read a recipe. settings: `x=1` for every `vars.x=1` of the command line.
 
-    complete: variables that must be given (`???`) have to be; else the recipe is for looking
-    at, and has no `repeat`.
+    complete: ConfigError unless the variables that must be given (`???`) are; without, the recipe
+    can only be described and has no `repeat`.
 
     Raises ConfigError that names the file and the place.
     """
@@ -141,7 +141,7 @@ def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True)
 
 
 def _refuse_unread(path: Path, body: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
-    """A variable that changes nothing, whatever it is given."""
+    """ConfigError for a variable that no step uses."""
     read = set(REFERENCE.findall(f"{body.get('repeat')} {body.get('steps')}"))
     for name in variables:
         if f"vars.{name}" not in read:

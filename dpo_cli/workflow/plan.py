@@ -1,4 +1,4 @@
-"""`dpo-run recipe=... dry_run=true`: what would be done, what it costs, and the commands."""
+"""`dpo-run recipe=... dry_run=true`: what would run, how long it takes, and the commands."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from dpo_cli.workflow.summary import counted, folded
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds that a task takes in all, and of them those still to spend.
+    """Seconds that a task takes, and how many of them are left.
 
-    measured: an earlier run took that long; else it is the recipe's guess.
+    measured: an earlier run took that long; else it is the recipe's estimate.
     """
 
     seconds: float
@@ -66,7 +66,7 @@ def because(decision: Decision) -> str:
 
 
 def plan(recipe: Recipe, run_dir: Path) -> list[Planned]:
-    """A row for each task; those that use one that has yet to run would run again."""
+    """A row per task; a task that uses one that has yet to run would run again."""
     rows: list[Planned] = []
     folders: Folders = {}
     again: set[str] = set()
@@ -109,7 +109,7 @@ def _share_left(decision: Decision, folder: Path, jobs: int | None) -> float:
 def _cost(
     task: Task, decision: Decision, measured: dict[str, dict[str, float]], share_left: float
 ) -> Cost | None:
-    """From this task's earlier time, else the mean of the step's other values, else the hint."""
+    """By this task's earlier time, else the mean of the step's other values, else its `minutes`."""
     times = measured.get(task.step.name, {})
     if times:
         seconds = times.get(task.slug, sum(times.values()) / len(times))
@@ -121,7 +121,7 @@ def _cost(
 
 
 def plan_table(rows: Sequence[Planned]) -> Table:
-    """A row for each task, or of many tasks for each step."""
+    """A row per task; of many tasks, a row per step."""
     columns = [Column("step"), Column("to do"), Column("jobs", True), Column("minutes", True)]
     lines = []
     for group in folded(rows, lambda row: row.task.step.label):
@@ -136,7 +136,7 @@ def plan_table(rows: Sequence[Planned]) -> Table:
 
 
 def minutes(costs: Sequence[Cost | None]) -> str:
-    """Their sum: 12.3 where measured, ~12 where a part is guessed, ? where one is unknown."""
+    """Their sum: 12.3 where measured, ~12 where a part is an estimate, ? where one is unknown."""
     known = [cost for cost in costs if cost is not None]
     if len(known) < len(costs):
         return "?"
@@ -152,13 +152,13 @@ def cost_line(costs: Sequence[Cost | None]) -> str:
     measured = all(cost.measured for cost in known)
     parts = []
     if known:
-        left, whole = (
+        left, total = (
             _minutes(seconds, measured)
             for seconds in ([c.left for c in known], [c.seconds for c in known])
         )
-        parts.append(f"left to do: {left} of {whole} minutes")
+        parts.append(f"time left: {left} of {total} minutes")
     if unknown := len(costs) - len(known):
-        parts.append(f"no figure for {unknown} of {len(costs)} steps")
+        parts.append(f"no estimate for {unknown} of {len(costs)} steps")
     if not measured:
-        parts.append("~: the recipe's guess, on two CPU cores")
+        parts.append("~: the recipe's estimate, on two CPU cores")
     return "; ".join(parts)

@@ -1,10 +1,10 @@
-"""`dpo-run recipe=...`: run the steps in order, leave out what is finished already.
+"""`dpo-run recipe=...`: run the steps in order and skip those that are finished.
 
     <run_dir>/recipe.json     which recipe works here      01-sft/       folder of a step
-              01-sft.json     its inputs, and its outputs' identity once it is done
+              01-sft.json     its inputs, and its outputs' identity once it is finished
 
-A step is finished if it ended well with the same inputs: its overrides, the files it reads,
-what the steps it uses have written, and the version of dpo-run.
+A step is finished if it succeeded with the same inputs: its overrides, the files it reads, the
+outputs of the steps it uses, and the version of dpo-run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RECIPE, REPORT = "recipe.json", "report.html"
 
 @dataclass(frozen=True)
 class Command:
-    """The words after `dpo-run`."""
+    """The arguments after `dpo-run`."""
 
     recipe: str
     settings: list[str]  # x=1 of vars.x=1
@@ -62,7 +62,7 @@ def run_recipe(words: Sequence[str]) -> int:
 
 
 def parse(words: Sequence[str]) -> Command:
-    """recipe=, vars.*=, run_dir= and dry_run=; anything else would reach no step."""
+    """recipe=, vars.*=, run_dir= and dry_run=; ConfigError for anything else."""
     name, run_dir, dry_run, settings, refused = "", None, False, [], []
     for word in words:
         key, _, value = word.partition("=")
@@ -88,7 +88,7 @@ def parse(words: Sequence[str]) -> Command:
 
 def default_folder(recipe: Recipe) -> Path:
     """`runs/<recipe>`, or the first of `-2`, `-3`, ... where no run of it with other variables has
-    finished: its models and its report stay. More values of what it repeats replace nothing."""
+    finished: its models and its report are kept. More values of `repeat` replace nothing."""
     repeated = list(recipe.repeat.values.values()) if recipe.repeat else None
     variables = json.loads(json.dumps(recipe.variables))
     free = {name for name, value in recipe.variables.items() if value == repeated}
@@ -107,7 +107,7 @@ def default_folder(recipe: Recipe) -> Path:
 
 
 def keep_report(run_dir: Path, outcomes: Sequence[Outcome]) -> None:
-    """The report of steps that were now run anew stays, as `report.old-1.html`, `-2`, ..."""
+    """Rename an earlier report to `report.old-1.html`, `-2`, ..., if any step was run again."""
     report = run_dir / REPORT
     if report.is_file() and any(outcome.action != "skip" for outcome in outcomes):
         number = 1
@@ -122,18 +122,18 @@ def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
     """The folder must be new, or this recipe's."""
     owner = read_json(run_dir / RECIPE).get("recipe")
     if is_used(run_dir) and owner != recipe.name:
-        whose = f"belongs to recipe {owner}" if owner else "is not empty"
-        raise ConfigError(f"run_dir={run_dir}: {whose}; choose another run_dir")
+        problem = f"belongs to recipe {owner}" if owner else "is not empty"
+        raise ConfigError(f"run_dir={run_dir}: {problem}; choose another run_dir")
 
 
 def _check_steps(recipe: Recipe, run_dir: Path) -> None:
-    """Compose and check every step, so that a slip in the last one shows before the first runs.
+    """Compose and check every step, so that an error in the last one shows before the first runs.
 
-    What an earlier step has yet to write may be missing.
+    Outputs of earlier steps may be missing.
     """
     folders: Folders = {}
     tasks = expand(recipe)
-    found: dict[str, list[Task]] = {}  # problem -> who has it
+    problems: dict[str, list[Task]] = {}  # message -> the tasks that have it
     for task in tasks:
         words, _ = resolve(recipe, task, folders)
         task.at(run_dir, folders)
@@ -142,13 +142,14 @@ def _check_steps(recipe: Recipe, run_dir: Path) -> None:
             prepare(composed(first), words, coming=[run_dir])
         except ConfigError as error:
             for line in str(error).splitlines():
-                found.setdefault(line, []).append(task)
-    if found:
-        raise ConfigError("\n".join(f"{_whose(having, tasks)}: {x}" for x, having in found.items()))
+                problems.setdefault(line, []).append(task)
+    if problems:
+        lines = (f"{_named(having, tasks)}: {line}" for line, having in problems.items())
+        raise ConfigError("\n".join(lines))
 
 
 def single(words: Sequence[str]) -> list[str]:
-    """The words of a step that is one run. Raises ConfigError where they are a sweep's."""
+    """The overrides of a step that is one run. ConfigError if they are those of a sweep."""
     for word in parsed(words):
         if word.is_sweep_override():
             raise ConfigError(
@@ -158,8 +159,8 @@ def single(words: Sequence[str]) -> list[str]:
     return list(words)
 
 
-def _whose(having: Sequence[Task], tasks: Sequence[Task]) -> str:
-    """`step dpo`, `steps dpo, ppo (seed=1)`: a step that has a problem for all values is one."""
+def _named(having: Sequence[Task], tasks: Sequence[Task]) -> str:
+    """`step dpo`, `steps dpo, ppo (seed=1)`: a step with a problem at all values is named once."""
     titles: list[str] = []
     for name in dict.fromkeys(task.step.name for task in having):
         own = [task.title for task in having if task.step.name == name]
@@ -181,23 +182,23 @@ def _run_steps(recipe: Recipe, run_dir: Path) -> int:
             code = _run_task(task, folder, inputs, decision)
         seconds = time.monotonic() - started
         if code:
-            print(_how_to_go_on(task, folder, code), file=sys.stderr)
+            print(_remedy(task, folder, code), file=sys.stderr)
             return shell_status(code)
         spent = record_of(task, run_dir).get("seconds")
         names = (task.step.name, task.step.label, task.label, task.title)
         outcomes.append(Outcome(*names, str(folder), decision.action, seconds, spent))
     print_outcomes(outcomes)
-    told = facts(recipe, run_dir, outcomes)
-    print_report(told["report"], recipe.repeat.key if recipe.repeat else "")
+    summary = facts(recipe, run_dir, outcomes)
+    print_report(summary["report"], recipe.repeat.key if recipe.repeat else "")
     from dpo_cli.report.page_recipe import write_recipe_report  # jinja2 is slow to import
 
     keep_report(run_dir, outcomes)
-    print(f"report: {write_recipe_report(run_dir, told)}")
+    print(f"report: {write_recipe_report(run_dir, summary)}")
     return 0
 
 
 def facts(recipe: Recipe, run_dir: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What was run, where and for how long, as plain values: for a report.
+    """What was run, where and for how long, as plain values for the report.
 
     steps: the fields of `Outcome`, in the order of running; report: label, and the folder of
     each value of what is repeated.
@@ -220,16 +221,16 @@ def facts(recipe: Recipe, run_dir: Path, outcomes: Sequence[Outcome]) -> dict[st
     }
 
 
-def _how_to_go_on(task: Task, folder: Path, code: int) -> str:
-    goes_on = "goes on with its jobs" if task.step.sweep else "is resumed if it has checkpoints"
+def _remedy(task: Task, folder: Path, code: int) -> str:
+    resumes = "runs its other jobs" if task.step.sweep else "is resumed if it has checkpoints"
     ended = (
         f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
     )
-    wrong = code in (ConfigError.exit_code, DataError.exit_code)
-    first = "mend what the error says and " if wrong else ""
+    fixable = code in (ConfigError.exit_code, DataError.exit_code)
+    first = "fix the error above and " if fixable else ""
     return (
-        f"step {task.title} {ended}; to go on, {first}run the same command "
-        f"again: finished steps are skipped, {folder} {goes_on} (remove it to start that step anew)"
+        f"step {task.title} {ended}; to continue, {first}run the same command "
+        f"again: finished steps are skipped, {folder} {resumes} (remove it to start the step again)"
     )
 
 

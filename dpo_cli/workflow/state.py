@@ -1,9 +1,10 @@
-"""What a recipe remembers of a task: its inputs, its outputs, and so whether to run it.
+"""Whether a task of a recipe or a job of a sweep is run, resumed or skipped; and what a recipe
+records of a task for that.
 
 <run_dir>/02-dpo-0.json   status   started | done
-                          inputs   overrides, files, what the used tasks wrote, version
-                          outputs  their identity, once done
-                          seconds  spent on it, over all its starts with these inputs
+                          inputs   overrides, files, outputs of the used tasks, version
+                          outputs  their identity, once finished
+                          seconds  spent on it, summed over all starts with these inputs
                           finished_seconds   what the last finished one took
 """
 
@@ -24,28 +25,28 @@ from dpo_cli.run_folder import JOBS, SWEEP, is_used, read_json
 from dpo_cli.workflow.expand import Folders, Task, resolve
 from dpo_cli.workflow.file import Recipe
 
-HASHED_BYTES = 16 * 2**20  # larger files count by name and size; their summary tells the rest
+HASHED_BYTES = 16 * 2**20  # of larger files name and size count; metrics show the rest
 PENDING = "not there yet"  # identity of a step that has yet to run
 OUTPUT_NAMES = ("summary.json", "sweep.csv")  # beside *.jsonl and what is in final/
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with a task: run, resume or skip, and why."""
+    """What to do with a task or job, and why."""
 
-    action: str
+    action: str  # run | resume | skip
     reason: str
 
 
 def record_of(task: Task, run_dir: Path) -> dict[str, Any]:
-    """What the task's last start and end left behind; empty if it never started."""
+    """The record of the task's last start; empty if it never started."""
     return read_json(run_dir / f"{task.label}.json")
 
 
 def examine(
     recipe: Recipe, task: Task, run_dir: Path, folders: Folders
 ) -> tuple[dict[str, Any], Decision]:
-    """The task's inputs as they are now, and what follows for it.
+    """The task's inputs as they are now, and what to do with it.
 
     folders: those of the earlier tasks.
     """
@@ -56,19 +57,25 @@ def examine(
         "uses": {title: identity(folder) for title, folder in uses.items()},
         "version": __version__,
     }
-    return inputs, decide(run_dir / task.label, record_of(task, run_dir), inputs)
+    folder, record = run_dir / task.label, record_of(task, run_dir)
+    if record:
+        outputs = record["outputs"] if record["status"] == "done" else None
+        return inputs, decide(folder, _changes(record["inputs"], inputs), outputs)
+    if is_used(folder):
+        raise ConfigError(f"{folder}: is not this recipe's; move it away or change run_dir")
+    return inputs, Decision("run", "")
 
 
-def decide(folder: Path, record: dict[str, Any], inputs: dict[str, Any]) -> Decision:
-    if not record:
-        if is_used(folder):
-            raise ConfigError(f"{folder}: is not this recipe's; move it away or change run_dir")
-        return Decision("run", "")
-    changes = _changes(record["inputs"], inputs)
+def decide(folder: Path, changes: str, outputs: str | None) -> Decision:
+    """What to do with a task of a recipe or a job of a sweep that was started before.
+
+    changes: how its inputs differ from those of that start, "" if they do not. outputs: their
+    identity when it finished; None if it did not.
+    """
     if changes:
         return Decision("run", f"again, {changes}")
-    if record["status"] == "done":
-        if record["outputs"] == identity(folder):
+    if outputs is not None:
+        if outputs == identity(folder):
             return Decision("skip", "finished earlier with the same inputs")
         return Decision("run", "again, its outputs were changed or removed")
     if any(folder.glob("checkpoints/step-*")):

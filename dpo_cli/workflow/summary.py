@@ -17,7 +17,7 @@ from dpo_cli.report.page_samples import completions_of, first_by_prompt
 from dpo_cli.report.table import Column, Table
 
 SHOWN_PROMPTS = 3
-SHOWN_ROWS = 20  # of more, those of one step are a row
+SHOWN_ROWS = 20  # of more, each step has one row
 DONE = {"run": "ran", "resume": "resumed", "skip": "skipped"}
 
 Row = TypeVar("Row")
@@ -25,7 +25,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a task; plain values."""
+    """How a task ended, as plain values."""
 
     name: str  # dpo
     step: str  # 02-dpo
@@ -104,9 +104,9 @@ def figures_table(labels: Sequence[str], summaries: Sequence[Sequence[dict[str, 
 
 
 def averaged(values: Sequence[Any]) -> Any:
-    """A value that all share; else the mean ± standard deviation (n - 1) of the numbers.
+    """A value that all share, or the mean ± standard deviation (n - 1) of the numbers.
 
-    Where only k of n are numbers, it is of those, followed by (k).
+    Where only k of n have the number, it is over those k, with (k).
     """
     numbers = [value for value in values if is_number(value)]
     if all(value == values[0] for value in values):

@@ -1,13 +1,13 @@
 """A sweep (-m): every job in a process of its own, one table at the end.
 
 Hydra's sweeper makes the jobs and its launcher (local, joblib, submitit) calls `run_job`
-for each, here or on another machine; what is known of a job comes back as a file.
+for each, here or on another machine; each job leaves its result as a file.
 
     <sweep folder>/0/ 1/ ...     the run folders        jobs/0.json ...  how each job ended
                    multirun.yaml what Hydra composed    sweep.csv        all numbers
-                   sweep.json    its words              old/0-1 ...      jobs run anew
+                   sweep.json    its overrides          old/0-1 ...      jobs that were run again
 
-With `resume=true` a sweep goes on in its folder: jobs that ended well are left alone.
+With `resume=true` a sweep continues in its folder and skips the jobs that succeeded.
 """
 
 from __future__ import annotations
@@ -43,19 +43,21 @@ from dpo_cli.run_folder import (
 )
 from dpo_cli.train.guard import run_lock
 from dpo_cli.workflow.child import as_override, run_child, shell_status
-from dpo_cli.workflow.state import identity
+from dpo_cli.workflow.state import Decision, decide, identity
 
-SAID = {"nothing": ": done earlier", "resume": ": goes on", "start": ""}
+SAID = {"skip": ": finished earlier", "resume": ": resumed", "run": ""}
 
 
 @contextmanager
 def claimed(chosen: str, words: Sequence[str], resume: bool = False) -> Iterator[Path]:
     """Hold the sweep's folder, `chosen` or a new one; no two sweeps get the same.
 
-    words: what the sweep was started with; one that is resumed must be the same sweep.
+    words: its overrides; a sweep that is resumed must have the same.
     """
     if resume and not chosen:
-        raise ConfigError("resume=true: which sweep? give hydra.sweep.dir=<its folder>")
+        raise ConfigError(
+            "resume=true: needs the sweep to resume; set hydra.sweep.dir=<its folder>"
+        )
     folder = Path(chosen or f"runs/sweep-{unique_name()}")
     if not resume:
         _refuse_used(folder)
@@ -64,9 +66,9 @@ def claimed(chosen: str, words: Sequence[str], resume: bool = False) -> Iterator
     make(folder)
     with run_lock(folder):
         if not resume:
-            _refuse_used(folder)  # of two that found it empty, one gets here first
+            _refuse_used(folder)  # two may have found it empty at once
             write_json(folder / SWEEP, {"overrides": redact(list(words))})
-        for path in folder.iterdir():  # a killed sweep leaves its job at work
+        for path in folder.iterdir():  # a killed sweep may leave its job running
             if path.is_dir():
                 refuse_locked(path)
         make(folder / JOBS)
@@ -79,7 +81,7 @@ def _refuse_used(folder: Path) -> None:
 
 
 def _refuse_other(folder: Path, words: Sequence[str]) -> None:
-    """Raise ConfigError unless the folder's sweep was started with the same words."""
+    """Raise ConfigError unless the folder's sweep was started with the same overrides."""
     if not (folder / SWEEP).is_file():
         raise ConfigError(f"resume=true: hydra.sweep.dir={folder} is not the folder of a sweep")
     before, now = (
@@ -89,35 +91,35 @@ def _refuse_other(folder: Path, words: Sequence[str]) -> None:
     if before != now:
         raise ConfigError(
             f"resume=true: the sweep in {folder} was started with {' '.join(before)}; give the "
-            "same words in the same order, or choose another folder"
+            "same overrides in the same order, or choose another folder"
         )
 
 
 def run_job(cfg: DictConfig) -> float:
     """Hydra's task function: run one job and return its `objective` for the sweeper.
 
-    A failing job is recorded and the sweep goes on; NaN tells a sweeper that it failed. In a
-    sweep that is resumed, what is left of the job says whether it is done, goes on or starts.
+    A job that fails is recorded and the sweep continues; NaN tells the sweeper that it failed. In
+    a resumed sweep a job is skipped, resumed or run, as `decide_job` finds.
     """
     hydra = HydraConfig.get()
     run_dir, folder = Path(hydra.runtime.output_dir), Path(hydra.sweep.dir)
-    whole = cast(DictConfig, HydraConfig.instance().cfg)
-    words = task_overrides(whole)
-    start = [*words, as_override("run_dir", str(run_dir)), *composed_with(whole)]
+    composed = cast(DictConfig, HydraConfig.instance().cfg)
+    words = task_overrides(composed)
+    start = [*words, as_override("run_dir", str(run_dir)), *composed_with(composed)]
     if helps_another_node():
         run_child(start)
         return math.nan
     path = folder / JOBS / f"{hydra.job.num}.json"
-    left = left_to_do(read_json(path), words, run_dir)
-    print(f"[job {hydra.job.num}] {' '.join(words)} -> {run_dir}{SAID[left]}", flush=True)
-    if left == "nothing":
+    action = decide_job(read_json(path), words, run_dir).action
+    print(f"[job {hydra.job.num}] {' '.join(words)} -> {run_dir}{SAID[action]}", flush=True)
+    if action == "skip":
         return objective(run_dir, read_json(run_dir / "summary.json"))
     with disk_errors(path):
-        path.unlink(missing_ok=True)  # it told of what is about to change
-    if left == "start" and not is_bare(run_dir):
+        path.unlink(missing_ok=True)  # it describes what is about to change
+    if action == "run" and not is_bare(run_dir):
         set_aside(run_dir, folder / "old" / run_dir.name)
         make(run_dir)
-    code, stopped = run_child([f"resume={run_dir}"] if left == "resume" else start)
+    code, stopped = run_child([f"resume={run_dir}"] if action == "resume" else start)
     summary = read_json(run_dir / "summary.json")
     record = {
         "job": int(hydra.job.num),
@@ -133,23 +135,27 @@ def run_job(cfg: DictConfig) -> float:
     return objective(run_dir, summary) if code == 0 else math.nan
 
 
-def left_to_do(record: Mapping[str, Any], words: Sequence[str], run_dir: Path) -> str:
-    """nothing, resume or start. record: how the job ended before, empty if it did not.
+def decide_job(record: Mapping[str, Any], words: Sequence[str], run_dir: Path) -> Decision:
+    """What to do with a job. record: how it ended before, empty if it did not.
 
-    Only a recorded job whose outputs are still those counts as done: a killed one has none,
-    whatever its folder looks like.
+    Only a recorded job whose outputs are still those counts as finished: a killed one has no
+    record, whatever its folder holds.
     """
-    same_job = record.get("overrides") == _by_key(words)
-    if record.get("exit_code") == 0:
-        return "nothing" if same_job and record.get("outputs") == identity(run_dir) else "start"
-    if not any(run_dir.glob("checkpoints/step-*")):
-        return "start"
+    finished = record.get("exit_code") == 0
+    now = _by_key(words if finished else redact(list(words)))
+    before = record.get("overrides") if finished else _started_with(run_dir)
+    changes = "" if before == now else "with other overrides"
+    return decide(run_dir, changes, record.get("outputs", "") if finished else None)
+
+
+def _started_with(run_dir: Path) -> dict[str, str] | None:
+    """The overrides a job's run was started with; None where its folder does not say."""
     try:
         stored = _by_key(stored_overrides(run_dir))
     except ConfigError:
-        return "start"  # of how it was started, nothing is left
+        return None
     stored.pop("run_dir", None)
-    return "resume" if stored == _by_key(redact(list(words))) else "start"
+    return stored
 
 
 def _by_key(words: Sequence[str]) -> dict[str, str]:
@@ -157,7 +163,7 @@ def _by_key(words: Sequence[str]) -> dict[str, str]:
 
 
 def objective(run_dir: Path, summary: Mapping[str, Any]) -> float:
-    """What a sweeper optimises: the best held-out value of a training (train.best_metric),
+    """What a sweeper optimizes: the best held-out value of a training (train.best_metric),
     the mean reward of an evaluation, NaN where there is neither."""
     value = read_json(run_dir / "best.json").get("value", summary.get("reward"))
     return float(value) if isinstance(value, (int, float)) else math.nan

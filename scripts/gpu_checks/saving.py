@@ -41,7 +41,7 @@ def check(setup: Setup) -> Iterator[Fact]:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     config = configured(setup, folder)
-    estimated = [value for name, value in plan_tables(config)[1] if name.startswith("in all")]
+    estimated = [value for name, value in plan_tables(config)[1] if name.startswith("total per")]
     yield "memory, estimated", str((estimated or ["no estimate"])[0])
     with watching() as seen:
         run(config, ["dpo-run"])

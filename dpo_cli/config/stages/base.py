@@ -27,13 +27,15 @@ class StageConfig:
 class StageSpec:
     """One stage: its keys, what it reads and does, and what pages call it.
 
-    `dpo_cli/stages/<name>.py` holds its `run(session)`.
+    `dpo_cli/stages/<name>.py` holds its `run(session)` and its `plan(preview)`.
     """
 
     schema: type[StageConfig]
     title: str  # of a page on such a run
     method: str = ""  # "The model is the result of ..." on a model card; "": the title
     trains: bool = False  # it has an optimizer, checkpoints and a model to save
+    reward_head: bool = False  # its model ends in a score instead of an output layer
+    reference: bool = False  # it holds a frozen reference beside the policy
     reads_model: bool = True
     reads_rows: bool = True
     paired: bool = False  # it compares responses to one prompt
@@ -41,6 +43,7 @@ class StageSpec:
     reward_optional: bool = False  # reward_fn=none is the default on data without a ground truth
     parallel: bool = True  # it can run on several devices
     reported: bool = False  # a run writes report.html
+    keeps_folder: bool = True  # a run leaves something to look at later
     unit: str = "example"  # what a row is called where it trains
     best_metrics: Mapping[str, str] = field(default_factory=dict)  # name -> lowest | highest
     cpu_batch_size: int | None = None  # sequences decoded together on a CPU, where it is null

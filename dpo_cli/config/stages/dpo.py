@@ -92,6 +92,7 @@ SPEC = StageSpec(
     title="DPO",
     method="Direct Preference Optimization",
     trains=True,
+    reference=True,
     paired=True,
     reported=True,
     unit="pair",

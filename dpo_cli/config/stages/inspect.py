@@ -17,4 +17,4 @@ class InspectConfig(StageConfig):
     split: str = key("train", "which rows", choices=("train", "eval"))
 
 
-SPEC = StageSpec(InspectConfig, title="Rows", parallel=False)
+SPEC = StageSpec(InspectConfig, title="Rows", parallel=False, keeps_folder=False)

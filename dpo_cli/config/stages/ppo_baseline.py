@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dpo_cli.config.keys import LOCAL_OR_HUB, above, at_least, key, within
 from dpo_cli.config.stages.base import StageConfig, StageSpec, changed, no_effect
@@ -77,24 +77,28 @@ class PpoConfig(StageConfig):
     eval_prompts: int = key(64, "held-out prompts sampled at each evaluation", bound=at_least(0))
 
 
+UNREAD: list[tuple[str, Any, list[str]]] = [  # a key, its value, and what that leaves unread
+    ("normalize", False, ["normalize_prompts"]),
+    ("vf_coef", 0.0, ["value_lr_scale"]),
+    ("kl_control", "fixed", ["target_kl", "kl_horizon"]),
+]
+
+
 def problems(config: RunConfig) -> Iterator[str]:
     stage = cast(PpoConfig, config.stage)
     yield from _rollouts(config, stage)
+    if coefficient := config.train.router_aux_loss_coef:
+        yield no_effect("train.router_aux_loss_coef", coefficient, "stage=ppo-baseline")
     if stage.temperature == 0:
         yield "stage.temperature=0.0: must be above 0, PPO explores"
     if config.model.dropout:
         yield f"model.dropout={config.model.dropout}: must be 0, policy and rollout would differ"
     if stage.normalize and not stage.normalize_prompts:
         yield "stage.normalize_prompts=0: nothing to measure; use stage.normalize=false"
-    if not stage.normalize:
-        for name, value in changed(stage, ["normalize_prompts"]):
-            yield no_effect(name, value, "stage.normalize=false")
-    if stage.vf_coef == 0:
-        for name, value in changed(stage, ["value_lr_scale"]):
-            yield no_effect(name, value, "stage.vf_coef=0.0")
-    if stage.kl_control == "fixed":
-        for name, value in changed(stage, ["target_kl", "kl_horizon"]):
-            yield no_effect(name, value, "stage.kl_control=fixed")
+    for switch, off, unread in UNREAD:
+        if getattr(stage, switch) == off:
+            for name, value in changed(stage, unread):
+                yield no_effect(name, value, f"stage.{switch}={str(off).lower()}")
 
 
 def _rollouts(config: RunConfig, stage: PpoConfig) -> Iterator[str]:
@@ -120,6 +124,7 @@ SPEC = StageSpec(
     PpoConfig,
     title="PPO",
     trains=True,
+    reference=True,
     reported=True,
     reads=("reward_fn",),
     unit="prompt",

@@ -39,6 +39,7 @@ SPEC = StageSpec(
     title="Reward model",
     method="training as a reward model",
     trains=True,
+    reward_head=True,
     paired=True,
     reported=True,
     unit="pair",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,14 @@ from dpo_cli.model import rope
 from dpo_cli.model.attention.registered import attention_as
 from dpo_cli.model.sampling.decoding import start
 from dpo_cli.model.sampling.draw import draw
-from dpo_cli.model.sampling.sampled import Completion, Ends, Sampled, SamplingOptions, ended_by
+from dpo_cli.model.sampling.sampled import (
+    Completion,
+    DecodingLimit,
+    Ends,
+    Sampled,
+    SamplingOptions,
+    ended_by,
+)
 from dpo_cli.model.sampling.stepper import Stepper, can_step, has_kernel
 from dpo_cli.model.sampling.trial import Note, way_of
 from dpo_cli.model.sampling.unpadded import ONE_LENGTH
@@ -44,14 +50,18 @@ def sample(
     tick: Callable[[int], None] = lambda prompts: None,
     share: tuple[int, int] = (0, 1),
     note: Note = warnings.warn,
+    limit: DecodingLimit | None = None,
 ) -> list[list[Completion]]:
     """`options.completions` samples for each prompt, in the order of the prompts.
 
     ends: the tokens that end a completion. share: (rank, ranks); only each ranks-th batch is
     sampled then, the other prompts get none.
     Where a prompt leaves less than max_new_tokens of the context, its completions end there,
-    whichever prompts are decoded beside it. Where memory runs out, fewer are decoded together.
-    note: is told of that, and of a model that must be decoded in a slower way.
+    whichever prompts are decoded beside it. Where memory runs out, fewer are decoded together, and
+    `limit` is lowered. note: is told of that, and of a model that must be decoded in a slower way.
+
+    Raises ConfigError where memory runs out with a single prompt: not an error of memory, which
+    would lower the token budget of the pass that samples.
     """
     results: list[list[Completion]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -69,7 +79,9 @@ def sample(
         ]
         longest = max((len(p) for p in prompts), default=1)
         decoder = _decoder(model, options, ends, pad_id, note, longest, way)
-        decode = _WithinMemory(decoder, model.device, note)
+        decode = _WithinMemory(
+            decoder, model.device, options.completions, limit or DecodingLimit(), note
+        )
         for first, last in islice(_batches(alike, per_batch), share[0], None, share[1]):
             batch = [prompts[i] for i in order[first:last]]
             rows = decode(batch, rooms[first], options.seed * 1_000_003 + first)
@@ -122,29 +134,46 @@ def _decoder(
 class _WithinMemory:
     """Decodes batches; where memory runs out, that one and later ones in smaller parts."""
 
-    def __init__(self, decode: Decode, device: torch.device, note: Note) -> None:
-        self.decode, self.device, self.note = decode, device, note
-        self.most = sys.maxsize  # prompts together
+    def __init__(
+        self,
+        decode: Decode,
+        device: torch.device,
+        completions: int,
+        limit: DecodingLimit,
+        note: Note,
+    ) -> None:
+        self.decode, self.device, self.completions = decode, device, completions
+        self.limit, self.note = limit, note
 
     def __call__(self, prompts: Sequence[np.ndarray], steps: int, seed: int) -> list[Completion]:
         made: list[Completion] = []
         start = 0
         while start < len(prompts):
-            part = prompts[start : start + self.most]
+            most = max(1, self.limit.sequences // self.completions)
+            part = prompts[start : start + most]
             try:
                 made += self.decode(part, steps, seed + start)
                 start += len(part)
                 continue
             except RuntimeError as error:
-                if len(part) == 1 or not ran_out(error):
+                if not ran_out(error):
                     raise
+                if len(part) == 1:
+                    raise self.too_large(part[0]) from error
             free_memory(self.device)
-            self.most = len(part) // 2
+            self.limit.sequences = len(part) // 2 * self.completions
             self.note(
                 f"out of memory with {len(part)} prompts sampled together: from now on at most "
-                f"{self.most} (stage.batch_size)"
+                f"{len(part) // 2} (stage.batch_size)"
             )
         return made
+
+    def too_large(self, prompt: np.ndarray) -> ConfigError:
+        return ConfigError(
+            f"out of memory while sampling from a single prompt of {len(prompt)} tokens "
+            f"({self.completions} completions together): lower stage.completions, "
+            "stage.max_new_tokens or data.max_prompt_length"
+        )
 
 
 def rows_that_fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,14 @@ class SamplingOptions:
     max_new_tokens: int = 48
     seed: int = 0
     batch_size: int | None = 64  # sequences decoded together; None: as many as a GPU holds
+
+
+@dataclass
+class DecodingLimit:
+    """Most sequences decoded together, as far as memory has shown so far; a run keeps one, so that
+    no later pass fails again. It is no part of the token budget of training."""
+
+    sequences: int = sys.maxsize
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the forward keeps for the backward, in bytes, counted operation by operation.
+"""What the forward saves for the backward, in bytes, counted operation by operation.
 
 Per packed token and layer: D hidden width, Q and K widths of queries and of keys, I of the MLP.
 
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from dpo_cli.plan.memory.shape import Linear, Shape
 
-BLOCK = 128  # model/grouped.py: queries at once ...
-KEPT_BYTES = 2048  # ... and of probabilities a query and head; longer rows are worked out again
+BLOCK = 128  # model/attention/grouped.py: queries at once ...
+KEPT_BYTES = 2048  # ... and of probabilities per query and head; longer rows are recomputed
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Trained:
-    """What learns. whole: every weight, norms too; adapted: matrices with an adapter, which keep
-    their inputs, with lora.dropout each its own and a mask, with DoRA both outputs, which the
+    """What is trained. whole: every weight, norms too; adapted: matrices with an adapter, which
+    keep their inputs, with lora.dropout each its own and a mask, with DoRA both outputs, which the
     magnitudes multiply."""
 
     whole: bool
@@ -106,8 +106,8 @@ def _probabilities(shape: Shape, numbers: Numbers, rows: Rows, kernel: str) -> f
 def kept_bytes(
     shape: Shape, numbers: Numbers, trained: Trained, rows: Rows, kernel: str, every: int
 ) -> float:
-    """Of the whole forward. every: hardware.activation_checkpointing: so many layers apart,
-    one keeps its input alone and is computed again in the backward."""
+    """Of the whole forward. every: hardware.activation_checkpointing: every so many layers, one
+    keeps its input alone and is recomputed in the backward."""
     block = block_bytes(shape, numbers, trained, rows, kernel)
     again = -(-shape.layers // every) if every else 0
     inputs = rows.tokens * shape.hidden * numbers.stream
@@ -117,6 +117,6 @@ def kept_bytes(
 
 
 def working_bytes(shape: Shape, numbers: Numbers, rows: Rows) -> float:
-    """What a layer's forward or backward needs beside what is kept: its gradients."""
+    """What a layer's forward or backward needs beside saved activations: its gradients."""
     wide = shape.inner * (3 if shape.gated else 2) * numbers.compute
     return float(rows.tokens * (wide + shape.hidden * (4 + 2 * numbers.stream)))

@@ -1,4 +1,4 @@
-"""Which change of the configuration makes a run fit, as words to type."""
+"""Which change of the configuration makes a run fit, as overrides."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
-from dpo_cli.config import DpoConfig, RunConfig, spec_of
+from dpo_cli.config import RunConfig, spec_of
 from dpo_cli.config.checks import check
 from dpo_cli.errors import ConfigError
 from dpo_cli.plan.memory.estimate import estimate
 from dpo_cli.plan.memory.facts import Facts
 from dpo_cli.plan.memory.parts import token_budget
 
-LEAST_TOKENS = 512  # of a micro-batch: below it matrices are too small to be worth it
+LEAST_TOKENS = 512  # of a micro-batch: smaller matrices are too slow
 RANKS = (2, 4, 8)  # devices of a node
 ROUNDED = "rounds most small updates away"
 
 
 @dataclass(frozen=True)
 class Change:
-    """words: overrides that make it; apply: the same to a configuration."""
+    """words: the overrides; apply: the same change to a configuration."""
 
     words: str
     apply: Callable[[RunConfig], RunConfig]
@@ -30,7 +30,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Advice:
-    """total: bytes of one device with the change; capacity: those it has."""
+    """total: bytes needed on one device with the change; capacity: bytes it has."""
 
     change: Change
     total: float
@@ -61,29 +61,29 @@ def advise(config: RunConfig, facts: Facts, capacity: float) -> list[Advice]:
 
 
 def candidates(config: RunConfig, facts: Facts) -> Iterator[Change]:
-    """What the run could do otherwise, mildest first."""
+    """Changes that save memory, mildest first."""
     if spec_of(config.stage).trains:
         yield from _tokens(config, facts)
         if not config.hardware.activation_checkpointing:
             yield _set("hardware", "activation_checkpointing", 1)
-        if isinstance(config.stage, DpoConfig) and config.stage.reference_logprobs == "live":
+        if getattr(config.stage, "reference_logprobs", None) == "live":
             yield _set("stage", "reference_logprobs", "cached")
-        yield from _optimisers(config, facts.device)
+        yield from _optimizers(config, facts.device)
     yield from _sequences(config)
     if spec_of(config.stage).trains:
         yield from _fewer_weights(config, facts)
 
 
 def _tokens(config: RunConfig, facts: Facts) -> Iterator[Change]:
-    """Half as many tokens, and again, as long as an example fits in."""
+    """Half as many tokens, and again, as long as an example fits."""
     tokens = min(token_budget(config, facts.device), facts.texts.step) // 2
     while tokens >= max(LEAST_TOKENS, facts.texts.longest):
         yield _set("train", "micro_batch_tokens", tokens)
         tokens //= 2
 
 
-def _optimisers(config: RunConfig, device: str) -> Iterator[Change]:
-    order = ("adamw", "rmsprop", "adamw8bit")  # by what they keep
+def _optimizers(config: RunConfig, device: str) -> Iterator[Change]:
+    order = ("adamw", "rmsprop", "adamw8bit")  # by the size of their state
     for name in reversed(order[order.index(config.optim.name) + 1 :]):
         if name != "adamw8bit" or device == "cuda":
             yield _choose("optim", name)
@@ -118,7 +118,7 @@ def _set(group: str, key: str, value: Any) -> Change:
 
 
 def _choose(group: str, name: str, **keys: Any) -> Change:
-    """An option of a group: what its YAML sets beside the name."""
+    """Another option of a group; keys: what its YAML sets beside the name."""
 
     def apply(config: RunConfig) -> RunConfig:
         return replace(config, **{group: replace(getattr(config, group), name=name, **keys)})
@@ -138,7 +138,7 @@ def _both(first: Change, second: Change) -> Change:
 
 
 def _allowed(change: Change, config: RunConfig) -> bool:
-    """Whether the run would start so."""
+    """Whether the changed configuration is valid."""
     try:
         check(change.apply(config))
     except ConfigError:
@@ -152,9 +152,9 @@ def _try(change: Change, config: RunConfig, facts: Facts, capacity: float) -> Ad
 
 def _mildest(fitting: Sequence[Advice]) -> list[Advice]:
     """Of the values of one number that fit, the first: half the tokens, not a quarter as well."""
-    kept: list[Advice] = []
+    mildest: list[Advice] = []
     for advice in fitting:
         key = _key(advice.change)
-        if "." not in key or key not in [_key(other.change) for other in kept]:
-            kept.append(advice)
-    return kept
+        if "." not in key or key not in [_key(other.change) for other in mildest]:
+            mildest.append(advice)
+    return mildest

@@ -1,4 +1,4 @@
-"""How many tokens of a micro-batch fit into a device, where the configuration leaves it open."""
+"""How many tokens per micro-batch fit on a device, if the configuration does not say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpo_cli.train.runtime import MICRO_BATCH_TOKENS
 
 SHARE = 0.9  # of the memory; the rest is for what the estimate does not know
 STEP = 256  # tokens
-LEAST = 512  # below it matrices are too small to be worth it; a step that fails halves anyway
+LEAST = 512  # smaller matrices are too slow; a step that runs out of memory halves it anyway
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Fitting:
     room: float
 
     def __str__(self) -> str:
-        why = f"the most within {SHARE:.0%} of it"
+        why = f"the most that fits in {SHARE:.0%} of it"
         if self.needed > SHARE * self.room:
-            why = "the fewest that are tried"
+            why = "the minimum"
         elif self.tokens >= MICRO_BATCH_TOKENS["cuda"]:
-            why = "the most by default"
+            why = "the default maximum"
         return (
             f"up to {self.tokens:,} tokens at once, estimated at {self.needed / 2**30:.1f} of "
             f"{self.room / 2**30:.1f} GiB: {why}"
@@ -36,7 +36,7 @@ class Fitting:
 
 
 def is_open(config: RunConfig, device: str) -> bool:
-    """Whether a run's micro-batches are chosen by the memory there is."""
+    """Whether the tokens per micro-batch are chosen by the memory available."""
     chosen = config.train.micro_batch_tokens is not None
     return device == "cuda" and not chosen and spec_of(config.stage).trains
 

@@ -1,7 +1,7 @@
-"""Memory of one device at each moment of a run, and so at its peak.
+"""Memory of one device at each moment of a run, and so its peak.
 
-Parts that never live at once are never added: rollouts need a cache of keys and values, and
-steps gradients and activations.
+Parts that are never allocated at once are not added: rollouts need a cache of keys and values,
+steps need gradients and activations.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dpo_cli.config import EvaluateConfig, RewardConfig, RunConfig, spec_of
+from dpo_cli.config import RunConfig, spec_of
 from dpo_cli.plan.memory.activations import working_bytes
 from dpo_cli.plan.memory.facts import Facts
 from dpo_cli.plan.memory.parts import (
@@ -34,7 +34,7 @@ SAMPLING, SCORING, REFERENCE = "sampling", "scoring a micro-batch", "the referen
 LOADING = "loading"
 # Beside tensors. cpu: Python with its libraries; cuda: the context, kernels, workspaces.
 PROGRAM = {"cpu": 600 * 2**20, "cuda": 900 * 2**20}
-SLACK = {"cpu": 0.10, "cuda": 0.05}  # of the rest: what an allocator holds and cannot use
+SLACK = {"cpu": 0.10, "cuda": 0.05}  # of the rest: what an allocator holds unused
 ONEDNN = 100 * 2**20  # of a CPU's bf16 matrix products, which lay out their operands anew
 
 
@@ -46,7 +46,7 @@ class Estimate:
 
     @property
     def moment(self) -> str:
-        """The one that needs most."""
+        """The peak."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
@@ -66,13 +66,13 @@ def estimate(config: RunConfig, facts: Facts) -> Estimate:
 
 
 def saved_bytes(config: RunConfig, facts: Facts) -> float:
-    """What a checkpoint holds, and so what a copy of the state takes of the host's memory."""
+    """What a checkpoint holds, and so the host memory that a copy of the state takes."""
     learnt = Run(config, facts).learnt
     return learnt.size * learnt.parameters + state_bytes(config.optim, learnt)
 
 
 def _around(parts: Parts, facts: Facts) -> Parts:
-    """What is there beside tensors."""
+    """Memory beside tensors."""
     products = ONEDNN if facts.half and facts.device == "cpu" else 0
     allocator = SLACK[facts.device] * sum(parts.values()) + products
     return {"allocator": allocator, "program": PROGRAM[facts.device]}
@@ -83,12 +83,12 @@ def _training(run: Run) -> dict[str, Parts]:
     shards = run.sharing.shards
     held: Parts = {
         "weights": weights_of(run),
-        "optimiser state": state_bytes(config.optim, learnt) / shards,
+        "optimizer state": state_bytes(config.optim, learnt) / shards,
         "reference": reference_of(run) / shards,
         "reward model": float(FLOAT * facts.scorer),
     }
     gradients = {"gradients": learnt.size * learnt.parameters / shards}
-    # In a step of one micro-batch gradients come as activations go.
+    # In a step of one micro-batch gradients replace activations.
     meanwhile = gradients if run.step > run.rows.tokens else {}
     kept = {**held, **activations_of(run), **meanwhile}
     working = working_bytes(facts.shape, run.numbers, run.rows)
@@ -96,7 +96,7 @@ def _training(run: Run) -> dict[str, Parts]:
         BACKWARD: {**kept, "working memory": working, **head_gradient(run)},
         BACKWARD_END: {**held, **gradients, "working memory": embedding_gradient(run)},
     }
-    if not isinstance(config.stage, RewardConfig):
+    if not spec_of(config.stage).reward_head:
         moments[HEAD] = {**kept, **output_layer(run)}
     if sequences := sequences_of(config):
         moments[SAMPLING] = {**held, **sampling_of(run, sequences)}
@@ -112,14 +112,14 @@ def _training(run: Run) -> dict[str, Parts]:
 def _using(run: Run) -> dict[str, Parts]:
     """Stages that train nothing."""
     config, shape = run.config, run.facts.shape
-    evaluates = isinstance(config.stage, EvaluateConfig)
+    compares = spec_of(config.stage).reference
     held: Parts = {
         "weights": weights_of(run),
-        "reference": float(FLOAT * shape.parameters) if evaluates else 0.0,
+        "reference": float(FLOAT * shape.parameters) if compares else 0.0,
         "reward model": float(FLOAT * run.facts.scorer),
     }
     sampling = sampling_of(run, sequences_of(config))
     moments: dict[str, Parts] = {SAMPLING: {**held, **sampling}}
-    if evaluates:
+    if compares:
         moments[SCORING] = {**held, **forward_of(run), **copies_of(run)}
     return moments

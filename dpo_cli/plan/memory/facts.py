@@ -1,4 +1,4 @@
-"""What an estimate reads beside the configuration: lengths of the rows, memory of the device."""
+"""Inputs of an estimate beside the configuration: text lengths, device memory."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch
 
 from dpo_cli.config import HardwareConfig
 from dpo_cli.plan.memory.shape import Shape
-from dpo_cli.records import EncodedExample
+from dpo_cli.session.workload import Lengths
 
 MEMINFO = Path("/proc/meminfo")
-Lengths = tuple[int, Sequence[int]]  # of a prompt and of its responses, in tokens
 
 
 @dataclass(frozen=True)
@@ -46,19 +45,8 @@ class Facts:
     stored: int = 4
 
 
-def lengths_of(examples: Sequence[EncodedExample]) -> list[Lengths]:
-    return [(len(e.prompt_ids), [len(r) for r in e.response_ids]) for e in examples]
-
-
-def sampled_lengths(
-    examples: Sequence[EncodedExample], completions: int, new_tokens: int
-) -> list[Lengths]:
-    """As if every completion took all the tokens it may."""
-    return [(len(e.prompt_ids), [new_tokens] * completions) for e in examples]
-
-
 def texts_of(lengths: Sequence[Lengths], steps: Iterable[Sequence[int]]) -> Texts:
-    """Of packed rows, whose prompts come once. steps: the examples of each optimiser step."""
+    """Of packed rows, whose prompts come once. steps: the examples of each optimizer step."""
     sizes = [prompt + sum(responses) for prompt, responses in lengths]
     keys = sum(prompt * len(responses) + sum(responses) for prompt, responses in lengths)
     total = sum(sizes)
@@ -73,7 +61,7 @@ def texts_of(lengths: Sequence[Lengths], steps: Iterable[Sequence[int]]) -> Text
 
 
 def capacity(hardware: HardwareConfig, device: str) -> float | None:
-    """Bytes of one device: `hardware.memory_gb` (GiB), else as found; None if neither says.
+    """Bytes of one device: `hardware.memory_gb` (GiB), else as detected; None if unknown.
 
     Processes on a CPU share its memory.
     """
@@ -91,8 +79,8 @@ def capacity(hardware: HardwareConfig, device: str) -> float | None:
 
 
 def room(hardware: HardwareConfig, device: torch.device) -> float:
-    """Bytes of a CUDA device that this process has or could have now, its context not counted; no
-    more than `hardware.memory_gb`."""
+    """Bytes of a CUDA device that this process holds or could allocate, without its context; at
+    most `hardware.memory_gb`."""
     free, _ = torch.cuda.mem_get_info(device)
     found = float(free + torch.cuda.memory_reserved(device))
     return found if hardware.memory_gb is None else min(found, hardware.memory_gb * 2**30)

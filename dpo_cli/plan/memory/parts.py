@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cli.config import (
-    DpoConfig,
-    EvaluateConfig,
-    LoraConfig,
-    PpoConfig,
-    RewardConfig,
-    RunConfig,
-    SampleConfig,
-    spec_of,
-)
+from dpo_cli.config import LoraConfig, RunConfig, spec_of
 from dpo_cli.logprobs import BLOCK_BYTES, CHUNK_BYTES, EAGER_BLOCKS
 from dpo_cli.model.attention.registered import MOST_TOKENS
 from dpo_cli.plan.memory.activations import Numbers, Rows, Trained, kept_bytes, working_bytes
@@ -26,7 +17,7 @@ from dpo_cli.plan.memory.weights import (
     Learning,
     Sharing,
     cast_bytes,
-    dequantised_bytes,
+    dequantized_bytes,
     frozen_bytes,
     gathered_bytes,
     learning,
@@ -39,7 +30,7 @@ Parts = Mapping[str, float]  # name -> bytes
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration with what follows from it."""
+    """A configuration, and the values derived from it."""
 
     config: RunConfig
     facts: Facts
@@ -72,7 +63,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Packed tokens a device computes a step."""
+        """Packed tokens per device and step."""
         ranks = self.config.hardware.devices * self.config.hardware.nodes
         return max(-(-self.facts.texts.step // ranks), self.facts.texts.longest)
 
@@ -98,7 +89,7 @@ def token_budget(config: RunConfig, device: str) -> int:
 
 
 def weights_of(run: Run) -> float:
-    """What learns is sharded, and so is the base under an adapter unless it is quantised."""
+    """Trained weights are sharded, and so is the base under an adapter unless it is quantized."""
     shape, learnt, shards = run.facts.shape, run.learnt, run.sharing.shards
     if not run.trains:
         return float(FLOAT * shape.parameters)
@@ -110,8 +101,8 @@ def weights_of(run: Run) -> float:
 
 
 def loading_bytes(run: Run) -> float:
-    """Of a process on a CPU: the files' pages, which are mapped, and what their weights become
-    where that is another dtype; ranks keep their part of it. A GPU has them as they stay there."""
+    """Of a process on a CPU: the mapped pages of the files, and the converted weights if the dtype
+    differs; ranks keep their shard. On a GPU loading needs no more than the weights."""
     facts, shape = run.facts, run.facts.shape
     if not run.learnt.whole and run.lora.quantization is not None:
         return frozen_bytes(run.lora, shape, facts.half)
@@ -121,14 +112,14 @@ def loading_bytes(run: Run) -> float:
 
 
 def reference_of(run: Run, passing: bool = False) -> float:
-    """A frozen copy beside the policy, of its shape; under an adapter it is the policy without.
+    """A frozen copy of the policy's shape; under an adapter it is the policy without the adapter.
 
-    passing: while the cache is filled, for which a named reference is loaded, and never else.
+    passing: during the pass that fills the cache, the only one that loads a named reference.
     """
     stage: Any = run.config.stage
-    if not isinstance(stage, (DpoConfig, PpoConfig)):
+    if not (spec_of(stage).reference and run.trains):
         return 0.0
-    cached = isinstance(stage, DpoConfig) and stage.reference_logprobs == "cached"
+    cached = getattr(stage, "reference_logprobs", "live") == "cached"
     another = stage.reference is not None or (run.learnt.whole and not cached)
     if not another or passing != cached:
         return 0.0
@@ -137,18 +128,18 @@ def reference_of(run: Run, passing: bool = False) -> float:
 
 
 def copies_of(run: Run) -> Parts:
-    """What is there in another dtype, or whole instead of sharded, while a forward computes."""
+    """Copies in another dtype, or gathered from shards, while a forward computes."""
     shape, learnt, half = run.facts.shape, run.learnt, run.facts.half
     sharded = run.sharing.shards > 1
     return {
         "bf16 copies": cast_bytes(learnt, shape, half, run.sharing),
         "gathered blocks": gathered_bytes(learnt, run.lora, shape, half) if sharded else 0.0,
-        "dequantised matrix": dequantised_bytes(run.lora, shape, half),
+        "dequantized matrix": dequantized_bytes(run.lora, shape, half),
     }
 
 
 def activations_of(run: Run) -> Parts:
-    """What a forward leaves for its backward."""
+    """What a forward saves for its backward."""
     config, learnt, lora = run.config, run.learnt, run.lora
     trained = Trained(
         learnt.whole, learnt.adapted, lora.dropout > 0, lora.use_dora, lora.quantization == "int8"
@@ -174,7 +165,7 @@ def output_layer(run: Run) -> Parts:
 
 
 def head_gradient(run: Run) -> Parts:
-    """Formed in the forward. FSDP's is among what it has gathered."""
+    """Computed in the forward. With FSDP it is among the gathered blocks."""
     size = run.learnt.size if run.learnt.whole and run.sharing.shards == 1 else 0
     return {"output layer's gradient": float(size * run.facts.shape.head)}
 
@@ -194,15 +185,16 @@ def embedding_gradient(run: Run) -> float:
 
 
 def sequences_of(config: RunConfig) -> int:
-    """Decoded together."""
+    """Sequences decoded together."""
     stage: Any = config.stage
-    if isinstance(stage, (PpoConfig, SampleConfig, EvaluateConfig)):
-        return stage.batch_size or spec_of(stage).cpu_batch_size or 0  # a GPU takes more that fit
-    return 0 if isinstance(stage, RewardConfig) else config.train.sample_prompts
+    spec = spec_of(stage)
+    if spec.cpu_batch_size is not None:
+        return stage.batch_size or spec.cpu_batch_size  # a GPU decodes as many as fit
+    return 0 if spec.reward_head else config.train.sample_prompts
 
 
 def sampling_of(run: Run, sequences: int) -> Parts:
-    """Keys and values of prompts, which a prompt's samples share, and of what is sampled."""
+    """Keys and values of prompts, shared by a prompt's samples, and of the sampled tokens."""
     config, shape, stage = run.config, run.facts.shape, run.config.stage
     asked = getattr(stage, "max_new_tokens", None) or run.facts.texts.new
     new = asked or config.train.sample_max_new_tokens
@@ -210,11 +202,11 @@ def sampling_of(run: Run, sequences: int) -> Parts:
     tokens = prompts * run.facts.texts.prompt + sequences * new
     cache = 2 * shape.layers * shape.keys * run.numbers.compute * tokens
     prefill = Rows(prompts * run.facts.texts.prompt, run.facts.texts.prompt)
-    quantised = run.lora.name != "none" and run.lora.quantization is not None
-    whole = run.sharing.shards > 1 and not quantised  # ranks decode at their own pace
+    quantized = run.lora.name != "none" and run.lora.quantization is not None
+    gathered = run.sharing.shards > 1 and not quantized  # ranks decode at their own pace
     return {
         **copies_of(run),
-        "gathered blocks": float(run.numbers.compute * shape.parameters) if whole else 0.0,
+        "gathered blocks": float(run.numbers.compute * shape.parameters) if gathered else 0.0,
         "keys and values": float(cache),
         "working memory": working_bytes(shape, run.numbers, prefill),
         "output layer": float(FLOAT * SAMPLED_LOGITS * sequences * shape.vocab),

@@ -1,4 +1,4 @@
-"""The numbers of a model that decide its memory, counted on a model without weights."""
+"""The sizes that decide a model's memory, counted on a model on the meta device."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Shape:
 
     @property
     def root_parameters(self) -> int:
-        """What no block holds: embeddings, output layer, last norm."""
+        """Embeddings, output layer and last norm."""
         return self.parameters - self.layers * self.block.parameters
 
     def targets(self, names: Sequence[str]) -> list[Linear]:
@@ -91,7 +91,7 @@ class Shape:
 
 
 def shape_of(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Shape:
-    """Count a model of that configuration; no weights are made."""
+    """Count a model of that configuration; no weights are allocated."""
     with torch.device("meta"):
         model = auto.from_config(config)
     text = config.get_text_config()
@@ -126,7 +126,7 @@ def _parameters(module: torch.nn.Module) -> int:
 
 
 def _linears(model: torch.nn.Module, skip: torch.nn.Module | None = None) -> list[Linear]:
-    """Matrices but `skip`; those of a reward's score too few to matter."""
+    """Matrices without `skip` and a reward's score, which is too small to matter."""
     found = []
     for name, module in model.named_modules():
         if module is skip or name.rpartition(".")[2] == "score":

@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimiser state on one device."""
+"""Bytes of weights, gradients and optimizer state on one device."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dpo_cli.config import HardwareConfig, LoraConfig, OptimConfig
 from dpo_cli.plan.memory.shape import Linear, Shape
 
 FLOAT, HALF = 4, 2
-# NF4, double-quantised: half a byte, a byte of scale for 64 weights, and for 256 of those
-# scales a float32 one (arXiv 2305.14314, section 3).
+# NF4, double-quantized: half a byte, one byte of scale per 64 weights, and one float32 per 256
+# of those scales (arXiv 2305.14314, section 3).
 NF4 = 0.5 + 1 / 64 + FLOAT / (64 * 256)
-STATES = {"adamw": 2, "rmsprop": 1}  # numbers of a weight, in its dtype
+STATES = {"adamw": 2, "rmsprop": 1}  # numbers per weight, in its dtype
 STATES_8BIT = 2 * (1 + FLOAT / 256)  # bytes: two of 8 bits, a float32 scale for 256 of each
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """FSDP over ranks. shards: parts that weights, gradients and state are cut into."""
+    """FSDP over ranks. shards: into how many weights, gradients and state are split."""
 
     shards: int = 1
 
@@ -55,15 +55,15 @@ def adapter_parameters(lora: LoraConfig, shape: Shape) -> int:
 
 
 def frozen_bytes(lora: LoraConfig, shape: Shape, half: bool) -> float:
-    """The base under an adapter. half: computed in bf16, so it is kept in it. Embeddings, norms
-    and the output layer are never quantised."""
+    """The base under an adapter. half: computed and so stored in bf16. Embeddings, norms and the
+    output layer are never quantized."""
     size = HALF if half else FLOAT
     if lora.quantization is None:
         return float(size * shape.parameters)
     matrices = sum(x.weights for x in shape.linears)
     scales = FLOAT * sum(x.outputs for x in shape.linears)
-    quantised = NF4 * matrices if lora.quantization == "nf4" else matrices + scales
-    return quantised + size * (shape.parameters - matrices)
+    quantized = NF4 * matrices if lora.quantization == "nf4" else matrices + scales
+    return quantized + size * (shape.parameters - matrices)
 
 
 def state_bytes(optim: OptimConfig, learnt: Learning) -> float:
@@ -86,13 +86,13 @@ def gathered_bytes(learnt: Learning, lora: LoraConfig, shape: Shape, half: bool)
     size = HALF if half else FLOAT
     whole = shape.block.parameters + shape.root_parameters
     gradients = FLOAT * whole if learnt.whole else 0
-    quantised = lora.name != "none" and lora.quantization is not None  # a copy on every rank
-    weights = 0 if quantised else size * (whole + shape.block.parameters)
+    quantized = lora.name != "none" and lora.quantization is not None  # a copy on every rank
+    weights = 0 if quantized else size * (whole + shape.block.parameters)
     return float(weights + gradients)
 
 
-def dequantised_bytes(lora: LoraConfig, shape: Shape, half: bool) -> float:
-    """The largest quantised matrix as it is multiplied by."""
+def dequantized_bytes(lora: LoraConfig, shape: Shape, half: bool) -> float:
+    """The largest quantized matrix, dequantized for its product."""
     if lora.name == "none" or lora.quantization is None:
         return 0.0
     return float((HALF if half else FLOAT) * max(x.weights for x in shape.linears))

@@ -1,0 +1,85 @@
+"""Reading points.jsonl of several evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_cli.config.stages.evaluate import NOT_TRAINED
+from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.session.lengths import new_tokens_of
+
+OPTIMUM, BEST_OF = NOT_TRAINED
+Point = dict[str, Any]  # a line of points.jsonl
+
+
+def distinct_folders(named: Sequence[str]) -> list[Path]:
+    """In the order in which they were first named."""
+    return list({Path(folder).resolve(): Path(folder) for folder in named}.values())
+
+
+def refuse_mixed(folders: Sequence[Path]) -> None:
+    """Rewards of different functions, or of completions of other lengths, have no common axis."""
+    first: tuple[Path, Any] | None = None
+    for folder in folders:
+        path = folder / "config.yaml"
+        stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if not isinstance(stored, dict) or "reward_fn" not in stored:
+            continue
+        reward = {k: v for k, v in stored["reward_fn"].items() if k != "batch_size"}
+        if reward.get("path"):
+            reward["path"] = str(Path(reward["path"]).resolve())
+        facts = {
+            "reward_fn": reward,
+            "stage.max_new_tokens": new_tokens_of(folder, stored.get("stage", {})),
+        }
+        if first is None:
+            first = folder, facts
+        for key, value in facts.items():
+            if value != first[1][key]:
+                raise ConfigError(
+                    f"stage.evaluations: {first[0]} and {folder} differ in {key} "
+                    f"({first[1][key]} against {value}); draw them apart"
+                )
+
+
+def read_points(folder: Path) -> list[Point]:
+    """An evaluation's points.jsonl; `evaluation` names it in each row."""
+    path = folder / "points.jsonl"
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+            known = {name: row[name] for name in ("method", "reward", "kl", "setting")}
+            rows.append({**row, **known, "evaluation": str(folder)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}: is not a point ({error!r})") from error
+    return rows
+
+
+def measured_once(rows: Sequence[Point], note: Callable[[str], None]) -> list[Point]:
+    """Keep only the last point of a policy that several evaluations measured."""
+    latest: dict[tuple[Any, ...], int] = {}
+    for place, row in enumerate(rows):
+        latest[identity(row) or (place,)] = place
+    kept = [rows[place] for place in sorted(latest.values())]
+    if again := len(rows) - len(kept):
+        points = "point is" if again == 1 else "points are"
+        note(f"{again} {points} dropped: a later evaluation has the same policy")
+    return kept
+
+
+def identity(row: Point) -> tuple[Any, ...] | None:
+    """Of a trained policy: the same in every evaluation. None for other points."""
+    policy = row.get("policy")
+    if not policy or row["method"] in (OPTIMUM, BEST_OF):
+        return None
+    place = Path(policy)
+    where = str(place.resolve()) if place.is_dir() else policy
+    return row["method"], where.removesuffix("/final"), row.get("step")

@@ -1,0 +1,220 @@
+"""Loading models for a run: the one it trains, its reference, the policies it evaluates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dpo_cli.config import ModelConfig
+from dpo_cli.data.dataset import EncodedSplits
+from dpo_cli.distributed.checkpoint import is_sharded
+from dpo_cli.distributed.fsdp import make_mesh, shard
+from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.model.adapters.active import Adaptation, is_adapted
+from dpo_cli.model.attention.registered import MOST_TOKENS, Placement, kernel_of
+from dpo_cli.model.blocks import compile_blocks
+from dpo_cli.model.fuse import round_residual
+from dpo_cli.model.liger import use_liger
+from dpo_cli.model.load import context_length, load_model, load_tokenizer
+from dpo_cli.model.recompute import recompute_blocks
+from dpo_cli.model.rope import cuts_of
+from dpo_cli.model.routers import loss_function
+from dpo_cli.model.source import model_folder
+from dpo_cli.model.stored import refuse_non_finite
+from dpo_cli.session.precision import (
+    hold_as_trained,
+    note_head,
+    quantized_base,
+    refuse_rounding,
+)
+from dpo_cli.session.session import Session, load_data
+from dpo_cli.session.trained import held_out_line, seen_before
+from dpo_cli.train.checkpoint import load_provenance
+
+WORTH_COMPILING = 100  # steps
+
+
+# (model, tokenizer, seed, key that names it, placement, adaptation) -> the model on its device;
+# on the CPU if it will be sharded and is not quantized
+Read = Callable[
+    [ModelConfig, PreTrainedTokenizerFast, int, str, Placement, Adaptation | None], PreTrainedModel
+]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded.
+
+    as_trained: in the precision and with the kernels of the trained weights; without, a reference
+    would not be what the policy was at step 0. before_sharding: applied to the loaded model.
+    """
+
+    read: Read = load_model
+    adaptation: Adaptation | None = None
+    as_trained: bool = False
+    before_sharding: Callable[[PreTrainedModel], None] = lambda model: None
+
+
+AS_TRAINED = Loading(as_trained=True)
+
+
+@dataclass
+class Loaded:
+    """Policy, tokenizer and encoded rows of a training stage."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    splits: EncodedSplits
+    base: dict[str, Any]  # provenance of the weights the run started from
+
+
+def load(
+    session: Session,
+    source: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    key: str = "model.path",
+    how: Loading = Loading(),
+) -> PreTrainedModel:
+    """A model for this run's device, sharded if the run has several. key: where the user named it.
+
+    The session's packed rows stay as short as this model's attention needs.
+    """
+    on = replace(session.placement, sharded=session.ranks.size > 1)
+    model = how.read(source, tokenizer, session.config.seed, key, on, how.adaptation)
+    how.before_sharding(model)
+    if how.as_trained:
+        use_training_kernels(session, model)
+    session.cuts = tuple(sorted({*session.cuts, *cuts_of(model.config)}))
+    if kernel_of(model) in MOST_TOKENS:
+        session.budget.limit(MOST_TOKENS[kernel_of(model)])
+    held = None if is_adapted(model) else torch.float32
+    if how.as_trained:
+        held = hold_as_trained(model, session.config.hardware) or held
+    note_head(model, session.placement, key)
+    if session.ranks.size > 1:
+        shard_weights(session, model, key, held)
+    return model
+
+
+def use_training_kernels(session: Session, model: PreTrainedModel) -> None:
+    """The residual stream's dtype, compiled blocks or Liger's kernels, as `hardware` says."""
+    hardware = session.config.hardware
+    if hardware.residual == "bf16":
+        round_residual(model)
+    if compiles(session):
+        compile_blocks(model, session.note)
+        if hardware.kernels == "liger":
+            session.note("hardware.kernels=liger: not used: hardware.compile=auto compiles blocks")
+    elif hardware.kernels == "liger":
+        use_liger(model, session.placement)
+
+
+def compiles(session: Session) -> bool:
+    """Whether the run compiles its blocks; `auto`: where compiling pays off."""
+    choice, steps = session.config.hardware.compile, session.config.train.max_steps
+    if session.config.train.router_aux_loss_coef:
+        return False
+    if choice == "auto":
+        cuda = session.runtime.device.type == "cuda"
+        return cuda and (steps is None or steps >= WORTH_COMPILING)
+    return choice == "blocks"
+
+
+def shard_weights(
+    session: Session, model: PreTrainedModel, key: str, held: torch.dtype | None
+) -> None:
+    """Shard a loaded model over the ranks. ConfigError for one whose forwards differ by rank.
+
+    held: the dtype its weights are converted to; None keeps their own.
+    """
+    if kernel_of(model) == "plain":  # as many forwards as a row needs
+        raise ConfigError(
+            f"{key}: {type(model).__name__} runs with attention=plain, which several devices "
+            "cannot share: use hardware.devices=1"
+        )
+    hardware = session.config.hardware
+    nodes = max(1, session.ranks.size // hardware.devices)
+    mesh = make_mesh(session.runtime.device.type, hardware.devices, nodes, hardware.sharding)
+    shard(model, mesh, session.placement.dtype, partial(_arrived, type(model).__name__, held))
+
+
+def _arrived(
+    family: str, held: torch.dtype | None, weights: list[tuple[str, torch.nn.Parameter]]
+) -> None:
+    """Check and convert the weights of a block that is about to be sharded."""
+    refuse_non_finite(family, weights)
+    for _, weight in weights:
+        if held is not None and weight.is_floating_point():
+            weight.data = weight.data.to(held)
+
+
+def load_policy_and_data(session: Session, how: Loading = AS_TRAINED) -> Loaded:
+    """The model to train (from the checkpoint when resuming) and the encoded splits."""
+    config = session.config
+    refuse_rounding(config.hardware, session.runtime)
+    tokenizer = load_tokenizer(config.model)
+    source, saved, adaptation = config.model, session.snapshot, None
+    whole = None if saved is None or is_sharded(saved.folder) else saved.folder
+    if config.lora.name != "none":
+        adaptation = Adaptation(config.lora, whole)
+    elif whole is not None:
+        source = replace(source, path=str(whole))
+    how = replace(how, adaptation=adaptation, as_trained=True)
+    model = load(session, source, tokenizer, how=how)
+    session.kernel = kernel_of(model)
+    if coefficient := config.train.router_aux_loss_coef:  # refused before a pass over the rows
+        loss_function(type(model), coefficient)
+    if every := config.hardware.activation_checkpointing:
+        recompute_blocks(model, every)
+    splits = load_data(session, context_length(model), tokenizer)
+    if not splits.train:
+        raise DataError(f"data={config.data.name}: no training rows are left")
+    if line := held_out_line(config, splits):
+        session.note(line)
+    if seen := seen_before(config, splits):
+        session.data_facts["eval_rows_trained_on"] = seen
+    session.settle_tokens(tokenizer, splits)
+    return Loaded(model, tokenizer, splits, base_provenance(config.model))
+
+
+def load_named(
+    session: Session,
+    named: str,
+    tokenizer: PreTrainedTokenizerFast,
+    key: str = "stage.reference",
+    how: Loading = Loading(),
+) -> PreTrainedModel:
+    """Another model by folder or hub id, for the same token ids as the policy's."""
+    source = named_source(session.config.model, named, key)
+    if load_tokenizer(source, key).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(
+            f"{key}={named}: has another tokenizer than model={session.config.model.name}; its "
+            "log-probabilities would be of other tokens"
+        )
+    return load(session, source, tokenizer, key, how)
+
+
+def named_source(config: ModelConfig, named: str, key: str = "stage.reference") -> ModelConfig:
+    """The source of another model, with the other settings of the run's own."""
+    local = model_folder(named, key) if Path(named).is_dir() else None
+    return replace(
+        config, architecture=None, revision=None, tokenizer=None,
+        path=str(local) if local else None, hub_id=None if local else named,
+    )  # fmt: skip
+
+
+def provenance_of(session: Session, splits: EncodedSplits, **own: Any) -> dict[str, Any]:
+    """What is written beside the weights that a run trains; own: of its stage alone."""
+    config = session.config
+    facts = {"stage": config.stage.name, **own, "data": splits.origin, "date": config.data.date}
+    return facts | quantized_base(config.lora)
+
+
+def base_provenance(config: ModelConfig) -> dict[str, Any]:
+    return load_provenance(model_folder(config.path)) if config.path else {}

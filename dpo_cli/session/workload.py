@@ -1,0 +1,49 @@
+"""How long the texts are that a stage computes on: what an estimate of its memory needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dpo_cli.config import EvaluateConfig, PpoConfig, RunConfig, SampleConfig
+from dpo_cli.data.dataset import EncodedSplits
+from dpo_cli.records import EncodedExample
+from dpo_cli.session.lengths import needed_tokens
+from dpo_cli.session.prompts import distinct_prompts
+from dpo_cli.session.rows import steps_of
+
+Lengths = tuple[int, Sequence[int]]  # tokens of a prompt and of each of its responses
+STEPS_READ = 200  # the fullest of them stands for all
+
+
+@dataclass(frozen=True)
+class Workload:
+    """lengths: of each example; steps: the examples of each optimizer step, empty where nothing is
+    trained; new_tokens: what a completion may take, 0 where the stage samples none."""
+
+    lengths: Sequence[Lengths]
+    steps: Iterable[Sequence[int]] = ()
+    new_tokens: int = 0
+
+
+def training_workload(config: RunConfig, examples: Sequence[EncodedExample]) -> Workload:
+    """Of a stage whose steps take their examples from the rows."""
+    plan = steps_of(config, len(examples))
+    steps = [plan.indices(step) for step in range(min(plan.steps, STEPS_READ))]
+    return Workload(lengths_of(examples), steps)
+
+
+def sampling_workload(
+    stage: SampleConfig | EvaluateConfig | PpoConfig, splits: EncodedSplits
+) -> Workload:
+    """Of a stage that samples from the distinct prompts, as if every completion took all the
+    tokens it may."""
+    rows = [*splits.train, *splits.eval]
+    new_tokens = stage.max_new_tokens or needed_tokens(rows)
+    responses = [new_tokens] * stage.completions
+    lengths = [(len(e.prompt_ids), responses) for e in distinct_prompts(rows)]
+    return Workload(lengths, new_tokens=new_tokens)
+
+
+def lengths_of(examples: Sequence[EncodedExample]) -> list[Lengths]:
+    return [(len(e.prompt_ids), [len(ids) for ids in e.response_ids]) for e in examples]
