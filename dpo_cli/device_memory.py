@@ -1,4 +1,4 @@
-"""Allocations that fail: which errors say so, and giving back what a failed try held."""
+"""Out-of-memory errors: recognizing them and freeing memory after a failed attempt."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import gc
 
 import torch
 
-SIGNS = (  # of allocators that raise a plain RuntimeError
+OOM_TEXTS = (  # of allocators that raise a plain RuntimeError
     "DefaultCPUAllocator: can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS finds no room for its handle or workspace
+    "CUBLAS_STATUS_ALLOC_FAILED",  # no memory for cuBLAS's handle or workspace
 )
 
 
 def ran_out(error: RuntimeError) -> bool:
-    """Whether an allocation failed; other errors are none of our business."""
-    return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in SIGNS)
+    """Whether the error is a failed allocation."""
+    return isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in OOM_TEXTS)
 
 
 def free_memory(device: torch.device) -> None:
-    """Give back what a failed pass held. Leave its `except` block first: the traceback's frames
-    keep their tensors alive."""
+    """Release memory cached by a failed pass. Call it outside the `except` block: the traceback's
+    frames keep their tensors alive."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)  # else the peak would be the failed try's
+        torch.cuda.reset_peak_memory_stats(device)  # or the peak would be the failed attempt's

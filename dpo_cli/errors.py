@@ -1,12 +1,12 @@
-"""What can go wrong through no fault of this program, each with its exit code.
+"""Errors that are not bugs of this program, each with its exit code.
 
-`cli.py` prints a `UserError` as one line and exits with its code; anything else
-is a bug and keeps its traceback.
+`cli.py` prints a `UserError` as one line and exits with its code; any other exception is a bug
+and keeps its traceback.
 """
 
 
 class UserError(Exception):
-    """A problem the user can mend. The message names the place and the remedy."""
+    """A problem the user can fix. The message says what is wrong, where, and what to do."""
 
     exit_code = 2
 
@@ -30,21 +30,21 @@ class NonFiniteError(UserError):
 
 
 class CheckpointError(UserError):
-    """No checkpoint that verifies, or one that does not fit this run."""
+    """No valid checkpoint, or one that does not match this run."""
 
     exit_code = 5
 
 
 class RunLockedError(UserError):
-    """Another process works in the same run folder."""
+    """Another process is using the run folder."""
 
     exit_code = 6
 
 
 class OutOfMemory(UserError):
-    """Ranks that ran out of memory, and may start again in `run_dir` with smaller rows."""
+    """Ranks ran out of memory; `run_dir` can be resumed with a smaller token budget."""
 
-    exit_code = 75  # start again to go on
+    exit_code = 75  # resume to continue
 
     def __init__(self, message: str, run_dir: str) -> None:
         super().__init__(message, run_dir)
@@ -55,13 +55,13 @@ class OutOfMemory(UserError):
 
 
 class HangError(UserError):
-    """A rank did not answer the others for hardware.timeout_seconds."""
+    """A collective timed out (hardware.timeout_seconds)."""
 
-    exit_code = 75  # start again to go on
+    exit_code = 75  # resume to continue
 
 
 class PeerLost(UserError):
-    """A rank without the others, one of which ended: that one's error is the one to tell."""
+    """Lost connection to a peer rank; that rank's error has the cause."""
 
     exit_code = 76
 
@@ -73,6 +73,6 @@ class DiskError(UserError):
 
 
 class Preempted(UserError):
-    """A signal asked us to stop; the state was saved and the run can be resumed."""
+    """Stopped by a signal; the state was saved and the run can be resumed."""
 
     exit_code = 75

@@ -29,7 +29,7 @@ from dpo_cli.session.session import Session
 from dpo_cli.stages import load_stage
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import run_lock
-from dpo_cli.train.memory import explained, smaller_next_time
+from dpo_cli.train.memory import as_oom_error, halve_budget_for_restart
 from dpo_cli.train.runtime import start_runtime
 
 # Keys that may differ when a run is resumed.
@@ -66,7 +66,7 @@ def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
             with sinks_of(config, run_dir, step) as sinks:
                 chooser = tokens_chooser(config, runtime)
                 session = Session(config, run_dir, runtime, progress, sinks, snapshot, chooser)
-                with explained(), smaller_next_time(session.budget, run_dir):
+                with as_oom_error(), halve_budget_for_restart(session.budget, run_dir):
                     figures = load_stage(config.stage.name)(session)
             return finish(config, run_dir, figures, argv, session)
 
@@ -80,7 +80,7 @@ def run_other_rank(config: RunConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch, Progress("off") as progress:
         chooser = tokens_chooser(config, runtime)
         session = Session(config, Path(scratch), runtime, progress, [], snapshot, chooser)
-        with explained(), smaller_next_time(session.budget, Path(config.run_dir)):
+        with as_oom_error(), halve_budget_for_restart(session.budget, Path(config.run_dir)):
             load_stage(config.stage.name)(session)
 
 

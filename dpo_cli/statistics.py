@@ -104,6 +104,6 @@ def share_interval(share: float, n: int) -> WinRate:
     if n == 0:
         return WinRate(math.nan, math.nan, math.nan)
     z2 = Z_95**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    center = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return WinRate(share, max(0.0, centre - half), min(1.0, centre + half))
+    return WinRate(share, max(0.0, center - half), min(1.0, center + half))

@@ -165,7 +165,7 @@ class TestSe:
 
     def test_nothing_to_compare(self) -> None:
         row = {"question": "q", "answers": [{"text": "a", "pm_score": 1}] * 2}
-        assert reason(se.parse, row, SeDataConfig()) == "answers hold no two of different score"
+        assert reason(se.parse, row, SeDataConfig()) == "answers have no two different scores"
         assert "not a list" in reason(se.parse, row | {"answers": "a"}, SeDataConfig())
         bad = row | {"answers": [{"text": None, "pm_score": 1}]}
         assert "answers.text is None" in reason(se.parse, bad, SeDataConfig())
@@ -193,7 +193,7 @@ class TestSe:
         row = {"question": "<![nonsense[", "answers": []}
         assert reason(se.parse, row, SeDataConfig()) in {
             "question is not readable HTML",
-            "answers hold no two of different score",  # newer Pythons take it for a comment
+            "answers have no two different scores",  # newer Pythons take it for a comment
         }
 
 
@@ -398,7 +398,7 @@ def test_report_shows_five_rows_and_keeps_all() -> None:
     for row in range(7):
         drops.add("chosen is blank", row)
     drops.add("text is None, not text", 99)
-    drops.add_cut("prompt to 8 tokens", 3)
+    drops.add_truncated("prompt to 8 tokens", 3)
     held = DropReport(read=10, dropped={"chosen is blank": [4]})
     drops.absorb(held, "eval split: ")
     assert drops.dropped["chosen is blank"] == list(range(7))
@@ -406,5 +406,5 @@ def test_report_shows_five_rows_and_keeps_all() -> None:
         "dropped 7 of 1,244 rows: chosen is blank (rows 0, 1, 2, 3, 4 and 2 more)",
         "dropped 1 of 1,244 rows: text is None, not text (row 99)",
         "dropped 1 of 1,244 rows: eval split: chosen is blank (row 4)",
-        "cut 1 of 1,244 rows: prompt to 8 tokens (row 3)",
+        "truncated 1 of 1,244 rows: prompt to 8 tokens (row 3)",
     ]

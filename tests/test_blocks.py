@@ -9,7 +9,7 @@ import torch._inductor.config
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
-from dpo_cli.distributed.fsdp import make_mesh, settle, shard, whole
+from dpo_cli.distributed.fsdp import full_tensor, make_mesh, reshard, shard
 from dpo_cli.model import forward
 from dpo_cli.model.adapters.active import adapter_as
 from dpo_cli.model.attention import registered as attention
@@ -174,8 +174,8 @@ def test_sharded_blocks_compile_inside_their_hooks(graphs, one_rank, every):
         with torch.autocast("cpu", torch.bfloat16):
             loss, values = packed_loss(model, row)
         loss.backward()
-        settle(model)
-        grads = {n: whole(p.grad) for n, p in model.named_parameters()}
+        reshard(model)
+        grads = {n: full_tensor(p.grad) for n, p in model.named_parameters()}
         model.zero_grad()
         return [loss.detach(), values, *(grads[name] for name in sorted(grads))]
 

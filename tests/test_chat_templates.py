@@ -74,7 +74,7 @@ def dropped(family: str, row: dict[str, Any], **config: Any) -> list[str]:
 def test_prompt_and_response_are_the_rendering(family: str, system: bool, talk: list[Any]) -> None:
     if system and family in REFUSE_SYSTEM:
         row = {"prompt": [SYSTEM, *talk], "chosen": "Four.", "rejected": "Five."}
-        assert "is refused by the chat template" in dropped(family, row)[0]
+        assert "is rejected by the chat template" in dropped(family, row)[0]
         return
     talk = [SYSTEM, *talk] if system else talk
     prompt, responses = one(family, {"prompt": talk, "chosen": "It is four.", "rejected": "No."})
@@ -146,7 +146,7 @@ class TestThinking:
         row = {"prompt": ASK, "chosen": THOUGHT, "rejected": "Five."}
         drops = DropReport()
         assert not encode_examples(list(jsonl.parse(row, 0, settings)), of, settings, WIDE, drops)
-        assert "chosen holds a think block beside the one of the chat template" in drops.dropped
+        assert "chosen has a think block in addition to that of the chat template" in drops.dropped
 
 
 class TestTools:
@@ -289,7 +289,7 @@ def test_a_row_that_a_template_trips_over_is_dropped() -> None:
     drops = DropReport()
     assert [e.row for e in encode_examples(examples, of, settings, WIDE, drops)] == [1]
     (why,) = drops.dropped
-    assert why.startswith("prompt is refused by the chat template (unsupported operand")
+    assert why.startswith("prompt is rejected by the chat template (unsupported operand")
 
 
 def test_templates_without_a_default_end_no_turn() -> None:

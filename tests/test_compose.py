@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from composing import composed, problems
 from dpo_cli.config import DpoConfig, SentimentDataConfig
 from dpo_cli.config.hints import groups
-from dpo_cli.config.read import build, finalise, prepare, refuse_targets
+from dpo_cli.config.read import build, finalize, prepare, refuse_targets
 from dpo_cli.errors import ConfigError
 
 
@@ -177,5 +177,5 @@ def test_home_and_cache_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert config.run_dir == str(tmp_path / "r")
     assert config.cache_dir == str(tmp_path / ".cache/dpo-run")
     monkeypatch.setenv("DPO_RUN_CACHE", "/fast")
-    assert finalise(build(composed())).cache_dir == "/fast"
-    assert finalise(build(composed("cache_dir=/mine"))).cache_dir == "/mine"
+    assert finalize(build(composed())).cache_dir == "/fast"
+    assert finalize(build(composed("cache_dir=/mine"))).cache_dir == "/mine"

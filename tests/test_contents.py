@@ -75,7 +75,7 @@ def test_large_weights_are_split_as_save_pretrained_splits_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = untied()
-    monkeypatch.setattr(contents, "MOST_BYTES", "4KB")
+    monkeypatch.setattr(contents, "MAX_SHARD", "4KB")
     (tmp_path / "ours").mkdir()
     contents.of_model(model, {}, {}).write(tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs", max_shard_size="4KB")

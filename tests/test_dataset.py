@@ -90,7 +90,7 @@ class TestAdapt:
             "rejected is int, not text": [4],
             "rejected is missing": [5],
             "chosen and rejected are the same": [6],
-            "text holds half a surrogate pair, which is no character": [7, 8, 9],
+            "text holds a lone surrogate, which is not a valid character": [7, 8, 9],
         }
 
     def test_column_missing_from_the_first_row_names_the_key(self) -> None:
@@ -299,7 +299,7 @@ class TestCache:
         assert encoded_lists(second.eval) == encoded_lists(first.eval)
         assert replace(second, train=[], eval=[]) == replace(first, train=[], eval=[])
         assert first.drops.dropped == {"ranked is an empty list, not a list of responses": [4]}
-        assert list(first.drops.cut.values()) == [[5]]
+        assert list(first.drops.truncated.values()) == [[5]]
         ids = second.train[0].prompt_ids
         assert ids.dtype == np.int32
         assert ids.flags.writeable  # torch.from_numpy warns otherwise
@@ -369,7 +369,7 @@ class TestCache:
         stored.write_bytes(bytes(broken[damage]))
         with caplog.at_level(logging.WARNING):
             second = self.load(file, cache)
-        assert "damaged cache file" in caplog.text
+        assert "is damaged" in caplog.text
         assert second.fingerprint == first.fingerprint
         caplog.clear()
         assert self.load(file, cache).fingerprint == first.fingerprint
@@ -403,7 +403,7 @@ class TestShow:
         text = self.show(load_encoded(config, tokenizer, 64, 0, None), tokenizer)
         assert "\x1b" not in text
         assert "\x07" not in text
-        for part in ("\\x1b", "\\x07", "\\n", "·cat", "EOS", "cut: no EOS", "more"):
+        for part in ("\\x1b", "\\x07", "\\n", "·cat", "EOS", "truncated: no EOS", "more"):
             assert part in text
         assert "dropped 1 of 2 rows: chosen is blank (row 1)" in text
         assert "1 training and 0 held-out examples of 2 rows" in text

@@ -77,10 +77,12 @@ def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(tmp_path: Path) -
     done = run([sys.executable, str(script)], *words, cwd=tmp_path)
     assert done.returncode == 75, done.stderr
     (line,) = errors(done.stderr)
-    assert line.startswith("error: rank 0 waited 4 s for the others (hardware.timeout_seconds)")
+    assert line.startswith(
+        "error: rank 0 timed out after 4 s in a collective (hardware.timeout_seconds)"
+    )
     before, _, after = done.stderr.partition("stacks of rank 1")
     assert "stacks of rank 0" in before
-    assert "_train_step" in before.partition("rank 0 waited here")[2]
+    assert "_train_step" in before.partition("rank 0 timed out here")[2]
     assert "in never_answers" in after  # where the one that hangs is
 
 
@@ -153,7 +155,7 @@ def test_ranks_out_of_memory_go_on_with_smaller_rows(
     """And end where a process with enough memory does."""
     alone.setattr(os, "environ", os.environ.copy())
     alone.setattr(
-        elastic, "worker", lambda: [str(Path(__file__).with_name("rank_short_of_memory.py"))]
+        elastic, "rank_command", lambda: [str(Path(__file__).with_name("rank_short_of_memory.py"))]
     )
     words = (*SFT, "train.max_steps=6", "train.micro_batch_tokens=100", "data.eval_rows=0",
              "train.save_every_steps=2", f"cache_dir={tmp_path}")  # fmt: skip
@@ -162,7 +164,7 @@ def test_ranks_out_of_memory_go_on_with_smaller_rows(
         elastic.launch(config, [*words, "hardware.devices=2", f"run_dir={tmp_path / 'two'}"]) == 0
     )
     told = capsys.readouterr().err
-    assert "out of memory with 100 tokens at once: from now on at most 50" in told
+    assert "out of memory with 100 tokens per row: lowered to 50" in told
     train(tmp_path / "one", *words)
     ours, truth = (
         {r["step"]: r["loss"] for r in metrics(tmp_path / n) if "loss" in r} for n in ("two", "one")
@@ -191,17 +193,17 @@ def test_ranks_end_with_the_code_of_the_first(alone: pytest.MonkeyPatch) -> None
     store = dist.HashStore()
     alone.setattr(elastic, "_store", lambda: store)
     alone.setattr(os, "environ", {**os.environ, "HF_TOKEN": "secret"})
-    elastic.lead(None, 3, {"SET_BY_HYDRA": "1"})
+    elastic.broadcast_config(None, 3, {"SET_BY_HYDRA": "1"})
     assert b"secret" not in store.get(elastic.CONFIG)
-    assert elastic.follow() == (None, 3)
+    assert elastic.receive_config() == (None, 3)
     assert os.environ["SET_BY_HYDRA"] == "1"
 
 
 def test_what_is_wanted(tmp_path: Path) -> None:
     words = (*TINY, f"run_dir={tmp_path}")
-    assert not elastic.wanted(configure(*words, "stage=sft"))
-    assert elastic.wanted(configure(*words, "stage=sft", "hardware.devices=2"))
-    assert not elastic.wanted(configure(*words, "stage=inspect", "hardware.devices=2"))
+    assert not elastic.is_distributed(configure(*words, "stage=sft"))
+    assert elastic.is_distributed(configure(*words, "stage=sft", "hardware.devices=2"))
+    assert not elastic.is_distributed(configure(*words, "stage=inspect", "hardware.devices=2"))
 
 
 def test_nodes_of_slurm_meet_at_the_first(tmp_path: Path, alone: pytest.MonkeyPatch) -> None:
@@ -210,11 +212,13 @@ def test_nodes_of_slurm_meet_at_the_first(tmp_path: Path, alone: pytest.MonkeyPa
     names.chmod(0o755)
     alone.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     hardware = HardwareConfig(devices=8, nodes=2)
-    with pytest.raises(ConfigError, match=r"hardware.nodes=2: on each node start torchrun"):
-        elastic.meeting_point(hardware)
+    with pytest.raises(
+        ConfigError, match=r"hardware.nodes=2 needs a Slurm job.*start on each node: torchrun"
+    ):
+        elastic.rendezvous(hardware)
     alone.setenv("SLURM_JOB_ID", "40017")
     alone.setenv("SLURM_JOB_NODELIST", "n[3-4]")
-    assert elastic.meeting_point(hardware) == {
+    assert elastic.rendezvous(hardware) == {
         "rdzv_endpoint": "n3:20017", "run_id": "dpo-run-40017"
     }  # fmt: skip
 
@@ -248,29 +252,29 @@ def test_nodes_leave_the_folder_to_the_first_rank(
 def test_the_first_error_is_told_but_a_stop_before_all(
     tmp_path: Path, alone: pytest.MonkeyPatch
 ) -> None:
-    assert elastic.last_words(tmp_path) is None
+    assert elastic.recorded_error(tmp_path) is None
     for number, error in enumerate([DataError("late"), DataError("first"), DataError("last")]):
         path = tmp_path / str(number) / "error.json"
         path.parent.mkdir()
         alone.setenv(elastic.ERROR_FILE, str(path))
-        elastic.record(error)
+        elastic.record_error(error)
         os.utime(path, (10 - 5 * (number == 1), 10 - 5 * (number == 1)))
-    found = elastic.last_words(tmp_path)
+    found = elastic.recorded_error(tmp_path)
     assert (str(found), found.exit_code) == ("first", 3)
     path = tmp_path / "3" / "error.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"message": {"message": "saved", "errorCode": 75}}))
-    assert str(elastic.last_words(tmp_path)) == "saved"
+    assert str(elastic.recorded_error(tmp_path)) == "saved"
     (tmp_path / "4").mkdir()  # what torch itself writes of an exception
     (tmp_path / "4" / "error.json").write_text('{"message": {"message": "ValueError"}}')
-    assert str(elastic.last_words(tmp_path)) == "saved"
+    assert str(elastic.recorded_error(tmp_path)) == "saved"
 
 
 def test_ranks_share_the_cores(alone: pytest.MonkeyPatch) -> None:
     alone.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     alone.delenv("OMP_NUM_THREADS", raising=False)
     alone.setattr(os, "environ", dict(os.environ))
-    elastic.share_cores(HardwareConfig(devices=4))
+    elastic.limit_threads(HardwareConfig(devices=4))
     assert os.environ["OMP_NUM_THREADS"] == "4"
-    elastic.share_cores(HardwareConfig(devices=2))  # someone has said
+    elastic.limit_threads(HardwareConfig(devices=2))  # someone has said
     assert os.environ["OMP_NUM_THREADS"] == "4"

@@ -267,7 +267,7 @@ class TestChat:
 
     def test_refused_conversation_is_a_dropped_row(self) -> None:
         (why,) = drop_reasons(small.llama(small.INST), self.TALK, "a", "b")
-        assert why == "prompt is refused by the chat template (no system role)"
+        assert why == "prompt is rejected by the chat template (no system role)"
 
     def test_modes(self) -> None:
         chat, plain = small.chatml(), small.byte_level()
@@ -340,7 +340,7 @@ class TestFinished:
         )  # fmt: skip
         assert found.response_ids[0][-1] == last
         assert len(found.prompt_ids) == (4 if last == 100 else 6)  # 6 + 3 + EOS are too many
-        assert bool(drops.cut) == (last == 100)
+        assert bool(drops.truncated) == (last == 100)
 
 
 class TestLimits:
@@ -354,7 +354,7 @@ class TestLimits:
             small.words(), word(0, 6), word(10, 3), word(20, 1), limits=self.limits, drops=drops
         )
         assert (prompt, chosen, rejected) == (ids(0, 6), [*ids(10, 3), 100], [20, 100])
-        assert drops.cut == {}
+        assert drops.truncated == {}
 
     @pytest.mark.parametrize(("keep", "kept"), [("end", ids(3, 4)), ("start", ids(0, 4))])
     def test_prompt_is_cut_first(self, keep: str, kept: list[int]) -> None:
@@ -364,7 +364,7 @@ class TestLimits:
             limits=self.limits, drops=drops, keep_prompt=keep,
         )  # fmt: skip
         assert (prompt, chosen, rejected) == (kept, [*ids(10, 3), 100], [20, 100])
-        assert drops.cut == {"prompt to 4 tokens": [7]}
+        assert drops.truncated == {"prompt (data.max_prompt_length=4)": [7]}
 
     def test_then_the_responses_without_eos(self) -> None:
         drops = DropReport()
@@ -372,7 +372,10 @@ class TestLimits:
             small.words(), word(0, 7), word(10, 6), word(20, 5), limits=self.limits, drops=drops
         )
         assert (prompt, chosen, rejected) == (ids(3, 4), ids(10, 6), [*ids(20, 5), 100])
-        assert drops.cut == {"prompt to 4 tokens": [7], "response to fit 10 tokens": [7]}
+        assert drops.truncated == {
+            "prompt (data.max_prompt_length=4)": [7],
+            "response (data.max_length=10)": [7],
+        }
 
     def test_short_prompt_leaves_more_room(self) -> None:
         prompt, (chosen,) = encode_one(small.words(), "w0", word(10, 20), limits=self.limits)
@@ -393,7 +396,7 @@ class TestLimits:
         (why,) = drop_reasons(
             small.words(), word(0, 7), word(10, 6), word(10, 7), limits=self.limits
         )
-        assert why == "responses have the same tokens once cut to data.max_length"
+        assert why == "responses have the same tokens once truncated to data.max_length"
         assert drop_reasons(small.words(), "w1", "w2  w3", "w2 w3") == [
             "responses have the same tokens"
         ]
@@ -487,7 +490,7 @@ def test_every_row_is_encoded_or_counted(
             assert 1 <= len(ids) <= limits.max_length - len(e.prompt_ids)
             ends = np.flatnonzero(ids == tokenizer.eos_token_id).tolist()
             assert ends in ([], [len(ids) - 1])
-            assert ends or any(e.row in cut for cut in drops.cut.values())
+            assert ends or any(e.row in cut for cut in drops.truncated.values())
             assert 0 <= ids.min() <= ids.max() < len(tokenizer)
 
 
@@ -498,7 +501,10 @@ def test_huge_row() -> None:
     )
     assert len(example.prompt_ids) == 32
     assert len(example.response_ids[0]) == 32
-    assert drops.cut == {"prompt to 32 tokens": [7], "response to fit 64 tokens": [7]}
+    assert drops.truncated == {
+        "prompt (data.max_prompt_length=32)": [7],
+        "response (data.max_length=64)": [7],
+    }
 
 
 class TestRealTokenizers:
@@ -543,7 +549,7 @@ class TestRealTokenizers:
         drops = DropReport()
         examples = adapt(Rows(rows, "lf", None), JsonlDataConfig(), 0, drops)
         encoded = encode_examples(examples, tokenizer, JsonlDataConfig(), Limits(8192, 4096), drops)
-        assert (len(encoded), drops.dropped, drops.cut) == (300, {}, {})
+        assert (len(encoded), drops.dropped, drops.truncated) == (300, {}, {})
         for row, e in zip(rows, encoded, strict=True):
             rendered = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)
             assert e.prompt_ids.tolist() == rendered["input_ids"]

@@ -50,29 +50,29 @@ def test_fixed_segments_where_growing_ones_fail(monkeypatch, caplog, name, given
     allocator = Allocator(monkeypatch, RuntimeError(REFUSED), growing=True)
     os.environ[name] = given
     with caplog.at_level(logging.WARNING):
-        runtime.settle_allocator(GPU)
+        runtime.check_allocator(GPU)
     assert allocator.set == [expected]
     assert os.environ[name] == expected  # of workers, which start anew
     assert caplog.messages == [
-        "memory in fixed segments, growing ones fail here (CUDA driver error: operation not "
-        "supported)"
+        "expandable memory segments fail on this device (CUDA driver error: operation not "
+        "supported): using fixed ones"
     ]
 
 
 def test_other_failures_of_the_device_are_its_own(monkeypatch):
     allocator = Allocator(monkeypatch, RuntimeError(REFUSED), growing=True)
     with pytest.raises(RuntimeError, match="not supported"):  # nobody asked for growing ones
-        runtime.settle_allocator(GPU)
+        runtime.check_allocator(GPU)
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     allocator.error = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
-        runtime.settle_allocator(GPU)
+        runtime.check_allocator(GPU)
     assert allocator.set == []
 
 
 def test_nothing_is_told_where_segments_grow(monkeypatch, caplog):
     allocator = Allocator(monkeypatch, RuntimeError(REFUSED), growing=False)
-    runtime.settle_allocator(GPU)
+    runtime.check_allocator(GPU)
     assert (allocator.set, caplog.messages) == ([], [])
 
 
@@ -85,11 +85,11 @@ def test_ranks_share_a_gpu_only_where_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.delenv(SHARE_GPUS, raising=False)
     second = Ranks(rank=1, size=2, local=1)
-    assert runtime.own_gpu(Ranks()) == 0
-    with pytest.raises(ConfigError, match=r"more than its 1 GPUs .*use hardware.devices=1"):
-        runtime.own_gpu(second)
+    assert runtime.gpu_of_rank(Ranks()) == 0
+    with pytest.raises(ConfigError, match=r"this node has 1 GPUs.*use hardware.devices=1"):
+        runtime.gpu_of_rank(second)
     monkeypatch.setenv(SHARE_GPUS, "1")
-    assert runtime.own_gpu(second) == 0
+    assert runtime.gpu_of_rank(second) == 0
 
 
 @pytest.mark.parametrize(("shared", "of_gpus"), [("1", "gloo"), ("0", "nccl")])

@@ -139,7 +139,7 @@ def test_the_cpus_allocator_is_understood_too(tmp_path, monkeypatch, capsys):
     assert machine.failures
     told = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     assert len(told) == len(machine.failures)
-    assert re.fullmatch(r"out of memory with \d+ tokens at once: from now on at most \d+", told[0])
+    assert re.fullmatch(r"out of memory with \d+ tokens per row: lowered to \d+", told[0])
 
 
 def test_other_errors_are_not_swallowed(tmp_path, monkeypatch):
@@ -172,7 +172,7 @@ def test_ranks_leave_half_the_budget_for_the_next_start(tmp_path, monkeypatch):
     machine = Machine(most=100)
     machine.install(monkeypatch, "sft")
     start = (*words("sft"), "data.eval_rows=0", "train.micro_batch_tokens=190")
-    with pytest.raises(OutOfMemory, match="190 tokens at once: from now on at most 95") as error:
+    with pytest.raises(OutOfMemory, match="190 tokens per row: lowered to 95") as error:
         train(tmp_path / "r", *start)
     assert error.value.run_dir == str(tmp_path / "r")
     del error  # its frames hold the tensors that Machine looks for
@@ -302,8 +302,8 @@ def test_the_budget_halves_from_what_failed():
     assert (budget.tokens, budget.lowered) == (20, True)
     budget.lower(None, said.append)
     assert budget.tokens == 10
-    assert said == ["out of memory with 40 tokens at once: from now on at most 20",
-                    "out of memory with 20 tokens at once: from now on at most 10"]  # fmt: skip
+    assert said == ["out of memory with 40 tokens per row: lowered to 20",
+                    "out of memory with 20 tokens per row: lowered to 10"]  # fmt: skip
     with pytest.raises(ConfigError, match="a single example of 7 tokens"):
         budget.lower(row(7), said.append)
 

@@ -77,17 +77,17 @@ def test_implicit_labels_find_their_room(
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
 
 
-def test_a_pass_within_another_leaves_that_one_at_work() -> None:
+def test_a_pass_within_another_leaves_its_budget_in_use() -> None:
     """Ranks start again for memory that runs out later in the outer one."""
     budget, seen = TokenBudget(64), []
 
     def inner() -> None:
-        seen.append(budget.at_work)
+        seen.append(budget.in_use)
 
     def outer() -> None:
         within(budget, torch.device("cpu"), seen.append, inner)
-        seen.append(budget.at_work)
+        seen.append(budget.in_use)
 
     within(budget, torch.device("cpu"), seen.append, outer)
     assert seen == [True, True]
-    assert not budget.at_work
+    assert not budget.in_use

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from dpo_cli import packing
 from dpo_cli.durable import file_digest
 from dpo_cli.errors import ConfigError, Preempted
-from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
+from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normalizer, policy_loss, value_loss
 from dpo_cli.model.attention.registered import attention_as
 from dpo_cli.model.sampling import generate
 from dpo_cli.records import EncodedExample
@@ -152,7 +152,7 @@ def test_the_loss_is_the_hand_made_one_and_skips_what_ran_away(actors):
 
 def test_scores_without_eos_are_fixed_and_others_normalised_and_clipped(actors):
     _, made, _, stage = actors
-    made.normaliser = Normaliser(2.0, 0.5)
+    made.normaliser = Normalizer(2.0, 0.5)
     stage = replace(stage, no_eos_score=-1.0, score_clip=3.0)
 
     class Sample:

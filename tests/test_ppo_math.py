@@ -11,7 +11,7 @@ from dpo_cli.losses.ppo import (
     FixedKl,
     advantages_and_returns,
     explained_variance,
-    fit_normaliser,
+    fit_normalizer,
     policy_loss,
     token_rewards,
     value_loss,
@@ -106,9 +106,9 @@ def test_the_kl_weight_is_steered():
 
 
 def test_scores_are_normalised():
-    normaliser = fit_normaliser(torch.tensor([1.0, 5.0]))
+    normaliser = fit_normalizer(torch.tensor([1.0, 5.0]))
     assert normaliser(torch.tensor([1.0, 3.0, 5.0])).tolist() == [-1.0, 0.0, 1.0]
-    assert fit_normaliser(torch.ones(3))(torch.tensor([2.0])).tolist() == [1.0]
+    assert fit_normalizer(torch.ones(3))(torch.tensor([2.0])).tolist() == [1.0]
 
 
 def test_explained_variance():

@@ -8,7 +8,7 @@ import torch
 
 from dpo_cli.records import Batch
 from dpo_cli.train.memory import TokenBudget
-from dpo_cli.train.prefetch import Prefetch, fed
+from dpo_cli.train.prefetch import Prefetch, prefetched
 from small_models import examples, packed
 
 WAIT = 10.0  # seconds until a thread that should do something is given up
@@ -86,7 +86,7 @@ def test_a_cpu_gets_its_batches_from_the_function_itself():
     def batches(step):
         return []
 
-    with fed(batches, 3, torch.device("cpu"), TokenBudget(9)) as made:
+    with prefetched(batches, 3, torch.device("cpu"), TokenBudget(9)) as made:
         assert made is batches
     assert threads() == []
 
@@ -94,7 +94,9 @@ def test_a_cpu_gets_its_batches_from_the_function_itself():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gets_them_pinned():
     rows = examples(2)
-    with fed(lambda step: [packed(rows)], 2, torch.device("cuda", 0), TokenBudget(99)) as made:
+    with prefetched(
+        lambda step: [packed(rows)], 2, torch.device("cuda", 0), TokenBudget(99)
+    ) as made:
         (batch,) = made(0)
     assert isinstance(batch, Batch)
     assert batch.input_ids.is_pinned()

@@ -20,7 +20,7 @@ from dpo_cli import cli as command
 from dpo_cli.config import RunConfig
 from dpo_cli.config.hydra import first_job, for_every_option
 from dpo_cli.config.paths import conf_dir
-from dpo_cli.config.read import build, finalise
+from dpo_cli.config.read import build, finalize
 from dpo_cli.plan.memory.estimate import estimate
 from dpo_cli.plan.memory.facts import Facts, capacity, texts_of
 from dpo_cli.plan.memory.shape import Shape, shape_of
@@ -55,7 +55,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any], float]] = {  # family, shape, billi
 def composed(*words: str) -> RunConfig:
     """Without the checks: some ask for more devices than are here."""
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return finalise(build(compose("config", list(words))))
+        return finalize(build(compose("config", list(words))))
 
 
 @cache

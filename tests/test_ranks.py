@@ -238,8 +238,8 @@ def test_ranks_that_would_part_are_stopped() -> None:
 
     task = SimpleNamespace(identity={"rows": "mine"}, steps=3, budget=TokenBudget(8))
     with pytest.raises(ConfigError, match="rank 1 has another rows than rank 0"):
-        loop.agree(Apart(0, 2), task)  # type: ignore[arg-type]
-    loop.agree(Ranks(), task)  # type: ignore[arg-type]
+        loop.check_ranks_agree(Apart(0, 2), task)  # type: ignore[arg-type]
+    loop.check_ranks_agree(Ranks(), task)  # type: ignore[arg-type]
 
 
 def test_only_the_first_rank_writes(two: Path) -> None:

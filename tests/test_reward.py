@@ -156,7 +156,7 @@ def test_margins_come_from_data_with_scores(sft, tmp_path):
     rows = [{**row, "scores": [2.0, 1.0]} for row in rows]
     go("b", "data.scores_field=scores")
     rows = [{**row, "scores": [3.0, 1.0]} for row in rows]  # the same token ids
-    with pytest.raises(ConfigError, match=r"comes from another run \(margins: "):
+    with pytest.raises(ConfigError, match=r"is from a different run \(margins: "):
         go("b", "data.scores_field=scores", "resume=true")
     rows[7]["scores"] = [1.0, 2.0]
     with pytest.raises(DataError, match=r"^stage\.margins=true: row 7 scores its rejected resp"):

@@ -18,7 +18,7 @@ from dpo_cli.durable import damage, file_digest
 from dpo_cli.durable.tensors import DTYPES
 from dpo_cli.errors import ConfigError, DiskError, NonFiniteError, Preempted
 from dpo_cli.train import checkpoint, contents, host_copy, loop, saving
-from dpo_cli.train.pace import FIRST_SECONDS, FREE_SECONDS, SHARE, Pace
+from dpo_cli.train.pace import FREE_SECONDS, MAX_SHARE, MIN_SECONDS, Pace
 from small_runs import configure, metrics, train
 
 SHORT = ("stage=sft", "optim.lr=3e-3", "data.eval_rows=0", "train.sample_prompts=0",
@@ -195,7 +195,7 @@ def test_without_room_for_a_copy_the_training_waits_and_says_so(
           "logger.progress=plain")  # fmt: skip
     assert {thread is threading.main_thread() for thread in disk.threads} == {True}
     told = "".join(capsys.readouterr())
-    assert told.count("saves stop the training: a copy of the state takes 0.0 GiB") == 1
+    assert told.count("training waits for each save: a copy of the state needs 0.0 GiB") == 1
 
 
 def test_copies_for_a_device_share_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,10 +275,10 @@ def test_saves_are_five_minutes_apart_and_take_a_fiftieth() -> None:
             saved.append(clock.now - pace.began)
             clock.now += 20  # the loop stands still
             pace.stopped(20)
-    assert saved[0] == FIRST_SECONDS
+    assert saved[0] == MIN_SECONDS
     elapsed = clock.now - pace.began
-    assert SHARE * elapsed - 20 <= 20 * len(saved) <= SHARE * elapsed
-    assert min(b - a for a, b in pairwise(saved)) >= FIRST_SECONDS
+    assert MAX_SHARE * elapsed - 20 <= 20 * len(saved) <= MAX_SHARE * elapsed
+    assert min(b - a for a, b in pairwise(saved)) >= MIN_SECONDS
 
 
 def test_what_the_writer_computes_on_the_same_cores_counts() -> None:
@@ -343,7 +343,7 @@ def test_a_best_step_is_not_saved_where_that_takes_too_long(
         with pytest.raises(Preempted):
             train(tmp_path / "dear", *words, "logger.progress=plain")
     told = "".join(capsys.readouterr())
-    assert told.count("best steps are not all saved") == 1
+    assert told.count("not every best step is saved") == 1
     assert steps_of(tmp_path / "dear") == [1, 5]  # the first, whose price was not known; SIGTERM
     at_four = stopped[0]
     assert (at_four["step"], at_four["folder"]) == (4, None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dpo_cli.distributed.fsdp import gathered, make_mesh, shard
+from dpo_cli.distributed.fsdp import make_mesh, shard, unsharded
 from dpo_cli.model.sampling import generate
 from dpo_cli.model.sampling.generate import SamplingOptions, sample
 from test_generate import EOS, PAD, PROMPTS, build, quiet
@@ -35,7 +35,7 @@ def test_sampling_runs_no_hooks_of_fsdp_and_leaves_them(mesh, monkeypatch):
     shard(model, mesh, torch.float32)
     before = hooks_of(model)
     assert any(before)
-    with gathered(model):
+    with unsharded(model):
         assert not any(hooks_of(model))
         assert drawn(model) == expected
     assert hooks_of(model) == before

@@ -44,7 +44,7 @@ def test_a_ppo_run_goes_on_with_the_same_reference_and_reward(folders, tmp_path,
         train(reference, "stage=sft", "train.max_steps=1", "seed=3")
     else:
         reward_model(reward, sft, seed=3)
-    with pytest.raises(ConfigError, match=f"comes from another run \\({changed}: "):
+    with pytest.raises(ConfigError, match=f"is from a different run \\({changed}: "):
         train(tmp_path / "r", *words, "resume=true")
 
 

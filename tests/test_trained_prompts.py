@@ -196,7 +196,7 @@ def test_an_eval_file_of_training_prompts(tmp_path):
         train(tmp_path / "same", "stage=sft", *data, *QUICK)
     (line,) = splits(other).drops.summary_lines()
     assert line == (
-        "note on 2 of 11 rows: eval split: the prompt is a training prompt, too (rows 0, 1)"
+        "note on 2 of 11 rows: eval split: the prompt is also a training prompt (rows 0, 1)"
     )
 
 

@@ -175,7 +175,7 @@ def test_dora_keeps_its_norms_in_float32(folders):
 def test_four_bits_are_dequantised_to_what_they_are_multiplied_in(folders, dtype):
     pytest.importorskip("bitsandbytes")
     model = stirred(loaded(folders[dtype], QLORA, HALF))
-    states = [x.weight.quant_state for x in quantise.quantised_layers(model)]
+    states = [x.weight.quant_state for x in quantise.quantized_layers(model)]
     assert {state.dtype for state in states} == {torch.bfloat16}
     assert len(states) == 14
     ours = outcome(model)

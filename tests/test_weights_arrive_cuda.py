@@ -60,7 +60,7 @@ def test_casts_and_dtypes_that_are_left_out_change_no_bit(folder, settings):
 def test_four_bits_compute_what_dense_weights_of_their_values_do(folder):
     model = stirred(loaded(folder, QLORA, ON))
     ours = outcome(model)
-    with quantise.dequantised(model):
+    with quantise.dequantized(model):
         dense = outcome(model)
     for one, other in zip(ours, dense, strict=True):
         error = (one.float() - other.float()).norm() / other.float().norm()

@@ -129,8 +129,8 @@ def test_the_user_is_told_once_after_the_warm_up(lr, told, tmp_path, capsys):
     lines = [x for x in capsys.readouterr().err.splitlines() if "rounded away" in x]
     assert len(lines) == told
     for line in lines:
-        assert re.fullmatch(r"hardware\.weights=bf16: [0-9]% of the weights changed in a step at "
-                            r"the learning rate 1e-06, the rest was rounded away; use "
+        assert re.fullmatch(r"hardware\.weights=bf16: only [0-9]% of the weights changed in a step "
+                            r"at the learning rate 1e-06, the other updates were rounded away; use "
                             r"hardware\.weights=fp32", line)  # fmt: skip
 
 

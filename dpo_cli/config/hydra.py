@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override, QuotedString, ValueType
 from omegaconf import DictConfig, OmegaConf
 
 from dpo_cli.config.hints import renamed_keys
-from dpo_cli.config.hydra_errors import explained
+from dpo_cli.config.hydra_errors import as_config_error
 from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.read import refuse_targets
 
@@ -33,7 +33,7 @@ def quiet_hydra() -> None:
 def composed(words: Sequence[str], config_name: str | None = None) -> DictConfig:
     """The configuration with Hydra's node, as a single run gets it. Creates no folder."""
     with (
-        explained(words, ValueError, KeyError),
+        as_config_error(words, ValueError, KeyError),
         initialize_config_dir(str(conf_dir()), job_name="dpo-run", version_base=HYDRA_VERSION),
     ):
         cfg = compose(config_name or "config", list(words), return_hydra_config=True)
@@ -57,7 +57,7 @@ def with_new_names(words: Sequence[str]) -> list[str]:
 
 
 def parsed(words: Sequence[str]) -> list[Override]:
-    with explained(words):
+    with as_config_error(words):
         return OverridesParser.create().parse_overrides(list(words))
 
 

@@ -32,7 +32,7 @@ LAUNCHER = "hydra/launcher"
 
 
 @contextmanager
-def explained(overrides: Sequence[str], *more: type[Exception]) -> Iterator[None]:
+def as_config_error(overrides: Sequence[str], *more: type[Exception]) -> Iterator[None]:
     """Raise what Hydra, OmegaConf and YAML complain about as a ConfigError.
 
     more: further kinds, for a body that does nothing but compose.

@@ -41,12 +41,12 @@ class Mismatch(Exception):
 
 
 def prepare(cfg: DictConfig, typed: Sequence[str] = (), coming: Sequence[Path] = ()) -> RunConfig:
-    """`build`, `finalise` and `check` in one.
+    """`build`, `finalize` and `check` in one.
 
     typed: what the user wrote on the command line; coming: folders whose files need not be
     there yet.
     """
-    config = finalise(build(cfg))
+    config = finalize(build(cfg))
     words = _overrides(cfg)
     if words:  # of a resumed run, those it was started with
         config = with_default_reward(with_run_data(config, words), words)
@@ -86,7 +86,7 @@ def build(cfg: DictConfig) -> RunConfig:
     return config
 
 
-def finalise(config: RunConfig) -> RunConfig:
+def finalize(config: RunConfig) -> RunConfig:
     """Fill in the values that depend on others."""
     lr = config.optim.lr
     if lr is None:

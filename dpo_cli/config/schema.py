@@ -16,7 +16,7 @@ from dpo_cli.config.stages.base import StageConfig
 
 @dataclass
 class ArchitectureConfig:
-    """A GPT-2 shaped model initialised from scratch."""
+    """A GPT-2 shaped model initialized from scratch."""
 
     layers: int = key(4, "transformer blocks", bound=at_least(1))
     hidden: int = key(128, "width of the hidden states", bound=at_least(1))

@@ -18,7 +18,7 @@ GROUPS = groups()
 
 INTRO = """\
 dpo-run trains language models on preferences: supervised fine-tuning, DPO and its kin, reward
-models, PPO, and the sampling, labelling and evaluation around them. Every run is one command of
+models, PPO, and the sampling, labeling and evaluation around them. Every run is one command of
 key=value words.
 
   dpo-run recipe=quickstart                             the whole road on a CPU, in minutes

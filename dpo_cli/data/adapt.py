@@ -1,4 +1,4 @@
-"""Raw rows to examples: runs a data set's adapter and sorts out what cannot be used."""
+"""Raw rows to examples: run the dataset's adapter and drop rows that cannot be used."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dpo_cli.records import PreferenceExample, Prompt, Response, response_text
 
 
 def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[PreferenceExample]:
-    """Examples of the rows; those that cannot be used go to `drops`, DataError if none is left.
+    """Examples of the rows. Unusable rows are counted in `drops`; DataError if none is usable.
 
-    A column that the very first row lacks is taken for a wrong setting, not a bad row.
+    A column missing from the very first row is treated as a wrong setting, not a bad row.
     """
     parse = ADAPTERS[config.name]
     kept: list[PreferenceExample] = []
@@ -31,7 +31,7 @@ def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[
             drops.add(str(bad), index)
             continue
         if not examples:
-            drops.add("row makes no example", index)
+            drops.add("row gives no example", index)
         for example in examples:
             if problem := _problem(example):
                 drops.add(problem, index)
@@ -59,7 +59,7 @@ def in_one_form(examples: list[PreferenceExample]) -> list[PreferenceExample]:
 
 
 def _problem(example: PreferenceExample) -> str | None:
-    """Why there is nothing to learn from an example, whatever its data set; None if there is."""
+    """Why an example of any dataset has nothing to learn from, or None."""
     prompt, responses = example.prompt, example.responses
     for place, response in enumerate(responses):
         calls = not isinstance(response, str) and "tool_calls" in response
@@ -68,13 +68,13 @@ def _problem(example: PreferenceExample) -> str | None:
     if any(response in responses[:place] for place, response in enumerate(responses)):
         return f"{'chosen and rejected' if len(responses) == 2 else 'responses'} are the same"
     if not all(map(_is_unicode, (prompt, *responses))):
-        return "text holds half a surrogate pair, which is no character"
+        return "text contains a lone surrogate, which is not a valid character"
     return None
 
 
 def _is_unicode(part: Prompt | Response) -> bool:
-    """False for the lone surrogates that JSON's escapes can smuggle into a str."""
-    try:  # not `str`, which would escape those inside of a message
+    """False for lone surrogates, which JSON escapes can put into a str."""
+    try:  # not `str`, which would escape those inside a message
         json.dumps(part, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return False
@@ -84,8 +84,8 @@ def _is_unicode(part: Prompt | Response) -> bool:
 def _missing_column(origin: str, config: DataConfig, field: str, row: dict[str, object]) -> str:
     keys = [f"data.{f.name}=" for f in dataclasses.fields(config) if f.name.endswith("_field")]
     named = [k for k in keys if getattr(config, k[5:-1]) == field]
-    remedy = " or ".join(named or keys) or "data=jsonl with data.chosen_field= and the like"
+    remedy = " or ".join(named or keys) or "data=jsonl with data.chosen_field= etc."
     return (
         f"{origin}: no column {field!r} (it has: {', '.join(map(str, row)) or 'none'}): "
-        f"name the right one with {remedy}"
+        f"set {remedy}"
     )

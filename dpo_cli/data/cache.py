@@ -1,4 +1,4 @@
-"""Encoded rows on disk: flat arrays in one safetensors file, whole or not there."""
+"""Cache of encoded rows: flat arrays in one safetensors file, written atomically."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def save(path: Path, lists: Mapping[str, Sequence[EncodedExample]], meta: dict[str, Any]) -> None:
-    """Write aside and rename. A full disk is no reason to stop: the file is only a cache."""
+    """Write to a temporary file and rename it. A full disk only logs a warning."""
     arrays = {
         f"{name}.{key}": array
         for name, examples in lists.items()
@@ -48,7 +48,7 @@ def save(path: Path, lists: Mapping[str, Sequence[EncodedExample]], meta: dict[s
 
 
 def load(path: Path) -> tuple[dict[str, list[EncodedExample]], dict[str, Any]] | None:
-    """(lists, meta) as saved; None, with a message, if the file does not verify."""
+    """(lists, meta) as saved; None, with a warning, if the file is damaged."""
     if not path.is_file():
         return None
     try:
@@ -56,11 +56,11 @@ def load(path: Path) -> tuple[dict[str, list[EncodedExample]], dict[str, Any]] |
             arrays: Arrays = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
             header = stored.metadata() or {}
     except (OSError, SafetensorError) as error:
-        log.warning("damaged cache file %s (%s): encoding the rows again", path, error)
+        log.warning("cache file %s is damaged (%s): encoding the rows again", path, error)
         return None
     text = header.get("meta", "")
     if header.get("sha256") != _checksum(arrays, text):
-        log.warning("damaged cache file %s (wrong sha256): encoding the rows again", path)
+        log.warning("cache file %s is damaged (wrong sha256): encoding the rows again", path)
         return None
     names = sorted({key.split(".")[0] for key in arrays})
     return {name: _restore(arrays, name) for name in names}, json.loads(text)
@@ -75,7 +75,7 @@ def _checksum(arrays: Arrays, meta: str) -> str:
 
 
 def _flatten(examples: Sequence[EncodedExample]) -> Arrays:
-    """All ids end to end, prompt before responses, and the counts to cut them up again."""
+    """All ids concatenated, prompt before responses, and the counts to split them again."""
     pieces = [ids for e in examples for ids in (e.prompt_ids, *e.response_ids)]
     scores = [e.scores or () for e in examples]
     return {

@@ -1,7 +1,7 @@
-"""Conversations as text pieces: what a chat template makes of a prompt and its real answer.
+"""Chat templates: conversations rendered and split into pieces of prompt and response.
 
-The prompt is what the rendered conversation shares with the template's generation prompt, so a
-policy is sampled from the tokens it was trained behind; the response is the rest.
+The prompt is the common prefix of the rendered conversation and the template's generation prompt,
+so that a policy is sampled from the same prompt tokens as in training; the response is the rest.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ REMEDY = "set data.chat_template=human_assistant, or to a template file"
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What a chat template does around an assistant's text, found by rendering a probe.
+    """What a chat template writes around an assistant's text, found by rendering a probe.
 
-    opens: it knows a generation prompt. gap: whitespace that it writes before the text and the
-    model generates. end: what it writes behind the text; end_ids: the tokens of it that end the
-    turn, the last of them where sampling stops. trims: the text is stripped. special: the special
-    tokens' texts.
+    opens: it supports a generation prompt. gap: whitespace before the text that the model
+    generates. end: what it writes after the text; end_ids: the tokens of `end` that end the turn,
+    the last of which stops sampling. trims: it strips the text. special: matches special tokens.
     """
 
     render: Renderer
@@ -52,7 +51,7 @@ class ChatFormat:
 
 @dataclass(frozen=True)
 class WrittenChat:
-    """A conversation cut into pieces: the prompt's, and each response's with what ends it."""
+    """A rendered conversation: pieces of the prompt and of each response, and their end ids."""
 
     prompt: list[Piece]
     responses: list[list[Piece]]
@@ -62,7 +61,7 @@ class WrittenChat:
 def chat_format(
     tokenizer: PreTrainedTokenizerBase, facts: TokenizerFacts, render: Renderer | None = None
 ) -> ChatFormat:
-    """Raises ConfigError if there is no template, or it does not render an assistant's turn."""
+    """Probe the chat template. ConfigError if there is none or it drops the assistant's text."""
     if tokenizer.chat_template is None:
         raise ConfigError(f"the tokenizer has no chat template: {REMEDY}")
     render = render or Renderer(tokenizer)
@@ -79,7 +78,7 @@ def chat_format(
     if not trims:
         before, end = before[:-2], end[2:]
     gap = before[len(opened) :] if before.startswith(opened) else ""
-    gap = gap if gap.isspace() else ""  # a header of the turn is no gap
+    gap = gap if gap.isspace() else ""  # otherwise it is the header of the turn
     special = special_pattern(tokenizer)
     ids = _end_ids(tokenizer, facts, end)
     return ChatFormat(render, asked != opened, gap, end, ids, trims, special)
@@ -94,8 +93,8 @@ def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 def _end_ids(
     tokenizer: PreTrainedTokenizerBase, facts: TokenizerFacts, end: str
 ) -> tuple[int, ...]:
-    """The template's end of a turn up to EOS, or to its first special token, such as Gemma's
-    `<end_of_turn>`; an EOS is added where it has neither."""
+    """Ids of the template's end of turn up to EOS, or else up to its first special token, such as
+    Gemma's `<end_of_turn>`; EOS is appended if it has neither."""
     whole, bare = (Piece(text, template=True) for text in (end, end.rstrip()))
     table = encode_pieces(tokenizer, facts, (whole, bare))
     ids = table[whole] or []
@@ -109,7 +108,7 @@ def _end_ids(
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends an answer in the tokenizer's template; None where that cannot be used."""
+    """The token that ends a turn in the tokenizer's template; None if it has no usable one."""
     try:
         return chat_format(tokenizer, tokenizer_facts(tokenizer)).end_ids[-1]
     except ConfigError:
@@ -117,7 +116,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def chat_prompt(chat: ChatFormat, messages: Sequence[Message]) -> list[Piece]:
-    """The pieces before an answer that is not known yet: of completions, and of prompts alone."""
+    """The prompt's pieces when the answer is unknown: for sampling and completions."""
     rendered = _rendered(chat, messages, "prompt", opened=True)
     text = _joined(rendered)
     if not chat.opens:
@@ -125,14 +124,14 @@ def chat_prompt(chat: ChatFormat, messages: Sequence[Message]) -> list[Piece]:
     try:
         probe = chat.render([*messages, {"role": "assistant", "content": ANSWER}])
     except TemplateError as error:
-        raise BadRow(f"is refused by the chat template ({error})", "prompt") from error
+        raise BadRow(f"is rejected by the chat template ({error})", "prompt") from error
     return _slice(rendered, 0, _common(text, probe))
 
 
 def chat_row(
     chat: ChatFormat, messages: Sequence[Message], answers: Sequence[Response]
 ) -> WrittenChat:
-    """Prompt and responses of a row. Raises BadRow where a rendering loses or changes a text."""
+    """Prompt and responses of a row. Raises BadRow if the template drops or changes a text."""
     asked = chat_prompt(chat, messages)
     head = _joined(asked)
     whole, ends = [], []
@@ -158,26 +157,26 @@ def _end_of(chat: ChatFormat, text: str, field: str) -> tuple[int, tuple[int, ..
     end = chat.end if text.endswith(chat.end) else chat.end.strip()
     if text.endswith(end):
         return len(text) - len(end), chat.end_ids
-    bare = text.rstrip()  # such as a turn of tool calls, with an end of its own
+    bare = text.rstrip()  # such as a turn of tool calls, which may end differently
     ends = [m for m in chat.special.finditer(bare) if m.end() == len(bare)]
     if not ends:
-        raise BadRow("does not end as the chat template's turns do", field)
+        raise BadRow("does not end like other turns of the chat template", field)
     return ends[-1].start(), (token_id(chat.render.tokenizer, ends[-1].group()),)
 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    """Of a special token."""
+    """The id of a special token."""
     return cast(int, tokenizer.convert_tokens_to_ids(text))
 
 
 def _check_held(
     chat: ChatFormat, messages: Sequence[Message], answer: Message, text: str, field: str
 ) -> None:
-    """BadRow where the rendering misses a text, or opens a second think block."""
+    """BadRow if the rendering lacks a text, or opens a second think block."""
     for message, where in (*((m, "prompt") for m in messages), (answer, field)):
         past = where == "prompt" and message["role"] == "assistant"
         for key, leaf in _last_of_content(message) if past else leaves(message):
-            if key in CHECKED and not _holds(text, leaf):
+            if key in CHECKED and not _contains(text, leaf):
                 raise BadRow(f"is rendered by the chat template without its {key}", where)
         if not _names_held(message.get("tool_calls"), text):
             raise BadRow("is rendered by the chat template without its tool_calls", where)
@@ -186,41 +185,41 @@ def _check_held(
     if answer.get("reasoning_content") or THINK.search(answer["content"]):
         opened = THINK.findall(text)
         if len(opened) - len(THINK.findall(chat.render(messages))) > 1:
-            raise BadRow("holds a think block beside the one of the chat template", field)
+            raise BadRow("has a think block in addition to that of the chat template", field)
 
 
 def _last_of_content(message: Message) -> list[tuple[str, str]]:
-    """Of an earlier answer, whose reasoning many templates leave out, what comes last."""
+    """The last text of an earlier answer, whose reasoning many templates leave out."""
     return [leaf for leaf in leaves(message) if leaf[0] == "content"][-1:]
 
 
 def _names_held(functions: Sequence[Message] | None, text: str) -> bool:
-    """Whether a rendering has the name of every function; arguments are written as JSON."""
+    """Whether a rendering has every function's name (arguments may be reformatted as JSON)."""
     names = [str(f.get("function", f).get("name", "")) for f in functions or ()]
-    return all(_holds(text, name) for name in names)
+    return all(_contains(text, name) for name in names)
 
 
 def _check_head(chat: ChatFormat, messages: Sequence[Message], head: str) -> None:
-    """BadRow where the template writes the conversation otherwise once it is answered."""
+    """BadRow if the template renders the prompt differently once it is answered."""
     last = messages[-1]["content"] if messages else ""
-    if not _holds(head, last):
-        raise BadRow("is rendered otherwise once an answer follows", "prompt")
+    if not _contains(head, last):
+        raise BadRow("is rendered differently once an answer follows", "prompt")
 
 
-def _holds(text: str, part: str) -> bool:
-    """Whether a rendering has a text; templates trim and join lines."""
-    return part in text or _squeezed(part) in _squeezed(text)
+def _contains(text: str, part: str) -> bool:
+    """Whether a rendering contains a text, ignoring whitespace that templates change."""
+    return part in text or _without_spaces(part) in _without_spaces(text)
 
 
-def _squeezed(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
 def _rendered(
     chat: ChatFormat, messages: Sequence[Message], field: str, opened: bool = False
 ) -> list[Piece]:
-    """A rendering as pieces: one, tokenised as `apply_chat_template` does; where a message holds
-    the text of a special token, the messages' texts become pieces of their own, read literally."""
+    """A rendering as pieces: normally one, tokenized as by `apply_chat_template`. If a message
+    contains the text of a special token, its texts become pieces that are read literally."""
     render: Callable[[Sequence[Message]], str] = lambda m: _head(chat, m, opened)  # noqa: E731
     try:
         text = render(messages)
@@ -229,16 +228,16 @@ def _rendered(
         marked, texts = hollow(messages)
         fixed = render(marked)
     except TemplateError as error:
-        raise BadRow(f"is refused by the chat template ({error})", field) from error
+        raise BadRow(f"is rejected by the chat template ({error})", field) from error
     parts = re.split("(\ue0f3\\d+\ue0f4)", fixed)
     pieces = [Piece(texts.get(part, part), part not in texts) for part in parts if part]
     if _joined(pieces) != text:
-        raise BadRow("holds a special token in a message that the chat template rewrites", field)
+        raise BadRow("has a special token in a message that the chat template rewrites", field)
     return pieces
 
 
 def _head(chat: ChatFormat, messages: Sequence[Message], opened: bool) -> str:
-    """The conversation; opened: up to where the assistant's next text begins."""
+    """The rendered conversation; opened: up to where the assistant's next text begins."""
     if not opened or chat.opens:
         return chat.render(messages, opened)
     answer: Message = {"role": "assistant", "content": ANSWER}
@@ -253,32 +252,32 @@ def _joined(pieces: Sequence[Piece]) -> str:
 
 
 def _common(one: str, other: str) -> int:
-    """Characters that two texts begin with."""
+    """Length of the common prefix of two texts."""
     if other.startswith(one):
         return len(one)
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
 
 
 def _slice(pieces: Sequence[Piece], first: int, last: int) -> list[Piece]:
-    """The pieces of the text from `first` to before `last`; at 0 it is the start of it all."""
-    found: list[Piece] = []
+    """The pieces of the joined text's characters [first, last)."""
+    parts: list[Piece] = []
     place = 0
     for piece in pieces:
         text = piece.text[max(0, first - place) : max(0, last - place)]
         place += len(piece.text)
         if text:
-            found.append(Piece(text, piece.template, start=first == 0 and not found))
-    return found
+            parts.append(Piece(text, piece.template, start=first == 0 and not parts))
+    return parts
 
 
 def completed_piece(chat: ChatFormat, text: str) -> Piece:
-    """A completion behind `chat_prompt`: a text without the gap gets it, sampled ones have it."""
+    """A completion after `chat_prompt`. The gap is added unless the text (sampled) has it."""
     text = text.strip() if chat.trims else text
     return Piece(text if chat.gap and text.startswith(chat.gap) else chat.gap + text)
 
 
 def plain_prompt(prompt: Prompt) -> Piece:
-    """A text as it is; messages in the dialogue form of the DPO reference code."""
+    """A text verbatim; messages in the dialogue format of the DPO reference code."""
     if isinstance(prompt, str):
         return Piece(prompt, start=True)
     heads = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": ""}
@@ -287,12 +286,12 @@ def plain_prompt(prompt: Prompt) -> Piece:
 
 
 def plain_response(prompt: Prompt, text: str) -> Piece:
-    """A text as it is; after `Assistant:`, one space."""
+    """A text verbatim; after `Assistant:` it starts with a space."""
     spaced = isinstance(prompt, str) or text[:1].isspace()
     return Piece(text if spaced else f" {text}")
 
 
 def is_chat(examples: Sequence[EncodedExample], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether prompts went through a chat template: text alone never makes special tokens."""
+    """Whether prompts were rendered by a chat template: only those contain special tokens."""
     special = set(tokenizer.all_special_ids)
     return any(int(i) in special for e in examples[:1] for i in e.prompt_ids[1:])

@@ -1,4 +1,4 @@
-"""From configuration to encoded splits: read, adapt, hold out, encode, cache."""
+"""Load a dataset: read, adapt, hold out, encode, cache."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from dpo_cli.data.tokens import tokenizer_digest
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.records import EncodedExample, PreferenceExample
 
-GENERATED = "sentiment"  # the one data set that is not read from anywhere
-EVAL_PREFIX = "eval split: "  # of messages about a file that is not the training rows'
+GENERATED = "sentiment"  # the dataset that is generated rather than read
+EVAL_PREFIX = "eval split: "  # of messages about rows of a separate eval split
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples in the order of their source. origin: for messages; revision: hub commit."""
+    """Examples in source order. origin: name of the source, for messages; revision: hub commit."""
 
     train: list[PreferenceExample]
     eval: list[PreferenceExample]
@@ -57,10 +57,10 @@ class EncodedSplits:
 def load_splits(
     config: DataConfig, seed: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Splits:
-    """Read, adapt and split; which row goes where depends on texts and seed, not on ids.
+    """Read, adapt and split the rows. The split depends on prompts' texts, not on token ids.
 
-    tokenizer: of the model that will read the rows, where its chat template decides their form.
-    Raises ConfigError or DataError; rows that cannot be used are counted in `drops`.
+    tokenizer: the model's; its chat template may decide the form of the rows (`for_tokenizer`).
+    Raises ConfigError or DataError; unusable rows are counted in `drops`.
     """
     if tokenizer is not None:
         config = for_tokenizer(config, tokenizer)
@@ -83,9 +83,9 @@ def load_encoded(
     seed: int,
     cache_dir: Path | None,
 ) -> EncodedSplits:
-    """`load_splits` as token ids, kept in `cache_dir` for the next run on the same rows.
+    """`load_splits` as token ids, cached in `cache_dir` for runs on the same rows.
 
-    A template that `data.chat_template` names becomes the tokenizer's.
+    Sets the tokenizer's chat template if `data.chat_template` is a file.
     """
     limits = resolve_limits(config, model_context)
     use_template_file(tokenizer, config)
@@ -107,15 +107,15 @@ def load_encoded(
 
 
 def for_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataConfig:
-    """The settings that the adapter sees: HH's dialogues are messages for a model with a chat
-    template, which would ramble on in their own form and never end a turn."""
+    """The adapter's settings for a tokenizer: HH dialogues become messages for a chat model, which
+    in their own format would never end a turn."""
     if config.name != "hh" or config.chat_template != "auto" or tokenizer.chat_template is None:
         return config
     return dataclasses.replace(config, chat_template="always")
 
 
 def fingerprint(examples: Sequence[EncodedExample]) -> str:
-    """sha256 over the token ids: other ids, another order or other limits change it."""
+    """sha256 over the token ids, in order."""
     total = hashlib.sha256()
     for example in examples:
         arrays = (example.prompt_ids, *example.response_ids)
@@ -132,7 +132,7 @@ def _train_source(config: DataConfig) -> Source:
 
 
 def _read_splits(config: DataConfig, seed: int, train: Source, held: Source | None) -> Splits:
-    """max_rows is taken of what is left to train on: it does not move what is held out."""
+    """max_rows limits the training rows only; it does not change what is held out."""
     drops = DropReport()
     rows = read_source(train)
     if held is None and config.eval_rows:
@@ -205,7 +205,7 @@ def _cache_key(
     seed: int,
     sources: Sequence[Source | None],
 ) -> str:
-    """Everything the ids depend on, this package's code included."""
+    """sha256 of everything the ids depend on, including this package's code."""
     if not writes_the_date(tokenizer):
         config = dataclasses.replace(config, date=None)
     facts = [
@@ -221,7 +221,7 @@ def _cache_key(
 
 
 def _code_digest() -> str:
-    """So that whoever edits an adapter is not shown the rows of the old one."""
+    """sha256 of the code of this folder, so that an edited adapter invalidates the cache."""
     total = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         total.update(path.read_bytes())

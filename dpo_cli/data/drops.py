@@ -1,4 +1,4 @@
-"""Which rows were left out or cut, and why: nothing leaves the data silently."""
+"""Which rows were dropped or truncated, and why: no row is lost silently."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SHOWN = 5  # row numbers in a message; the report keeps them all
 
 
 class BadRow(Exception):
-    """A row that cannot be used: `field` is the column at fault, `reason` continues it."""
+    """A row that cannot be used. The message is `<field> <reason>`; field: the bad column."""
 
     def __init__(self, reason: str, field: str):
         super().__init__(f"{field} {reason}")
@@ -19,40 +19,36 @@ class BadRow(Exception):
 
 @dataclass
 class DropReport:
-    """What became of the rows. Row numbers count from 0 in their file.
+    """What happened to the rows. Row numbers count from 0 in their file.
 
-    read: rows taken from the source. dropped: reason -> rows (a row that makes several
-    examples is listed once for each of them that is dropped). cut: what -> rows that
-    were kept, but shortened. noted: what is worth a look -> rows that were kept as they are.
+    read: number of rows read. dropped: reason -> rows (a row with several examples is listed once
+    per dropped example). truncated: what -> rows. noted: note -> rows that are used unchanged.
     """
 
     read: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
-    cut: dict[str, list[int]] = field(default_factory=dict)
+    truncated: dict[str, list[int]] = field(default_factory=dict)
     noted: dict[str, list[int]] = field(default_factory=dict)
 
     def add(self, reason: str, row: int) -> None:
         self.dropped.setdefault(reason, []).append(row)
 
-    def add_cut(self, what: str, row: int) -> None:
-        self.cut.setdefault(what, []).append(row)
+    def add_truncated(self, what: str, row: int) -> None:
+        self.truncated.setdefault(what, []).append(row)
 
     def add_note(self, what: str, row: int) -> None:
         self.noted.setdefault(what, []).append(row)
 
     def absorb(self, other: DropReport, prefix: str) -> None:
-        """Add the report of another file; `prefix` says whose row numbers they are."""
+        """Add the report of another file, with `prefix` before its reasons."""
         self.read += other.read
-        for reason, rows in other.dropped.items():
-            self.dropped.setdefault(prefix + reason, []).extend(rows)
-        for what, rows in other.cut.items():
-            self.cut.setdefault(prefix + what, []).extend(rows)
-        for what, rows in other.noted.items():
-            self.noted.setdefault(prefix + what, []).extend(rows)
+        for name in ("dropped", "truncated", "noted"):
+            for reason, rows in getattr(other, name).items():
+                getattr(self, name).setdefault(prefix + reason, []).extend(rows)
 
     def summary_lines(self) -> list[str]:
-        """One line a reason, the most frequent first; empty if every row is whole."""
-        tables = {"dropped": self.dropped, "cut": self.cut, "note on": self.noted}
+        """One line per reason, most frequent first; empty if every row is used unchanged."""
+        tables = {"dropped": self.dropped, "truncated": self.truncated, "note on": self.noted}
         return [
             f"{label} {len(rows):,} of {self.read:,} rows: {reason} ({row_list(rows)})"
             for label, table in tables.items()
@@ -68,7 +64,7 @@ def row_list(rows: list[int]) -> str:
 
 
 def response_name(place: int, count: int) -> str:
-    """How messages call one of an example's `count` responses."""
+    """What messages call one of an example's `count` responses."""
     if count == 1:
         return "response"
     return ("chosen", "rejected")[place] if count == 2 else f"response {place}"

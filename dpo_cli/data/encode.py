@@ -1,4 +1,4 @@
-"""Examples to token ids: one BOS, one shared prompt, EOS, and the length limits."""
+"""Examples to token ids: BOS, the shared prompt, responses with EOS, and truncation."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from dpo_cli.data.trained import prompt_key
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.records import EncodedExample, PreferenceExample, Prompt, response_text
 
-CHUNK = 1024  # examples a call of the tokenizer: enough for its threads, little memory
+CHUNK = 1024  # examples per tokenizer call: enough for its threads, little memory
 DEFAULT_MAX_LENGTH = 512  # tokens, as in the DPO reference code
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Tokens. max_length: prompt and response, with BOS and EOS. max_prompt_length: what
-    is kept of the prompt of an example that is longer than max_length."""
+    """In tokens. max_length: of prompt and response, with BOS and EOS. max_prompt_length: to which
+    the prompt of an example longer than max_length is truncated."""
 
     max_length: int
     max_prompt_length: int
@@ -50,18 +50,18 @@ def resolve_limits(config: DataConfig, model_context: int) -> Limits:
         length = min(DEFAULT_MAX_LENGTH, model_context)
     if length > model_context:
         raise ConfigError(
-            f"data.max_length={length} is more than the model's context of {model_context} tokens: "
-            f"set data.max_length={model_context} and data.max_prompt_length below it"
+            f"data.max_length={length} exceeds the model's context of {model_context} tokens: set "
+            f"data.max_length={model_context} and data.max_prompt_length below it"
         )
     if length < 2:
-        raise ConfigError(f"data.max_length={length}: a prompt and a response take 2 or more")
+        raise ConfigError(f"data.max_length={length}: must be at least 2, for prompt and response")
     prompt = config.max_prompt_length
     if prompt is None:
         prompt = length // 2
     if not 1 <= prompt < length:
         raise ConfigError(
-            f"data.max_prompt_length={prompt}: give 1 to {length - 1}, "
-            f"to leave room for a response within data.max_length={length}"
+            f"data.max_prompt_length={prompt}: must be 1 to {length - 1}, to leave room for a "
+            f"response within data.max_length={length}"
         )
     return Limits(length, prompt)
 
@@ -69,7 +69,7 @@ def resolve_limits(config: DataConfig, model_context: int) -> Limits:
 @dataclass(frozen=True)
 class Encoder:
     """What encoding depends on besides the example. chat: None if no template is used. special:
-    the texts of special tokens."""
+    matches special tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     facts: TokenizerFacts
@@ -82,8 +82,8 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Written:
-    """An example as text pieces. end_ids: what follows each response: EOS last if it is
-    complete, nothing if it was cut. sampled: by a policy, which may have written nothing."""
+    """An example as text pieces. end_ids: tokens after each response, ending in EOS; empty if it
+    was truncated. sampled: by a policy, so that it may be empty."""
 
     example: PreferenceExample
     prompt: list[Piece]
@@ -99,13 +99,12 @@ def encode_examples(
     limits: Limits,
     drops: DropReport,
 ) -> list[EncodedExample]:
-    """Ids of every example that can be used, in order; the others go to `drops`.
+    """Token ids of every usable example, in order; the others are counted in `drops`.
 
-    Prompt and responses are tokenised apart, so that all responses continue the same
-    prompt ids, as sampled tokens do. A complete response ends with EOS; one that was cut,
-    here or before it was `finished`, does not. An example longer than `max_length` has its
-    prompt cut to `max_prompt_length` (BOS stays), then its responses to the room that is
-    left, as in the DPO reference code.
+    Prompt and responses are tokenized separately, so that all responses continue the same prompt
+    ids, as sampled tokens do. A complete response ends with EOS; a truncated or unfinished one does
+    not. As in the DPO reference code, an example longer than `max_length` has its prompt truncated
+    to `max_prompt_length` (keeping BOS), then its responses to what remains of `max_length`.
     """
     chats = any(not isinstance(example.prompt, str) for example in examples)
     encoder = _make_encoder(tokenizer, config, limits, chats)
@@ -121,12 +120,12 @@ def encode_completed(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     limits: Limits,
-    cuts: DropReport,
+    drops: DropReport,
 ) -> list[EncodedExample]:
-    """(prompt, completion, whether it ended by itself) -> ids, as `encode_examples` makes them.
+    """(prompt, completion, finished) -> token ids, as by `encode_examples`.
 
-    A completion that did not end has no EOS; an empty one is no error. Every row comes back,
-    in order: DataError where that cannot be. What was cut is told to `cuts`.
+    finished: False for a completion that ended by length, which gets no EOS. Completions may be
+    empty. Every row is encoded, in order (DataError if one cannot be); truncation goes to `drops`.
     """
     encoder = _make_encoder(tokenizer, config, limits, any(not isinstance(r[0], str) for r in rows))
     examples = [
@@ -136,7 +135,7 @@ def encode_completed(
     try:
         written = [_write(example, encoder, sampled=True) for example in examples]
         table = _ids_of_pieces(written, encoder)
-        return [_fit(w, table, encoder, cuts) for w in written]
+        return [_fit(w, table, encoder, drops) for w in written]
     except BadRow as bad:
         raise DataError(f"a completion cannot be scored: {bad}") from bad
 
@@ -150,12 +149,12 @@ def _make_encoder(
     always = config.chat_template == "always"
     if chats and not plain and tokenizer.chat_template is None:
         raise ConfigError(
-            "the rows are conversations and the tokenizer has no chat template: say how they are "
-            "written with data.chat_template=human_assistant or data.chat_template=<a Jinja file>"
+            "the rows are conversations and the tokenizer has no chat template: set "
+            "data.chat_template=human_assistant or data.chat_template=<Jinja file>"
             f"{without_system(config)}"
         )
-    wanted = always or (chats and not plain)
-    chat = chat_format(tokenizer, facts, Renderer.of(tokenizer, config)) if wanted else None
+    templated = always or (chats and not plain)
+    chat = chat_format(tokenizer, facts, Renderer.of(tokenizer, config)) if templated else None
     has_template = tokenizer.chat_template is not None and not plain
     ways = Ways(config.special_tokens == "parse", always, has_template)
     special = special_pattern(tokenizer)
@@ -205,18 +204,18 @@ def _write(example: PreferenceExample, encoder: Encoder, sampled: bool = False) 
             responses = [[completed_piece(chat, text)] for text in texts]
             ends = [chat.end_ids] * len(responses)
         else:
-            found = chat_row(chat, messages, example.responses)
-            start, responses, ends = found.prompt, found.responses, found.end_ids
+            rendered = chat_row(chat, messages, example.responses)
+            start, responses, ends = rendered.prompt, rendered.responses, rendered.end_ids
     finished = example.finished or [True] * len(responses)
-    kept = [end if f else () for end, f in zip(ends, finished, strict=True)]
-    return Written(example, start, responses, kept, sampled)
+    ends = [end if f else () for end, f in zip(ends, finished, strict=True)]
+    return Written(example, start, responses, ends, sampled)
 
 
 def _write_plain(
     example: PreferenceExample, encoder: Encoder
 ) -> tuple[list[Piece], list[list[Piece]], list[tuple[int, ...]]]:
-    """Texts as they are. Where special tokens are read as such, one that ends a response is its
-    end: it is not written twice."""
+    """Texts verbatim. With data.special_tokens=parse, a special token at the end of a response is
+    its end token, which is not added again."""
     start, eos = plain_prompt(example.prompt), encoder.facts.eos
     pieces = [plain_response(example.prompt, response_text(r)) for r in example.responses]
     if not encoder.ways.parse:
@@ -238,32 +237,32 @@ def _write_plain(
 def _fit(
     written: Written, table: Mapping[Piece, Ids | None], encoder: Encoder, drops: DropReport
 ) -> EncodedExample:
-    """Join the pieces' ids and cut them to the limits; BadRow if they leave nothing to learn."""
+    """Join the pieces' ids and truncate them. BadRow if nothing to learn from is left."""
     limits, row, facts = encoder.limits, written.example.row, encoder.facts
     prompt = _with_bos([i for piece in written.prompt for i in _ids(table, piece)], facts)
     texts = [[i for piece in part for i in _ids(table, piece)] for part in written.responses]
     for place, ids in enumerate(texts):
         if not (ids or written.sampled):
             raise BadRow("has no tokens", response_name(place, len(texts)))
-        if facts.eos in ids:  # word-level and unigram models know special tokens as words
+        if facts.eos in ids:  # word-level and unigram models have special tokens as words
             raise BadRow(
                 "has text that this tokenizer reads as EOS", response_name(place, len(texts))
             )
     ended = list(zip(texts, map(list, written.end_ids), strict=True))
     long_prompt = len(prompt) > limits.max_prompt_length
     longest = max(len(ids) + len(end) for ids, end in ended)
-    if cut_prompt := long_prompt and len(prompt) + longest > limits.max_length:
+    if truncated_prompt := long_prompt and len(prompt) + longest > limits.max_length:
         prompt = _shorten(prompt, limits.max_prompt_length, encoder.keep_prompt, facts)
     room = limits.max_length - len(prompt)
     responses = [ids + end if len(ids) + len(end) <= room else ids[:room] for ids, end in ended]
-    cut_response = len(prompt) + longest > limits.max_length
+    truncated_response = len(prompt) + longest > limits.max_length
     if len(set(map(tuple, responses))) < len(responses):
-        when = " once cut to data.max_length" if cut_response else ""
+        when = " once truncated to data.max_length" if truncated_response else ""
         raise BadRow(f"have the same tokens{when}", "responses")
-    if cut_prompt:
-        drops.add_cut(f"prompt to {limits.max_prompt_length} tokens", row)
-    if cut_response:
-        drops.add_cut(f"response to fit {limits.max_length} tokens", row)
+    if truncated_prompt:
+        drops.add_truncated(f"prompt (data.max_prompt_length={limits.max_prompt_length})", row)
+    if truncated_response:
+        drops.add_truncated(f"response (data.max_length={limits.max_length})", row)
     return EncodedExample(
         np.array(prompt, np.int32),
         tuple(np.array(ids, np.int32) for ids in responses),
@@ -283,12 +282,12 @@ def _as_json(prompt: Prompt) -> bytes:
 def _ids(table: Mapping[Piece, Ids | None], piece: Piece) -> Ids:
     ids = table[piece]
     if ids is None:
-        raise BadRow("cannot be told apart from the text before it by this tokenizer", "text")
+        raise BadRow("is merged with the text before it by this tokenizer", "text")
     return ids
 
 
 def _with_bos(ids: Ids, facts: TokenizerFacts) -> Ids:
-    """Exactly one BOS where the tokenizer writes one (a chat template may have already)."""
+    """Ids with exactly one BOS if the tokenizer adds one (a chat template may have already)."""
     bos = list(facts.bos)
     if ids[: len(bos)] != bos:
         ids = bos + ids
@@ -296,7 +295,7 @@ def _with_bos(ids: Ids, facts: TokenizerFacts) -> Ids:
 
 
 def _shorten(ids: Ids, length: int, keep: str, facts: TokenizerFacts) -> Ids:
-    """BOS and the first or last tokens of a prompt, `length` in all."""
+    """A prompt truncated to `length` tokens: BOS and its first or last tokens."""
     head = list(facts.bos)[:length]
     body, room = ids[len(facts.bos) :], length - len(head)
     return head + (body[:room] if keep == "start" else body[len(body) - room :])

@@ -1,4 +1,4 @@
-"""Rows out of local files. Errors name the file and, where there is one, the line."""
+"""Read rows from local files. Errors name the file and the line, if there is one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dpo_cli.errors import DataError
 
 Row = dict[str, Any]
 
-SAVED_DATASET = ("dataset_dict.json", "state.json")  # what datasets.save_to_disk leaves
+SAVED_DATASET = ("dataset_dict.json", "state.json")  # written by datasets.save_to_disk
 
 
 def read_file(path: Path) -> list[Row]:
     """All rows of one file; its suffix decides how it is read."""
     reader = READERS.get(suffix(path))
     if reader is None:
-        raise DataError(f"{path}: unknown kind of file, give one of {', '.join(READERS)}")
+        raise DataError(f"{path}: unknown file type; supported are {', '.join(READERS)}")
     try:
         return reader(path)
     except (OSError, EOFError, zlib.error) as error:
@@ -52,12 +52,12 @@ def _json_object(path: Path, number: int, line: bytes) -> Row:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {number}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
-        raise DataError(f"{path}, line {number}: {type(row).__name__} instead of an object")
+        raise DataError(f"{path}, line {number}: expected an object, not {type(row).__name__}")
     return row
 
 
 def _read_json(path: Path) -> list[Row]:
-    """A list of objects; files of one object a line go by this suffix too."""
+    """A list of objects; JSON Lines files often have this suffix too."""
     content = path.read_bytes()
     if content.lstrip()[:1] == b"{":
         return list(_json_rows(path, content.splitlines()))
@@ -66,7 +66,7 @@ def _read_json(path: Path) -> list[Row]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: give a list of objects, or one object a line")
+        raise DataError(f"{path}: expected a list of objects, or one object per line")
     return rows
 
 
@@ -81,8 +81,8 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def _read_csv(path: Path) -> list[Row]:
-    """The first line names the columns; every value is a text."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses a text of 128 KiB
+    """The first line names the columns; every value is a string."""
+    csv.field_size_limit(2**31 - 1)  # the default rejects values over 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
@@ -109,16 +109,16 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """The data files right in a folder, by name, or in its `data/`, as in a hub's repository."""
+    """The data files of a folder, by name, or of its `data/`, as in repositories on the hub."""
     for place in (folder, folder / "data"):
         inside = sorted(place.iterdir()) if place.is_dir() else []
-        if found := [p for p in inside if p.is_file() and _holds_rows(p)]:
-            return found
-    raise DataError(f"{folder}: no data files here ({', '.join(READERS)})")
+        if files := [p for p in inside if p.is_file() and _has_rows(p)]:
+            return files
+    raise DataError(f"{folder}: no data files ({', '.join(READERS)}) in this folder")
 
 
-def _holds_rows(path: Path) -> bool:
-    """Not for the facts that hubs and libraries put beside them."""
+def _has_rows(path: Path) -> bool:
+    """Whether a file is data, not metadata of the hub or the datasets library."""
     return suffix(path) in READERS and path.name not in ("dataset_info.json", "dataset_infos.json")
 
 

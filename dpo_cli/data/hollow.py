@@ -1,4 +1,4 @@
-"""Messages with their texts replaced by marks, to see where a chat template puts each."""
+"""Messages with their texts replaced by marks, to locate each in a rendered chat template."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from dpo_cli.records import Message
 
-WRITTEN_AS_THEY_ARE = ("role",)
-# Tags by which templates take an answer apart; marks stand for the texts between them.
+UNMARKED = ("role",)
+# Tags at which templates split an answer; marks replace the texts between them.
 TAGS = re.compile(r"(</?(?:think|thinking|reasoning|tool_call|tool_response)>)")
 
 
 def leaves(message: Message) -> Iterator[tuple[str, str]]:
-    """(key, text) of every text that a message holds, the arguments of its tool calls as well."""
+    """(key, text) of every text in a message, including arguments of its tool calls."""
     for key, value in message.items():
-        if key not in WRITTEN_AS_THEY_ARE:
+        if key not in UNMARKED:
             yield from ((key, text) for text in _texts(value))
 
 
@@ -32,9 +32,9 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def hollow(messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
-    """The messages with a mark for each text, and the text of each mark.
+    """The messages with a mark in place of each text, and the text of each mark.
 
-    White space around a text stays outside its mark: templates strip it.
+    Whitespace around a text stays outside its mark, as templates strip it.
     """
     texts: dict[str, str] = {}
 
@@ -48,7 +48,7 @@ def hollow(messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
             return {key: marked(part) for key, part in value.items()}
         return [marked(part) for part in value] if isinstance(value, list) else value
 
-    kept = WRITTEN_AS_THEY_ARE
+    kept = UNMARKED
     return [{k: v if k in kept else marked(v) for k, v in m.items()} for m in messages], texts
 
 

@@ -1,8 +1,8 @@
-"""Which examples make which optimiser step: a pure function of seed and step.
+"""Which examples are in which optimizer step: a pure function of seed and step.
 
-The stream of examples is epoch after epoch, each in its own seeded order. Step s takes
-the next `batch_size` of it, so resuming at s needs no state but s, and the order does
-not depend on the number of devices or the micro-batch budget.
+The stream of examples is one epoch after another, each in its own seeded order; step s takes the
+s-th `batch_size` of them. Resuming at s needs no other state, and the order does not depend on the
+number of devices or the micro-batch budget.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class StepPlan:
-    """rows: dataset size; batch_size: examples of every step."""
+    """rows: dataset size; batch_size: examples per step."""
 
     rows: int
     batch_size: int
@@ -34,11 +34,11 @@ class StepPlan:
         return chosen
 
     def left_out(self, epochs: float) -> str:
-        """What to tell people about rows that fill no step; empty if there are none."""
+        """A note on rows left over by an incomplete last batch; empty if there are none."""
         rows = max(1, round(self.rows * epochs)) - self.steps * self.batch_size
         if not 0 < rows < self.batch_size:
             return ""
-        return f" ({rows:,} of {round(self.rows * epochs):,} rows fill no step)"
+        return f"; {rows:,} of {round(self.rows * epochs):,} rows left over (incomplete batch)"
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
@@ -49,10 +49,10 @@ class StepPlan:
 def plan_steps(
     rows: int, batch_size: int, epochs: float, max_steps: int | None, shuffle: bool, seed: int
 ) -> StepPlan:
-    """As many full steps as the epochs hold, or `max_steps` of them.
+    """As many full batches as the epochs have, or `max_steps`.
 
-    Rows that do not fill a last step are left out: a step of one example moves the weights
-    as far as one of 64. Fewer rows than `batch_size` make smaller batches.
+    An incomplete last batch is dropped: a step on one example would move the weights as far as
+    one on 64. With fewer rows than `batch_size`, batches are smaller.
     """
     batch = min(batch_size, max(1, round(rows * epochs))) if max_steps is None else batch_size
     steps = max_steps or max(1, round(rows * epochs) // batch)

@@ -1,4 +1,4 @@
-"""What is told of rows that are kept as they are, since it may not be what was meant."""
+"""Notes on rows that are used unchanged but may not be what was meant."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MARKS = "-*#\u2022\u2013\u2014$@"  # with which a list, a heading or a number be
 
 @dataclass(frozen=True)
 class Ways:
-    """How texts are written. parse: special tokens in them are tokens; templated: by the model's
-    chat template; has_template: it has one."""
+    """How texts are encoded. parse: special tokens in texts are parsed; templated: plain prompts
+    are rendered by the chat template; has_template: the tokenizer has one."""
 
     parse: bool
     templated: bool
@@ -27,34 +27,34 @@ class Ways:
 def note_texts(
     example: PreferenceExample, special: re.Pattern[str], ways: Ways, drops: DropReport
 ) -> None:
-    """Special tokens in texts, texts for a chat model, and words that run into each other."""
+    """Note special tokens in texts, plain texts for a chat model, and missing separators."""
     prompt = example.prompt
     prompts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
     responses = list(map(response_text, example.responses))
     found = next((m for text in (*prompts, *responses) if (m := special.search(text))), None)
     if found and not ways.parse:
         drops.add_note(
-            f"special tokens such as {found.group()} in texts are read as characters; of texts "
-            "that a chat template made, data.special_tokens=parse reads them as tokens",
+            f"special tokens such as {found.group()} in texts are encoded as plain text; if a chat "
+            "template has rendered the texts already, set data.special_tokens=parse",
             example.row,
         )
     if ways.templated or not isinstance(prompt, str) or found:
         return
     if ways.has_template:
         drops.add_note(
-            "texts are used without the model's chat template; data.chat_template=always makes "
-            "prompts messages of the user",
+            "texts are used without the model's chat template; data.chat_template=always renders "
+            "prompts as user messages",
             example.row,
         )
-    elif any(_runs_on(prompt, response) for response in responses):
+    elif any(_lacks_separator(prompt, response) for response in responses):
         drops.add_note(
-            "prompt and response are joined as they are, with nothing between their words",
+            "prompt and response are concatenated verbatim, without a separator between words",
             example.row,
         )
 
 
 def note_scores(example: PreferenceExample, drops: DropReport) -> None:
-    """Scores that do not say what the order of the responses says."""
+    """Note scores that contradict the order of the responses, or are equal."""
     scores = example.scores or ()
     if any(better < worse for better, worse in itertools.pairwise(scores)):
         drops.add_note("the rejected response has the higher score", example.row)
@@ -62,9 +62,9 @@ def note_scores(example: PreferenceExample, drops: DropReport) -> None:
         drops.add_note("some responses have the same score: their order is the row's", example.row)
 
 
-def _runs_on(prompt: str, response: str) -> bool:
-    """Whether a word, or what opens one, follows a prompt's last word or full stop at once, in a
-    script that puts spaces between words. A comma or an ending does go on."""
+def _lacks_separator(prompt: str, response: str) -> bool:
+    """Whether a word, or an opening mark, directly follows the prompt's last word or full stop, in
+    a script with spaces between words. A comma or a suffix may continue a word."""
     before, after = prompt[-1:], response[:1]
     opened = before in OPENING or (before in QUOTES and prompt[-2:-1].isspace())
     if not before or not after or before.isspace() or opened or _unspaced(before):

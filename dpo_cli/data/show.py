@@ -1,4 +1,4 @@
-"""What `stage=inspect` prints: examples token by token, lengths, dropped and cut rows."""
+"""What `stage=inspect` prints: examples token by token, lengths, dropped and truncated rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def describe(
     examples: int = 3,
     split: str = "train",
 ) -> list[RenderableType]:
-    """Renderables for a rich console. Nothing of the data is read as markup."""
+    """Renderables for a rich console. Data is never interpreted as markup."""
     rows = splits.train if split == "train" else splits.eval
     return [
         _overview(splits),
@@ -41,9 +41,9 @@ def _overview(splits: EncodedSplits) -> Text:
         f"{splits.origin}{commit}",
         f"{len(splits.train):,} training and {len(splits.eval):,} held-out examples "
         f"of {splits.drops.read:,} rows",
-        f"at most {splits.limits.max_length} tokens; then a prompt keeps "
-        f"{splits.limits.max_prompt_length}",
-        *(splits.drops.summary_lines() or ["no row dropped or cut"]),
+        f"data.max_length={splits.limits.max_length}, "
+        f"data.max_prompt_length={splits.limits.max_prompt_length} (tokens)",
+        *(splits.drops.summary_lines() or ["no row dropped or truncated"]),
     ]
     return Text("\n".join(visible(line) for line in lines))
 
@@ -71,7 +71,7 @@ def _length_groups(examples: Sequence[EncodedExample]) -> Iterator[tuple[str, li
 
 
 def _tokens(example: EncodedExample, tokenizer: PreTrainedTokenizerBase) -> Table:
-    """Prompt, then each response; `target` tokens are learned, `prompt` tokens only read."""
+    """Prompt, then each response; only `target` tokens count in the loss."""
     table = Table(title=f"row {example.row}", title_justify="left")
     for heading in ("part", "place", "id", "token", "role"):
         table.add_column(heading, justify="right" if heading in {"place", "id"} else "left")
@@ -98,11 +98,11 @@ def _add_part(table: Table, part: str, ids: np.ndarray, tokenizer: PreTrainedTok
         cells = (part, str(place), str(token), token_text(token, tokenizer), role)
         table.add_row(*(Text(cell) for cell in cells), style=STYLES[role])
     if part != "prompt" and int(ids[-1]) not in ends:
-        table.add_row(part, "", "", "", "cut: no EOS", style="bold red")
+        table.add_row(part, "", "", "", "truncated: no EOS", style="bold red")
 
 
 def token_text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """One token with its spaces, which decoding alone strips at a sentencepiece's start."""
+    """One token with its leading space, which decoding strips for sentencepiece tokenizers."""
     text = str(tokenizer.decode([token]))
     raw = str(tokenizer.convert_ids_to_tokens(token))
     if raw.startswith("▁") and not text.startswith(" "):
@@ -111,5 +111,5 @@ def token_text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def visible(text: str) -> str:
-    """Control and formatting characters as escapes, so that none reaches the terminal."""
+    """Escape control and formatting characters, so that none reaches the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

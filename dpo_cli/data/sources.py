@@ -1,4 +1,4 @@
-"""Where rows come from: local files, a folder of datasets.save_to_disk, or the hub."""
+"""Sources of rows: local files, a folder of datasets.save_to_disk, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Which = Literal["train", "eval"]
 
 HUB_TIMEOUT_SECONDS = 5.0
 AUTO = "auto"
-# Names of held-out splits, as people and hubs give them.
+# Common names of held-out splits.
 USUAL = ("test", "validation", "valid", "dev", "eval", "test_prefs")
 ON_HUB = {
     "hh": "test",
@@ -44,9 +44,9 @@ ON_HUB = {
 
 @dataclass(frozen=True)
 class Source:
-    """What will be read. One of `files`, `saved` (a save_to_disk folder), `hub_id`.
+    """What to read: one of `files`, `saved` (a save_to_disk folder) and `hub_id`.
 
-    origin: for messages. revision: commit on the hub.
+    origin: name for messages. revision: commit on the hub.
     """
 
     origin: str
@@ -60,7 +60,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Rows:
-    """Raw rows and where they are from."""
+    """Raw rows and their source."""
 
     rows: Sequence[Row] | Dataset
     origin: str
@@ -69,7 +69,7 @@ class Rows:
     def numbered(self, max_rows: int | None, seed: int) -> Iterator[tuple[int, Row]]:
         """(row number, row), in order: all of them, or a seeded sample of `max_rows`.
 
-        A sample, since several public sets are sorted by label or topic.
+        A sample, as several public datasets are sorted by label or topic.
         """
         count = len(self.rows)
         if max_rows is None or max_rows >= count:
@@ -78,7 +78,7 @@ class Rows:
         picked = sorted(random.Random(seed).sample(range(count), max_rows))
         if isinstance(self.rows, Sequence):
             yield from ((i, self.rows[i]) for i in picked)
-        else:  # a Dataset reads a selection faster than single rows
+        else:  # a Dataset reads a selection faster than row by row
             yield from zip(picked, self.rows.select(picked), strict=True)
 
 
@@ -89,12 +89,12 @@ def read_rows(config: DataConfig, which: Which) -> Rows:
     """
     source = find_source(config, which)
     if source is None:
-        raise ConfigError(f"data={config.name}: no {which} split, set data.eval_path=")
+        raise ConfigError(f"data={config.name}: no {which} split; set data.eval_path=")
     return read_source(source)
 
 
 def find_source(config: DataConfig, which: Which) -> Source | None:
-    """Where the rows of `which` are; None if there is no eval split. Reads no rows."""
+    """The source of a split; None if there is no eval split. Reads no rows."""
     held = config.eval_split
     if which == "eval" and config.eval_path is not None:
         place = Path(config.eval_path).expanduser()
@@ -119,7 +119,7 @@ def read_source(source: Source) -> Rows:
         return Rows(_load_from_hub(source), source.origin, source.revision)
     if source.saved is not None:
         return Rows(_load_from_disk(source.saved), source.origin, None)
-    for path in source.files:  # of stage=label, say
+    for path in source.files:  # some, such as those of stage=label, have a checksum beside them
         if why := mismatch(path):
             raise DataError(why)
     rows = [row for path in source.files for row in read_file(path)]
@@ -127,7 +127,7 @@ def read_source(source: Source) -> Rows:
 
 
 def content_digest(source: Source) -> str:
-    """What identifies the rows: sha256 of the files, or the hub's commit and split."""
+    """A digest that identifies the rows: of the files' sha256, or the hub's commit and split."""
     if source.hub_id is not None:
         return f"{source.hub_id}:{source.hub_config}:{source.split}@{source.revision}"
     files: Sequence[Path] = source.files
@@ -144,7 +144,7 @@ def content_digest(source: Source) -> str:
 def _local_source(
     path: str, key: str, split: str | None, other_splits: Sequence[str | None]
 ) -> Source:
-    """One file, or a folder: its files of this split if named so, else all but the others'."""
+    """A file, or a folder: its files named after the split, else all but the other splits'."""
     place = Path(path).expanduser()
     if place.is_file():
         return Source(place.name, files=(place,))
@@ -156,19 +156,18 @@ def _local_source(
     others = [p for other in other_splits for p in files_of_split(files, other)]
     chosen = files_of_split(files, split) or [p for p in files if p not in others]
     if not chosen:
-        raise DataError(f"{key}={path}: no file of the split {split!r} here")
+        raise DataError(f"{key}={path}: no file of split {split!r} in this folder")
     return Source(place.name, files=tuple(chosen))
 
 
 def _local_eval_source(place: Path, split: str | None) -> Source | None:
-    """The eval split beside the training rows in one folder. DataError for one that was named and
-    is not there."""
+    """The eval split in the folder of the training rows. DataError if a named one is missing."""
     if split is None or (split == AUTO and not place.is_dir()):
         return None
     if not place.is_dir():
         raise DataError(
-            f"data.eval_split={split}: {place} is one file, without splits: set data.eval_path= or "
-            "data.eval_rows="
+            f"data.eval_split={split}: {place} is a single file without splits: set "
+            "data.eval_path= or data.eval_rows="
         )
     for name in USUAL if split == AUTO else (split,):
         if is_saved_dataset(place):
@@ -180,12 +179,12 @@ def _local_eval_source(place: Path, split: str | None) -> Source | None:
         return None
     raise DataError(
         f"data.eval_split={split}: {place} has no such split (it has: "
-        f"{', '.join(_splits_in(place)) or 'one without a name'})"
+        f"{', '.join(_splits_in(place)) or 'a single unnamed split'})"
     )
 
 
 def _splits_in(place: Path) -> list[str]:
-    """Splits of a saved dataset, or what the names of a folder's files begin with."""
+    """Names of a saved dataset's splits, or the prefixes of a folder's file names."""
     if is_saved_dataset(place):
         return sorted(p.name for p in place.iterdir() if is_saved_dataset(p))
     return sorted({re.split(r"[.-]", p.name)[0] for p in folder_files(place)})
@@ -211,7 +210,7 @@ def _load_from_disk(folder: Path) -> Dataset:
         return datasets.Dataset.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise DataError(
-            f"{folder}: not a readable folder of datasets.save_to_disk ({_brief(error)})"
+            f"{folder}: cannot be read as a folder of datasets.save_to_disk ({_brief(error)})"
         ) from error
 
 
@@ -223,11 +222,11 @@ def _hub_source(config: DataConfig, hub_id: str, split: str) -> Source:
     )  # fmt: skip
 
 
-@cache  # train and eval rows of a run come from one commit
+@cache  # so that train and eval rows of a run come from one commit
 def resolve_commit(hub_id: str, revision: str | None) -> str:
-    """The commit a revision (default: main) points to; a commit needs no network when offline.
+    """The commit of a revision (default: main); needs no network if it is a commit and offline.
 
-    One request with a short timeout: load_dataset alone retries for half a minute.
+    One request with a short timeout, as load_dataset retries for half a minute.
     """
     from huggingface_hub import HfApi, constants
 
@@ -251,7 +250,7 @@ def _load_from_hub(source: Source) -> Dataset:
 
 @contextmanager
 def _hub_errors(hub_id: str) -> Iterator[None]:
-    """Turn what the hub's clients raise (no network, no such dataset, gated) into one line."""
+    """Turn errors of the hub's clients (no network, no such dataset, gated) into a DataError."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # the base of its HTTP client's errors
 
@@ -260,10 +259,10 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
     except (OSError, ValueError, HTTPError, DatasetsError) as error:
         raise DataError(
             f"cannot read {hub_id} from the hub ({_brief(error)}): "
-            "use a copy with data.path=<file or folder>"
+            "use a local copy with data.path=<file or folder>"
         ) from error
 
 
 def _brief(error: BaseException) -> str:
-    """The first line of an error, or its kind where it has no text."""
+    """The first line of an error, or its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template, with what a run fixes of it: its date and its own variables."""
+"""Rendering of a tokenizer's chat template, with a fixed date and configured variables."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TOOLS = "tools"  # the key of a conversation's first message that holds the tool
 
 @dataclass(frozen=True)
 class Renderer:
-    """Renders conversations. variables: `data.chat_template_kwargs`; date: what a template is told
-    of today, so that a run resumed on another day has the same rows."""
+    """Renders conversations. variables: `data.chat_template_kwargs`; date: what the template takes
+    for today, so that a run resumed on another day has the same rows."""
 
     tokenizer: PreTrainedTokenizerBase
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -37,8 +37,8 @@ class Renderer:
         return cls(tokenizer, dict(config.chat_template_kwargs), today)
 
     def __call__(self, messages: Sequence[Message], opened: bool = False) -> str:
-        """The conversation as text; opened: with the generation prompt behind it. TemplateError
-        for what the template cannot render, whatever it trips over."""
+        """The conversation as text; opened: with the generation prompt. Raises TemplateError for
+        anything the template cannot render."""
         tools = messages[0].get(TOOLS) if messages else None
         clean = [{k: v for k, v in message.items() if k != TOOLS} for message in messages]
         try:
@@ -47,24 +47,25 @@ class Renderer:
                 chat_template=self._dated(self.tokenizer.get_chat_template(tools=tools)),
                 **self.variables,
             )  # fmt: skip
-        except (TypeError, ValueError) as error:  # of several templates without a default, too
+        except (TypeError, ValueError) as error:  # also for several templates without a default
             raise TemplateError(str(error)) from error
         assert isinstance(text, str)
         return text
 
     def _dated(self, template: str) -> str:
-        """The date in place of the template's calls for it: a function cannot be handed in."""
+        """The template with its calls of strftime_now replaced by the date, as
+        apply_chat_template takes no such function."""
         noon = datetime.datetime.combine(self.date, datetime.time(12))
         return NOW.sub(lambda call: repr(noon.strftime(call[2])), template)
 
 
 def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template may write today's date."""
+    """Whether the template may contain today's date."""
     return "strftime_now" in str(tokenizer.chat_template)
 
 
 def use_template_file(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
-    """Make the file that `data.chat_template` names the tokenizer's template. ConfigError."""
+    """Set the tokenizer's template if `data.chat_template` is a file. Raises ConfigError."""
     if config.chat_template in CHAT_TEMPLATES:
         return
     path = Path(config.chat_template)
@@ -72,6 +73,6 @@ def use_template_file(tokenizer: PreTrainedTokenizerBase, config: DataConfig) ->
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"data.chat_template={path}: {getattr(error, 'strerror', None) or error}: give one of "
-            f"{', '.join(CHAT_TEMPLATES)}, or a Jinja file"
+            f"data.chat_template={path}: {getattr(error, 'strerror', None) or error}: must be one "
+            f"of {', '.join(CHAT_TEMPLATES)}, or a Jinja file"
         ) from error

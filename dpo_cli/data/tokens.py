@@ -1,4 +1,4 @@
-"""Texts to token ids so that pieces encoded apart join up as if they were one text."""
+"""Tokenize texts in pieces whose ids can be concatenated as if they were one text."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dpo_cli.errors import ConfigError
 
 Ids = list[int]
 
-# Texts that stand before a continuation while it is encoded. More than one, since a
-# tokenizer may join one of them with the continuation's first characters.
+# Texts put before a continuation while it is tokenized. Several, as a tokenizer may merge one of
+# them with the continuation's first characters.
 ANCHORS = ("\n", "a", "1", ".", "文")
 
 
 class Piece(NamedTuple):
-    """A text and how it is read.
+    """A text and how it is tokenized.
 
-    template: written by a chat template, so special tokens in it count; elsewhere
-    `</s>` is four characters. start: begins the whole text, rather than continuing one.
+    template: written by a chat template, so special tokens are parsed; elsewhere `</s>` is four
+    characters. start: it begins the text rather than continuing one.
     """
 
     text: str
@@ -33,11 +33,11 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What a tokenizer does at the edges of a text, found by trying it.
+    """What a tokenizer adds to a text, found by probing it.
 
-    bos: ids it puts before a text (often none). eos: ends a response. start: stands
-    for an empty prompt, as the first response token needs a predecessor. dummy_prefix:
-    it writes a space before a text (sentencepiece), which a continuation must not get.
+    bos: ids before a text (often none). eos: ends a response. start: replaces an empty prompt, as
+    the first response token needs a predecessor. dummy_prefix: it puts a space before a text
+    (sentencepiece), which a continuation must not get.
     """
 
     bos: tuple[int, ...]
@@ -48,7 +48,7 @@ class TokenizerFacts:
 
 def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
     if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer has no EOS token, so no response could end: set one")
+        raise ConfigError("the tokenizer has no EOS token to end responses with: set one")
     bare, full = (tokenizer("a", add_special_tokens=add).input_ids for add in (False, True))
     bos = tuple(full[: _index_of(full, bare)])
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -62,10 +62,10 @@ def _index_of(ids: Ids, part: Ids) -> int:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of what decides a tokenizer's ids: its model, special tokens, chat template."""
+    """sha256 of what a tokenizer's ids depend on: model, special tokens, chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     model = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    for transient in ("truncation", "padding"):  # left behind by the last call
+    for transient in ("truncation", "padding"):  # set by the last call
         model.pop(transient, None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     facts = [type(tokenizer).__name__, model, special, tokenizer.chat_template]
@@ -77,9 +77,9 @@ def encode_pieces(
 ) -> dict[Piece, Ids | None]:
     """Ids of each distinct piece, without BOS or EOS, in at most four calls of the tokenizer.
 
-    None: the tokenizer joins the piece with whatever comes before it.
+    None: the tokenizer merges the piece with the text before it.
     """
-    found: dict[Piece, Ids | None] = {}
+    table: dict[Piece, Ids | None] = {}
     distinct = list(dict.fromkeys(pieces))
     for template in (False, True):
         for start in (False, True):
@@ -87,12 +87,12 @@ def encode_pieces(
             texts = [p.text for p in group]
             anchored = facts.dummy_prefix and not start
             encode = _continue_texts if anchored else _encode
-            found.update(zip(group, encode(tokenizer, texts, template), strict=True))
-    return found
+            table.update(zip(group, encode(tokenizer, texts, template), strict=True))
+    return table
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], template: bool) -> list[Ids]:
-    if not texts:  # the tokenizer refuses an empty batch
+    if not texts:  # the tokenizer rejects an empty batch
         return []
     return tokenizer(
         list(texts),
@@ -107,20 +107,20 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], template: 
 def _continue_texts(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], template: bool
 ) -> list[Ids | None]:
-    """Ids of texts that continue another one, without the dummy prefix of a beginning."""
-    found: list[Ids | None] = [None] * len(texts)
+    """Ids of texts that continue another text, without sentencepiece's dummy prefix."""
+    results: list[Ids | None] = [None] * len(texts)
     for anchor in ANCHORS:
-        left = [i for i, ids in enumerate(found) if ids is None]
-        ids = _after_anchor(tokenizer, anchor, [texts[i] for i in left], template)
-        for i, tail in zip(left, ids, strict=True):
-            found[i] = tail
-    return found
+        left = [i for i, ids in enumerate(results) if ids is None]
+        tails = _after_anchor(tokenizer, anchor, [texts[i] for i in left], template)
+        for i, tail in zip(left, tails, strict=True):
+            results[i] = tail
+    return results
 
 
 def _after_anchor(
     tokenizer: PreTrainedTokenizerBase, anchor: str, texts: Sequence[str], template: bool
 ) -> list[Ids | None]:
-    """Ids of `anchor + text` less those of the anchor; None where they do not begin with them."""
+    """Ids of `anchor + text` without the anchor's; None if they do not begin with those."""
     head = _encode(tokenizer, [anchor], template)[0]
     both = _encode(tokenizer, [anchor + text for text in texts], template)
     return [ids[len(head) :] if ids[: len(head)] == head else None for ids in both]

@@ -1,7 +1,7 @@
 """Which prompts a model was trained on: 8 bytes of each prompt's sha256, beside its weights.
 
-final/trained_prompts.bin   little-endian, sorted, each once: those of the run's training rows
-                            and of the weights that it started from
+final/trained_prompts.bin   little-endian, sorted, unique: of the run's training rows and of those
+                            of the model it started from
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ KEYS = np.dtype("<u8")
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """The prompt's content, of a text or of messages, without the space or line break that may
-    separate it from its response."""
+    """The content of a prompt, the same for a text and for messages, without the space or line
+    break that may separate it from its response."""
     text = prompt if isinstance(prompt, str) else "\n".join(str(m["content"]) for m in prompt)
     return text.replace("\r\n", "\n").strip()
 
 
 def prompt_words(prompt: Prompt) -> str:
-    """The same for prompts that differ in their white space or in how Unicode writes a letter:
-    a file saved by another program is no other data."""
+    """As `prompt_text`, with whitespace collapsed and Unicode normalized, to recognize a file that
+    another program has saved."""
     return " ".join(unicodedata.normalize("NFC", prompt_text(prompt)).split())
 
 
@@ -45,7 +45,7 @@ def as_bytes(keys: Iterable[int], earlier: np.ndarray | None = None) -> bytes:
 
 
 def read(folder: Path) -> np.ndarray | None:
-    """The sorted keys of a model's folder; None where nothing is known."""
+    """The sorted keys in a model's folder; None if it has none."""
     path = folder / TRAINED_PROMPTS
     if not path.is_file():
         return None
@@ -54,5 +54,5 @@ def read(folder: Path) -> np.ndarray | None:
 
 
 def shared(keys: Sequence[int], trained: np.ndarray) -> np.ndarray:
-    """(len(keys),) whether each is among the trained ones."""
+    """(len(keys),) whether each key is among the trained ones."""
     return np.isin(np.array(keys, KEYS), trained)

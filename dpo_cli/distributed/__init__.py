@@ -1,1 +1,1 @@
-"""One run on many devices: who does what, who hangs, and how weights are sharded."""
+"""Multi-process runs: launching ranks, collectives, hang detection, FSDP, sharded checkpoints."""

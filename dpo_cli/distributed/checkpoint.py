@@ -1,7 +1,7 @@
-"""Checkpoints of many ranks: each writes what it holds, any number of them reads it back.
+"""Sharded checkpoints: each rank writes its shards; any number of ranks can read them back.
 
 torch.distributed.checkpoint in its safetensors format: `step-N/shards/*.safetensors`, with
-every trained weight under its name and the optimiser's state under `<name>//<key>`.
+every trained weight under its name and the optimizer's state under `<name>//<key>`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from dpo_cli.errors import DiskError
 
 SHARDS = "shards"
-OF = "//"  # between a weight's name and a key of its optimiser state
+STATE_SEPARATOR = "//"  # between a weight's name and a key of its optimizer state
 
 
 def is_sharded(folder: Path) -> bool:
@@ -33,7 +33,7 @@ def is_sharded(folder: Path) -> bool:
 
 
 def write(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
-    """Every rank's part, to the same folder; all ranks must call it. Raises DiskError."""
+    """Write this rank's shards to the shared folder; all ranks must call it. Raises DiskError."""
     writer = HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
     try:
         with _quiet():
@@ -49,7 +49,7 @@ def write(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
 
 
 def read(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
-    """Weights and optimiser state in place, whatever number of ranks wrote them."""
+    """Load weights and optimizer state in place; the number of ranks may have changed."""
     fill_state(optimizer)
     reader = HuggingFaceStorageReader(str(folder / SHARDS))
     with _quiet():
@@ -57,18 +57,18 @@ def read(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
 
 
 def tensors_of(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Trained weights, tied ones once, and what the optimiser keeps of each."""
-    found: dict[str, Tensor] = {}
+    """Trained weights (tied ones once) and their optimizer state, by name."""
+    tensors: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            found[name] = weight.detach()
+            tensors[name] = weight.detach()
             for key, value in optimizer.state[weight].items():
-                found[f"{name}{OF}{key}"] = value
-    return found
+                tensors[f"{name}{STATE_SEPARATOR}{key}"] = value
+    return tensors
 
 
 def fill_state(optimizer: Optimizer) -> None:
-    """Make the state that an optimiser else makes in its first step, without a change."""
+    """Create the optimizer state of the first step, leaving the weights unchanged."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -81,21 +81,21 @@ def fill_state(optimizer: Optimizer) -> None:
 
 
 def distribute(state: dict[int, dict[str, Tensor]], optimizer: Optimizer) -> None:
-    """Optimiser state of a whole model, as `Optimizer.state_dict` has it, to sharded weights."""
+    """Shard the optimizer state of an unsharded model (`Optimizer.state_dict`) over the ranks."""
     fill_state(optimizer)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for index, saved in state.items():
-        own = optimizer.state[weights[index]]
+        state_of_weight = optimizer.state[weights[index]]
         for key, value in saved.items():
-            mine, full = own[key], value.to(own[key].device)
-            if isinstance(mine, DTensor):
-                full = distribute_tensor(full, mine.device_mesh, mine.placements)
-            mine.copy_(full)
+            target, full = state_of_weight[key], value.to(state_of_weight[key].device)
+            if isinstance(target, DTensor):
+                full = distribute_tensor(full, target.device_mesh, target.placements)
+            target.copy_(full)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warnings that a single process needs no process group."""
+    """Silence torch's warning that a single process has no process group."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield

@@ -1,8 +1,8 @@
-"""FSDP2: a model's weights spread over the ranks, block by block.
+"""FSDP2: a model's weights are sharded over the ranks, block by block.
 
-Each block's weights are gathered for its forward and backward; the rest (embeddings, last
-norm, output layer) stays gathered from the forward to the end of the backward, so that the
-loss can read the output layer's weight like that of a whole model.
+Each block is all-gathered for its forward and backward. The root (embeddings, final norm, output
+layer) stays unsharded from the forward to the end of the backward, so that the loss can read the
+output layer's weight as on one device.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from transformers import PreTrainedModel
 
 from dpo_cli.errors import ConfigError
 
-ROOT = "dpo_root"  # the attribute of a sharded model that gathers its weights
+ROOT = "dpo_root"  # attribute of a sharded model: its root FSDP module
 
 
 class _Root(torch.nn.Module):
-    """What FSDP takes for the whole model: computes anything that needs its weights.
+    """FSDP's root module, whose forward runs any computation that reads the model's weights.
 
-    Our forwards call the model's body, not the model, so hooks on the model would not run.
+    Our forwards call the model's backbone, not the model, so hooks on the model would not run.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -39,7 +39,7 @@ class _Root(torch.nn.Module):
 
 
 def make_mesh(device: str, devices: int, nodes: int, sharding: str) -> DeviceMesh:
-    """All ranks in a line, or nodes x devices for weights that each node holds whole."""
+    """A 1-D mesh over all ranks, or nodes x devices for hybrid sharding (replicated per node)."""
     if sharding == "hybrid":
         return init_device_mesh(device, (nodes, devices), mesh_dim_names=("replicate", "shard"))
     return init_device_mesh(device, (nodes * devices,), mesh_dim_names=("shard",))
@@ -51,13 +51,12 @@ def shard(
     dtype: torch.dtype,
     arrived: Callable[[list[tuple[str, torch.nn.Parameter]]], None] = lambda weights: None,
 ) -> None:
-    """Spread the weights in place; every rank has loaded the same ones.
+    """Shard the weights in place; every rank has loaded the same ones.
 
-    dtype: what gathered weights are computed in; sums over ranks are in float32. Quantised
-    weights, which nothing trains, stay whole on every rank. arrived: what is done to a block's
-    weights, by name, when they have come whole to the device and before this rank keeps its part:
-    no more than one block is there whole. Raises ConfigError for a model whose blocks are not
-    known.
+    dtype: compute dtype of unsharded weights; gradients are reduced in float32. Quantized
+    weights, which are frozen, are replicated on every rank. arrived: called with a block's
+    (name, weight) pairs once they are on the device and before they are sharded; at most one
+    block is unsharded at a time. Raises ConfigError if the model does not name its blocks.
     """
     device = torch.device(mesh.device_type, torch.cuda.current_device()) \
         if mesh.device_type == "cuda" else torch.device("cpu")  # fmt: skip
@@ -72,19 +71,19 @@ def shard(
     for part in parts:
         _arrive(part, device, names, arrived)
         sharded = fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=ignored)
-        # The step divides by its weight; a division by the ranks here would be one too many.
+        # The step divides by its total weight; FSDP must not divide by the world size as well.
         sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)  # else by PREMUL_SUM, which gloo lacks
-    # By default FSDP gathers ahead by the order of all forwards since the last backward, and
-    # after sampling that order differs between ranks, which then wait for each other for ever.
+        sharded.set_force_sum_reduction_for_comms(True)  # PREMUL_SUM is missing from gloo
+    # By default FSDP prefetches in the order of all forwards since the last backward; after
+    # sampling that order differs between ranks, which then deadlock.
     for before, part in pairwise(parts):
         part.set_modules_to_backward_prefetch([before])
-    parts[0].set_modules_to_backward_prefetch([root])  # there already; none would mean the default
-    object.__setattr__(model, ROOT, root)  # as an attribute of a module it would be its part
+    parts[0].set_modules_to_backward_prefetch([root])  # a no-op; an empty list means the default
+    object.__setattr__(model, ROOT, root)  # plain setattr would register it as a submodule
 
 
 def find_blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The repeated layers, by transformers' own list of what must not be split."""
+    """The repeated blocks, by transformers' `_no_split_modules`."""
     names = set(model._no_split_modules or ())
     return [m for m in model.modules() if type(m).__name__ in names]
 
@@ -95,8 +94,8 @@ def _arrive(
     names: dict[int, str],
     arrived: Callable[[list[tuple[str, torch.nn.Parameter]]], None],
 ) -> None:
-    """Weights of a part that are not sharded yet. No reference to one may outlive this: FSDP puts
-    others in their place, and the whole ones would stay in memory."""
+    """Move a part's unsharded weights to the device. No reference to one may outlive this call:
+    FSDP replaces them, and the unsharded ones would stay in memory."""
     weights = [p for p in part.parameters() if not isinstance(p, DTensor)]
     for weight in weights:
         weight.data = weight.data.to(device)
@@ -104,34 +103,34 @@ def _arrive(
 
 
 def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """As `find_blocks`; ConfigError where there are none."""
-    found = find_blocks(model)
-    if not found:
+    """As `find_blocks`; ConfigError if there are none."""
+    blocks = find_blocks(model)
+    if not blocks:
         raise ConfigError(
-            f"hardware.devices: {type(model).__name__} does not say which its blocks are "
-            "(_no_split_modules): train it on one device"
+            f"hardware.devices: {type(model).__name__} does not name its blocks "
+            "(_no_split_modules) and cannot be sharded: train it on one device"
         )
-    return found
+    return blocks
 
 
-def computed(model: PreTrainedModel, compute: Callable[[], Tensor]) -> Tensor:
-    """`compute()`, with the weights gathered that it and what follows it will read."""
+def run_unsharded(model: PreTrainedModel, compute: Callable[[], Tensor]) -> Tensor:
+    """`compute()` with the root's weights unsharded until the backward has used them."""
     root = getattr(model, ROOT, None)
     return compute() if root is None else cast(Tensor, root(compute))
 
 
 @contextmanager
-def gathered(model: PreTrainedModel) -> Iterator[None]:
-    """All weights whole on every rank, for forwards that ranks make at different times.
+def unsharded(model: PreTrainedModel) -> Iterator[None]:
+    """Unshard all weights on every rank, for forwards that ranks run independently (sampling).
 
-    In the body no gradients; decoding is as long on each rank as its own completions.
+    The body must not need gradients.
     """
     root = getattr(model, ROOT, None)
     if root is None:
         yield
         return
     parts = [part for part in root.modules() if isinstance(part, FSDPModule)]
-    # FSDP finds out which module is the root in its first forward: it must be this one.
+    # FSDP takes the first module that runs a forward as its root: it must be this one.
     with torch.no_grad():
         root(lambda: torch.zeros(()))
     for part in parts:
@@ -148,8 +147,8 @@ def gathered(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _without_hooks(parts: list[FSDPModule]) -> Iterator[None]:
-    """FSDP's own forward hooks have nothing to gather in the body; but they make streams wait for
-    each other, which breaks the recording of a CUDA graph."""
+    """Remove FSDP's forward hooks in the body: the weights are unsharded already, and the hooks'
+    stream synchronization breaks CUDA graph capture."""
     tables = [
         table
         for part in cast(list[torch.nn.Module], parts)
@@ -166,24 +165,24 @@ def _without_hooks(parts: list[FSDPModule]) -> Iterator[None]:
     finally:
         for table, hooks in zip(tables, before, strict=True):
             table.clear()
-            table.update(hooks)  # in their order
+            table.update(hooks)  # in their original order
 
 
-def settle(model: PreTrainedModel) -> None:
-    """Let go of gathered weights: `parameters()` are then the sharded ones, which train.
+def reshard(model: PreTrainedModel) -> None:
+    """Free unsharded weights: `parameters()` are then the sharded ones that are trained.
 
-    A forward without a backward leaves some gathered.
+    A forward without a backward leaves the root unsharded.
     """
     root = getattr(model, ROOT, None)
     if root is not None:
         root.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor with all its values; every rank must ask. Others as they are."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All-gather a sharded tensor (a collective); other tensors are returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The values of a sharded tensor that this rank holds. Others as they are."""
+    """This rank's shard of a sharded tensor; other tensors are returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

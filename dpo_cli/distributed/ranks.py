@@ -1,6 +1,6 @@
-"""The processes that compute one run together, and what they tell each other.
+"""The ranks of a run and their collectives.
 
-A run of one process has `Ranks()`, whose methods then cost nothing.
+A single-process run has `Ranks()`, whose methods are no-ops.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ Item = TypeVar("Item")
 T = TypeVar("T")
 
 
-PATIENCE = timedelta(hours=4)
+SLOW_TIMEOUT = timedelta(hours=4)
 SHARE_GPUS = "DPO_RUN_SHARE_GPUS"
 
 
-class _Patient:
-    """Where ranks wait for what the first one does alone: gathering and hashing a large model, or
-    asking a judge, may take longer than any exchange in a step."""
+class _Slow:
+    """Process group for waiting on work of rank 0 alone (hashing a large model, asking a judge),
+    which may take longer than the timeout of a step's collectives."""
 
-    group: dist.ProcessGroup | None = None  # None: the one of all exchanges
+    group: dist.ProcessGroup | None = None  # None: the default group
 
 
 def share_gpus() -> bool:
-    """Whether ranks may share a GPU, for tests on a machine with one: they then talk by Gloo
-    through the host's memory, as NCCL refuses two ranks on a device."""
+    """Whether ranks may share a GPU, for tests on one GPU: they then use Gloo, as NCCL refuses
+    two ranks on a device."""
     return os.environ.get(SHARE_GPUS) == "1"
 
 
-def start_patient_group() -> None:
-    """Every rank calls it once."""
-    _Patient.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+def start_slow_group() -> None:
+    """Create the group with the long timeout; a collective, called once."""
+    _Slow.group = dist.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank: this process among `size`; local: among those of its node."""
+    """rank: of this process, of `size` (world size); local: its rank on this node."""
 
     rank: int = 0
     size: int = 1
@@ -52,70 +52,70 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """The one that writes files and talks to people."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """The sums over ranks, in float64."""
+        """Sum each value over the ranks, in float64."""
         if self.size == 1:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(sums)
-        found: list[float] = sums.tolist()
-        return found
+        totals: list[float] = sums.tolist()
+        return totals
 
     def any(self, flag: bool) -> bool:
         return self.total([float(flag)])[0] > 0
 
     def gather(self, value: T) -> list[T]:
-        """The value of every rank, in order. Tensors should be on the CPU."""
+        """All-gather a picklable value: one per rank, in order. Tensors should be on the CPU."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first rank makes, or the UserError that it raises, on every rank."""
+        """`make()` run by rank 0 and broadcast; its UserError is raised on every rank."""
         if self.size == 1:
             return make()
-        answer: list[Any] = [None, None]
+        result: list[Any] = [None, None]  # value, error
         if self.first:
             try:
-                answer[0] = make()
+                result[0] = make()
             except UserError as error:
-                answer[1] = error
-        dist.broadcast_object_list(answer, group=_Patient.group)
-        if answer[1] is not None:
-            raise answer[1]
-        made: T = answer[0]
-        return made
+                result[1] = error
+        dist.broadcast_object_list(result, group=_Slow.group)
+        if result[1] is not None:
+            raise result[1]
+        value: T = result[0]
+        return value
 
     def spread(self, items: Sequence[Item], compute: Callable[[Item], T]) -> list[T]:
-        """`compute` of every item, in order, on every rank; each works out its share.
+        """`compute` of every item, in order, on every rank; the items are divided among ranks.
 
-        All ranks call it equally often, some of them to no end: models that are sharded wait
-        for each other in every forward. Results travel, so their tensors should be on the CPU.
+        All ranks call `compute` equally often (the last item is repeated): the forward of a
+        sharded model is a collective. Results are gathered, so tensors should be on the CPU.
         """
         if self.size == 1:
             return [compute(item) for item in items]
         rounds = -(-len(items) // self.size)
-        places = [turn * self.size + self.rank for turn in range(rounds)]
-        made = [compute(items[min(place, len(items) - 1)]) for place in places]
-        shares = self.gather(made)
+        indices = [turn * self.size + self.rank for turn in range(rounds)]
+        results = [compute(items[min(index, len(items) - 1)]) for index in indices]
+        shares = self.gather(results)
         return [shares[i % self.size][i // self.size] for i in range(len(items))]
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Barrier over all ranks."""
         if self.size > 1:
-            dist.barrier(group=_Patient.group)
+            dist.barrier(group=_Slow.group)
 
 
 ALONE = Ranks()
 
 
 def current() -> Ranks:
-    """This process, as torch's launcher numbered it."""
+    """This process's `Ranks` in the initialized process group."""
     if not dist.is_initialized():
         return Ranks()
     size = dist.get_world_size()

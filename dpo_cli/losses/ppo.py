@@ -54,8 +54,8 @@ def advantages_and_returns(
 
 def whiten(values: Tensor) -> Tensor:
     """Mean 0 and variance 1 over all tokens; a constant becomes 0."""
-    centred = values - values.mean()
-    return centred * torch.rsqrt(centred.square().mean() + 1e-8)
+    centered = values - values.mean()
+    return centered * torch.rsqrt(centered.square().mean() + 1e-8)
 
 
 def policy_loss(
@@ -106,7 +106,7 @@ class FixedKl:
 
 
 @dataclass(frozen=True)
-class Normaliser:
+class Normalizer:
     """Scores to mean 0 and standard deviation 1 on samples of the reference."""
 
     mean: float = 0.0
@@ -116,7 +116,7 @@ class Normaliser:
         return (scores - self.mean) / self.std
 
 
-def fit_normaliser(scores: Tensor) -> Normaliser:
-    """Of (n,) scores of reference samples; equal scores are centred and left unscaled."""
+def fit_normalizer(scores: Tensor) -> Normalizer:
+    """Of (n,) scores of reference samples; equal scores are centered and left unscaled."""
     std = float(scores.std(unbiased=False))
-    return Normaliser(float(scores.mean()), std if std > 1e-8 else 1.0)
+    return Normalizer(float(scores.mean()), std if std > 1e-8 else 1.0)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dpo_cli.distributed.fsdp import whole
+from dpo_cli.distributed.fsdp import full_tensor
 from dpo_cli.distributed.ranks import current
 from dpo_cli.model.adapters import active as adapters
 
@@ -149,5 +149,5 @@ def _of_shape(model: PreTrainedModel) -> Any:
 
 def _add(digest: Any, name: str, value: torch.Tensor) -> None:
     digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-    raw: Any = whole(value.detach()).cpu().reshape(-1).contiguous().view(torch.uint8)
+    raw: Any = full_tensor(value.detach()).cpu().reshape(-1).contiguous().view(torch.uint8)
     digest.update(memoryview(raw.numpy()))

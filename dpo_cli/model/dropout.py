@@ -53,7 +53,7 @@ def _train(model: PreTrainedModel, dropout: bool, mode: bool = True) -> PreTrain
     if mode:
         own = {id(part) for layer in layers(model) for part in _adapter(layer)}
         for part in model.modules():
-            steady = "train" in vars(part)  # this model, and quantised layers on a CPU
+            steady = "train" in vars(part)  # this model, and quantized layers on a CPU
             # Blocks recompute their activations in training mode alone, and draw nothing.
             block = isinstance(part, GradientCheckpointingLayer)
             if not (steady or dropout or block or id(part) in own) or _jitters(part):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.distributed.fsdp import computed
+from dpo_cli.distributed.fsdp import run_unsharded
 from dpo_cli.logprobs import (
     Head,
     LossOf,
@@ -43,7 +43,7 @@ def backbone(model: PreTrainedModel) -> Any:
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(T, D) final hidden states of a packed row; the output layer does not run."""
     layout, base = attention.layout_for(model, batch), backbone(model)
-    return computed(model, lambda: layout.states(base, batch, model.dtype))
+    return run_unsharded(model, lambda: layout.states(base, batch, model.dtype))
 
 
 def computed_by(model: PreTrainedModel) -> str:

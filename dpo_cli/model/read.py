@@ -12,7 +12,7 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.model.adapters import active as adapters
 from dpo_cli.model.adapters.active import REWARD_HEAD, Adaptation
 from dpo_cli.model.adapters.base import changes_base, fit_embedding
-from dpo_cli.model.adapters.quantize import multiply_in, quantised, quantised_layers, steady
+from dpo_cli.model.adapters.quantize import multiply_in, quantized, quantized_layers, steady
 from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.digest import hash_files, keep_digest
 from dpo_cli.model.source import check_safetensors, loading, origin_of, source_of
@@ -45,7 +45,7 @@ def read_pretrained(
     if not on.sharded and on.device.type != "cpu":
         changes |= {"device_map": {"": str(on.device)}}
     if adaptation is not None:
-        changes |= quantised(adaptation.settings.quantization, on)
+        changes |= quantized(adaptation.settings.quantization, on)
     with loading(source, key):
         files = weight_files(source, options)
         merged = origin.adapter is not None and adaptation is None
@@ -70,7 +70,7 @@ def read_pretrained(
 
             merge(model, origin, key)
     other_base = not merged and changes_base(origin)
-    if not quantised_layers(model) and not (lacking if merged else missing) and not other_base:
+    if not quantized_layers(model) and not (lacking if merged else missing) and not other_base:
         keep_digest(model, arriving)
     others = [name for name in lacking if head is None or not name.startswith(head)]
     _refuse_incomplete(model, others, f"{key}={source}")

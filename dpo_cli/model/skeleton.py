@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.model.adapters.quantize import QUANTISED, dequantised
+from dpo_cli.model.adapters.quantize import QUANTIZED, dequantized
 from dpo_cli.model.stored import HALF
 
 ROWS = 64  # of the embedding and the output layer
@@ -27,7 +27,7 @@ def smallest(
     prompt and a response."""
     few = skeleton(model, device)
     try:
-        with torch.no_grad(), dequantised(few):
+        with torch.no_grad(), dequantized(few):
             few.set_attn_implementation("eager")
             ids = torch.zeros(2, dtype=torch.long, device=device)
             plain(few, ids[:1], ids[1:])
@@ -130,7 +130,7 @@ def _cut_tokens(model: PreTrainedModel, memo: dict[int, Any], device: torch.devi
     vocab = int(config.vocab_size)
     for part in tables:
         weight = getattr(part, "weight", None)
-        odd = not isinstance(part, usual) or type(part).__name__ in QUANTISED
+        odd = not isinstance(part, usual) or type(part).__name__ in QUANTIZED
         if odd or weight is None or len(weight) < vocab or vocab <= ROWS:
             return
     rows = torch.arange(ROWS) * (vocab // ROWS)

@@ -39,7 +39,7 @@ def weight_files(source: str, options: dict[str, Any]) -> list[Path]:
 
 def stored_dtype(files: Sequence[Path]) -> torch.dtype:
     """The half precision that all floating-point weights of safetensors files are in; else
-    float32, which holds a mixture exactly. Of integers, such as quantised weights, nothing."""
+    float32, which holds a mixture exactly. Of integers, such as quantized weights, nothing."""
     kinds: set[str] = set()
     for path in files:
         with path.open("rb") as file:
@@ -93,7 +93,7 @@ def kept_exact(model: PreTrainedModel) -> tuple[str, ...]:
 
 
 def refuse_non_finite(family: str, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """NonFiniteError naming the first weight that holds NaN or infinity. One synchronisation with
+    """NonFiniteError naming the first weight that holds NaN or infinity. One synchronization with
     the device; no second copy of a weight."""
     named, fine = [], []
     for name, weight in weights:

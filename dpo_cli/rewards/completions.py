@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import DataConfig
-from dpo_cli.data.adapters.hh import talk_of
+from dpo_cli.data.adapters.hh import to_messages
 from dpo_cli.data.dataset import for_tokenizer
 from dpo_cli.data.drops import BadRow, DropReport
 from dpo_cli.data.encode import encode_completed, resolve_limits
@@ -66,7 +66,7 @@ def as_read_by(
         return replace(config, chat_template="human_assistant"), texts
     try:
         return for_tokenizer(config, tokenizer), [
-            (talk_of(prompt), text.strip()) if isinstance(prompt, str) else (prompt, text)
+            (to_messages(prompt), text.strip()) if isinstance(prompt, str) else (prompt, text)
             for prompt, text in texts
         ]
     except BadRow as bad:

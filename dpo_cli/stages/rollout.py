@@ -18,10 +18,10 @@ from dpo_cli.logprobs import Head, promote, target_logprobs
 from dpo_cli.losses.ppo import (
     AdaptiveKl,
     FixedKl,
-    Normaliser,
+    Normalizer,
     advantages_and_returns,
     explained_variance,
-    fit_normaliser,
+    fit_normalizer,
     token_rewards,
     whiten,
 )
@@ -49,7 +49,7 @@ class Actors:
     tokenizer: PreTrainedTokenizerFast
     score: Scorer
     kl: AdaptiveKl | FixedKl
-    normaliser: Normaliser = field(default_factory=Normaliser)
+    normaliser: Normalizer = field(default_factory=Normalizer)
 
 
 @dataclass
@@ -136,11 +136,11 @@ def scores_of(
 
 def reference_normalizer(
     session: Session, actors: Actors, examples: Sequence[EncodedExample], stage: PpoConfig
-) -> Normaliser:
+) -> Normalizer:
     """Mean and standard deviation of the score on one reference sample of each prompt."""
     with actors.reference.active() as model:
         samples = draw(session, actors, model, examples, stage, session.config.seed, 1)
-    found = fit_normaliser(scores_of(actors, examples, samples))
+    found = fit_normalizer(scores_of(actors, examples, samples))
     session.note(f"reference scores: mean {found.mean:.4g}, std {found.std:.4g}")
     return found
 

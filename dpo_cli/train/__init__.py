@@ -1,1 +1,1 @@
-"""Device, optimiser, checkpoints and the one training loop."""
+"""Device, optimizer, checkpoints and the training loop."""

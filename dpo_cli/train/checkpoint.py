@@ -1,13 +1,14 @@
-"""Checkpoints that survive a crash at any point and are checked before they are trusted.
+"""Checkpoints: written atomically, verified by sha256 before they are loaded.
 
-    checkpoints/step-120/  model.safetensors config.json tokenizer*   (Hugging Face layout; of an
-                           adapter alone adapter_model.safetensors adapter_config.json, PEFT's)
-                           heads.safetensors   (what is trained beside the model, if anything)
+    checkpoints/step-120/  model.safetensors config.json tokenizer*   (Hugging Face layout; for an
+                           adapter PEFT's adapter_model.safetensors adapter_config.json)
+                           heads.safetensors   (modules trained beside the model, such as PPO's
+                           value head)
                            optimizer.safetensors optimizer.json rng.safetensors state.json
-                           MANIFEST.json   (sha256 and size of each; of what run, by how many)
+                           MANIFEST.json   (sha256 and size of each file; world size, run)
 
-A run of many ranks has, in place of model and optimizer.safetensors, what each of them holds
-in shards/ (`sharded.py`); the folder must be on a disk that all of them see.
+A run of several ranks has shards/ (`distributed.checkpoint`) in place of model.safetensors and
+optimizer.safetensors; the folder must be on a shared disk.
 
 A save writes `.tmp-step-N-<id>/`, syncs every file, writes the manifest, syncs the folder
 and renames it: a folder named `step-N` is complete or was damaged later, which the
@@ -33,20 +34,20 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.distributed import checkpoint as sharded
-from dpo_cli.distributed.fsdp import settle, whole
+from dpo_cli.distributed.fsdp import full_tensor, reshard
 from dpo_cli.distributed.ranks import ALONE, Ranks
 from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import CheckpointError
 from dpo_cli.train import contents
 from dpo_cli.train.contents import HEADS, OPTIMIZER, PROVENANCE, RNG, Contents
 
-LAYOUT = 1  # raise it when older checkpoints can no longer be read as they are
+LAYOUT = 1  # raise it when older checkpoints can no longer be read
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A verified checkpoint. `skipped`: newer folders that did not verify, and why."""
+    """A verified checkpoint. skipped: newer folders that failed verification, and why."""
 
     folder: Path
     step: int
@@ -56,12 +57,12 @@ class Snapshot:
 
 def steps_in(folder: Path) -> list[int]:
     """Step numbers of the published checkpoints, ascending."""
-    found = (STEP_FOLDER.fullmatch(p.name) for p in folder.glob("step-*"))
-    return sorted(int(m.group(1)) for m in found if m)
+    matches = (STEP_FOLDER.fullmatch(p.name) for p in folder.glob("step-*"))
+    return sorted(int(m.group(1)) for m in matches if m)
 
 
 def newest_valid(folder: Path) -> Snapshot:
-    """The newest checkpoint whose files all verify."""
+    """The newest checkpoint whose files all verify. Raises CheckpointError if there is none."""
     skipped: list[str] = []
     for step in reversed(steps_in(folder)):
         candidate = folder / f"step-{step}"
@@ -76,12 +77,12 @@ def newest_valid(folder: Path) -> Snapshot:
 
 
 def _check_layout(folder: Path, layout: int) -> None:
-    """Raise CheckpointError for a checkpoint that another dpo-run wrote in another way."""
+    """Raise CheckpointError if another version of dpo-run wrote the checkpoint differently."""
     if layout != LAYOUT:
         raise CheckpointError(
-            f"{folder}: has layout {layout}, this dpo-run resumes from layout {LAYOUT}: finish the "
-            f"run with the version in its versions.json, or start another from its weights with "
-            f"model.path={folder}"
+            f"{folder}: has layout {layout}, this version of dpo-run resumes from layout {LAYOUT}: "
+            "finish the run with the version in its versions.json, or start a new run from its "
+            f"weights with model.path={folder}"
         )
 
 
@@ -97,38 +98,38 @@ def save(
     ranks: Ranks = ALONE,
     facts: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `folder/step-N`; `state` and `provenance` must be JSON. Every rank calls it.
+    """Write `folder/step-N` (a collective). `state` and `provenance` must be JSON.
 
-    facts: what the manifest tells of the run.
+    facts: entries about the run for the manifest.
     """
     if ranks.size == 1:
-        made = contents.of_model(model, contents.of_tokenizer(tokenizer), provenance)
-        made |= contents.of_training(optimizer, heads, stamped(step, state))
-        return publish(folder, step, made, facts)
+        files = contents.of_model(model, contents.of_tokenizer(tokenizer), provenance)
+        files |= contents.of_training(optimizer, heads, state_json(step, state))
+        return publish(folder, step, files, facts)
 
     def write(target: Path) -> None:
         sharded.write(ranks.from_first(lambda: target), _with(model, heads), optimizer)
-        contents.of_generators(stamped(step, state)).write(target)
+        contents.of_generators(state_json(step, state)).write(target)
 
     published = folder / f"step-{step}"
-    settle(model)
+    reshard(model)
     if ranks.first:
         publish_folder(published, write, {"world_size": ranks.size, **(facts or {})})
     else:
         sharded.write(ranks.from_first(lambda: published), _with(model, heads), optimizer)
-    ranks.wait()  # a rank that went on to fail would end the one that is still writing
+    ranks.wait()  # a rank that fails in its next step would end the one still writing
     return published
 
 
-def publish(folder: Path, step: int, made: Contents, facts: dict[str, Any] | None = None) -> Path:
-    """`folder/step-N` of one process, complete or not there."""
+def publish(folder: Path, step: int, files: Contents, facts: dict[str, Any] | None = None) -> Path:
+    """Write `folder/step-N` atomically, in a single-process run."""
     published = folder / f"step-{step}"
-    publish_folder(published, made.write, {"world_size": 1, **(facts or {})})
+    publish_folder(published, files.write, {"world_size": 1, **(facts or {})})
     return published
 
 
-def stamped(step: int, state: dict[str, Any]) -> dict[str, Any]:
-    """state.json of a checkpoint."""
+def state_json(step: int, state: dict[str, Any]) -> dict[str, Any]:
+    """The content of a checkpoint's state.json."""
     return {"step": step, "layout": LAYOUT, **state}
 
 
@@ -137,7 +138,7 @@ def _with(model: torch.nn.Module, heads: torch.nn.Module | None) -> torch.nn.Mod
 
 
 def load_provenance(folder: Path) -> dict[str, Any]:
-    """How saved weights came about (`dpo_run.json`), empty for models from elsewhere."""
+    """How saved weights were trained (`dpo_run.json`); empty for models not from dpo-run."""
     path = folder / PROVENANCE
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -150,8 +151,8 @@ def save_final(
     ranks: Ranks = ALONE,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """The finished model, and other files beside it, replacing an older one only when complete.
-    Every rank calls it."""
+    """Save the final model and other `files`, replacing an older folder only once complete.
+    A collective."""
     weights = None if ranks.size == 1 else gathered_weights(model, ranks)
     if ranks.first:
         texts = {**contents.of_tokenizer(tokenizer), **(files or {})}
@@ -160,9 +161,9 @@ def save_final(
 
 
 def gathered_weights(model: PreTrainedModel, ranks: Ranks) -> dict[str, torch.Tensor]:
-    """The whole state dict on the first rank, in its host's memory; empty on the others."""
-    settle(model)
-    found: dict[str, torch.Tensor] = {}
+    """The full state dict, on the CPU of rank 0; empty on the other ranks."""
+    reshard(model)
+    weights: dict[str, torch.Tensor] = {}
     once = {id(value): name for name, value in model.named_parameters()}
     tied = {
         name
@@ -173,16 +174,16 @@ def gathered_weights(model: PreTrainedModel, ranks: Ranks) -> dict[str, torch.Te
     for name, value in model.state_dict().items():
         if name in tied or (hasattr(model, "adapter_files") and name not in trained):
             continue
-        full = whole(value.detach())
+        full = full_tensor(value.detach())
         if ranks.first:
-            found[name] = full.cpu()
-    return found
+            weights[name] = full.cpu()
+    return weights
 
 
 def prune(folder: Path, step: int, keep: int, protect: int | None) -> None:
     """After saving `step`: remove all but the `keep` newest up to it and `protect` (the best).
 
-    Later steps are damaged leftovers that a resume passed over; they would count as newest.
+    Later steps are damaged folders that a resume skipped; they are removed as well.
     """
     steps = steps_in(folder)
     kept = {*[s for s in steps if s <= step][-keep:], protect}
@@ -199,8 +200,8 @@ def restore(
     optimizer: Optimizer,
     heads: torch.nn.Module | None = None,
 ) -> None:
-    """Optimiser state, heads and random generators; the model, unless its weights are sharded
-    in the checkpoint, is loaded by the caller."""
+    """Restore optimizer state, heads and random generators. The model's weights are restored
+    only from a sharded checkpoint; otherwise the caller has loaded them."""
     if sharded.is_sharded(snapshot.folder):
         sharded.read(snapshot.folder, _with(model, heads), optimizer)
         _read_rng(snapshot.folder)

@@ -1,6 +1,6 @@
-"""What a folder of weights or a checkpoint will hold: made between steps, written at any time.
+"""The content of a checkpoint or model folder: collected between steps, written later.
 
-Tensors are those of the run until `copied()`; only copies may be written while it goes on.
+Tensors alias the run's until `copied()`; only copies may be written while training continues.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPTIMIZER = "optimizer.safetensors"
 RNG = "rng.safetensors"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-MOST_BYTES = "50GB"  # of a file of weights, as transformers splits them
+MAX_SHARD = "50GB"  # per file of weights, transformers' default
 
 Texts = Mapping[str, bytes]
 Tensors = Mapping[str, Tensor]
@@ -39,10 +39,10 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Contents:
-    """Files by name: texts as they will be, and the tensors of safetensors files.
+    """Files by name: the bytes of text files and the tensors of safetensors files.
 
-    model: whose weights are in `WEIGHTS`, by the names they have in memory; another architecture
-    of transformers may have other names, and parts, on disk.
+    model: whose weights are in `WEIGHTS`, under their names in memory; transformers may store
+    them under other names, or split and merged.
     """
 
     texts: Texts = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Contents:
         )
 
     def copied(self, copy: Callable[[Tensor], Tensor]) -> Contents:
-        """With each tensor by `copy`."""
+        """The same contents with `copy` applied to each tensor."""
         copies = {
             file: {name: copy(value) for name, value in values.items()}
             for file, values in self.tensors.items()
@@ -71,26 +71,26 @@ class Contents:
         return replace(self, tensors=copies)
 
     def write(self, folder: Path) -> dict[str, dict[str, str | int]]:
-        """Into a folder that is there; sha256 and bytes of the tensors' files."""
+        """Write into an existing folder. Returns sha256 and bytes of the safetensors files."""
         written = {}
         for name, text in self.texts.items():
-            if "/" in name:  # a tokenizer's templates, where it has many
+            if "/" in name:  # a tokenizer with several chat templates
                 (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(text)
         for file, values in self.tensors.items():
-            named = file == WEIGHTS and self.model is not None
-            parts = self._weight_files(folder, dict(values)) if named else {file: values}
+            is_model = file == WEIGHTS and self.model is not None
+            parts = self._weight_files(folder, dict(values)) if is_model else {file: values}
             facts = None if file in (OPTIMIZER, RNG, HEADS) else {"format": "pt"}
             for part, content in parts.items():
                 written[part] = write_tensors(folder / part, content, facts)
         return written
 
     def _weight_files(self, folder: Path, weights: dict[str, Tensor]) -> dict[str, Tensors]:
-        """As `save_pretrained` names and splits them; the index of many files is written."""
+        """Weights named and split as by `save_pretrained`; writes the index of several files."""
         assert self.model is not None
-        found = revert_weight_conversion(self.model, weights)
+        stored = revert_weight_conversion(self.model, weights)
         split = split_torch_state_dict_into_shards(
-            found, filename_pattern="model{suffix}.safetensors", max_shard_size=MOST_BYTES
+            stored, filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD
         )
         if split.is_sharded:
             total = {"total_parameters": self.model.num_parameters(), **split.metadata}
@@ -98,7 +98,7 @@ class Contents:
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (folder / WEIGHTS_INDEX).write_text(text)
         return {
-            file: {name: found[name] for name in names}
+            file: {name: stored[name] for name in names}
             for file, names in split.filename_to_tensors.items()
         }
 
@@ -109,41 +109,41 @@ def of_model(
     provenance: dict[str, Any],
     weights: dict[str, Tensor] | None = None,
 ) -> Contents:
-    """Weights, config and tokenizer in Hugging Face layout, and where they came from; of a model
-    with an adapter, the adapter in PEFT's. weights: of a model that is sharded, its state dict."""
+    """Weights, config, tokenizer and provenance in Hugging Face layout; of a model with an adapter,
+    the adapter in PEFT's layout. weights: the state dict, required if the model is sharded."""
     texts = {**tokenizer, PROVENANCE: json.dumps(provenance, indent=1).encode()}
-    adapter_files = getattr(model, "adapter_files", None)  # see model/lora.py
+    adapter_files = getattr(model, "adapter_files", None)  # see model/adapters/lora.py
     if adapter_files is not None:
         tensors, own = adapter_files(weights)
         return Contents({**texts, **own}, tensors)
     if weights is None:
         weights = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
     weights = {k: v for k, v in weights.items() if k not in (model._keys_to_ignore_on_save or ())}
-    # without weights it writes the configurations alone
+    # With an empty state dict it writes only the configuration files.
     own = _written(lambda folder: model.save_pretrained(folder, state_dict={}))
     return Contents({**texts, **own}, {WEIGHTS: weights}, model)
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Texts:
-    """Its files. It must not be encoding meanwhile: it would not be whole, or refuse."""
+    """The tokenizer's files. It must not be in use by another thread meanwhile."""
     return _written(tokenizer.save_pretrained)
 
 
 def _written(save: Callable[[str], object]) -> Texts:
-    """The files that a library writes, which it can only do to a disk."""
+    """The files that a library can only write to disk, by name."""
     scratch = Path(tempfile.gettempdir())
     with disk_errors(scratch / "dpo-run"), tempfile.TemporaryDirectory(prefix="dpo-run-") as folder:
         save(folder)
-        found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def of_training(
     optimizer: Optimizer, heads: torch.nn.Module | None, state: dict[str, Any]
 ) -> Contents:
-    """Beside the model: the optimiser's state, heads, random generators, and `state` as JSON."""
-    made = of_optimizer(optimizer) | of_generators(state)
-    return made if heads is None else made | Contents({}, {HEADS: heads.state_dict()})
+    """Training state: the optimizer's, heads, random generators, and `state` as JSON."""
+    files = of_optimizer(optimizer) | of_generators(state)
+    return files if heads is None else files | Contents({}, {HEADS: heads.state_dict()})
 
 
 def of_optimizer(optimizer: Optimizer) -> Contents:
@@ -160,7 +160,7 @@ def of_optimizer(optimizer: Optimizer) -> Contents:
 
 
 def _leaves(node: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """`3/exp_avg` -> tensor; 8-bit optimisers nest one level deeper and share tables."""
+    """`3/exp_avg` -> tensor; 8-bit optimizers nest one level deeper and share tables."""
     for key, value in node.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}/")
@@ -169,7 +169,7 @@ def _leaves(node: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def of_generators(state: dict[str, Any]) -> Contents:
-    """Random generators as they are now, and `state`."""
+    """The current states of the random generators, and `state`."""
     states = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

@@ -1,10 +1,8 @@
-"""Floating-point operations of a training step, and the share of the device's peak they reach.
+"""FLOPs of a training step and model FLOPs utilization, MFU (arXiv 2204.02311, appendix B).
 
-Counted are the matrix products that the model needs (a product of (m, k) and (k, n) is
-2 m k n), over the tokens of the packed rows and without padding: what a kernel computes
-beyond that, such as masked attention scores, is its loss, and so is what activation
-checkpointing computes again. Norms, activations and the optimiser are left out, as is usual:
-this is model FLOPs utilisation (arXiv 2204.02311, appendix B).
+Counts the matrix products that the model needs ((m, k) by (k, n) is 2 m k n) over the tokens of
+the packed rows. Masked attention scores and recomputation by activation checkpointing are not
+counted, nor are norms, activations and the optimizer.
 """
 
 from __future__ import annotations
@@ -20,10 +18,10 @@ from transformers import PreTrainedModel
 from dpo_cli.distributed.ranks import ALONE, Ranks
 from dpo_cli.records import Batch, Segment
 
-# Dense peaks in TFLOP/s, bf16 tensor cores with float32 sums and float32 without tensor cores,
-# by the end of torch.cuda.get_device_name: part of a device (MIG) or a laptop's has another.
-# From NVIDIA's datasheets (half of what they give for sparse matrices) and, for GeForce, the
-# appendices of the GA102 and Ada whitepapers.
+# Dense peaks in TFLOP/s: bf16 tensor cores with float32 accumulation, and float32 without tensor
+# cores, by the end of torch.cuda.get_device_name (MIG slices and laptop GPUs have another name).
+# From NVIDIA's datasheets (half of the sparse figures) and, for GeForce, the appendices of the
+# GA102 and Ada whitepapers.
 PEAKS: dict[str, dict[str, float]] = {
     r"A100-(SXM4|PCIE)-[48]0GB": {"bf16": 312, "fp32": 19.5},
     r"A100 80GB PCIe": {"bf16": 312, "fp32": 19.5},
@@ -42,18 +40,18 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:
-    """Of the device for matrix products in `fp32` or `bf16`; None where it is not known."""
+    """Peak TFLOP/s of the device for matrix products in `fp32` or `bf16`; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    found = (peaks[precision] for end, peaks in PEAKS.items() if re.search(rf"\b({end})$", name))
-    return next(found, None)
+    known = (peaks[precision] for end, peaks in PEAKS.items() if re.search(rf"\b({end})$", name))
+    return next(known, None)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What packed rows hold. scored: targets; visible: (query, key) pairs that see each other,
-    near: those of them within the model's attention window."""
+    """Counts over packed rows. scored: targets; visible: unmasked (query, key) pairs; near: those
+    within the model's attention window."""
 
     tokens: int = 0
     scored: int = 0
@@ -71,28 +69,28 @@ class Work:
 
 
 def visible_pairs(segment: Segment, window: int | None = None) -> int:
-    """Causal in the prompt; a branch sees the whole prompt and, causally, itself."""
+    """Unmasked pairs: causal in the prompt; a branch sees the prompt and, causally, itself."""
     before = _causal_pairs(segment.prompt, window)
     ends = (_causal_pairs(segment.prompt + size, window) for size in segment.branches)
     return before + sum(end - before for end in ends)
 
 
 def _causal_pairs(tokens: int, window: int | None) -> int:
-    """Each sees itself and what comes before it, `window` of them at most."""
+    """Each token sees itself and those before it, at most `window` in all."""
     full = tokens if window is None else min(tokens, window)
     return full * (full + 1) // 2 + (tokens - full) * full
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model. matmul_weights: of the backbone, without embeddings and vectors."""
+    """Sizes of a model. matmul_weights: of the backbone, without embeddings and vectors."""
 
     matmul_weights: int
-    trained_weights: int  # of these, how many get a gradient
+    trained_weights: int  # those of matmul_weights that get a gradient
     layers: int
     windowed_layers: int
     window: int | None
-    attention_width: int  # heads x width of a head
+    attention_width: int  # heads x head_dim
     hidden: int
     vocab: int  # 0 where the output layer is a single score
     trained_head: bool
@@ -115,8 +113,7 @@ class Sizes:
 
 
 def sizes_of(model: PreTrainedModel) -> Sizes | None:
-    """None for models whose work this does not tell: experts that see some of the tokens, state
-    spaces."""
+    """None for models whose FLOPs are not modeled: mixtures of experts, state-space models."""
     config = model.config.get_text_config()
     mixed = any((getattr(config, name, None) or 1) > 1 for name in EXPERTS)
     known = all(getattr(config, n, None) for n in ("num_attention_heads", "hidden_size"))
@@ -124,20 +121,20 @@ def sizes_of(model: PreTrainedModel) -> Sizes | None:
 
 
 def _matmul_weights(base: torch.nn.Module) -> Iterable[tuple[int, bool]]:
-    """(values, whether they are trained) of every matrix that tokens are multiplied by."""
+    """(elements, requires_grad) of every weight matrix of the backbone."""
     for module in base.modules():
         if isinstance(module, torch.nn.Embedding):
             continue
         for name, weight in module.named_parameters(recurse=False):
             if isinstance(module, torch.nn.Linear) and name == "weight":
-                # Not its numel: quantised weights lie several to a byte.
+                # Not its numel: quantized weights are packed.
                 yield module.in_features * module.out_features, weight.requires_grad
             elif weight.ndim >= 2:
                 yield weight.numel(), weight.requires_grad
 
 
 def _windows(config: Any) -> tuple[int | None, int]:
-    """The model's attention window, and how many layers have it."""
+    """The model's attention window, and the number of layers that use it."""
     window = getattr(config, "sliding_window", None)
     if window is None:
         return None, 0
@@ -146,13 +143,13 @@ def _windows(config: Any) -> tuple[int | None, int]:
 
 
 def step_flops(sizes: Sizes, work: Work) -> dict[str, float]:
-    """Of each part of a step that computes `work`, and of the whole step."""
+    """FLOPs of each part of a step over `work`, and of the whole step."""
     pairs = work.visible * (sizes.layers - sizes.windowed_layers)
     pairs += work.near * sizes.windowed_layers
     attention = 4.0 * pairs * sizes.attention_width  # q k^T, weights v
     forward = 2.0 * work.tokens * sizes.matmul_weights + attention
-    # A gradient of every product's input, and of its weights where they are trained.
-    behind = 2.0 * work.tokens * (sizes.matmul_weights + sizes.trained_weights)
+    # The gradients of every product's input, and of its weights if they are trained.
+    backward = 2.0 * work.tokens * (sizes.matmul_weights + sizes.trained_weights)
     logits = 2.0 * work.scored * sizes.hidden * sizes.vocab
     head = logits * (3 if sizes.trained_head else 2)
     return {
@@ -160,9 +157,9 @@ def step_flops(sizes: Sizes, work: Work) -> dict[str, float]:
         "attention forward": attention,
         "logits": logits,
         "head and loss": head,
-        "backward": behind + 2.0 * attention,
+        "backward": backward + 2.0 * attention,
         "attention backward": 2.0 * attention,
-        "step": forward + head + behind + 2.0 * attention,
+        "step": forward + head + backward + 2.0 * attention,
     }
 
 
@@ -174,11 +171,10 @@ def speed_figures(
     peak: float | None,
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """`tflops_per_second` of a step, and `mfu` where the device's peak, in TFLOP/s, is known;
-    both over all ranks.
+    """`tflops_per_second` of a step over all ranks, and `mfu` if the device's peak is known.
 
-    references: models of the same shape that the step runs forward beside the trained one.
-    """  # fmt: skip
+    references: reference models of the same shape whose forward the step runs. peak: TFLOP/s.
+    """
     if sizes is None:
         return {}
     work = sum((Work.of(batch, sizes.window) for batch in batches), Work())

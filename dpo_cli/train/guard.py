@@ -1,4 +1,4 @@
-"""One process a run folder, and signals that end a run at a step's end."""
+"""The run folder's lock, and signals that stop a run after the current step."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 @contextmanager
 def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder's lock. The kernel frees it when the process dies, however.
+    """Hold the run folder's lock, which the kernel releases when the process dies.
 
-    Who holds it is written in it; where that was not taken out, the holder died, which is logged.
+    The file holds the owner's process id; one left behind means that the owner was killed, which
+    is logged. Raises RunLockedError.
     """
     with (run_dir / ".lock").open("a+") as stream:
         try:
@@ -39,7 +40,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             ) from None
         stream.seek(0)
         if left := stream.read().strip():
-            log.warning("%s: process %s, which worked here, died: taken over", run_dir, left)
+            log.warning("%s: taking over from process %s, which was killed", run_dir, left)
         stream.truncate(0)
         stream.write(str(os.getpid()))
         stream.flush()
@@ -50,7 +51,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
 
 
 class StopRequest:
-    """Set by a signal; the loop looks at it between steps."""
+    """Set by a signal; the loop checks it between steps."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -58,8 +59,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number).name
 
-    def told(self, ranks: Ranks) -> str | None:
-        """The signal that came to any rank so far: all of them stop after a step, or none."""
+    def received(self, ranks: Ranks) -> str | None:
+        """The signal that any rank has received (a collective): all ranks stop, or none."""
         if ranks.size == 1:
             return self.signal
         if not ranks.any(self.signal is not None):

@@ -1,7 +1,8 @@
-"""THE loop: every stage that trains goes through `fit`.
+"""The training loop: every stage that trains calls `fit`.
 
-A stage hands over a `TrainTask`: its model, a step's micro-batches, and the loss of one. The loop
-accumulates, divides once by the whole step's weight, clips, steps, evaluates, logs and saves.
+A stage passes a `TrainTask`: its model, the micro-batches of a step, and the loss of one. The loop
+accumulates gradients, divides once by the step's total weight, clips, steps, evaluates, logs and
+saves.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch.optim import Optimizer
 
 from dpo_cli.config import RunConfig, spec_of
-from dpo_cli.distributed.fsdp import settle
+from dpo_cli.distributed.fsdp import reshard
 from dpo_cli.distributed.ranks import Ranks
 from dpo_cli.durable import recover
 from dpo_cli.errors import ConfigError, NonFiniteError, Preempted
@@ -33,7 +34,7 @@ from dpo_cli.train.optim import (
     take_step,
     warmup_steps,
 )
-from dpo_cli.train.prefetch import fed
+from dpo_cli.train.prefetch import prefetched
 from dpo_cli.train.rounding import changed_share, rounding_note, watch
 from dpo_cli.train.runtime import Runtime
 from dpo_cli.train.saving import Best, Saves
@@ -43,19 +44,19 @@ from dpo_cli.train.task import TrainingSession, TrainTask
 
 @dataclass
 class Fit:
-    """The state of a run that a checkpoint carries beside weights and optimizer."""
+    """The state of a training run."""
 
     task: TrainTask
     session: TrainingSession
     optimizer: Optimizer
     saves: Saves
-    batches: Callable[[int], Sequence[Batch]]  # the task's, made ahead of time on CUDA
-    sizes: Sizes | None  # of the model, where its work is known
-    peak: float | None  # TFLOP/s of the device, where known
+    batches: Callable[[int], Sequence[Batch]]  # the task's, prefetched on CUDA
+    sizes: Sizes | None  # of the model, if its FLOPs are known
+    peak: float | None  # TFLOP/s of the device, if known
     step: int = 0
     best: Best | None = None
     before: dict[str, float] = field(default_factory=dict)  # figures of the last before_step
-    due: set[str] = field(default_factory=set)  # evaluate, save: at the next save_multiple
+    due: set[str] = field(default_factory=set)  # of evaluate, save: at the next save_multiple
 
     @property
     def config(self) -> RunConfig:
@@ -67,17 +68,17 @@ class Fit:
 
 
 def fit(task: TrainTask, session: TrainingSession) -> None:
-    """Train to the end, from the session's snapshot if it has one, and publish `final/`; the
-    figures are in metrics.jsonl.
+    """Train to the last step, from the session's snapshot if it has one, and publish `final/`;
+    metrics go to the session.
 
-    Raises NonFiniteError before a bad step is taken and Preempted after a signal, with
-    the state saved.
+    Raises NonFiniteError before a step with a non-finite gradient is taken, and Preempted after a
+    signal, with the state saved.
     """
     config, runtime, snapshot = session.config, session.runtime, session.snapshot
     assert config.optim.lr is not None
     run_dir = Path(config.run_dir)
     task.trained.to(runtime.device)
-    settle(task.model)
+    reshard(task.model)
     optimizer = build_optimizer(
         task.model, config.optim, config.optim.lr, task.heads, task.heads_lr_scale
     )
@@ -95,11 +96,11 @@ def fit(task: TrainTask, session: TrainingSession) -> None:
         run.step, run.best = snapshot.step, snapshot.state["best"]
         run.saves.kept = snapshot.state.get("best_saved", run.best)
         task.budget.restore(snapshot.state.get("micro_batch_tokens"))
-    agree(ranks, task)
-    on_policy = task.before_step is not None  # nothing to make ahead of time
-    ahead = fed(task.batches, task.steps, runtime.device, task.budget)
-    made = nullcontext(task.batches) if on_policy else ahead
-    with StopRequest().watching() as stop, run.saves, made as run.batches:
+    check_ranks_agree(ranks, task)
+    on_policy = task.before_step is not None  # batches do not exist before the step
+    ahead = prefetched(task.batches, task.steps, runtime.device, task.budget)
+    batches = nullcontext(task.batches) if on_policy else ahead
+    with StopRequest().watching() as stop, run.saves, batches as run.batches:
         if run.step == 0:
             _evaluate(run)
         while run.step < task.steps:
@@ -109,15 +110,15 @@ def fit(task: TrainTask, session: TrainingSession) -> None:
     )
 
 
-def agree(ranks: Ranks, task: TrainTask) -> None:
-    """ConfigError where ranks are about to do different things, and would wait for ever."""
-    told = ranks.gather({**task.identity, "steps": task.steps, "budget": task.budget.tokens})
-    for rank, own in enumerate(told):
-        for name, value in own.items():
-            if value != told[0][name]:
+def check_ranks_agree(ranks: Ranks, task: TrainTask) -> None:
+    """ConfigError if ranks would compute different things and deadlock."""
+    plans = ranks.gather({**task.identity, "steps": task.steps, "budget": task.budget.tokens})
+    for rank, plan in enumerate(plans):
+        for name, value in plan.items():
+            if value != plans[0][name]:
                 raise ConfigError(
-                    f"rank {rank} has another {name} than rank 0 ({value} against "
-                    f"{told[0][name]}): do all nodes read the same files and packages?"
+                    f"rank {rank} has another {name} than rank 0 ({value} instead of "
+                    f"{plans[0][name]}): give all nodes the same files and package versions"
                 )
 
 
@@ -130,8 +131,8 @@ def _check_identity(snapshot: checkpoint.Snapshot, task: TrainTask) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"resume: {snapshot.folder} comes from another run ({'; '.join(changed)}): bring back "
-            "what changed, or start afresh in another run_dir"
+            f"resume: {snapshot.folder} is from a different run ({'; '.join(changed)}): restore "
+            "what changed, or start a new run in another run_dir"
         )
 
 
@@ -142,7 +143,7 @@ def _train_step(run: Fit) -> dict[str, float]:
     started = time.perf_counter()
     lr = learning_rate(config.optim, config.optim.lr or 0.0, run.step, task.steps)
     task.model.train()
-    run.runtime.own_random_numbers(config.seed, run.step)
+    run.runtime.seed_rank(config.seed, run.step)
     sums = accumulate(task, lambda: run.batches(run.step), run.runtime, run.session.note)
     ranks = run.runtime.ranks
     values = sums.totals.means(ranks)
@@ -181,7 +182,7 @@ def _after_step(run: Fit, values: dict[str, float], stop: StopRequest) -> None:
     if last or run.step % train.log_every_steps == 0:
         run.session.write(run.step, values)
     run.session.advance(run.step, values)
-    run.saves.look()
+    run.saves.poll()
     if last or is_due(run.step, train.eval_every_steps, run.task.steps):
         run.due.add("evaluate")
     every = train.save_every_steps
@@ -189,36 +190,36 @@ def _after_step(run: Fit, values: dict[str, float], stop: StopRequest) -> None:
         run.due.add("save")
     if not last and run.step % run.task.save_multiple:
         return
-    told = stop.told(run.runtime.ranks)
-    if run.due or told:
+    signal = stop.received(run.runtime.ranks)
+    if run.due or signal:
         _check_weights(run)
     improved = "evaluate" in run.due and _evaluate(run)
-    if told or "save" in run.due or (improved and run.saves.affords(run.best)):
-        run.saves.save(run.step, run.best, last=last or told is not None)
+    if signal or "save" in run.due or (improved and run.saves.affords(run.best)):
+        run.saves.save(run.step, run.best, last=last or signal is not None)
     run.due.clear()
-    if told and not last:
+    if signal and not last:
         raise Preempted(
-            f"stopped by {told} after step {run.step} of {run.task.steps}, state saved; "
+            f"stopped by {signal} after step {run.step} of {run.task.steps}, state saved; "
             f"continue with: dpo-run resume={run.config.run_dir}"
         )
 
 
 def is_due(step: int, every: int | None, total: int) -> bool:
-    """every: steps between two; None: ten times a run; 0: never before the end."""
+    """every: interval in steps; None: a tenth of the run; 0: only at the end."""
     if every == 0:
         return False
     return step % (every or max(1, math.ceil(total / 10))) == 0
 
 
 def _evaluate(run: Fit) -> bool:
-    """Figures and samples of the held-out rows; True if they are the best so far."""
+    """Evaluate and sample the held-out rows. True if the best metric improved."""
     run.task.model.eval()
     with torch.no_grad(), run.runtime.autocast():
         figures = within(run.task.budget, run.runtime.device, run.session.note, run.task.evaluate)
     bad = [name for name, value in figures.items() if not math.isfinite(value)]
     if bad:
         raise NonFiniteError(
-            f"step {run.step}: {', '.join(bad)} of the held-out rows is not finite; {_remedy(run)}"
+            f"step {run.step}: held-out {', '.join(bad)} is not finite; {_remedy(run)}"
         )
     run.task.on_eval(run.step)
     named = {f"eval/{k}": v for k, v in figures.items()}
@@ -237,20 +238,20 @@ def _evaluate(run: Fit) -> bool:
 
 
 def _check_weights(run: Fit) -> None:
-    """A forward on the new weights: a step that blew them up shows only there."""
+    """Run a forward on the new weights: a step that broke them shows only there."""
     run.task.model.eval()
     with torch.no_grad(), run.runtime.autocast():
         batch = run.task.batches(run.step - 1)[0]
         loss = run.task.compute_loss(batch.to(run.runtime.device)).loss_sum
     if run.runtime.ranks.any(not torch.isfinite(loss)):
         raise NonFiniteError(
-            f"step {run.step}: the loss after the step is {float(loss)}, it is not saved; "
+            f"step {run.step}: the loss after this step is {float(loss)}, so it was not saved; "
             f"{_remedy(run)}"
         )
 
 
 def _remedy(run: Fit) -> str:
-    run.saves.settle()
+    run.saves.wait_quietly()
     steps = checkpoint.steps_in(Path(run.config.run_dir) / "checkpoints")
-    kept = f"step-{steps[-1]} is the last checkpoint" if steps else "nothing was saved yet"
-    return f"{kept}: try a lower optim.lr (now {run.config.optim.lr:g})"
+    saved = f"step-{steps[-1]} is the last checkpoint" if steps else "no checkpoint was saved yet"
+    return f"{saved}: try a lower optim.lr (now {run.config.optim.lr:g})"

@@ -1,4 +1,4 @@
-"""Out of memory: a step is done again in smaller micro-batches, a pass in smaller rows."""
+"""Out of memory: the token budget is halved, and the step or pass is retried."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ BUDGET = "micro_batch_tokens.json"  # in the run folder
 
 @dataclass
 class TokenBudget:
-    """Most packed tokens of a row, shared by all passes of a run.
+    """The maximum of tokens per packed row, shared by all passes of a run.
 
-    asked: of the configuration and the attention; tokens: what has fitted into memory so far.
-    fixed: running out of memory is an error, as where other processes wait for this one.
+    asked: as configured or limited by the attention; tokens: what has fit into memory so far.
+    fixed: out of memory is an error, as with several ranks, where the others would wait.
     """
 
     asked: int
     fixed: bool = False
     tokens: int = field(init=False)
-    at_work: bool = field(init=False, default=False)  # a pass is running whose rows can be smaller
-    found: dict[str, int] | None = field(init=False, default=None)  # by an earlier start
+    in_use: bool = field(init=False, default=False)  # a pass that packs by the budget is running
+    saved: dict[str, int] | None = field(init=False, default=None)  # state of an earlier start
 
     def __post_init__(self) -> None:
         self.tokens = self.asked
@@ -43,26 +43,26 @@ class TokenBudget:
     def lowered(self) -> bool:
         return self.tokens < self.asked
 
-    def mends(self, error: RuntimeError) -> bool:
-        """Whether smaller rows may help."""
+    def can_retry(self, error: RuntimeError) -> bool:
+        """Whether to retry with smaller rows."""
         return not self.fixed and ran_out(error)
 
     def refuse_single(self, error: RuntimeError, failed: Batch) -> None:
-        """ConfigError where an example alone was too large: no smaller rows will help."""
+        """ConfigError if a single example was too large for memory."""
         if ran_out(error) and len(failed.example_ids) == 1:
             raise too_large(failed.input_ids.numel()) from error
 
     def limit(self, most: int) -> None:
-        """What is asked for is no more than this, whatever memory there is."""
+        """Lower what is asked for to `most`, independent of memory."""
         self.asked, self.tokens = min(self.asked, most), min(self.tokens, most)
-        self.restore(self.found)
+        self.restore(self.saved)
 
     def start_with(self, tokens: int) -> None:
-        """Fewer than asked, where more are not expected to fit."""
+        """Start below what is asked for, as more is not expected to fit."""
         self.tokens = min(self.tokens, tokens)
 
     def lower(self, failed: Batch | None, note: Note) -> None:
-        """Halve: no row like `failed` again. ConfigError where one example alone is too large."""
+        """Halve the budget to below `failed`'s size. ConfigError if that is a single example."""
         tokens = self.tokens
         if failed is not None:
             tokens = min(tokens, failed.input_ids.numel())
@@ -71,15 +71,15 @@ class TokenBudget:
         elif tokens == 1:
             raise too_large(None)
         self.tokens = max(1, tokens // 2)
-        note(f"out of memory with {tokens:,} tokens at once: from now on at most {self.tokens:,}")
+        note(f"out of memory with {tokens:,} tokens per row: lowered to {self.tokens:,}")
 
     def state(self) -> dict[str, int]:
         """For a checkpoint."""
         return {"asked": self.asked, "tokens": self.tokens}
 
     def restore(self, state: dict[str, int] | None) -> None:
-        """What an earlier start found, unless another budget is asked for since."""
-        self.found = state
+        """Take over an earlier start's budget, unless another one is asked for now."""
+        self.saved = state
         if state is not None and state["asked"] == self.asked:
             self.tokens = min(self.tokens, state["tokens"])
 
@@ -88,45 +88,43 @@ def too_large(tokens: int | None) -> ConfigError:
     size = "" if tokens is None else f" of {tokens:,} tokens"
     return ConfigError(
         f"out of memory with a single example{size} in a micro-batch: lower data.max_length, "
-        "train fewer weights (lora=lora, lora=qlora), or recompute activations in the backward "
+        "train fewer weights (lora=lora, lora=qlora), or use activation checkpointing "
         "(hardware.activation_checkpointing=1)"
     )
 
 
 @contextmanager
-def smaller_next_time(budget: TokenBudget, run_dir: Path) -> Iterator[None]:
-    """Where ranks run out of memory, which cannot do a step again: those that wait for the one
-    that failed are in the middle of an exchange. Leaves half the budget for the next start.
+def halve_budget_for_restart(budget: TokenBudget, run_dir: Path) -> Iterator[None]:
+    """Halve the budget in the run folder if a rank runs out of memory. Ranks cannot retry a step:
+    the others are waiting in a collective, so the launcher restarts them.
 
-    Raises OutOfMemory, or ConfigError where smaller rows are impossible.
+    Raises OutOfMemory, or ConfigError if rows cannot be smaller.
     """
     try:
         yield
     except RuntimeError as error:
-        if not (budget.fixed and budget.at_work and ran_out(error)):
+        if not (budget.fixed and budget.in_use and ran_out(error)):
             raise
         tokens = budget.tokens
         if tokens == 1:
             raise too_large(None) from error
         write_json(run_dir / BUDGET, {"asked": budget.asked, "tokens": tokens // 2})
         raise OutOfMemory(
-            f"out of memory with {tokens:,} tokens at once: from now on at most {tokens // 2:,}; "
-            f"go on with: dpo-run resume={run_dir}", str(run_dir),
+            f"out of memory with {tokens:,} tokens per row: lowered to {tokens // 2:,}; "
+            f"continue with: dpo-run resume={run_dir}", str(run_dir),
         ) from error  # fmt: skip
 
 
 def read_budget(run_dir: Path) -> dict[str, int] | None:
-    """What `smaller_next_time` left."""
+    """The budget written by `halve_budget_for_restart`, if any."""
     path = run_dir / BUDGET
-    if not path.is_file():
-        return None
-    found: dict[str, int] = json.loads(path.read_text())
-    return found
+    state: dict[str, int] | None = json.loads(path.read_text()) if path.is_file() else None
+    return state
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """ConfigError for an allocation that fails where nothing can be made smaller."""
+def as_oom_error() -> Iterator[None]:
+    """Turn a failed allocation that no smaller batch can avoid into a ConfigError."""
     try:
         yield
     except RuntimeError as error:
@@ -134,25 +132,24 @@ def explained() -> Iterator[None]:
             raise
         (first, *_) = str(error).splitlines()
         raise ConfigError(
-            f"{first} Lower train.micro_batch_tokens (stage.batch_size where it samples), train "
-            "fewer weights (lora=lora, lora=qlora) or keep less beside them (optim=adamw8bit, "
-            "hardware.activation_checkpointing=1)"
+            f"{first} Lower train.micro_batch_tokens (stage.batch_size when sampling), train fewer "
+            "weights (lora=lora, lora=qlora), or save memory with optim=adamw8bit or "
+            "hardware.activation_checkpointing=1"
         ) from error
 
 
 def within(budget: TokenBudget, device: torch.device, note: Note, work: Callable[[], T]) -> T:
-    """`work()`, a pass that packs its rows by the budget and changes nothing; begun again in
-    smaller rows where memory runs out. Such passes start with their longest rows; one may be part
-    of another."""
-    before = budget.at_work
+    """Run `work()`, a pass without side effects that packs rows by the budget; restart it with a
+    halved budget if memory runs out. Passes start with their longest rows, and may be nested."""
+    before = budget.in_use
     while True:
-        budget.at_work = True
+        budget.in_use = True
         try:
-            made = work()
-            budget.at_work = before
-            return made
+            result = work()
+            budget.in_use = before
+            return result
         except RuntimeError as error:
-            if not budget.mends(error):
+            if not budget.can_retry(error):
                 raise
         free_memory(device)
         budget.lower(None, note)
@@ -160,7 +157,7 @@ def within(budget: TokenBudget, device: torch.device, note: Note, work: Callable
 
 @dataclass(frozen=True)
 class RandomStates:
-    """Of the generators that dropout draws from, so that a step done again draws the same."""
+    """States of the generators that dropout uses, so that a retried step draws the same."""
 
     cpu: torch.Tensor
     cuda: torch.Tensor | None

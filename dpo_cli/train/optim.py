@@ -1,4 +1,4 @@
-"""Optimiser, learning-rate schedule, and one step over summed gradients."""
+"""Optimizer, learning-rate schedule, and one step over summed gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpo_cli.distributed.fsdp import local_part
 from dpo_cli.distributed.ranks import Ranks
 from dpo_cli.errors import ConfigError, NonFiniteError
 
-LR_SCALE = "lr_scale"  # the key of a group of weights that learn at another rate
+LR_SCALE = "lr_scale"  # key of a parameter group: factor on the learning rate
 
 
 def build_optimizer(
@@ -30,7 +30,7 @@ def build_optimizer(
 ) -> Optimizer:
     """AdamW, RMSprop (the DPO paper's) or 8-bit AdamW over the trainable weights.
 
-    heads: trained beside the model, at `heads_lr_scale` times its rate.
+    heads: further modules to train, at `heads_lr_scale` times the model's learning rate.
     """
     groups = _decay_groups(model, config.weight_decay)
     if heads is not None:
@@ -40,7 +40,7 @@ def build_optimizer(
         betas = (config.betas[0], config.betas[1])
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=config.eps, fused=True)
     if config.name == "rmsprop":
-        # foreach, CUDA's default, would hold another copy of the whole state during the step.
+        # foreach, the default on CUDA, needs another copy of the whole state during the step.
         return torch.optim.RMSprop(groups, lr=lr, alpha=config.alpha, eps=config.eps, foreach=False)
     return _adamw_8bit(groups, config, lr)
 
@@ -49,13 +49,15 @@ def _adamw_8bit(groups: list[dict], config: OptimConfig, lr: float) -> Optimizer
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise ConfigError("optim=adamw8bit needs bitsandbytes; use optim=adamw") from error
+        raise ConfigError(
+            "optim=adamw8bit needs bitsandbytes: install it or use optim=adamw"
+        ) from error
     betas = (config.betas[0], config.betas[1])
     return AdamW8bit(groups, lr=lr, betas=betas, eps=config.eps)
 
 
 def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay; biases and norm scales do not."""
+    """Parameter groups: weight decay for matrices, none for biases and norm scales."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
@@ -65,14 +67,14 @@ def _decay_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def warmup_steps(config: OptimConfig, total: int) -> int:
-    """The last of them has the full learning rate."""
+    """Number of warm-up steps; the last of them has the full learning rate."""
     if config.warmup_steps is not None:
         return config.warmup_steps
     return round(config.warmup_ratio * total)
 
 
 def learning_rate(config: OptimConfig, peak: float, step: int, total: int) -> float:
-    """The rate of 0-based `step`: linear warm-up, then constant, cosine or linear to zero."""
+    """Learning rate of 0-based `step`: linear warm-up, then constant, or cosine or linear to 0."""
     warmup = warmup_steps(config, total)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -85,12 +87,12 @@ def learning_rate(config: OptimConfig, peak: float, step: int, total: int) -> fl
 
 
 def global_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The 2-norm over all gradients, on the device; sharded ones over all ranks."""
+    """The 2-norm over all gradients (for sharded ones over all ranks), on the device."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norms: list[Tensor] = []
     plain = [g for g in grads if not isinstance(g, DTensor)]
     sharded = [g for g in grads if isinstance(g, DTensor)]
-    half = any(g.dtype == torch.bfloat16 for g in grads)  # its norms would have 3 digits
+    half = any(g.dtype == torch.bfloat16 for g in grads)  # a norm in bf16 has 3 digits
     if plain:
         norms += torch._foreach_norm(plain, 2, dtype=torch.float32 if half else None)
     if sharded:
@@ -100,7 +102,7 @@ def global_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def sum_over_ranks(model: torch.nn.Module, ranks: Ranks) -> None:
-    """Add up the gradients of weights that every rank holds whole; FSDP has done the others."""
+    """All-reduce the gradients of replicated weights; FSDP has reduced those of sharded ones."""
     if ranks.size == 1:
         return
     for weight in model.parameters():
@@ -111,9 +113,9 @@ def sum_over_ranks(model: torch.nn.Module, ranks: Ranks) -> None:
 def take_step(
     model: torch.nn.Module, optimizer: Optimizer, weight: float, max_grad_norm: float, lr: float
 ) -> float:
-    """Divide the summed gradients once by the step's weight, clip, and step.
+    """Divide the summed gradients by the step's total weight, clip, and step.
 
-    Returns the norm before clipping. Nothing is changed when it is not finite.
+    Returns the gradient norm before clipping. Raises NonFiniteError, changing nothing.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
     norm = float(global_grad_norm(parameters)) / weight

@@ -1,20 +1,19 @@
-"""How often a run is saved, where the configuration leaves that to time."""
+"""How often a run is saved if the configuration gives no interval in steps."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-FIRST_SECONDS = 300.0  # at least so long between two saves
-SHARE = 0.02  # of a run's time that saves may take
-FREE_SECONDS = 1.0  # saves as short as this are not counted
+MIN_SECONDS = 300.0  # between two saves
+MAX_SHARE = 0.02  # of a run's time that saves may take
+FREE_SECONDS = 1.0  # shorter saves are not counted
 
 
 class Pace:
-    """Saves at least five minutes apart, that take no more than a fiftieth of the run so far.
+    """Saves at least five minutes apart that take at most 2% of the run's time so far.
 
-    minutes: the configured time between two, whatever they take. Nothing but which steps are
-    saved may depend on it.
+    minutes: the configured interval, if any. Only which steps are saved may depend on the clock.
     """
 
     def __init__(self, minutes: float | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,21 +26,21 @@ class Pace:
         since = self.clock() - self.last
         if self.minutes is not None:
             return since >= 60 * self.minutes
-        return since >= FIRST_SECONDS and self.affordable(busy)
+        return since >= MIN_SECONDS and self.affordable(busy)
 
     def affordable(self, busy: bool) -> bool:
-        """Whether a save now, at the price of the latest, keeps to the share."""
-        price = self.latest + (self.writing if busy else 0.0)
-        allowed = SHARE * (self.clock() - self.began)
-        return price <= FREE_SECONDS or self.spent + price <= allowed
+        """Whether a save that takes as long as the latest stays within MAX_SHARE."""
+        cost = self.latest + (self.writing if busy else 0.0)
+        allowed = MAX_SHARE * (self.clock() - self.began)
+        return cost <= FREE_SECONDS or self.spent + cost <= allowed
 
     def stopped(self, seconds: float) -> None:
-        """The loop stood still for a save so long, just now."""
+        """The loop has just waited so long for a save."""
         self.last, self.latest = self.clock(), seconds
         self.spent += seconds
 
     def written(self, seconds: float, taken: float) -> None:
-        """The writer worked so long, and took so many seconds of the run's own computation."""
+        """The writer took `seconds`, of which `taken` were CPU time that training could not use."""
         self.writing = seconds
         self.latest += taken
         self.spent += taken

@@ -1,4 +1,4 @@
-"""The next step's micro-batches are packed by one thread while the device computes."""
+"""Prefetching: a thread packs the next step's micro-batches while the device computes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """`make(step)`, worked out ahead: asking for a step starts on the next one.
+    """`make(step)`, computed ahead: asking for a step starts on the next one.
 
-    The values and their order are those of `make`, which no two threads run at once. What it
-    raises is raised by the call that asks for that step. Leave with `close`.
+    Steps are asked for in order. An exception of `make` is raised by the call that asks for that
+    step. End with `close`.
     """
 
     def __init__(
@@ -29,8 +29,8 @@ class Prefetch(Generic[T]):
         prepare: Callable[[], None] = lambda: None,
         version: Callable[[], int] = lambda: 0,
     ) -> None:
-        """steps: none from there on is asked for. prepare: run first in the thread. version:
-        what was made ahead is dropped when it changes."""
+        """steps: number of steps. prepare: run first in the thread. version: prefetched values
+        are dropped when it changes."""
         self._make, self._steps = make, steps
         self._thread = ThreadPoolExecutor(1, "prefetch", prepare)
         self._version = version
@@ -46,26 +46,26 @@ class Prefetch(Generic[T]):
         return current.result()
 
     def close(self) -> None:
-        """Wait for the thread: it finishes at most the step it is at."""
+        """Wait for the thread, which finishes at most its current step."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
-def fed(
+def prefetched(
     batches: Callable[[int], Sequence[Batch]],
     steps: int,
     device: torch.device,
     budget: TokenBudget,
 ) -> Iterator[Callable[[int], Sequence[Batch]]]:
-    """`batches` itself on a CPU, whose cores are busy; for CUDA ahead of time and pinned, so
-    that copying them does not wait for the device. Packed anew when the budget changes."""
+    """`batches`, prefetched and pinned for CUDA so that copies do not block; repacked when the
+    budget changes. On a CPU, whose cores are busy, `batches` itself."""
     if device.type != "cuda":
         yield batches
         return
     ahead = Prefetch(
         lambda step: [batch.pin_memory() for batch in batches(step)],
         steps,
-        lambda: torch.cuda.set_device(device),  # else pinning would open the first one
+        lambda: torch.cuda.set_device(device),  # or pinning would initialize device 0
         lambda: budget.tokens,
     )
     try:

@@ -1,7 +1,7 @@
-"""How much of a step bfloat16 weights keep.
+"""How many bfloat16 weights change in a step.
 
-A weight has 8 significant bits there: a change below about 1/512 of its size is rounded away, and
-with the small learning rates of preference tuning that is nearly every change.
+bfloat16 has 8 significant bits: a change below about 1/512 of a weight is rounded away, and at the
+small learning rates of preference tuning that is nearly every change.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from dpo_cli.distributed.fsdp import local_part
 
-SAMPLED = 2**16  # values of a weight that are looked at: a copy of all would not fit
-FEW = 0.5  # share of changed weights below which the user is told
+SAMPLED = 2**16  # values compared per weight: a copy of all would not fit
+MIN_CHANGED = 0.5  # share of changed weights below which a note is printed
 
 
 @dataclass(frozen=True)
 class Watched:
-    """Values of weights before a step, (n,) each, and which of them have a gradient."""
+    """Sampled values of a weight before a step, (n,), and which have a nonzero gradient, (n,)."""
 
     weight: Tensor
     values: Tensor
-    pulled: Tensor
+    has_grad: Tensor
 
     @classmethod
     def of(cls, weight: Tensor) -> Watched:
@@ -32,9 +32,9 @@ class Watched:
         return cls(weight, _sample(weight).clone(), _sample(weight.grad) != 0)
 
     def changed(self) -> Tensor:
-        """(2,) how many have changed, and of how many."""
-        moved = (_sample(self.weight) != self.values) & self.pulled
-        return torch.stack([moved.sum(), self.pulled.sum()])
+        """(2,): the number of changed values, and of values with a gradient."""
+        changed = (_sample(self.weight) != self.values) & self.has_grad
+        return torch.stack([changed.sum(), self.has_grad.sum()])
 
 
 def _sample(values: Tensor) -> Tensor:
@@ -47,18 +47,18 @@ def watch(weights: Iterable[Tensor]) -> list[Watched]:
 
 
 def changed_share(watched: list[Watched]) -> float:
-    """Of the weights that have a gradient; 1 of none."""
+    """Share of the values with a gradient that changed; 1 if there are none."""
     if not watched:
         return 1.0
-    moved, pulled = torch.stack([w.changed() for w in watched]).sum(0).tolist()
-    return moved / pulled if pulled else 1.0
+    changed, total = torch.stack([w.changed() for w in watched]).sum(0).tolist()
+    return changed / total if total else 1.0
 
 
 def rounding_note(share: float, lr: float) -> str | None:
-    """What to tell the user after the first step at the full learning rate."""
-    if share >= FEW:
+    """A note after the first step at the full learning rate, if most changes are rounded away."""
+    if share >= MIN_CHANGED:
         return None
     return (
-        f"hardware.weights=bf16: {share:.0%} of the weights changed in a step at the learning rate "
-        f"{lr:g}, the rest was rounded away; use hardware.weights=fp32"
+        f"hardware.weights=bf16: only {share:.0%} of the weights changed in a step at the learning "
+        f"rate {lr:g}, the other updates were rounded away; use hardware.weights=fp32"
     )

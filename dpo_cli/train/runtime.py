@@ -30,7 +30,7 @@ MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where the run computes. `precision` is fp32 or bf16 (autocast)."""
+    """Device, precision (fp32 or bf16 autocast) and ranks of a run."""
 
     device: torch.device
     precision: str
@@ -44,17 +44,16 @@ class Runtime:
     def micro_batch_tokens(self, configured: int | None) -> int:
         return configured or MICRO_BATCH_TOKENS[self.device.type]
 
-    def own_random_numbers(self, seed: int, step: int) -> None:
-        """Among several ranks, draws of dropout that are this rank's and this step's: no state
-        of theirs must be saved, and a step done by another number of ranks draws anew."""
+    def seed_rank(self, seed: int, step: int) -> None:
+        """With several ranks, seed dropout by rank and step, so that checkpoints need no
+        generator state per rank. A resume with another world size draws differently."""
         if self.ranks.size > 1:
             words = np.random.SeedSequence([seed, step, self.ranks.rank]).generate_state(1)
             torch.manual_seed(int(words[0]))
 
     def peak_memory_mb(self) -> float:
-        """High-water mark of the run (on CUDA since memory last ran out), the room it needs: of
-        the device's allocator on CUDA, of resident memory on the CPU, where a step has none of
-        its own."""
+        """Peak memory of the run in MiB: of the CUDA allocator (since the last out-of-memory
+        retry), or the process's resident memory on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         unit = 2**10 if sys.platform == "linux" else 2**20
@@ -65,7 +64,7 @@ def start_runtime(config: HardwareConfig, seed: int) -> Runtime:
     """Choose the device, set threads, seed every generator."""
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
-        raise ConfigError("hardware.device=cuda: no CUDA device here; use hardware.device=cpu")
+        raise ConfigError("hardware.device=cuda: no CUDA device found; use hardware.device=cpu")
     kind = "cuda" if available and config.device != "cpu" else "cpu"
     precision = config.precision
     if precision == "auto":
@@ -78,38 +77,38 @@ def start_runtime(config: HardwareConfig, seed: int) -> Runtime:
     if kind == "cpu":
         keep_freed_memory()
         return Runtime(torch.device("cpu"), precision, ranks)
-    device = torch.device(kind, own_gpu(ranks))
+    device = torch.device(kind, gpu_of_rank(ranks))
     torch.cuda.set_device(device)
     exact_float32()
-    settle_allocator(device)
+    check_allocator(device)
     return Runtime(device, precision, ranks)
 
 
-def own_gpu(ranks: Ranks) -> int:
-    """The GPU of this rank. ConfigError where the node has fewer than ranks."""
+def gpu_of_rank(ranks: Ranks) -> int:
+    """Index of this rank's GPU. ConfigError if the node has fewer GPUs than ranks."""
     count = torch.cuda.device_count()
     if ranks.local >= count and not share_gpus():
         raise ConfigError(
-            f"hardware.devices: a node needs more than its {count} GPUs for its ranks; use "
+            f"hardware.devices: this node has {count} GPUs, fewer than its ranks; use "
             f"hardware.devices={count}"
         )
     return ranks.local % count
 
 
 def exact_float32() -> None:
-    """Float32 products in float32, whatever the environment says: TF32 has 10 bits of it, and a
-    ground-truth reward or hardware.precision=fp32 asks for all of them."""
+    """Disable TF32, whatever the environment says: it has 10 mantissa bits, and a ground-truth
+    reward or hardware.precision=fp32 needs float32."""
     torch.set_float32_matmul_precision("highest")
 
 
-def settle_allocator(device: torch.device) -> None:
-    """Fixed segments where growing ones (see cli.py) fail: they need a driver that maps memory
-    at will, which some virtual machines lack. Tried before anything is allocated."""
+def check_allocator(device: torch.device) -> None:
+    """Fall back from expandable segments (set in cli.py) to fixed ones where the driver lacks
+    virtual memory management, as on some virtual machines. Runs before any allocation."""
     try:
         torch.empty(1, device=device)
         return
     except torch.OutOfMemoryError:
-        raise  # the device is full: fixed segments would find no room either
+        raise  # the device is full; fixed segments would not help
     except RuntimeError as error:
         names = [name for name in ALLOCATOR if GROWING in os.environ.get(name, "")]
         if not names:
@@ -118,12 +117,12 @@ def settle_allocator(device: torch.device) -> None:
     settings = os.environ[names[0]].replace(GROWING, GROWING.replace("True", "False"))
     torch._C._accelerator_setAllocatorSettings(settings)
     torch.empty(1, device=device)
-    os.environ[names[0]] = settings  # of processes that this one starts
-    log.warning("memory in fixed segments, growing ones fail here (%s)", first)
+    os.environ[names[0]] = settings  # for child processes
+    log.warning("expandable memory segments fail on this device (%s): using fixed ones", first)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's malloc keep large freed buffers: page faults on fresh ones cost up to a third."""
+    """Let glibc's malloc keep large freed buffers: page faults cost up to a third of the time."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # neither musl nor macOS
         libc.mallopt(M_MMAP_THRESHOLD, 2**31 - 1)
@@ -131,7 +130,7 @@ def keep_freed_memory() -> None:
 
 
 def quiet_libraries() -> None:
-    """One progress display, ours; transformers' bars and advice would tear it."""
+    """Silence libraries' progress bars and advice, which would garble our progress display."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

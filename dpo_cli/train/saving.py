@@ -1,8 +1,8 @@
-"""A run's checkpoints: when they are due, and how little of them the loop waits for.
+"""Asynchronous checkpointing: when a save is due, and writing it while training continues.
 
-Between two steps the state is copied; a thread then writes, hashes, syncs and publishes it while
-the next steps are taken. One save is under way at a time. What the thread ran into is raised in
-the loop, after the step that is then done.
+Between two steps the state is copied; a thread then writes, hashes, syncs and publishes it during
+the next steps. At most one save is pending. An error of the thread is raised in the loop after the
+current step.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from dpo_cli.train.pace import Pace
 from dpo_cli.train.task import TrainingSession, TrainTask
 
 Best = dict[str, float]  # step and value of a held-out figure
-TOLD_SECONDS = 1.0  # saves that take longer are told with their times
+REPORTED_SECONDS = 1.0  # longer saves are reported with their times
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is left to do of a save."""
+    """A save to be written."""
 
     run_dir: Path
     step: int
-    made: Contents
+    contents: Contents
     facts: dict[str, Any]
     best: dict[str, Any] | None  # best.json
     keep: int
@@ -50,32 +50,31 @@ class Job:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that a job took, and those in which it computed."""
+    """Wall-clock and CPU seconds of a job."""
 
     wall: float
-    computed: float
+    cpu: float
 
 
 def publish(job: Job) -> Times:
     """Write and publish a checkpoint, then remove those that are no longer kept."""
-    began, computed = time.perf_counter(), time.thread_time()
-    checkpoint.publish(job.folder, job.step, job.made, job.facts)
-    tidy(job)
-    return Times(time.perf_counter() - began, time.thread_time() - computed)
+    began, cpu = time.perf_counter(), time.thread_time()
+    checkpoint.publish(job.folder, job.step, job.contents, job.facts)
+    finish(job)
+    return Times(time.perf_counter() - began, time.thread_time() - cpu)
 
 
-def tidy(job: Job) -> None:
-    """After a checkpoint is published."""
+def finish(job: Job) -> None:
+    """After a checkpoint is published: update best.json and prune old checkpoints."""
     if job.best is not None:
         write_json(job.run_dir / "best.json", job.best)
     checkpoint.prune(job.folder, job.step, job.keep, job.protect)
 
 
 class Saves:
-    """The checkpoints of one run; leaving its context waits for the one under way.
+    """The checkpoints of a run; leaving its context waits for the pending save.
 
-    kept: the best of the steps that were saved. The best of all is the loop's own, which does
-    not depend on what was saved when.
+    kept: the best of the saved steps. The loop's own best does not depend on what was saved.
     """
 
     def __init__(self, task: TrainTask, session: TrainingSession, optimizer: Optimizer) -> None:
@@ -87,9 +86,11 @@ class Saves:
         self.pace = Pace(config.train.save_every_minutes)
         self._host = HostCopy(runtime.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dpo-run-save")
-        self._pending: tuple[int, float, Future[Times]] | None = None  # step, stood still, end
+        self._pending: tuple[int, float, Future[Times]] | None = (
+            None  # step, seconds waited, result
+        )
         self._tokenizer: Texts | None = None
-        self._unsaved: Best | None = None  # the best so far, to be told after the pending one
+        self._unsaved: Best | None = None  # the best so far, for best.json after the pending save
         self._noted: set[str] = set()
         self._prepared = False
 
@@ -103,7 +104,7 @@ class Saves:
         trace: TracebackType | None,
     ) -> None:
         try:
-            self.wait() if error is None else self.settle()
+            self.wait() if error is None else self.wait_quietly()
         finally:
             self._thread.shutdown()
             self._host.close()
@@ -113,14 +114,14 @@ class Saves:
         return self._pending is not None and not self._pending[2].done()
 
     def due(self) -> bool:
-        """Whether the time has come; the first rank's clock decides for all."""
+        """Whether a save is due by time; rank 0's clock decides."""
         if self.config.train.save_every_steps is not None:
             return False
         ranks = self.runtime.ranks
         return ranks.any(ranks.first and self.pace.due(self.busy))
 
     def affords(self, best: Best | None) -> bool:
-        """Whether a step may be saved only because it is the best; if not, that is told."""
+        """Whether a step may be saved only because it is the best; if not, notes it once."""
         train = self.config.train
         if train.save_every_steps is not None or train.save_every_minutes is not None:
             return True
@@ -128,15 +129,15 @@ class Saves:
             return True
         self._unsaved = best
         if self._pending is None:
-            self._tell_best()
+            self._write_best()
         self._note_once(
-            "best steps are not all saved: that would take more than 2% of the run's time "
-            "(train.save_every_steps saves them whatever it takes)"
+            "not every best step is saved: that would take more than 2% of the run's time "
+            "(set train.save_every_steps to save all of them)"
         )
         return False
 
-    def look(self) -> None:
-        """After a step: tell of a save that was published meanwhile, or raise what it ran into."""
+    def poll(self) -> None:
+        """After a step: report a finished save, or raise its error."""
         if not self._prepared:
             self._prepared = True
             self._prepare()
@@ -144,25 +145,25 @@ class Saves:
             self.wait()
 
     def wait(self) -> None:
-        """Until none is under way. Raises what it ran into, such as DiskError."""
+        """Wait for the pending save, if any. Raises its error, such as DiskError."""
         if self._pending is None:
             return
-        (step, stood, future), self._pending = self._pending, None
+        (step, waited, future), self._pending = self._pending, None
         times = future.result()
-        on_cpu = self.runtime.device.type == "cpu"  # whose cores train, too
-        self.pace.written(times.wall, times.computed if on_cpu else 0.0)
-        self._tell(step, stood, f", written in {times.wall:.0f} s", stood + times.wall)
-        self._tell_best()
+        on_cpu = self.runtime.device.type == "cpu"  # training shares its cores with the writer
+        self.pace.written(times.wall, times.cpu if on_cpu else 0.0)
+        self._report(step, waited, f", written in {times.wall:.0f} s", waited + times.wall)
+        self._write_best()
 
-    def settle(self) -> None:
-        """Wait beside an error that is the one to tell."""
+    def wait_quietly(self) -> None:
+        """Wait while another error is being raised; a save's own error becomes a note."""
         try:
             self.wait()
         except UserError as error:
             self.note(f"a checkpoint could not be saved: {error}")
 
     def save(self, step: int, best: Best | None, last: bool) -> None:
-        """Save the state of now. last: no step follows, so it is published on return."""
+        """Save the current state. last: no step follows, so it is published on return."""
         began = time.perf_counter()
         self.wait()
         if best is not None and best["step"] == step:
@@ -170,19 +171,20 @@ class Saves:
         self._unsaved = None
         job = self._job(step, best)
         if self.runtime.ranks.size > 1:
-            self._save_together(job, best)
-        elif last or not self._has_room(job.made):
+            self._save_sharded(job, best)
+        elif last or not self._has_memory(job.contents):
             publish(job)
         else:
-            future = self._thread.submit(publish, replace(job, made=self._host.take(job.made)))
+            copied = replace(job, contents=self._host.take(job.contents))
+            future = self._thread.submit(publish, copied)
             self._pending = (step, time.perf_counter() - began, future)
-        stood = time.perf_counter() - began
-        self.pace.stopped(stood)
+        waited = time.perf_counter() - began
+        self.pace.stopped(waited)
         if self._pending is None:
-            self._tell(step, stood, "", stood)
+            self._report(step, waited, "", waited)
 
     def _prepare(self) -> None:
-        """Make room for copies, where any will be taken; the optimiser has its state by now."""
+        """Allocate memory for copies if any will be made; the optimizer has its state by now."""
         train, alone = self.config.train, self.runtime.ranks.size == 1
         on_device = self.runtime.device.type != "cpu"
         if alone and on_device and (train.save_every_steps != 0 or train.eval_every_steps != 0):
@@ -190,9 +192,9 @@ class Saves:
 
     def _job(self, step: int, best: Best | None) -> Job:
         train, task = self.config.train, self.task
-        made = self._contents(step, best) if self.runtime.ranks.size == 1 else Contents()
+        state = self._contents(step, best) if self.runtime.ranks.size == 1 else Contents()
         return Job(
-            self.run_dir, step, made,
+            self.run_dir, step, state,
             {"config_sha256": _config_digest(self.config), "data": task.identity.get("rows")},
             self._best_file(best), train.keep_checkpoints,
             None if self.kept is None else int(self.kept["step"]),
@@ -207,50 +209,46 @@ class Saves:
 
     def _contents(self, step: int, best: Best | None) -> Contents:
         task = self.task
-        if self._tokenizer is None:  # once: it takes a while, and does not change
+        if self._tokenizer is None:  # once: it is slow, and does not change
             self._tokenizer = {**contents.of_tokenizer(task.tokenizer), **task.files}
-        state = checkpoint.stamped(step, self._state(best))
+        state = checkpoint.state_json(step, self._state(best))
         weights = contents.of_model(task.model, self._tokenizer, task.provenance)
         return weights | contents.of_training(self.optimizer, task.heads, state)
 
-    def _save_together(self, job: Job, best: Best | None) -> None:
+    def _save_sharded(self, job: Job, best: Best | None) -> None:
         task, ranks = self.task, self.runtime.ranks
         checkpoint.save(
             job.folder, job.step, task.model, task.tokenizer, self.optimizer, self._state(best),
             task.provenance, task.heads, ranks, job.facts,
         )  # fmt: skip
         if ranks.first:
-            tidy(job)
+            finish(job)
 
-    def _has_room(self, made: Contents) -> bool:
-        why = self._host.refusal(made)
+    def _has_memory(self, state: Contents) -> bool:
+        why = self._host.refusal(state)
         if why is not None:
-            self._note_once(f"saves stop the training: {why}")
+            self._note_once(f"training waits for each save: {why}")
         return why is None
 
     def _best_file(self, best: Best | None) -> dict[str, Any] | None:
         """best.json: the best step so far, and its checkpoint; `saved`: the best that has one."""
         if best is None:
             return None
-        made: dict[str, Any] = {
-            **best,
-            "metric": self.config.train.best_metric,
-            "folder": _folder(best),
-        }
-        if self.kept is None or self.kept["step"] != best["step"]:
-            made["folder"] = None
-            made["saved"] = self.kept and {**self.kept, "folder": _folder(self.kept)}
-        return made
+        own: dict[str, Any] = {**best, "metric": self.config.train.best_metric}
+        if self.kept is not None and self.kept["step"] == best["step"]:
+            return own | {"folder": _folder(best)}
+        saved: dict[str, Any] | None = self.kept and {**self.kept, "folder": _folder(self.kept)}
+        return own | {"folder": None, "saved": saved}
 
-    def _tell_best(self) -> None:
+    def _write_best(self) -> None:
         if self._unsaved is not None and self.runtime.ranks.first:
             write_json(self.run_dir / "best.json", self._best_file(self._unsaved))
         self._unsaved = None
 
-    def _tell(self, step: int, stood: float, written: str, seconds: float) -> None:
+    def _report(self, step: int, waited: float, written: str, seconds: float) -> None:
         line = f"saved checkpoints/step-{step}"
-        if seconds >= TOLD_SECONDS:
-            line += f" (the training stood still {stood:.1f} s{written})"
+        if seconds >= REPORTED_SECONDS:
+            line += f" (training waited {waited:.1f} s{written})"
         self.note(line)
 
     def _note_once(self, line: str) -> None:
@@ -264,7 +262,7 @@ def _folder(best: Best) -> str:
 
 
 def _config_digest(config: RunConfig) -> str:
-    """sha256 of all settings but where and how the run was started."""
+    """sha256 of all settings except those of where and how the run was started."""
     started = ("run_dir", "resume", "dry_run", "cache_dir")
     settings = {key: value for key, value in asdict(config).items() if key not in started}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""The forwards and backwards of one step: micro-batches into summed gradients."""
+"""Gradient accumulation: the forwards and backwards of a step's micro-batches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dpo_cli.train.task import Totals, TrainTask
 
 @dataclass
 class StepSums:
-    """Of the micro-batches of a step; the gradients are in the weights."""
+    """Sums over the micro-batches of a step; the gradients are in the weights' `.grad`."""
 
     totals: Totals = field(default_factory=Totals)
-    batches: list[Batch] = field(default_factory=list)  # as they were packed, on the host
+    batches: list[Batch] = field(default_factory=list)  # on the host
 
     @property
     def tokens(self) -> int:
@@ -41,28 +41,27 @@ class StepSums:
 def accumulate(
     task: TrainTask, batches: Callable[[], Sequence[Batch]], runtime: Runtime, note: Note
 ) -> StepSums:
-    """Sum the loss's gradients over the micro-batches of a step.
+    """Accumulate gradients over the micro-batches of a step.
 
-    Where memory runs out, what was summed is dropped, the task's token budget halves, and the
-    step is done again on `batches()` packed anew: the same gradients but for the order of
-    summation.
+    If memory runs out, the sums are dropped, the task's token budget is halved, and the step is
+    retried on repacked `batches()`: the same gradients up to the order of summation.
     """
     before = RandomStates.of(runtime.device)
-    task.budget.at_work = True
+    task.budget.in_use = True
     while True:
         sums, failed = StepSums(), None
         for batch in batches():
             try:
                 sums.add(task, batch, runtime)
             except RuntimeError as error:
-                if not task.budget.mends(error):
+                if not task.budget.can_retry(error):
                     task.budget.refuse_single(error, batch)
                     raise
                 failed = batch
             if failed is not None:
                 break
         if failed is None:
-            task.budget.at_work = False
+            task.budget.in_use = False
             return sums
         for weight in task.trained.parameters():
             weight.grad = None

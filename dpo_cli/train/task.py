@@ -1,4 +1,4 @@
-"""What a stage hands to the loop, the session it runs in, and sums over micro-batches."""
+"""The interface between a stage and the loop: `TrainTask`, `TrainingSession`, and metric totals."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 
 class TrainingSession(Protocol):
-    """The run that the loop trains in: its settings, and where figures go (metric sinks and the
-    console)."""
+    """What the loop needs of a run: its settings, and where metrics go (sinks and console)."""
 
     @property
     def config(self) -> RunConfig: ...
@@ -36,14 +35,14 @@ class TrainingSession(Protocol):
 
 @dataclass
 class TrainTask:
-    """What a stage gives the loop.
+    """What a stage passes to the loop.
 
-    batches(step): the micro-batches of a 0-based step, a function of the step alone (and of what
-    before_step has made). evaluate(): figures of the held-out rows. on_eval(step): samples.
-    before_step(step): what comes before a step's clock starts, such as rollouts; its figures are
-    logged with every step until it returns others.
-    live_references: models of the same shape that compute_loss runs forward without gradient.
-    save_multiple: a run is saved, and so resumed, after multiples of so many steps only.
+    batches(step): the micro-batches of a 0-based step, a function of the step alone (and of
+    before_step's results). evaluate(): metrics of the held-out rows. on_eval(step): samples.
+    before_step(step): runs before the step is timed, such as rollouts; its metrics are logged
+    with every step until it returns new ones.
+    live_references: reference models of the same shape whose forward compute_loss runs.
+    save_multiple: checkpoints are only saved after multiples of this many steps.
     carried(): JSON that a checkpoint keeps for the stage.
     """
 
@@ -53,14 +52,14 @@ class TrainTask:
     batches: Callable[[int], Sequence[Batch]]
     compute_loss: Callable[[Batch], LossOutput]
     evaluate: Callable[[], dict[str, float]]
-    budget: TokenBudget  # which batches and evaluate keep to
+    budget: TokenBudget  # respected by batches and evaluate
     on_eval: Callable[[int], None] = lambda step: None
     unit: str = "examples"  # what `<unit>_per_second` counts
     provenance: dict[str, Any] = field(default_factory=dict)  # written beside saved weights
-    files: Mapping[str, bytes] = field(default_factory=dict)  # so are these, by name
-    identity: dict[str, str] = field(default_factory=dict)  # digests a resume must find again
-    heads: torch.nn.Module | None = None  # trained with the model, no part of it ...
-    heads_lr_scale: float = 1.0  # ... at so many times its rate
+    files: Mapping[str, bytes] = field(default_factory=dict)  # further files to write, by name
+    identity: dict[str, str] = field(default_factory=dict)  # digests that must match on resume
+    heads: torch.nn.Module | None = None  # trained with the model but not part of it
+    heads_lr_scale: float = 1.0  # their factor on the learning rate
     before_step: Callable[[int], dict[str, float]] | None = None
     live_references: int = 0
     save_multiple: int = 1
@@ -68,31 +67,31 @@ class TrainTask:
 
     @property
     def trained(self) -> torch.nn.Module:
-        """The model, with its heads."""
+        """The model and its heads."""
         return self.model if self.heads is None else torch.nn.ModuleList([self.model, self.heads])
 
 
 class Totals:
-    """Sums over the micro-batches of a step, kept on the device until the step's end."""
+    """Metric sums over the micro-batches of a step, on the device until the step's end."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.weights: dict[str, float] = {}
 
     def add(self, out: LossOutput, share: float = 1.0) -> None:
-        """share: 0 for a row that counts for nothing, whose names are wanted all the same."""
+        """share: 0 for a filler row, which counts for nothing but has the same metric names."""
         parts = {"loss": (out.loss_sum.detach(), out.weight), **out.metrics}
-        for name, (found, weight) in parts.items():
-            value = found if share == 1.0 else found * share
+        for name, (metric_sum, weight) in parts.items():
+            value = metric_sum if share == 1.0 else metric_sum * share
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.weights[name] = self.weights.get(name, 0.0) + weight * share
 
     def means(self, ranks: Ranks = ALONE) -> dict[str, float]:
-        """One transfer for all of them; over all ranks, whose weights then become the step's."""
+        """The means over all ranks, in one transfer; `weights` become those of the whole step."""
         values = torch.stack([v.float() for v in self.sums.values()]).tolist()
         names = list(self.sums)
         if ranks.size > 1:
-            found = ranks.total([*values, *(self.weights[name] for name in names)])
-            values, weights = found[: len(names)], found[len(names) :]
+            totals = ranks.total([*values, *(self.weights[name] for name in names)])
+            values, weights = totals[: len(names)], totals[len(names) :]
             self.weights = dict(zip(names, weights, strict=True))
         return {name: v / self.weights[name] for name, v in zip(names, values, strict=True)}

@@ -87,7 +87,7 @@ def ways_of(args: argparse.Namespace) -> dict[str, Callable[[Path], object]]:
 
     def made() -> contents.Contents:
         weights = contents.of_model(model, tokenizer, {})
-        return weights | contents.of_training(optimizer, None, checkpoint.stamped(1, {}))
+        return weights | contents.of_training(optimizer, None, checkpoint.state_json(1, {}))
 
     def hashed(tensors: Any, path: Path) -> None:
         write_tensors(path, tensors)

@@ -41,7 +41,7 @@ def never_answers() -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "launch":
         os.environ[HOW] = sys.argv[2]
-        elastic.worker = lambda: [__file__]
+        elastic.rank_command = lambda: [__file__]
         main(sys.argv[3:])
     else:
         spoil()

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_cli.config import DpoConfig, OptimConfig
 from dpo_cli.distributed import checkpoint as sharded
-from dpo_cli.distributed.fsdp import gathered, make_mesh, settle, shard, whole
+from dpo_cli.distributed.fsdp import full_tensor, make_mesh, reshard, shard, unsharded
 from dpo_cli.model.attention.registered import kernel_of, prepare, use
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
@@ -50,7 +50,7 @@ def check(setup: Setup) -> Iterator[Fact]:
         yield "losses, largest difference", max(abs(a[0] - b[0]) for a, b in pairs)
         yield "gradient norms, relative difference", max(abs(a[1] / b[1] - 1) for a, b in pairs)
         yield "after a checkpoint, largest difference of weights", restored(setup, model, optimizer)
-        with gathered(model):
+        with unsharded(model):
             again = greedy(model, rows, setup.device)
         yield "sampled tokens that are equal", float(np.mean(np.array(again) == np.array(tokens)))
     finally:
@@ -95,13 +95,13 @@ def greedy(model: Any, rows: list[EncodedExample], device: str) -> list[list[int
 
 def restored(setup: Setup, model: Any, optimizer: Any) -> float:
     """Write a checkpoint, spoil the weights, read it back."""
-    settle(model)
-    before = {n: whole(p.detach()).clone() for n, p in model.named_parameters()}
+    reshard(model)
+    before = {n: full_tensor(p.detach()).clone() for n, p in model.named_parameters()}
     folder = setup.folder("sharded")
     sharded.write(folder, model, optimizer)
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
     sharded.read(folder, model, optimizer)
-    after = {n: whole(p.detach()) for n, p in model.named_parameters()}
+    after = {n: full_tensor(p.detach()) for n, p in model.named_parameters()}
     return max(float((after[n] - before[n]).abs().max()) for n in before)

@@ -40,7 +40,7 @@ class EvaluateConfig(StageConfig):
         "trained against", path=LOCAL_OR_HUB,
     )  # fmt: skip
     pairs: str | None = key(
-        None, "file of labelled pairs for preference accuracy; null: the held-out rows, if pairs",
+        None, "file of labeled pairs for preference accuracy; null: the held-out rows, if pairs",
         path=LOCAL,
     )  # fmt: skip
     allow_trained: bool = key(

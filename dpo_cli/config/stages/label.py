@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class LabelConfig(StageConfig):
-    """Pairs out of sampled completions, labelled by a reward, to train.jsonl and eval.jsonl."""
+    """Pairs out of sampled completions, labeled by a reward, to train.jsonl and eval.jsonl."""
 
     name: str = key("label", "which stage")
     samples: str | None = key(None, "folder of a stage=sample run", path=LOCAL)

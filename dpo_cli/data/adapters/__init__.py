@@ -1,11 +1,11 @@
-"""One file a dataset: how a raw row becomes examples.
+"""Dataset adapters, one file per dataset: how a raw row becomes examples.
 
-An adapter is a pure function `parse(row, index, config) -> iterable of PreferenceExample`
-that raises `BadRow` for a row it cannot use. Blank, repeated or unreadable responses are
-found afterwards, for every dataset alike, by `adapt.adapt`. To add a dataset: a file
-here, a line in `ADAPTERS`, a dataclass in `config/datasets.py`, `conf/data/<name>.yaml`.
+An adapter is a pure function `parse(row, index, config) -> iterable of PreferenceExample` that
+raises `BadRow` for a row it cannot use. Blank, repeated or invalid responses are dropped afterwards
+for every dataset by `adapt.adapt`. To add a dataset: a file here, a line in `ADAPTERS`, a dataclass
+in `config/datasets.py`, `conf/data/<name>.yaml`.
 
-`sentiment` is not in the table: its rows are generated, not read.
+`sentiment` is not in the table, as its rows are generated.
 """
 
 from __future__ import annotations

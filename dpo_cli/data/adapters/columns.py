@@ -1,4 +1,4 @@
-"""Typed reading of a raw row's columns; what has another type raises `BadRow`."""
+"""Typed access to a raw row's columns; a wrong type raises `BadRow`."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def number(row: dict[str, Any], field: str) -> float:
 
 
 def as_number(value: Any, field: str) -> float:
-    """A finite float; a bool is no number."""
+    """A finite float; bools are rejected."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"is {kind(value)}, not a number", field)
-    # Python's integers have no upper limit, floats have
+    # Python's integers are unbounded, floats are not.
     if abs(value) > 1e300 or math.isnan(value):
         raise BadRow("is not a finite number", field)
     return float(value)
 
 
 def as_bool(value: Any, field: str) -> bool:
-    """True or False; 0, 1 and texts are neither."""
+    """True or False; 0, 1 and strings are rejected."""
     if not isinstance(value, bool):
-        raise BadRow(f"holds {kind(value)} where true or false should be", field)
+        raise BadRow(f"has {kind(value)} instead of true or false", field)
     return value
 
 
 def kind(value: Any) -> str:
-    """How a message names a value: `None`, `an empty list`, `int`."""
+    """What messages call a value: `None`, `an empty list`, `int`."""
     if value is None:
         return "None"
     return "an empty list" if value == [] else type(value).__name__

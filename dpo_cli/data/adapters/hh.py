@@ -1,4 +1,4 @@
-"""Anthropic HH (arXiv 2204.05862): `chosen` and `rejected` are whole transcripts."""
+"""Anthropic HH (arXiv 2204.05862): `chosen` and `rejected` are complete transcripts."""
 
 from __future__ import annotations
 
@@ -17,36 +17,35 @@ ASSISTANT = "\n\nAssistant:"
 
 
 def parse(row: dict[str, Any], index: int, config: HhDataConfig) -> Iterable[PreferenceExample]:
-    """Prompt: the dialogue both share, up to its last `Assistant:`; response: what follows.
+    """Prompt: the shared dialogue up to its last `Assistant:`; response: the rest.
 
-    With `chat_template: always`, as for a model that has one (`dataset.py`), the dialogue becomes
-    messages instead of one text.
+    With `chat_template: always`, set for chat models by `dataset.for_tokenizer`, the dialogue
+    becomes messages instead of one text.
     """
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     prompt = shared_dialogue(chosen, rejected)
     pair = (chosen[len(prompt) :], rejected[len(prompt) :])
     for field, response in zip(("chosen", "rejected"), pair, strict=True):
         if HUMAN in response:
-            raise BadRow("goes on with a human turn: the transcripts part before the end", field)
+            raise BadRow("has a human turn after the point where the transcripts differ", field)
     if config.chat_template in ("auto", "never", "human_assistant"):
         yield PreferenceExample(prompt, pair, index)
         return
     stripped = (pair[0].strip(), pair[1].strip())
-    yield PreferenceExample(talk_of(prompt), stripped, index)
+    yield PreferenceExample(to_messages(prompt), stripped, index)
 
 
-def talk_of(prompt: str) -> list[Message]:
-    """A dialogue's text, up to the last `Assistant:`, as messages. BadRow."""
+def to_messages(prompt: str) -> list[Message]:
+    """A dialogue's text, up to the last `Assistant:`, as messages. Raises BadRow."""
     return prompt_messages(dialogue_messages(prompt), "chosen")
 
 
 def shared_dialogue(chosen: str, rejected: str) -> str:
     """The longest text both begin with that ends in `Assistant:`.
 
-    The last `Assistant:` of one transcript is not enough: some answers contain the
-    marker themselves (5 of the 2,312 rows of harmless-base/test; in 4 of them it is the
-    chosen one, and the rejected answer would be cut at a place it does not share). Nor
-    is the longest common prefix: answers often begin with the same words.
+    The last `Assistant:` of one transcript is not enough, as some answers contain the marker (5 of
+    the 2,312 rows of harmless-base/test). Nor is the longest common prefix, as answers often begin
+    with the same words.
     """
     end = chosen.rfind(ASSISTANT)
     while end >= 0:
@@ -60,7 +59,7 @@ def shared_dialogue(chosen: str, rejected: str) -> str:
 def dialogue_messages(prompt: str) -> list[Message]:
     before, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
     if before.strip():
-        raise BadRow("begins with something that is not a turn", "chosen")
+        raise BadRow("does not begin with a turn", "chosen")
     turns = turns[:-2]  # the answer's turn, still empty
     roles = {"Human": "user", "Assistant": "assistant"}
     return [

@@ -1,4 +1,4 @@
-"""IMDb reviews: the prompt is a review's first words, the response its rest (for SFT)."""
+"""IMDb reviews: the prompt is the first words of a review, the response the rest (for SFT)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_cli.records import PreferenceExample
 def parse(row: dict[str, Any], index: int, config: ImdbDataConfig) -> Iterable[PreferenceExample]:
     """Prompts of `min_prompt_words` to `max_prompt_words` words.
 
-    Their number is a hash of the review, so it survives shuffling and never changes.
+    The number is a hash of the review, so it does not depend on seed or order.
     """
     review = text(row, config.text_field).strip()
     low, high = config.min_prompt_words, config.max_prompt_words
@@ -24,6 +24,6 @@ def parse(row: dict[str, Any], index: int, config: ImdbDataConfig) -> Iterable[P
     count = low + int.from_bytes(digest[:8], "little") % (high - low + 1)
     words = list(re.finditer(r"\S+", review))
     if len(words) <= count:
-        raise BadRow(f"has {len(words)} words, the prompt alone takes {count}", config.text_field)
+        raise BadRow(f"has {len(words)} words; the prompt alone takes {count}", config.text_field)
     end = words[count - 1].end()
     yield PreferenceExample(review[:end], (review[end:],), index)

@@ -1,4 +1,4 @@
-"""Your own rows: text or chat prompts, a pair, a ranked list or one demonstration."""
+"""Your own rows: text or chat prompts with a pair, a ranked list or one demonstration."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dpo_cli.records import Message, PreferenceExample, Prompt, Response
 
 
 def parse(row: dict[str, Any], index: int, config: JsonlDataConfig) -> Iterable[PreferenceExample]:
-    """Columns as `data.*_field` names them.
+    """Columns are named by `data.*_field`.
 
-    A prompt is a text or a list of messages. A response is a text or a conversation whose
-    last message is the answer; what comes before it must be the prompt (a text of which is then
-    its last message), or, in a row without a prompt, is the prompt. A list of responses with
-    scores is ordered by them. A system message or tools make a text a message of the user.
+    A prompt is a text or a list of messages. A response is a text or a conversation whose last
+    message is the answer; the messages before it must equal the prompt (or end with it, if that is
+    a text), or are the prompt if the row has none. A list of responses with scores is sorted by
+    them. With a system message or tools, a text prompt becomes a user message.
     """
     answers = _answers(row, config)
     split = [_response(value, field) for field, value in answers]
@@ -61,7 +61,7 @@ def _answers(row: dict[str, Any], config: JsonlDataConfig) -> list[tuple[str, An
 
 
 def _response(value: Any, field: str) -> tuple[list[Message], Response]:
-    """The messages before the answer (none where it is a text), and the answer."""
+    """The messages before the answer (none if it is a text), and the answer."""
     value = as_list([value] if isinstance(value, dict) else value, field)
     return split_answer(value, field) if isinstance(value, list) else ([], as_text(value, field))
 
@@ -79,14 +79,14 @@ def _prompt(row: dict[str, Any], config: JsonlDataConfig, implied: list[Message]
 
 
 def _agreed(prompt: Prompt, before: list[Message], field: str) -> Prompt:
-    """The prompt, of a column and of what stands before an answer. BadRow if they differ."""
+    """The prompt, given by a column or before an answer. BadRow if the two differ."""
     if not before or before == prompt:
         return before or prompt
     if before[0]["role"] in {"assistant", "tool"}:
-        raise BadRow("goes on for several turns: the answer must be one message", field)
+        raise BadRow("has several turns; the answer must be a single message", field)
     if isinstance(prompt, str) and before[-1]["content"].strip() == prompt.strip():
         return prompt_messages(before, field)  # the text is the last message of the conversation
-    raise BadRow("answers another prompt", field)
+    raise BadRow("answers a different prompt", field)
 
 
 def _with_system(prompt: Prompt, row: dict[str, Any], config: JsonlDataConfig) -> Prompt:

@@ -1,4 +1,4 @@
-"""Reading conversations: lists of messages, or the JSON or Python text of one."""
+"""Parse conversations: lists of messages, or their JSON or Python text."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dpo_cli.data.adapters.columns import kind
 from dpo_cli.data.drops import BadRow
 from dpo_cli.records import Message, Response
 
-EMPTY: tuple[Any, ...] = (None, "", [], {})  # values of keys that hold nothing
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values of keys that are left out
 ROLES = ("system", "developer", "user", "assistant", "tool")
 WRITTEN = re.compile(r"""\s*\[\s*\{.{0,200}?["'](role|content)["']\s*:""", re.DOTALL)
 
 
 def is_written(value: Any) -> bool:
-    """Whether a text is that of a list of messages, as CSV files and Python's `str` leave it."""
+    """Whether a value is the text of a list of messages, as written by CSV or Python's `str`."""
     return isinstance(value, str) and WRITTEN.match(value) is not None
 
 
 def as_list(value: Any, field: str) -> Any:
-    """The list that such a text stands for; other values as they are."""
+    """Parse such a text; other values are returned unchanged."""
     if not is_written(value):
         return value
     for read in (json.loads, ast.literal_eval):
@@ -30,11 +30,11 @@ def as_list(value: Any, field: str) -> Any:
             return read(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-    raise BadRow("is a list of messages written as text, which is neither JSON nor Python", field)
+    raise BadRow("is a list of messages as text, but neither valid JSON nor Python", field)
 
 
 def messages(value: Any, field: str) -> list[Message]:
-    """`[{role, content, ...}, ...]`; keys that hold nothing are left out."""
+    """`[{role, content, ...}, ...]`; empty keys are left out."""
     if not isinstance(value, list) or not value:
         raise BadRow(f"is {kind(value)}, not a list of messages", field)
     return [_message(message, field) for message in value]
@@ -42,21 +42,21 @@ def messages(value: Any, field: str) -> list[Message]:
 
 def _message(message: Any, field: str) -> Message:
     if not isinstance(message, dict):
-        raise BadRow(f"holds {kind(message)} where a message should be", field)
-    # roles are written by chat templates as they are: not the place for special tokens
+        raise BadRow(f"has {kind(message)} instead of a message", field)
+    # Chat templates write roles verbatim, so that others could contain special tokens.
     if message.get("role") not in ROLES:
-        raise BadRow(f"has a message whose role is none of {', '.join(ROLES)}", field)
+        raise BadRow(f"has a message whose role is not one of {', '.join(ROLES)}", field)
     kept = {key: _filled(value) for key, value in message.items() if value not in EMPTY}
     if "tool_calls" in kept:
         calls = kept["tool_calls"]
         if not isinstance(calls, list):
-            raise BadRow(f"has {kind(calls)} where a list of tool calls should be", field)
+            raise BadRow(f"has {kind(calls)} instead of a list of tool calls", field)
         kept["tool_calls"] = [_tool_call(call, field) for call in calls]
     return kept | {"content": _content(message, field)}
 
 
 def _filled(value: Any) -> Any:
-    """A value without the keys that a table gave it because other rows have them."""
+    """A value without null keys, which tables add where other rows have the key."""
     if isinstance(value, dict):
         return {key: _filled(part) for key, part in value.items() if part is not None}
     return [_filled(part) for part in value] if isinstance(value, list) else value
@@ -80,14 +80,14 @@ def _part(part: Any, field: str) -> str:
     found = part.get("text") if isinstance(part, dict) else None
     if not isinstance(found, str) or part.get("type", "text") != "text":
         what = part.get("type") if isinstance(part, dict) else kind(part)
-        raise BadRow(f"has a message with a part of type {what}: texts alone are read", field)
+        raise BadRow(f"has a message with a part of type {what}; only text is supported", field)
     return found
 
 
 def _tool_call(call: Any, field: str) -> dict[str, Any]:
-    """A call whose arguments, JSON text in OpenAI's form, are a dict, as templates expect."""
+    """A tool call with arguments as a dict, as templates expect (OpenAI's format: JSON text)."""
     if not isinstance(call, dict):
-        raise BadRow(f"holds {kind(call)} where a tool call should be", field)
+        raise BadRow(f"has {kind(call)} instead of a tool call", field)
     if isinstance(call.get("function"), dict):
         return call | {"function": _tool_call(call["function"], field)}
     if not isinstance(call.get("name"), str):
@@ -97,17 +97,17 @@ def _tool_call(call: Any, field: str) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
-            raise BadRow("has a tool call whose arguments are no JSON", field) from error
+            raise BadRow("has a tool call whose arguments are not valid JSON", field) from error
     return call | {"arguments": {} if arguments is None else arguments}
 
 
 def tools(value: Any, field: str) -> list[Message] | None:
-    """The functions that a conversation may call: a list, or its JSON text."""
+    """The tools of a conversation: a list of functions, or its JSON text."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise BadRow("is no JSON", field) from error
+            raise BadRow("is not valid JSON", field) from error
     if value in EMPTY:
         return None
     found = _filled(value)
@@ -121,22 +121,22 @@ def tools(value: Any, field: str) -> list[Message] | None:
 
 
 def prompt_messages(value: list[Message], field: str) -> list[Message]:
-    """The same messages, which must leave the next turn to the assistant.
+    """The same messages, checked to end before the assistant's turn.
 
-    Most chat templates render a prompt that ends otherwise without the assistant's header.
+    Most chat templates render other prompts without the assistant's header.
     """
     if not value:
         raise BadRow("has no message before the answer", field)
     if value[-1]["role"] not in {"user", "tool"}:
-        raise BadRow(f"ends with a message of the {value[-1]['role']}, not the user", field)
+        raise BadRow(f"ends with a {value[-1]['role']} message instead of a user message", field)
     return value
 
 
 def split_answer(value: Any, field: str) -> tuple[list[Message], Response]:
-    """A conversation's last message, which must be the assistant's, and those before it."""
+    """(messages before the answer, the answer) of a conversation that ends with the assistant."""
     conversation = messages(value, field)
     *before, answer = conversation
     if answer["role"] != "assistant":
-        raise BadRow(f"ends with a message of the {answer['role']}, not the answer", field)
+        raise BadRow(f"ends with a {answer['role']} message instead of the answer", field)
     more = answer.keys() - {"role", "content"}
     return before, answer if more else answer["content"]

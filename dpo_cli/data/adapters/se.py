@@ -22,7 +22,7 @@ HIDDEN = {"script", "style"}
 def parse(row: dict[str, Any], index: int, config: SeDataConfig) -> Iterable[PreferenceExample]:
     """Every pair of answers with different scores, best answers first.
 
-    At most `max_pairs_per_prompt` pairs of a question, where that is set.
+    At most `max_pairs_per_prompt` pairs per question, if that is set.
     """
     prompt = f"\n\nHuman: {strip_html(text(row, 'question'), 'question')}\n\nAssistant:"
     answers = column(row, "answers")
@@ -31,20 +31,20 @@ def parse(row: dict[str, Any], index: int, config: SeDataConfig) -> Iterable[Pre
     scored = sorted(map(_scored_answer, answers), key=lambda answer: -answer[0])
     pairs = [pair for pair in combinations(scored, 2) if pair[0][0] > pair[1][0]]
     if not pairs:
-        raise BadRow("hold no two of different score", "answers")
+        raise BadRow("have no two different scores", "answers")
     for (won, better), (lost, worse) in islice(pairs, config.max_pairs_per_prompt):
         yield PreferenceExample(prompt, (f" {better}", f" {worse}"), index, (won, lost))
 
 
 def _scored_answer(answer: Any) -> tuple[float, str]:
     if not isinstance(answer, dict):
-        raise BadRow("hold something that is not an answer", "answers")
+        raise BadRow("contain something that is not an answer", "answers")
     score = as_number(answer.get("pm_score"), "answers.pm_score")
     return score, strip_html(as_text(answer.get("text"), "answers.text"), "answers.text")
 
 
 def strip_html(source: str, field: str) -> str:
-    """The text of HTML: paragraphs apart, code in backticks, entities decoded."""
+    """The text of HTML: paragraphs separated, code in backticks, entities decoded."""
     reader = _TextOfHtml()
     try:
         reader.feed(source)
@@ -102,7 +102,7 @@ class _TextOfHtml(HTMLParser):
             self.parts.append("\n" * missing)
 
     def newlines(self) -> int:
-        """Newlines the text so far ends with; its beginning counts as two."""
+        """Number of newlines that the text so far ends with; an empty text counts as two."""
         count = 0
         for part in reversed(self.parts):
             bare = part.rstrip("\n")

@@ -9,7 +9,7 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.grammar import continue_review, log_odds, sample_review
 from dpo_cli.records import PreferenceExample
 
-LONGEST_PROMPT = 20  # words; many reviews are not longer
+LONGEST_PROMPT = 20  # words; many reviews have no more
 
 
 def generate(
@@ -18,12 +18,11 @@ def generate(
     """`rows` (at most `max_rows`) training and `eval_rows` held-out examples.
 
     The prompt is the first k words of a longer review, k uniform in [min_prompt_words,
-    max_prompt_words]; the responses are independent continuations from the grammar, best
-    first, each starting with its space; scores are the `log_odds` of prompt + response.
-    A function of (config, seed): each row draws from its own stream, so more rows extend
-    the same data and the prompts stay the same whatever the number of responses. Two
-    responses may coincide (about 1 pair in 1000).
-    Raises ConfigError for values that cannot work.
+    max_prompt_words]; the responses are independent continuations from the grammar, best first,
+    each with its leading space; scores are the `log_odds` of prompt + response. Deterministic in
+    (config, seed): each row has its own random stream, so more rows extend the data and prompts do
+    not depend on the number of responses. Two responses may coincide (about 1 pair in 1000).
+    Raises ConfigError.
     """
     _check(config)
     rows = config.rows if config.max_rows is None else min(config.rows, config.max_rows)
@@ -34,7 +33,7 @@ def generate(
 
 
 def _example(config: SentimentDataConfig, seed: int, split: str, row: int) -> PreferenceExample:
-    assert config.responses is not None  # compose.py resolves null by stage
+    assert config.responses is not None  # config/read.py sets it by stage
     rng = random.Random(f"{seed} {split} {row}")  # a string seed is hashed: streams stay apart
     count = rng.randint(config.min_prompt_words, config.max_prompt_words)
     words = sample_review(rng).split()
@@ -48,7 +47,7 @@ def _example(config: SentimentDataConfig, seed: int, split: str, row: int) -> Pr
 
 
 def _continuation(prompt: str, rng: random.Random) -> str:
-    """A continuation of at least one word: the review may also end with the prompt."""
+    """A continuation of at least one word (the review could also end with the prompt)."""
     while True:
         response = continue_review(prompt, rng)
         if response:
@@ -66,4 +65,4 @@ def _check(config: SentimentDataConfig) -> None:
     for key, smallest in least.items():
         value = getattr(config, key)
         if value is not None and value < smallest:
-            raise ConfigError(f"data.{key}={value}: give {smallest} or more")
+            raise ConfigError(f"data.{key}={value}: must be at least {smallest}")

@@ -14,7 +14,7 @@ from dpo_cli.records import PreferenceExample
 def parse(row: dict[str, Any], index: int, config: ShpDataConfig) -> Iterable[PreferenceExample]:
     """`labels` 1: A is preferred. Pairs below `min_score_ratio` are dropped (and counted).
 
-    Prompt and responses in the dialogue form of the DPO reference code.
+    Prompt and responses have the dialogue format of the DPO reference code.
     """
     prompt = f"\n\nHuman: {text(row, 'history')}\n\nAssistant:"
     a, b = text(row, "human_ref_A"), text(row, "human_ref_B")

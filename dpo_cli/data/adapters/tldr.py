@@ -13,9 +13,9 @@ MARK = "TL;DR:"
 
 
 def parse(row: dict[str, Any], index: int, config: TldrDataConfig) -> Iterable[PreferenceExample]:
-    """The `TL;DR:` that opens both summaries moves to the prompt's end.
+    """A `TL;DR:` at the start of both summaries moves to the end of the prompt.
 
-    So the prompt is the one an SFT model was trained on, and the marker is not scored.
+    That is the prompt SFT models were trained on, and the marker is not scored.
     """
     del config
     prompt, chosen, rejected = (text(row, f) for f in ("prompt", "chosen", "rejected"))

@@ -1,4 +1,4 @@
-"""UltraFeedback, binarised: `chosen` and `rejected` are conversations, with scores."""
+"""UltraFeedback, binarized: `chosen` and `rejected` are conversations, with scores."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dpo_cli.records import PreferenceExample
 def parse(
     row: dict[str, Any], index: int, config: UltrafeedbackDataConfig
 ) -> Iterable[PreferenceExample]:
-    """The prompt is the conversation before the answer, which both sides must share."""
+    """The prompt is the conversation before the answer, which both responses must share."""
     del config
     prompt, chosen = split_answer(column(row, "chosen"), "chosen")
     other, rejected = split_answer(column(row, "rejected"), "rejected")
     if other != prompt:
-        raise BadRow("answers another conversation than chosen", "rejected")
+        raise BadRow("answers a different prompt than chosen", "rejected")
     scores = number(row, "score_chosen"), number(row, "score_rejected")
     yield PreferenceExample(prompt_messages(prompt, "chosen"), (chosen, rejected), index, scores)

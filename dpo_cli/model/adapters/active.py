@@ -65,7 +65,7 @@ def adapter_as(model: PreTrainedModel, name: str | None) -> Iterator[None]:
     """Run the body with another adapter, or with none.
 
     PEFT's own switch also turns `requires_grad`, which whoever shards the weights or holds them
-    in an optimiser has looked at already.
+    in an optimizer has looked at already.
     """
     switched = layers(model)
     before = [(layer._disable_adapters, layer._active_adapter) for layer in switched]

@@ -121,7 +121,7 @@ def put_in(
     if told == LORA:
         _refuse_unmatched(model, config, there)
     _refuse_heads(model, config, told)
-    cast_adapter_dtype(model, name)  # quantised layers give theirs the dtype they compute in
+    cast_adapter_dtype(model, name)  # quantized layers give theirs the dtype they compute in
     cast(Any, model).adapter_files = partial(adapter_files, model)  # what a checkpoint keeps
     if weights is not None:
         read_adapter(model, weights, name)

@@ -14,13 +14,13 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from dpo_cli.errors import ConfigError
 from dpo_cli.model.attention.registered import Placement
 
-QUANTISED = ("Linear4bit", "Linear8bitLt")
+QUANTIZED = ("Linear4bit", "Linear8bitLt")
 
 
-def quantised(kind: str | None, on: Placement) -> dict[str, Any]:
-    """What from_pretrained is told; the weights are quantised on the device they will stay on.
+def quantized(kind: str | None, on: Placement) -> dict[str, Any]:
+    """What from_pretrained is told; the weights are quantized on the device they will stay on.
 
-    nf4: double-quantised, multiplied in `on.dtype` (arXiv 2305.14314); int8: arXiv 2208.07339.
+    nf4: double-quantized, multiplied in `on.dtype` (arXiv 2305.14314); int8: arXiv 2208.07339.
     """
     if kind is None:
         return {}
@@ -42,21 +42,21 @@ def quantised(kind: str | None, on: Placement) -> dict[str, Any]:
 
 
 def steady(model: PreTrainedModel) -> None:
-    """Make quantised layers on a CPU compute the same in training and evaluation.
+    """Make quantized layers on a CPU compute the same in training and evaluation.
 
     There bitsandbytes lets an evaluation repack 4-bit weights for good, and gradients no longer
     pass; in 8 bits it rounds activations in evaluation alone, so that policy and reference differ.
     """
-    for layer in quantised_layers(model):
+    for layer in quantized_layers(model):
         layer.support_avx512bf16_for_cpu = False
         if layer.weight.device.type == "cpu" and type(layer).__name__ == "Linear8bitLt":
             layer.training, layer.train = True, partial(_as_it_is, layer)
 
 
 def multiply_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Dequantise 4-bit weights to the dtype they are multiplied in. bitsandbytes takes the one
-    they were quantised from, and casts: twice the memory traffic for the same numbers."""
-    for layer in quantised_layers(model):
+    """Dequantize 4-bit weights to the dtype they are multiplied in. bitsandbytes takes the one
+    they were quantized from, and casts: twice the memory traffic for the same numbers."""
+    for layer in quantized_layers(model):
         if state := getattr(layer.weight, "quant_state", None):
             state.dtype = dtype
 
@@ -65,29 +65,29 @@ def _as_it_is(layer: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
     return layer
 
 
-def quantised_layers(model: PreTrainedModel) -> list[Any]:
+def quantized_layers(model: PreTrainedModel) -> list[Any]:
     return [
-        m for m in model.modules() if type(m).__name__ in QUANTISED
+        m for m in model.modules() if type(m).__name__ in QUANTIZED
         and type(m).__module__.startswith("bitsandbytes")  # PEFT calls those around them the same
     ]  # fmt: skip
 
 
 def dense_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of all weights, quantised ones dequantised, one at a time."""
-    quantised = {id(layer.weight): layer for layer in quantised_layers(model)}
+    """Names and values of all weights, quantized ones dequantized, one at a time."""
+    quantized = {id(layer.weight): layer for layer in quantized_layers(model)}
     for name, weight in model.named_parameters():
-        layer = quantised.get(id(weight))
+        layer = quantized.get(id(weight))
         yield name, weight if layer is None else _weight(layer)
 
 
 @contextmanager
-def dequantised(model: PreTrainedModel) -> Iterator[None]:
-    """In the body quantised layers multiply as dense ones, with the same values.
+def dequantized(model: PreTrainedModel) -> Iterator[None]:
+    """In the body quantized layers multiply as dense ones, with the same values.
 
     int8 rounds activations by what else is in the batch: a packed row would seem to differ from
     the plain forward.
     """
-    layers = quantised_layers(model)
+    layers = quantized_layers(model)
     for layer in layers:
         layer.forward = partial(_dense, layer)
     try:
@@ -103,8 +103,8 @@ def _dense(layer: Any, x: Tensor) -> Tensor:
 
 
 class _Dense(torch.autograd.Function):
-    """x W^T + b, with W dequantised once more in the backward: kept until then, the weights of all
-    layers would lie dense in memory at once, which is what quantising them avoids."""
+    """x W^T + b, with W dequantized once more in the backward: kept until then, the weights of all
+    layers would lie dense in memory at once, which is what quantizing them avoids."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Any) -> Tensor:
@@ -119,7 +119,7 @@ class _Dense(torch.autograd.Function):
 
 
 def _weight(layer: Any) -> Tensor:
-    """(out, in) dequantised. PEFT's function for it replaces the layer's parameter on a CPU."""
+    """(out, in) dequantized. PEFT's function for it replaces the layer's parameter on a CPU."""
     stored = layer.weight
     if type(layer).__name__ == "Linear4bit":
         from bitsandbytes.functional import dequantize_4bit

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.logprobs import logits_of
 from dpo_cli.model import forward
-from dpo_cli.model.adapters.quantize import dense_weights, dequantised
+from dpo_cli.model.adapters.quantize import dense_weights, dequantized
 from dpo_cli.model.attention import products as kernels
 from dpo_cli.model.attention import registered as attention
 from dpo_cli.model.attention import varlen
@@ -83,7 +83,7 @@ def choose_attention(
         refuse_non_finite(type(model).__name__, dense_weights(model))
     reasons: dict[str, str] = {}
     few = smallest(model.eval(), on.device, plain_values)
-    with dequantised(few), _Trial(few, plain_values, packed_values).begin() as trial:
+    with dequantized(few), _Trial(few, plain_values, packed_values).begin() as trial:
         for kernel in _order(choice, on):
             why = trial.refuted(kernel, on)
             if why is None:

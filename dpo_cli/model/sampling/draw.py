@@ -59,7 +59,7 @@ def _choose(p: Tensor, generator: torch.Generator) -> Tensor:
 def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Index of the weight, (B, n), that holds each number of [0, 1), and how far inside it is.
 
-    Float32 edges would favour tokens: a vocabulary's tail has steps below its rounding.
+    Float32 edges would favor tokens: a vocabulary's tail has steps below its rounding.
     """
     edges = weights.double().cumsum(-1)
     target = uniform.clamp_max(1.0 - EPS) * edges[:, -1:]  # below the last edge after rounding

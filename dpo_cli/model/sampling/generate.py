@@ -202,7 +202,7 @@ def rows_that_fit(
 
 
 def _batches(kinds: Sequence[Any], size: int) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) of at most `size` neighbours of the same kind."""
+    """(first, last + 1) of at most `size` neighbors of the same kind."""
     first = 0
     while first < len(kinds):
         near = kinds[first : first + size]
