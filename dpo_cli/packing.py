@@ -1,7 +1,7 @@
-"""Examples -> packed rows `[p|c|r][p|c|r]...`: the prompt once, then its branches.
+"""Pack examples into rows `[p|c|r][p|c|r]...`: each prompt once, then its branches.
 
-No padding, and the prompt shared by its responses. The last token of a branch predicts
-nothing that is scored, so it is left out unless a stage reads it (`keep_last`).
+Rows have no padding, and responses share their prompt. The last token of a branch predicts no
+target, so it is left out unless a stage reads it (`keep_last`).
 Layout and gains: prefix sharing for preference pairs, arXiv 2410.20305.
 """
 
@@ -37,10 +37,10 @@ def fill_bins(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def deal(sizes: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
-    """As `fill_bins`, in groups of about equal sizes whose number is a multiple of `ranks`.
+    """As `fill_bins`, into groups of about equal size whose number is a multiple of `ranks`.
 
-    Largest first, each to the group with the least so far; groups stay empty where there are
-    fewer sizes than ranks. One group more a rank until all fit. Deterministic.
+    Largest first, each into the smallest group so far; with one more group per rank until all fit.
+    Groups stay empty if there are fewer sizes than ranks. Deterministic.
     """
     rounds = max(1, -(-sum(sizes) // (budget * ranks)))
     while True:
@@ -59,13 +59,13 @@ def deal(sizes: Sequence[int], budget: int, ranks: int) -> list[list[int]]:
 
 
 def kinds_of(prompt: int, responses: Sequence[int], cuts: Sequence[int]) -> tuple[int, ...]:
-    """Which kinds the sequences of an example are, by their lengths, each kind once: how many of
-    the `cuts`, ascending, they exceed. Without responses that of the prompt."""
+    """The distinct kinds of an example's sequences: how many of the ascending `cuts` their lengths
+    exceed. Without responses, the kind of the prompt."""
     return tuple(sorted({bisect_left(cuts, prompt + length) for length in responses or (0,)}))
 
 
 class _Row:
-    """A row as it grows, example by example."""
+    """A packed row under construction."""
 
     def __init__(self, keep_last: bool, cuts: Sequence[int]) -> None:
         self.drop, self.cuts = 0 if keep_last else 1, cuts
@@ -78,7 +78,7 @@ class _Row:
         self.end = 0
 
     def add(self, example: EncodedExample) -> None:
-        """Its prompt, once for each kind of length of its responses, and they behind it."""
+        """Append an example: its prompt once per kind of its sequences, each with its responses."""
         places: dict[int, tuple[int, int, int]] = {}
         prompt = len(example.prompt_ids)
         for kind in kinds_of(prompt, [len(r) for r in example.response_ids], self.cuts):
@@ -89,18 +89,18 @@ class _Row:
             ]
             places |= self._segment(example, numbers)
         for number, response in enumerate(example.response_ids):
-            last_of_prompt, offset, kept = places[number]
+            last_of_prompt, offset, length = places[number]
             # The prompt's last token predicts the first token of every branch.
             inner = np.arange(offset, offset + len(response) - 1)
             self.sources.append(np.concatenate([[last_of_prompt], inner])[: len(response)])
             self.targets.append(response)
-            self.last.append(offset + kept - 1 if kept else last_of_prompt)
+            self.last.append(offset + length - 1 if length else last_of_prompt)
 
     def _segment(
         self, example: EncodedExample, numbers: Sequence[int]
     ) -> dict[int, tuple[int, int, int]]:
-        """A prompt and some of its responses. Of each: the prompt's last token, its own first and
-        how many tokens of it there are."""
+        """Append a prompt and some of its responses. Returns for each response: the index of the
+        prompt's last token, the index of its own first token, and its number of tokens."""
         branches = [example.response_ids[n] for n in numbers]
         branches = [ids[: len(ids) - self.drop] for ids in branches]
         prompt, start = len(example.prompt_ids), self.end
@@ -123,11 +123,12 @@ def pack(
 ) -> Batch:
     """Pack examples with the same number of responses into one row.
 
-    cuts: lengths that a model cuts rows at (`model.rope`). An example that lies on both sides of
-    one has its prompt on both, and a row beyond one keeps last tokens: they count for the length.
+    cuts: lengths at which the model's rotary frequencies change (`model.rope`). An example with
+    sequences on both sides of a cut has its prompt twice, and a row beyond a cut keeps last tokens,
+    which count towards the length.
     """
     branches = len(examples[0].response_ids)
-    assert all(len(e.response_ids) == branches for e in examples), "a row holds one K"
+    assert all(len(e.response_ids) == branches for e in examples), "a row has one K"
     keep_last = keep_last or any(max(_kinds(e, cuts)) for e in examples)
     row = _Row(keep_last, cuts)
     for example in examples:
@@ -156,7 +157,7 @@ def _kinds(example: EncodedExample, cuts: Sequence[int]) -> tuple[int, ...]:
 
 
 def _size(example: EncodedExample, cuts: Sequence[int]) -> int:
-    """Tokens it takes in a row."""
+    """Tokens of an example in a row."""
     copies = len(_kinds(example, cuts)) - 1 if cuts else 0
     return example.packed_tokens + copies * len(example.prompt_ids)
 
@@ -189,9 +190,9 @@ def pack_share(
     keep_last: bool = False,
     cuts: Sequence[int] = (),
 ) -> list[Batch]:
-    """One rank's part of `pack_all`: as many rows on every rank, of about equal lengths.
+    """One rank's share of `pack_all`: the same number of rows on every rank, of similar lengths.
 
-    Where there are too few examples for that, the shortest is computed again as a filler.
+    If there are too few examples, the shortest is repeated as a filler row.
     """
     sizes = [_size(examples[i], cuts) for i in indices]
     groups = deal(sizes, token_budget, ranks)
@@ -210,8 +211,8 @@ def pack_sorted(
     keep_last: bool = False,
     cuts: Sequence[int] = (),
 ) -> Iterable[Batch]:
-    """Every example once, longest first, in rows of about equal lengths: for passes that
-    only measure (reference log-probs, evaluation)."""
+    """Every example once, longest first, in rows of similar lengths: for forward-only passes
+    (reference log-probabilities, evaluation)."""
     sizes = [_size(example, cuts) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: -sizes[i])
     group: list[int] = []

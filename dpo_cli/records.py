@@ -1,4 +1,4 @@
-"""The plain values that flow through a run.
+"""The data structures of a run.
 
     raw row -> PreferenceExample -> EncodedExample -> Batch -> LossOutput
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:  # keeps torch and numpy off the path of `dpo-run --help`
     import numpy as np
     from torch import Tensor
 
-# {"role": "user" | "assistant" | ..., "content": text, ...}, with whatever else a template reads,
+# {"role": "user" | "assistant" | ..., "content": text, ...}, and other keys that templates read,
 # such as tool_calls or reasoning_content; a conversation's tools are a key of its first message.
 Message = dict[str, Any]
 Prompt = str | list[Message]
-Response = str | Message  # a message where it holds more than a text
+Response = str | Message  # a message if it has more than a text
 
 
 def response_text(response: Response) -> str:
-    """What a reader sees of a response."""
+    """The text of a response."""
     return response if isinstance(response, str) else str(response["content"])
 
 
@@ -36,8 +36,8 @@ class PreferenceExample:
     """One prompt and its responses, best first.
 
     One response: a demonstration (SFT). Two: chosen and rejected. More: a ranked list.
-    `row` is the 0-based row of the source file, for messages about this example. finished:
-    False for a response that a limit of tokens cut, which gets no EOS; None: none was cut.
+    row: 0-based row of the source file, for messages. finished: per response, False if it ended by
+    length and so gets no EOS; None: all are finished.
     """
 
     prompt: Prompt
@@ -49,11 +49,11 @@ class PreferenceExample:
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """Token ids of a prompt (with BOS where the model has one) and of each response.
+    """Token ids of a prompt (with BOS if the model has one) and of each response.
 
-    A response ends with EOS unless it was cut, to a limit or when it was sampled. All arrays
-    are int32 and 1-D. key: of the prompt's content, see data/trained.py; 0: unknown. prompt_json:
-    the prompt as its source has it, as UTF-8 of JSON, which takes less memory than messages do.
+    A response ends with EOS unless it was truncated or unfinished. All arrays are int32 and 1-D.
+    key: of the prompt's content, see data/trained.py; 0: unknown. prompt_json: the source's prompt
+    as UTF-8 JSON, which takes less memory than messages.
     """
 
     prompt_ids: np.ndarray
@@ -71,13 +71,13 @@ class EncodedExample:
 
     @property
     def packed_tokens(self) -> int:
-        """Tokens this example takes in a packed row (prompt once)."""
+        """Tokens of this example in a packed row (prompt once)."""
         return len(self.prompt_ids) + sum(len(r) for r in self.response_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Where one example lies in a packed row: a prompt, then its branches.
+    """The position of one example in a packed row: a prompt, then its branches.
 
     start: offset of the prompt; prompt: its length; branches: length of each branch.
     """
@@ -94,15 +94,15 @@ class Batch:
     input_ids, position_ids: (T,). A branch's positions continue its prompt's.
     source_index: (N,) row of the hidden state that predicts each target.
     targets: (N,) token ids; sequence_index: (N,) in [0, S): the branch of each target.
-    sequence_lengths: (S,) targets a branch has. Branches of one example are adjacent.
-    example_ids: (E,) positions of the examples in their dataset; places: the same on the host,
-    where asking for them does not wait for the device.
-    branches: K, the same for every example of the row. counts: targets of each example.
+    sequence_lengths: (S,) number of targets of each branch. Branches of an example are adjacent.
+    example_ids: (E,) indices of the examples in their dataset; places: the same on the host, to be
+    read without a device synchronization.
+    branches: K, the same for every example of the row. counts: number of targets per example.
     last_index: (S,) row of each branch's last token (its prompt's if the branch is empty);
-    None where last tokens are left out.
-    filler: a row that counts for nothing, computed to keep step with other ranks.
-    cuts: lengths on either side of which sequences do not share a segment (`packing.pack`).
-    layouts: kernel -> how its attention finds its way in the row, made when first needed.
+    None if last tokens are left out.
+    filler: a row with weight 0, computed to stay in step with other ranks.
+    cuts: sequences on different sides of these lengths do not share a segment (`packing.pack`).
+    layouts: kernel -> its attention layout of this row, built when first needed.
     """
 
     input_ids: Tensor
@@ -125,7 +125,7 @@ class Batch:
         return self._each(lambda part: part.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The batch in memory from which a copy to CUDA does not wait."""
+        """The batch in pinned memory, for asynchronous copies to CUDA."""
         return self._each(lambda part: part.pin_memory())
 
     def _each(self, move: Callable[[Any], Any]) -> Batch:
@@ -143,10 +143,10 @@ class Batch:
 
 @dataclass(slots=True)
 class LossOutput:
-    """A micro-batch's part of the step's loss.
+    """A micro-batch's contribution to the step's loss.
 
-    loss_sum: scalar with gradient; weight: what the whole step's sum is divided by,
-    once (examples, or target tokens). metrics: name -> (sum, weight) on the device.
+    loss_sum: scalar with gradient; weight: number of examples or target tokens; the step divides
+    the total sum once by the total weight. metrics: name -> (sum on the device, weight).
     """
 
     loss_sum: Tensor
@@ -154,6 +154,6 @@ class LossOutput:
     metrics: dict[str, tuple[Tensor, float]]
 
     def on_cpu(self) -> LossOutput:
-        """The same figures, to be sent to another process."""
-        figures = {name: (value.cpu(), weight) for name, (value, weight) in self.metrics.items()}
-        return LossOutput(self.loss_sum.detach().cpu(), self.weight, figures)
+        """A detached copy on the CPU, to be sent to another process."""
+        metrics = {name: (value.cpu(), weight) for name, (value, weight) in self.metrics.items()}
+        return LossOutput(self.loss_sum.detach().cpu(), self.weight, metrics)

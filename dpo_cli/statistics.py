@@ -1,4 +1,4 @@
-"""Small statistics of samples."""
+"""Statistics of samples: means with errors, calibration, win rates."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def distinct_ngrams(texts: Sequence[str], n: int) -> float:
 
 @dataclass(frozen=True)
 class Bin:
-    """Predictions of about one confidence: their means of it and of being right, their number."""
+    """A bin of predictions of similar confidence: mean confidence, accuracy and count."""
 
     confidence: float
     accuracy: float
@@ -39,11 +39,11 @@ class Bin:
 
 
 def reliability(margins: Sequence[float], bins: int = 10) -> list[Bin]:
-    """Predicted preferences in equal bins of their confidence in [1/2, 1]; empty ones left out.
+    """Predicted preferences in equal bins of confidence in [1/2, 1]; empty bins are left out.
 
     margins: r_w - r_l, the log-odds that the chosen response is the better one. The model
     prefers the response with the higher reward, with confidence sigmoid(|margin|), and is
-    right where that is the chosen one; a tie is half right.
+    right if that is the chosen one; a tie is half right.
     """
     groups: list[list[float]] = [[] for _ in range(bins)]
     for margin in margins:
@@ -61,12 +61,12 @@ def reliability(margins: Sequence[float], bins: int = 10) -> list[Bin]:
 
 
 def _sigmoid(value: float) -> float:
-    """Of a value that is not negative, so that nothing overflows."""
+    """Sigmoid of a non-negative value, which cannot overflow."""
     return 1.0 / (1.0 + math.exp(-value))
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
-    """Expected calibration error: mean |accuracy - confidence| of the bins, weighted by count
+    """Expected calibration error: mean |accuracy - confidence| over bins, weighted by count
     (arXiv 1706.04599 eq. 3)."""
     total = sum(b.count for b in bins)
     return math.fsum(b.count * abs(b.accuracy - b.confidence) for b in bins) / total
@@ -74,7 +74,7 @@ def calibration_error(bins: Sequence[Bin]) -> float:
 
 @dataclass(frozen=True)
 class WinRate:
-    """Share of matches won, and its 95% interval; NaN without a match."""
+    """Share of matches won and its 95% interval; NaN without matches."""
 
     value: float
     low: float
@@ -82,7 +82,7 @@ class WinRate:
 
 
 def share_of(right: Sequence[float]) -> WinRate:
-    """Mean of values that are 0, 1/2 (a tie) or 1, with Wilson's interval."""
+    """Mean of values 0, 1/2 (a tie) or 1, with Wilson's interval."""
     ties = sum(value == 0.5 for value in right)
     wins = sum(value == 1.0 for value in right)
     return win_rate(wins, len(right) - wins - ties, ties)
@@ -91,16 +91,15 @@ def share_of(right: Sequence[float]) -> WinRate:
 def win_rate(wins: int, losses: int, ties: int) -> WinRate:
     """(wins + ties / 2) / (wins + losses + ties) with Wilson's score interval (1927, 95%).
 
-    A tie enters the interval, too, as half a win in one match. That treats its spread as a
-    coin's, which is larger than a tie's own, so with many ties the interval is too wide
-    rather than too narrow.
+    A tie counts as half a win in the interval as well. That overestimates its variance, so with
+    many ties the interval is too wide rather than too narrow.
     """
     n = wins + losses + ties
     return share_interval((wins + ties / 2) / n if n else math.nan, n)
 
 
 def share_interval(share: float, n: int) -> WinRate:
-    """A share of n with Wilson's score interval; NaN without any."""
+    """A share of n with Wilson's score interval; NaN if n is 0."""
     if n == 0:
         return WinRate(math.nan, math.nan, math.nan)
     z2 = Z_95**2

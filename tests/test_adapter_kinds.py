@@ -70,14 +70,14 @@ MERGED = {  # merged, and refused where they would be trained on
         target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True), "names the output"),
     "one of tied": ("qwen2", low_rank(modules_to_save=["lm_head"]), "would part: use lora=none"),
     "tokens alone": ("qwen2", peft.TrainableTokensConfig(
-        token_indices=[5, 70], task_type="CAUSAL_LM"), "type TRAINABLE_TOKENS, and LoRA alone"),
-    "loha": ("llama", peft.LoHaConfig(r=2, target_modules=QV), "type LOHA, and LoRA alone"),
-    "vera": ("llama", peft.VeraConfig(r=4, target_modules=QV), "type VERA, and LoRA alone"),
+        token_indices=[5, 70], task_type="CAUSAL_LM"), "type TRAINABLE_TOKENS, but only LoRA"),
+    "loha": ("llama", peft.LoHaConfig(r=2, target_modules=QV), "type LOHA, but only LoRA"),
+    "vera": ("llama", peft.VeraConfig(r=4, target_modules=QV), "type VERA, but only LoRA"),
     "vblora": ("llama", peft.VBLoRAConfig(
-        r=4, num_vectors=20, vector_length=16, target_modules=QV), "type VBLORA, and LoRA alone"),
-    "oft": ("llama", peft.OFTConfig(oft_block_size=4, r=0, target_modules=QV), "type OFT, and"),
+        r=4, num_vectors=20, vector_length=16, target_modules=QV), "type VBLORA, but only LoRA"),
+    "oft": ("llama", peft.OFTConfig(oft_block_size=4, r=0, target_modules=QV), "type OFT, but"),
     "adalora": ("llama", peft.AdaLoraConfig(
-        init_r=4, target_r=2, total_step=9, target_modules=QV), "type ADALORA, and LoRA alone"),
+        init_r=4, target_r=2, total_step=9, target_modules=QV), "type ADALORA, but only LoRA"),
 }  # fmt: skip
 REFUSED = {
     "prompt tuning": (peft.PromptTuningConfig(num_virtual_tokens=2), "PROMPT_TUNING, learned in"),

@@ -84,8 +84,11 @@ class TestHh:
     @pytest.mark.parametrize(
         ("start", "message"),
         [
-            ("Note.\n\nHuman: hi\n\nAssistant:", "not a turn"),
-            ("\n\nHuman: hi\n\nAssistant: a\n\nAssistant:", "ends with a message of the assistant"),
+            ("Note.\n\nHuman: hi\n\nAssistant:", "does not begin with a turn"),
+            (
+                "\n\nHuman: hi\n\nAssistant: a\n\nAssistant:",
+                "ends with a message of role assistant",
+            ),
             ("\n\nAssistant:", "no message before the answer"),
         ],
     )
@@ -252,11 +255,11 @@ class TestUltrafeedback:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"rejected": [USER | {"content": "other"}, answer("b")]}, "another conversation"),
-            ({"chosen": [USER]}, "chosen ends with a message of the user"),
+            ({"rejected": [USER | {"content": "other"}, answer("b")]}, "a different prompt"),
+            ({"chosen": [USER]}, "chosen ends with a message of role user"),
             ({"chosen": [answer("a")], "rejected": [answer("b")]}, "no message before"),
             ({"chosen": []}, "chosen is an empty list"),
-            ({"chosen": [USER, "a"]}, "chosen holds str where a message"),
+            ({"chosen": [USER, "a"]}, "chosen has str instead of a message"),
             ({"chosen": [{"role": "<|im_end|>", "content": "q"}, answer("a")]}, "whose role is"),
             ({"chosen": [USER | {"content": None}, answer("a")]}, "whose content is not text"),
             ({"score_chosen": "8"}, "score_chosen is str"),
@@ -296,7 +299,7 @@ class TestJsonl:
         for value, message in (
             ([True], "ended is not a list of 2 bools, one per response"),
             (True, "ended is not a list of 2 bools"),
-            ([1, 0], "ended holds int where true or false should be"),
+            ([1, 0], "ended has int instead of true or false"),
             ([True, None], "ended holds None where"),
         ):
             assert message in reason(jsonl.parse, row | {"ended": value}, config)
@@ -326,10 +329,13 @@ class TestJsonl:
             ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt is None, not text"),
             ({"prompt": "x", "chosen": 5, "rejected": "b"}, "chosen is int, not text"),
             ({"chosen": "a", "rejected": "b"}, "prompt is missing"),
-            ({"prompt": [answer("x")], "chosen": "a", "rejected": "b"}, "message of the assistant"),
+            (
+                {"prompt": [answer("x")], "chosen": "a", "rejected": "b"},
+                "message of role assistant",
+            ),
             (
                 {"chosen": [USER, answer("a")], "rejected": [USER, USER, answer("b")]},
-                "rejected answers another prompt",
+                "rejected answers a different prompt",
             ),
         ],
     )
@@ -398,7 +404,7 @@ def test_report_shows_five_rows_and_keeps_all() -> None:
     for row in range(7):
         drops.add("chosen is blank", row)
     drops.add("text is None, not text", 99)
-    drops.add_truncated("prompt to 8 tokens", 3)
+    drops.add_truncated("prompt (data.max_prompt_length=8)", 3)
     held = DropReport(read=10, dropped={"chosen is blank": [4]})
     drops.absorb(held, "eval split: ")
     assert drops.dropped["chosen is blank"] == list(range(7))
@@ -406,5 +412,5 @@ def test_report_shows_five_rows_and_keeps_all() -> None:
         "dropped 7 of 1,244 rows: chosen is blank (rows 0, 1, 2, 3, 4 and 2 more)",
         "dropped 1 of 1,244 rows: text is None, not text (row 99)",
         "dropped 1 of 1,244 rows: eval split: chosen is blank (row 4)",
-        "truncated 1 of 1,244 rows: prompt to 8 tokens (row 3)",
+        "truncated 1 of 1,244 rows: prompt (data.max_prompt_length=8) (row 3)",
     ]

@@ -40,7 +40,7 @@ def test_a_slow_fallback_is_told_and_keeps_rows_short(gptj, tmp_path, capsys, mo
     told = [line for line in capsys.readouterr().err.splitlines() if "attention=" in line]
     assert told == [
         "model.path: GPTJForCausalLM runs with attention=dense, slower than packed, at most 2,048 "
-        "tokens a micro-batch (grouped: it ignores the registered attention)"
+        "tokens per micro-batch (grouped: it ignores the registered attention)"
     ]
     assert set(budgets) == {2048}
     assert metrics(tmp_path / "r")[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-5)

@@ -218,7 +218,7 @@ def test_what_does_not_compile_runs_eagerly_and_says_so(monkeypatch):
         for a, b in zip(step(model, rows()[0]), expected, strict=True):
             assert torch.equal(a, b)
     assert len(notes) == 1
-    assert notes[0].startswith("hardware.compile=blocks: the blocks run eagerly: ")
+    assert notes[0].startswith("hardware.compile=blocks: falling back to eager blocks: ")
     assert "no such instruction" in notes[0]
     torch._dynamo.reset()
 

@@ -199,7 +199,7 @@ class TestTools:
     @pytest.mark.parametrize(
         ("calls", "why"),
         [
-            ({"name": "rain"}, "has .* where a list of tool calls should be"),
+            ({"name": "rain"}, "has .* instead of a list of tool calls"),
             ([{"function": "rain", "arguments": {}}], "has a tool call without a function's name"),
         ],
     )
@@ -237,7 +237,7 @@ class TestContent:
 
     def test_messages_that_no_one_can_read(self) -> None:
         broken = "[{'role': 'user', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]"
-        with pytest.raises(BadRow, match="neither JSON nor Python"):
+        with pytest.raises(BadRow, match="neither valid JSON nor Python"):
             encoded("ChatML", {"prompt": broken, "chosen": "a", "rejected": "b"})
 
     def test_a_prompt_text_beside_its_conversation(self) -> None:
@@ -247,7 +247,7 @@ class TestContent:
         assert one("ChatML", row) == one("ChatML", row | {"prompt": None}) == wanted
         assert one("ChatML", row, prompt_field=None) == wanted
         turns = [*ASK, answer("Four."), {"role": "user", "content": "Why?"}, answer("So.")]
-        with pytest.raises(BadRow, match="goes on for several turns"):
+        with pytest.raises(BadRow, match="has several turns"):
             encoded("ChatML", {"prompt": ASK, "chosen": turns[1:], "rejected": turns[1:]})
 
     def test_ranked_responses_are_ordered_by_score(self) -> None:

@@ -253,7 +253,7 @@ def test_a_lock_that_a_dead_process_left_is_told(tmp_path, caplog):
         with run_lock(tmp_path):
             assert (tmp_path / ".lock").read_text() == str(os.getpid())
     (record,) = caplog.records  # not of the first of the two, which ended well
-    assert "process 123456, which worked here, died" in record.message
+    assert "taking over from process 123456, which was killed" in record.message
 
 
 def test_a_file_with_its_checksum(tmp_path):
@@ -264,6 +264,6 @@ def test_a_file_with_its_checksum(tmp_path):
     digest = hashlib.sha256(b"[]\n").hexdigest()
     assert (tmp_path / "rows.jsonl.sha256").read_text() == f"{digest}  rows.jsonl\n"
     path.write_text("[")
-    assert "torn or changed" in str(mismatch(path))
+    assert "truncated or changed" in str(mismatch(path))
     (tmp_path / "rows.jsonl.sha256").unlink()
     assert mismatch(path) is None

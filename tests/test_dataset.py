@@ -99,7 +99,7 @@ class TestAdapt:
             self.read(rows)
         assert str(caught.value) == (
             "pairs.jsonl: no column 'prompt' (it has: instruction, chosen, rejected): "
-            "name the right one with data.prompt_field="
+            "set data.prompt_field="
         )
         assert self.read(rows, prompt_field="instruction")[0] == [0, 1, 2]
         with pytest.raises(DataError, match=r"'win' .*data\.chosen_field="):
@@ -182,7 +182,9 @@ class TestHoldOut:
         assert 60 < np.mean([e.row for e in hold_out(examples, 50)[1]]) < 140
 
     def test_prompt_too_frequent(self) -> None:
-        with pytest.raises(ConfigError, match=r"data\.eval_rows=2: .* give 4 or more"):
+        with pytest.raises(
+            ConfigError, match=r"data\.eval_rows=2 .* set data\.eval_rows=4 or more"
+        ):
             hold_out(pairs(["p"] * 3 + ["q"] * 4), 2)
 
 
@@ -238,7 +240,7 @@ class TestLoadSplits:
         for count, held in ((10, 1), (1, 1)):
             splits = load_splits(JsonlDataConfig(path=str(path), eval_rows=count), 0)
             assert [len(splits.train), len(splits.eval)] == [21 - held, held]
-            told = [what for what in splits.drops.noted if "holds out 1 examples" in what]
+            told = [what for what in splits.drops.noted if "holds out only 1 examples" in what]
             assert len(told) == (count == 10)
 
     def test_generated(self) -> None:

@@ -131,7 +131,7 @@ def test_a_killed_rank_is_told_in_a_line_and_a_killed_launcher_takes_its_ranks(
             told = started.communicate(timeout=60)[1]
             assert started.returncode == 128 + 9
             (line,) = errors(told)
-            assert "was killed by SIGKILL; where checkpoints were saved" in line
+            assert "was killed by SIGKILL; if a checkpoint was saved" in line
             assert "Traceback" not in told
         else:
             started.wait()

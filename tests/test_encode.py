@@ -210,7 +210,7 @@ class TestSpecialTokensInText:
             "prompt is rendered by the chat template without its content"
         ]
         assert drop_reasons(tokenizer, user("a <|endoftext|>"), "A") == [
-            "prompt holds a special token in a message that the chat template rewrites"
+            "prompt has a special token in a message that the chat template rewrites"
         ]
 
 
@@ -427,7 +427,7 @@ class TestLimits:
         assert resolved(2) == (2, 1)
         for context, config, message in (
             (256, {"max_length": 257}, r"data\.max_length=257 .*context of 256"),
-            (256, {"max_prompt_length": 256}, r"data\.max_prompt_length=256: give 1 to 255"),
+            (256, {"max_prompt_length": 256}, r"data\.max_prompt_length=256: must be 1 to 255"),
             (256, {"max_length": 1}, r"data\.max_length=1:"),
         ):
             with pytest.raises(ConfigError, match=message):

@@ -231,7 +231,7 @@ def test_torn_and_unfinished_samples_are_refused(tmp_path):
     write_rows(samples / "train.jsonl", [row, row])
     os.truncate(samples / "train.jsonl", (samples / "train.jsonl").stat().st_size // 2 + 1)
     words = ("stage=label", f"stage.samples={samples}", "reward_fn=length")
-    with pytest.raises(DataError, match=r"train\.jsonl: torn or changed since it was written"):
+    with pytest.raises(DataError, match=r"train\.jsonl: truncated or changed since it was written"):
         train(tmp_path / "labels", *words)
     write_rows(samples / "train.jsonl", [row, row])
     (samples / "config.yaml").touch()
@@ -245,5 +245,5 @@ def test_pairs_that_were_torn_are_not_trained_on(tmp_path):
     lines = (tmp_path / "train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(lines[:2]))  # whole lines: it can be read
     config = configure("data=jsonl", f"data.path={tmp_path / 'train.jsonl'}", "stage=dpo")
-    with pytest.raises(DataError, match=r"remove train\.jsonl\.sha256 if the change is yours"):
+    with pytest.raises(DataError, match=r"remove train\.jsonl\.sha256 if you changed it"):
         load_splits(config.data, 0)

@@ -107,5 +107,7 @@ def test_the_line_counts_devices_and_what_four_bits_stand_for():
 def test_a_checkpoint_of_several_devices_is_no_model_folder(tmp_path):
     (tmp_path / "step-2" / "shards").mkdir(parents=True)
     (tmp_path / "step-2" / "state.json").write_text(json.dumps({"step": 2}))
-    with pytest.raises(ConfigError, match=r"several devices, which only resume=.*give the run's f"):
+    with pytest.raises(
+        ConfigError, match=r"sharded checkpoint, which only resume=.*use the run's f"
+    ):
         model_folder(str(tmp_path / "step-2"))

@@ -77,7 +77,7 @@ def test_steps_go_on_while_a_save_is_written(
     """And what is written then is the saved step's, not the ones' that were taken since."""
     words = (*SHORT, "train.max_steps=6", "train.save_every_steps=2", "train.keep_checkpoints=9")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving.Saves, "_has_room", lambda self, made: False)
+        patch.setattr(saving.Saves, "_has_memory", lambda self, made: False)
         train(tmp_path / "fore", *words)
     disk, seen = Disk(monkeypatch), []
 
@@ -234,7 +234,7 @@ def test_copies_for_a_device_share_one_buffer(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(host_copy, "free_bytes", lambda: 0)
     assert copies.refusal(state(3)) is None  # the room is there
     larger = state(4) | contents.Contents({}, {"more": {"x": torch.ones(5000)}})
-    assert "of the host's 0.0 GiB free" in str(copies.refusal(larger))
+    assert "the host has 0.0 GiB free" in str(copies.refusal(larger))
     assert same(copies.take(larger), larger)
     copies.close()
     assert copies.buffer is None
@@ -329,7 +329,7 @@ def test_a_best_step_is_not_saved_where_that_takes_too_long(
 ) -> None:
     """best.json names it all the same: what is the best does not depend on the clock."""
     words = (*SHORT, "data.eval_rows=12", "train.max_steps=6", "train.eval_every_steps=1")
-    monkeypatch.setattr(saving.Saves, "_has_room", lambda self, made: False)
+    monkeypatch.setattr(saving.Saves, "_has_memory", lambda self, made: False)
     train(tmp_path / "cheap", *words)
     monkeypatch.setattr(Pace, "affordable", lambda self, busy: self.latest == 0.0)
     stopped = []

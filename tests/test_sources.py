@@ -122,7 +122,7 @@ def test_eval_rows_of_a_file_without_splits(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "b.jsonl", ROWS[1:])
     config = HhDataConfig(path=str(tmp_path / "a.jsonl"))
     assert find_source(config, "eval") is None
-    with pytest.raises(DataError, match=r"data\.eval_split=test: .*a\.jsonl is one file"):
+    with pytest.raises(DataError, match=r"data\.eval_split=test: .*a\.jsonl is a single file"):
         find_source(HhDataConfig(path=str(tmp_path / "a.jsonl"), eval_split="test"), "eval")
     config.eval_path = str(tmp_path / "b.jsonl")
     assert list(read_rows(config, "eval").rows) == ROWS[1:]

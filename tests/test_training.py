@@ -202,7 +202,7 @@ def test_resume_refuses_changed_rows_and_reference(sft, tmp_path):
     words = ("stage=dpo", f"model.path={sft}", f"data.path={path}", "train.max_steps=4")
     run_jsonl(tmp_path / "r", *words)
     path.write_text("".join(json.dumps(r) + "\n" for r in rows[:-1]))
-    with pytest.raises(ConfigError, match=r"another run \(rows: .* -> .*; reference"):
+    with pytest.raises(ConfigError, match=r"different run \(rows: .* -> .*; reference"):
         run_jsonl(tmp_path / "r", *words, "resume=true")
 
 
@@ -215,9 +215,9 @@ def test_resume_refuses_a_reference_trained_anew(sft, tmp_path):
     train(tmp_path / "other", "stage=sft", f"model.path={sft}", "train.max_steps=1")
     shutil.rmtree(tmp_path / "reference")
     shutil.copytree(tmp_path / "other" / "final", tmp_path / "reference")
-    with pytest.raises(ConfigError, match=r"another run \(reference: ") as error:
+    with pytest.raises(ConfigError, match=r"different run \(reference: ") as error:
         train(tmp_path / "r", *words, "resume=true")
-    assert "rows" not in str(error.value).split("bring back")[0]
+    assert "rows" not in str(error.value).split("restore")[0]
 
 
 def run_jsonl(run_dir, *words):
@@ -245,7 +245,7 @@ def test_best_is_the_lowest_perplexity(tmp_path):
 
 
 def test_a_step_that_blew_the_weights_up_is_not_saved(tmp_path):
-    with pytest.raises(NonFiniteError, match=r"step 1: the loss after the step"):
+    with pytest.raises(NonFiniteError, match=r"step 1: the loss after this step"):
         train(tmp_path / "r", "stage=sft", "optim.lr=1e30", "optim.warmup_steps=0",
               "train.max_steps=4", "train.save_every_steps=1", "data.eval_rows=0")  # fmt: skip
     assert not list((tmp_path / "r" / "checkpoints").glob("step-*"))

@@ -149,7 +149,7 @@ def test_the_share_by_hand():
     with torch.no_grad():
         weight.sub_(torch.full((5,), 1e-6, dtype=torch.bfloat16))
     assert changed_share(watched) == 0.25
-    assert rounding_note(0.25, 1e-6).startswith("hardware.weights=bf16: 25% of the weights")
+    assert rounding_note(0.25, 1e-6).startswith("hardware.weights=bf16: only 25% of the weights")
     assert rounding_note(0.5, 1e-6) is None
     assert changed_share([]) == 1.0
 

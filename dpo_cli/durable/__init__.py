@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written aside, synced, renamed, verified."""
+"""Atomic files and folders: written to a temporary name, synced, renamed, verified by sha256."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from typing import Any
 
 from dpo_cli.errors import DiskError
 
-Entry = dict[str, str | int]  # of a file in a manifest: sha256, bytes
+Entry = dict[str, str | int]  # a file's entry in a manifest: sha256, bytes
 
 MANIFEST = "MANIFEST.json"
-CHECKSUM = ".sha256"  # added to the name of a file: its checksum, as `sha256sum` writes it
+CHECKSUM = ".sha256"  # suffix of a file's checksum, in the format of `sha256sum`
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a failed write into one line and exit code 74."""
+    """Turn a failed write into a DiskError."""
     try:
         yield
     except OSError as error:
         raise _disk_error(folder, error.strerror or str(error)) from error
     except Exception as error:
-        # safetensors reports a full disk with its own exception type
+        # safetensors reports a full disk with its own exception type.
         if "No space left" not in str(error) and "os error 28" not in str(error):
             raise
         raise _disk_error(folder, str(error)) from error
 
 
 def _disk_error(path: Path, why: str) -> DiskError:
-    remedy = "make room or choose another disk, then resume the run"
+    remedy = "free disk space or choose another disk, then resume the run"
     return DiskError(f"{path}: {why}{_free_space(path)}: {remedy}")
 
 
@@ -52,11 +52,11 @@ def publish_folder(
 ) -> None:
     """Fill a temporary sibling with `write`, sync it, and rename it to `target`.
 
-    write: may return a dict, the entries of files that it hashed while writing; the others are
-    read again. facts: JSON that the manifest tells beside the files, for people and other programs.
+    write: may return the manifest entries of files that it hashed while writing; others are read
+    again. facts: further JSON for the manifest.
 
-    An existing target is replaced only once the new folder is complete on disk, and put back
-    if that fails. Raises DiskError.
+    An existing target is replaced only once the new folder is complete on disk, and restored if
+    that fails. Raises DiskError.
     """
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def _swap(new: Path, target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Put back what a process that died between the two renames of a replacement left aside."""
+    """Restore the old folder if a process died between the two renames of a replacement."""
     old = target.parent / f".old-{target.name}"
     if old.exists() and not target.exists():
         old.rename(target)
@@ -96,10 +96,10 @@ def recover(target: Path) -> None:
 
 def _write_manifest(folder: Path, facts: Mapping[str, Any], written: Mapping[str, Entry]) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    entries, allowed = {}, folder.stat().st_mode & 0o666  # by the umask, as mkdir heeded it
+    entries, allowed = {}, folder.stat().st_mode & 0o666  # mkdir has applied the umask
     for path in files:
         if (mode := path.stat().st_mode) != mode | allowed:
-            path.chmod(mode | allowed)  # safetensors' files are for their owner alone
+            path.chmod(mode | allowed)  # safetensors creates files with mode 600
         _sync(path)
         name = path.relative_to(folder).as_posix()
         entries[name] = written.get(name) or _entry(path)
@@ -118,7 +118,8 @@ def _entry(path: Path) -> Entry:
 def replace_json(folder: Path, name: str, value: object) -> None:
     """Replace a JSON file of a published folder, and its entry in the manifest.
 
-    After a crash between the two the file is unlisted, not refuted. Raises DiskError.
+    After a crash in between, the file is missing from the manifest rather than wrong in it.
+    Raises DiskError.
     """
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"].pop(name, None)
@@ -142,14 +143,14 @@ def file_digest(path: Path) -> str:
 
 
 def damage(folder: Path) -> str | None:
-    """Why a published folder cannot be trusted, or None if every file matches its manifest."""
+    """Why a published folder is damaged, or None if every file matches its manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         expected = {str(n): (int(e["bytes"]), str(e["sha256"])) for n, e in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST}"
     if not expected:
-        return f"{MANIFEST} names no file"
+        return f"{MANIFEST} lists no files"
     for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():
@@ -162,10 +163,7 @@ def damage(folder: Path) -> str | None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file in one step: readers and crashes see the old or the new one, whole.
-
-    Raises DiskError.
-    """
+    """Replace a file atomically. Raises DiskError."""
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     with disk_errors(path):
         try:
@@ -177,32 +175,32 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file in one step."""
+    """Replace a text file atomically."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a JSON file in one step."""
+    """Replace a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_checked_text(path: Path, text: str) -> None:
-    """Replace a text file in one step, and write its checksum beside it."""
+    """Replace a text file atomically, and write its checksum beside it."""
     beside = path.with_name(path.name + CHECKSUM)
     with disk_errors(path):
-        beside.unlink(missing_ok=True)  # a crash before the end leaves no wrong one
+        beside.unlink(missing_ok=True)  # a crash must not leave a wrong checksum
     write_text(path, text)
     write_text(beside, f"{file_digest(path)}  {path.name}\n")
 
 
 def mismatch(path: Path) -> str | None:
-    """Why a file cannot be what was written there; None also where no checksum is beside it."""
+    """Why a file does not match the checksum beside it; None if it does or has none."""
     beside = path.with_name(path.name + CHECKSUM)
     if not beside.is_file():
         return None
     if beside.read_text().split()[:1] == [file_digest(path)]:
         return None
     return (
-        f"{path}: torn or changed since it was written (its sha256 is not that of {beside.name}): "
-        f"write it again, or remove {beside.name} if the change is yours"
+        f"{path}: truncated or changed since it was written (sha256 differs from {beside.name}): "
+        f"write it again, or remove {beside.name} if you changed it"
     )

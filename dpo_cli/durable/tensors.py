@@ -1,7 +1,7 @@
-"""safetensors files, hashed while they are written.
+"""Write safetensors files and hash them on the way.
 
-safetensors' own writer does not tell what it wrote, and a checkpoint of many gigabytes would have
-to be read again for its checksum. Bytes are those of `safetensors.torch.save_file`.
+With safetensors' own writer, a checkpoint of many gigabytes would have to be read again for its
+checksum. The bytes are those of `safetensors.torch.save_file`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# The format's names, in the order in which its writer puts tensors into a file: widest last.
+# The format's names, in the reverse of the order in which its writer stores tensors.
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.uint16: "U16",
@@ -24,15 +24,15 @@ DTYPES = {
 }  # fmt: skip
 WIDTH_ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}
 ALIGNMENT = 8  # bytes to which the header is padded
-CHUNK_BYTES = 1 << 24  # written and hashed in turn; both let other threads run meanwhile
+CHUNK_BYTES = 1 << 24  # written and hashed in turn; both release the GIL
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> dict[str, str | int]:
-    """Write a new file; its sha256 and bytes, as a manifest has them.
+    """Write a new file. Returns its manifest entry: sha256 and bytes.
 
-    Tensors may be on any device; one at a time comes to the host. Raises OSError.
+    Tensors may be on any device; they are copied to the host one at a time. Raises OSError.
     """
     ordered = sorted(tensors.items(), key=lambda item: (-WIDTH_ORDER[item[1].dtype], item[0]))
     digest, size = hashlib.sha256(), 0

@@ -1,10 +1,9 @@
 """Film reviews with an exact ground-truth reward: the embedded dataset.
 
-A review is drawn in two steps: a sentiment (positive or negative, even odds), then one
-to four sentences from a probabilistic grammar (`rules.py`) whose choices depend on the
-sentiment by degrees. The reward of a text is the posterior probability that its
-sentiment was positive, computed exactly (`posterior.py`), so that a policy's reward
-carries no error of a learned scorer.
+A review is sampled in two steps: a sentiment (positive or negative, even odds), then one to four
+sentences from a probabilistic grammar (`rules.py`) whose choices depend on the sentiment. The
+reward of a text is the exact posterior probability of a positive sentiment (`posterior.py`), free
+of the errors of a learned scorer.
 """
 
 from __future__ import annotations
@@ -32,13 +31,11 @@ def _reader() -> Reader:
 def log_odds(text: str) -> float:
     """log P(positive | text) - log P(negative | text), prior odds even.
 
-    Exact by Bayes' rule for every review of the grammar and for every beginning of one,
-    cut anywhere, also inside a word. For all other text it is the evidence of what can be
-    read: of a sentence that leaves the grammar, the words up to there count (a slip cannot
-    unsay them) and the rest of it does not; reading goes on with the next sentence, and
-    stops where a review ends, after four sentences at most. So the log-odds is bounded
-    (below 11 either way) and repetition earns nothing beyond a good review. Any white
-    space is read as one space. Never raises on a string.
+    Exact by Bayes' rule for every review of the grammar and every prefix of one, even within a
+    word. Of any other text, only what can be parsed counts: a sentence that leaves the grammar
+    counts up to there, and parsing resumes with the next sentence. Parsing stops at the end of a
+    review, after at most four sentences, so the log-odds is bounded (below 11 in magnitude) and
+    repetition gains nothing. Whitespace is collapsed. Never raises on a string.
     """
     return _reader().log_odds(text)
 
@@ -55,11 +52,11 @@ def sample_review(rng: Uniform, sentiment: bool | None = None) -> str:
 
 
 def continue_review(prefix: str, rng: Uniform, sentiment: bool | None = None) -> str:
-    """The rest of a review that begins with the whole words of `prefix`, space included.
+    """A continuation of a review after the complete words of `prefix`, with its leading space.
 
-    An exact conditional sample: the sentiment from its posterior given the prefix unless
-    it is given, the path from the posterior over derivations, the rest from the grammar.
-    Empty when the review ends here. Raises ValueError if no review begins so.
+    An exact conditional sample: the sentiment (unless given) from its posterior given the prefix,
+    the path from the posterior over derivations, the rest from the grammar.
+    Empty if the review ends here. Raises ValueError if no review begins with the prefix.
     """
     reader = _reader()
     state, odds = reader.after_sentences[0], 0.0

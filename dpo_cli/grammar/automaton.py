@@ -31,9 +31,9 @@ class Uniform(Protocol):
 
 @dataclass(slots=True)
 class Node:
-    """Edges out of a node: words[i] leads to node targets[i]; the word "" ends the review.
+    """Outgoing edges of a node: words[i] leads to node targets[i]; the word "" ends the review.
 
-    positive[i], negative[i]: probability of edge i under either sentiment.
+    positive[i], negative[i]: probability of edge i under each sentiment.
     """
 
     words: list[str] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Node:
 
 
 def compile_grammar(rules: Rules, plan: Plan) -> list[Node]:
-    """The graph of all reviews; node i < len(plan) stands after i sentences."""
+    """The graph of all reviews; node i < len(plan) is the state after i sentences."""
     for symbol, alternatives in rules.items():
         positive = sum(alternative[1] for alternative in alternatives)
         negative = sum(alternative[2] for alternative in alternatives)
@@ -66,9 +66,9 @@ def _expand(
     scale: tuple[float, float],
     capital: bool,
 ) -> None:
-    """Adds the paths from source to target that spell `item`: a word, or `{symbol}` + suffix.
+    """Add the paths from source to target that spell `item`: a word, or `{symbol}` + suffix.
 
-    `scale` multiplies the first edge of every path; `capital` raises its first letter.
+    scale: factor on the first edge of every path; capital: capitalize its first letter.
     """
     if not item.startswith("{"):
         node = graph[source]

@@ -1,4 +1,4 @@
-"""Ways to share out probability among the alternatives of a symbol, for either sentiment."""
+"""Ways to distribute probability among the alternatives of a symbol, for each sentiment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dpo_cli.grammar.automaton import Alternative
 
 
 def even(*templates: str) -> list[Alternative]:
-    """Equally likely, whatever the sentiment: no evidence."""
+    """Equally likely under both sentiments: no evidence."""
     return [(template, 1 / len(templates), 1 / len(templates)) for template in templates]
 
 
@@ -25,7 +25,7 @@ def tilt(templates: Sequence[str], spread: float) -> list[Alternative]:
 
 
 def mix(*parts: tuple[float, list[Alternative]]) -> list[Alternative]:
-    """Parts drawn in proportion to their weights, whatever the sentiment."""
+    """Parts in proportion to their weights under both sentiments."""
     total = sum(weight for weight, _ in parts)
     return [(t, p * w / total, n * w / total) for w, part in parts for t, p, n in part]
 

@@ -1,8 +1,9 @@
-"""Log-probabilities of target tokens, without ever holding logits of shape (N, V).
+"""Log-probabilities of target tokens without materializing logits of shape (N, V).
 
-Only the N hidden states that predict a target meet the output embedding, a block of rows at a
-time: on a CPU its float32 logits stay in the cache through softmax, on CUDA one kernel reads them.
-A loss needs whole examples: their slopes (n, V) are kept, in the compute dtype, for a chunk.
+Only the N hidden states that predict a target are multiplied with the output embedding, a block of
+rows at a time: on a CPU the float32 logits stay in the cache through softmax, on CUDA one kernel
+reads them. A loss needs all tokens of an example: gradients of log-probabilities with respect to
+logits ("slopes", (n, V)) are kept in the compute dtype for a chunk of complete examples.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torch import Tensor
 from dpo_cli.logprobs import fused_head
 from dpo_cli.logprobs.fused_head import add_product, product
 
-BLOCK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}  # of float32 logits alive at once
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}  # of slopes alive at once
-EAGER_BLOCKS = 3  # alive at once without a kernel: logits, softmax, and the next block's logits
+BLOCK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}  # of float32 logits per block
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}  # of slopes per chunk
+EAGER_BLOCKS = 3  # alive at once without the kernel: logits, softmax, the next block's logits
 TILE_ROWS = 128  # of a matmul on CUDA
 
 
@@ -29,7 +30,7 @@ class Head:
 
     weight: (V, D); bias: (V,) or None; scale: Cohere's logit_scale, 1/Granite's
     logits_scaling; softcap: Gemma 2's final_logit_softcapping (cap(z) = c tanh(z/c));
-    vocab: V where rows of zeros follow in the weight (`cast`), which are no tokens.
+    vocab: V if the weight is padded with rows of zeros (`cast`), which are not tokens.
     """
 
     weight: Tensor
@@ -44,7 +45,7 @@ class Head:
         return len(self.weight) if self.vocab is None else self.vocab
 
     def refused(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why no kernel computes its log-probabilities there, or None; tried once a process."""
+        """Why the fused kernel cannot be used there, or None; probed once per process."""
         shape = fused_head.Shape(
             device, dtype, self.tokens, self.bias is not None, self.softcap is not None
         )
@@ -55,7 +56,7 @@ class Head:
         return self.refused(self.weight.device, self.weight.dtype) is None
 
     def rounding(self, device: torch.device, dtype: torch.dtype) -> str:
-        """What decides how its log-probabilities are rounded there, "" on a CPU."""
+        """How log-probabilities are rounded there, for cache keys; "" on a CPU."""
         if device.type != "cuda":
             return ""
         kind = "eager" if self.refused(device, dtype) else "fused"
@@ -76,14 +77,14 @@ class Head:
         return max(16, limit // (size * self.weight.shape[0]))
 
     def cast(self, dtype: torch.dtype) -> Head:
-        """The same head in another dtype, and aligned: once, not once a chunk."""
+        """The head in another dtype, with aligned weight rows: once, rather than per chunk."""
         bias = None if self.bias is None else self.bias.to(dtype)
         weight = fused_head.aligned(self.weight, self.tokens, dtype)
         return replace(self, weight=weight, bias=bias, vocab=self.tokens)
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """What a linear layer would compute in: autocast's dtype, else the input's."""
+    """The dtype a linear layer would compute in: autocast's, else the input's."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -91,7 +92,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def promoted(dtype: torch.dtype) -> torch.dtype:
-    """Float32, in which softmax is taken; float64 stays (for the exactness tests)."""
+    """The dtype of softmax: float32, or float64 for float64 (in tests)."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -100,7 +101,7 @@ def promote(x: Tensor) -> Tensor:
 
 
 def logits_of(hidden: Tensor, head: Head) -> Tensor:
-    """(n, D) -> (n, V), float32 (float64 stays), computed in the head's dtype. For one chunk."""
+    """(n, D) -> (n, V), in float32 (float64 stays), computed in the head's dtype."""
     weight, bias = head.weight, head.bias
     hidden = hidden.to(weight.dtype)
     if hidden.is_cuda and not torch.is_grad_enabled():
@@ -119,8 +120,8 @@ def logits_of(hidden: Tensor, head: Head) -> Tensor:
 def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(n,) log-probabilities of the targets and (n, V) probabilities.
 
-    Log-sum-exp is max - log(max probability), two passes cheaper than its own. The maximum is
-    taken off first: a confident token's log-probability would drown in the logits' rounding.
+    Log-sum-exp is max - log(max probability), which saves two passes. The maximum is subtracted
+    first, or a confident token's log-probability would be lost in the logits' rounding.
     """
     probabilities = logits.softmax(dim=1)
     below_best = logits.gather(1, targets[:, None]).squeeze(1) - logits.amax(dim=1)
@@ -148,7 +149,7 @@ def _logprobs_and_slopes(hidden: Tensor, head: Head, targets: Tensor) -> tuple[T
 
 
 def _block(hidden: Tensor, head: Head, targets: Tensor, out: Tensor | None = None) -> Tensor:
-    """(n,) log-probabilities of rows whose logits may live at once; their slopes go to `out`."""
+    """(n,) log-probabilities of a block of rows; their slopes are written to `out`."""
     if head.fused:
         from dpo_cli.logprobs.kernel import softmax_rows
 
@@ -160,7 +161,7 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, out: Tensor | None = Non
     logprobs, slope = _softmax(logits, targets)
     if out is None:
         return logprobs
-    # Not 1 - probability in a low precision: that is 0 long before the truth is.
+    # In float32: 1 - probability underflows to 0 early in a lower precision.
     at_target = 1.0 - slope.gather(1, targets[:, None])
     slope.neg_().scatter_(1, targets[:, None], at_target)
     if head.softcap is not None:
@@ -170,28 +171,28 @@ def _block(hidden: Tensor, head: Head, targets: Tensor, out: Tensor | None = Non
     return logprobs
 
 
-# loss_of(logprobs, examples): the summed loss of the examples in the slice, whose targets'
-# log-probabilities are given, (n,).
+# loss_of(logprobs, examples): the summed loss of a slice of examples, given the log-probabilities
+# of their targets, (n,).
 LossOf = Callable[[Tensor, slice], Tensor]
 
 
 def fused_loss(
     hidden: Tensor, head: Head, targets: Tensor, counts: Sequence[int], loss_of: LossOf
 ) -> tuple[Tensor, Tensor]:
-    """Loss on target log-probabilities, its gradients formed while each chunk's slopes live.
+    """Loss on target log-probabilities; gradients are computed chunk by chunk in the forward.
 
-    Three matmuls a chunk instead of four: a loss needs only the log-probabilities of whole
-    examples, so chunks hold whole examples and no logits are computed twice. What the loss
-    multiplies a row of slopes by is applied to the hidden states, which are V / D narrower.
+    Three matmuls per chunk instead of four: as chunks consist of complete examples, no logits are
+    computed twice. The loss's factor on a row of slopes is applied to the hidden states, which are
+    narrower by V / D.
 
     hidden: (N, D); targets: (N,); counts: targets of each example, in order, summing to N.
     Returns the loss summed over examples, with gradient, and the (N,) log-probabilities,
     without. The head's gradient is an autograd gradient like any other.
     """
-    # Inside a Function gradients look wanted even under no_grad.
+    # Inside a Function requires_grad is set even under no_grad.
     leaves = (hidden, head.weight, head.bias)
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
-    loss, logprobs = _FusedLoss.apply(*leaves, targets, head, counts, loss_of, wanted)
+    needs_grad = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
+    loss, logprobs = _FusedLoss.apply(*leaves, targets, head, counts, loss_of, needs_grad)
     return loss, logprobs
 
 
@@ -219,14 +220,14 @@ class _FusedLoss(torch.autograd.Function):
         head: Head,
         counts: Sequence[int],
         loss_of: LossOf,
-        wanted: Sequence[bool],
+        needs_grad: Sequence[bool],
     ) -> tuple[Tensor, Tensor]:
         head = head.cast(_compute_dtype(hidden))
-        grads = _Gradients((hidden, weight, bias), wanted)
+        grads = _Gradients((hidden, weight, bias), needs_grad)
         loss = torch.zeros((), dtype=promoted(hidden.dtype), device=hidden.device)
         parts = []
         for examples, rows in _whole_examples(counts, head.rows_per_chunk()):
-            if any(wanted):
+            if any(needs_grad):
                 logprobs, slopes = _logprobs_and_slopes(hidden[rows], head, targets[rows])
             else:
                 logprobs = target_logprobs(hidden[rows], head, targets[rows])
@@ -236,9 +237,9 @@ class _FusedLoss(torch.autograd.Function):
                 (weights,) = torch.autograd.grad(part, leaf)
             loss += part.detach()
             parts.append(logprobs)
-            if any(wanted):
+            if any(needs_grad):
                 grads.add(rows, head, slopes, weights[:, None] * head.scale)
-                del slopes  # or they would live beside the next chunk's
+                del slopes  # or they would be alive together with the next chunk's
         ctx.save_for_backward(*grads.sums)
         logprobs = torch.cat(parts)
         ctx.mark_non_differentiable(logprobs)
@@ -251,28 +252,28 @@ class _FusedLoss(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of hidden states, weight and bias, those that are wanted, chunk by chunk."""
+    """Gradients of hidden states, weight and bias, if needed, accumulated chunk by chunk."""
 
-    def __init__(self, leaves: Sequence[Tensor | None], wanted: Sequence[bool]) -> None:
+    def __init__(self, leaves: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> None:
         self.leaves = leaves
-        self.wanted = wanted
+        self.needs_grad = needs_grad
         self.hidden = torch.empty_like(cast(Tensor, leaves[0]))
-        self.sums: list[Tensor | None] = [self.hidden if wanted[0] else None, None, None]
+        self.sums: list[Tensor | None] = [self.hidden if needs_grad[0] else None, None, None]
 
     def add(self, rows: slice, head: Head, slopes: Tensor, weights: Tensor) -> None:
         """slopes: (n, V); weights: (n, 1) d loss / d log-probability, times the head's scale."""
         hidden = cast(Tensor, self.leaves[0])
-        if self.wanted[0]:
+        if self.needs_grad[0]:
             self.hidden[rows] = product(slopes, head.weight) * weights
         tokens = slopes[:, : head.tokens].t()
-        if self.wanted[1]:
+        if self.needs_grad[1]:
             self._accumulate(1, tokens, (hidden[rows] * weights).to(slopes.dtype))
-        if self.wanted[2]:
+        if self.needs_grad[2]:
             self._accumulate(2, tokens, weights.to(slopes.dtype))
 
     def _accumulate(self, index: int, slopes: Tensor, factor: Tensor) -> None:
         total, leaf = self.sums[index], cast(Tensor, self.leaves[index])
-        if total is None:  # a leaf in bf16, as FSDP gathers it, would lose digits chunk by chunk
+        if total is None:  # accumulated in float32, also if FSDP unshards the leaf in bf16
             self.sums[index] = product(slopes, factor).to(promoted(leaf.dtype)).view_as(leaf)
         else:
             add_product(total.view(len(slopes), -1), slopes, factor)

@@ -1,7 +1,7 @@
-"""What CUDA does better at the output layer: products that stay unrounded, softmax in one kernel.
+"""Faster CUDA operations for the output layer: matmuls with float32 output, and a softmax kernel.
 
-Each is tried once on the device, on random numbers against plain operations in float64. What is
-absent or wrong there is not used.
+Each is probed once per device against plain float64 operations on random numbers, and not used if
+it is missing or wrong.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
-ALIGNED, TILE = 8, 64  # columns: of a half-precision row of whole 16 bytes; of a matmul's tile
-ROWS = 6  # tried
+ALIGNED, TILE = 8, 64  # columns: multiple of 16 bytes in half precision; tile of a matmul
+ROWS = 6  # probed
 LOGIT_SPREAD = 5.0
 TOLERANCE = 2e-5  # nats, and of a probability; float32 rounds a logit of 20 by 1e-6
-TRIED = (
+PROBE_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
     RuntimeError, TypeError, ValueError, subprocess.SubprocessError,
 )  # fmt: skip
@@ -27,7 +27,7 @@ TRIED = (
 
 @dataclass(frozen=True)
 class Shape:
-    """What a kernel is compiled for. dtype: of the weight and so of the slopes."""
+    """What a kernel is compiled for. dtype: of the weight and of the slopes."""
 
     device: torch.device
     dtype: torch.dtype
@@ -41,14 +41,14 @@ class Shape:
 
 
 def columns(vocab: int, device: torch.device) -> int:
-    """Rows that the weight is padded to: unaligned rows of logits take cuBLAS's slow kernels."""
+    """The vocabulary padded for alignment: cuBLAS uses slow kernels for unaligned logits."""
     if device.type != "cuda" or vocab % ALIGNED == 0:
         return vocab
     return -(-vocab // TILE) * TILE
 
 
 def aligned(weight: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-    """(V, D) -> the weight in a dtype, with `columns` rows, those beyond the vocabulary 0."""
+    """(V, D) weight -> (columns, D) in another dtype, padded with rows of zeros."""
     rows = columns(vocab, weight.device)
     if rows == len(weight):
         return weight.to(dtype)
@@ -59,19 +59,16 @@ def aligned(weight: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in float32 where the device can leave half-precision products unrounded.
-
-    Without gradient.
-    """
+    """a @ b, with float32 output if the device supports it for half precision. No gradient."""
     if unrounded(a.device, a.dtype):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, float32, without a copy of the product where the device can do without."""
+    """total += a @ b, in place without a copy of the product if the device supports it."""
     if total.dtype == torch.float32 and unrounded(a.device, a.dtype):
-        with torch.autocast(a.device.type, enabled=False):  # it may not round the sum
+        with torch.autocast(a.device.type, enabled=False):  # it would round the sum
             torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total += a @ b
@@ -79,7 +76,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 @cache
 def unrounded(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of that dtype can be had in float32, and added to it in place."""
+    """Whether matmuls of that dtype can output float32 and accumulate into it in place."""
     return device.type == "cuda" and dtype in HALF and _gives_float32(device, dtype)
 
 
@@ -89,7 +86,7 @@ def _gives_float32(device: torch.device, dtype: torch.dtype) -> bool:
         found = torch.mm(ones, ones, out_dtype=torch.float32)
         with torch.autocast(device.type, enabled=False):
             torch.addmm(found, ones, ones, out_dtype=torch.float32, out=found)
-    except torch.OutOfMemoryError:  # says nothing of the device
+    except torch.OutOfMemoryError:  # says nothing about the device
         raise
     except (TypeError, RuntimeError):
         return False
@@ -98,34 +95,34 @@ def _gives_float32(device: torch.device, dtype: torch.dtype) -> bool:
 
 @cache
 def refused(shape: Shape) -> str | None:
-    """Why the kernel cannot be used there, or None."""
+    """Why the kernel cannot be used for a shape, or None."""
     if shape.device.type != "cuda":
         return "needs a CUDA device"
     return "computes in float32" if shape.dtype == torch.float64 else error_of(shape)
 
 
 def error_of(shape: Shape) -> str | None:
-    """Why the kernel fails on random logits of that shape, or None."""
+    """Why the kernel fails its probe on random logits of that shape, or None."""
     if find_spec("triton") is None:
         return "needs Triton"
     from triton.errors import TritonError
 
     try:
-        with torch.autocast(shape.device.type, enabled=False):  # called from the midst of a step
+        with torch.autocast(shape.device.type, enabled=False):  # may be called within a step
             return _difference(shape)
     except torch.OutOfMemoryError:
         raise
-    except (TritonError, *TRIED) as error:
+    except (TritonError, *PROBE_ERRORS) as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _difference(shape: Shape) -> str | None:
     from dpo_cli.logprobs.kernel import softmax_rows
 
-    # On the CPU: the device's own random numbers would differ from one to the next.
+    # Drawn on the CPU, as random numbers differ between CUDA devices.
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(ROWS, shape.columns, generator=generator) * LOGIT_SPREAD
-    logits[0, 0] += 20.0  # a confident token, and below one that is all but impossible
+    logits[0, 0] += 20.0  # a confident token; below, the least likely one
     targets = torch.randint(shape.vocab, (ROWS,), generator=generator)
     targets[:3] = torch.tensor([0, shape.vocab - 1, int(logits[2, : shape.vocab].argmin())])
     bias = torch.randn(shape.vocab, generator=generator).to(shape.dtype) if shape.bias else None
@@ -150,7 +147,7 @@ def _difference(shape: Shape) -> str | None:
 def _exactly(
     logits: Tensor, targets: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """What the kernel is to find, by autograd in float64."""
+    """The expected log-probabilities and slopes, by autograd in float64."""
     with torch.enable_grad():
         raw = ((logits.double() + (0.0 if bias is None else bias.double())) * scale).detach()
         raw.requires_grad_()

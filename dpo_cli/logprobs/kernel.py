@@ -1,7 +1,7 @@
 """A Triton kernel: log-probabilities of targets and their slopes, from rows of float32 logits.
 
-A row is read twice, by one program: for its maximum and sum of exponentials, then, from the
-cache of the GPU where it is still there, for its slopes. This module imports Triton.
+One program per row reads it twice: for its maximum and sum of exponentials, then (from the GPU's
+cache if the row is still there) for its slopes. This module imports Triton.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# As many columns as an H100's multiprocessors, each at one row, keep in its cache of 50 MB.
+# Columns for which one row per multiprocessor fits into an H100's L2 cache of 50 MB.
 CACHED_COLUMNS = 65_536
 
 
@@ -19,9 +19,9 @@ CACHED_COLUMNS = 65_536
 def _logits(  # type: ignore[no-untyped-def]
     row, bias, at, scale, softcap, VOCAB, COLUMNS, HAS_BIAS, HAS_SOFTCAP
 ):
-    """cap(scale * (logit + bias)) at some columns; of no meaning beyond the vocabulary.
+    """cap(scale * (logit + bias)) at some columns; undefined beyond the vocabulary.
 
-    COLUMNS, not VOCAB, bound the load: a multiple of 16 keeps it in vectors.
+    The load is bounded by COLUMNS, not VOCAB: a multiple of 16 is vectorized.
     """
     z = tl.load(row + at, mask=at < COLUMNS, other=0.0)
     if HAS_BIAS:
@@ -53,7 +53,7 @@ def _softmax_rows(  # type: ignore[no-untyped-def]
         higher = tl.maximum(top, tl.max(z, axis=0))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), axis=0)
         top = higher
-    # The maximum is taken off first: a confident token's log-probability would drown in the
+    # The maximum is subtracted first, or a confident token's log-probability would be lost in the
     # logits' rounding.
     own = _logits(logits, bias, target, scale, softcap, VOCAB, COLUMNS, HAS_BIAS, HAS_SOFTCAP)
     tl.store(logprobs + row, (own - top) - tl.log(total))
@@ -89,12 +89,12 @@ def softmax_rows(
     rows, columns = logits.shape
     assert logits.dtype == torch.float32 and logits.stride(1) == 1 and columns >= vocab
     assert slopes is None or (slopes.shape == logits.shape and slopes.stride(1) == 1)
-    # One row at a time on a multiprocessor, where it is then read from the cache; else several.
+    # One row per multiprocessor, if the second read then hits the cache; else several.
     block, warps = (32_768, 32) if columns <= CACHED_COLUMNS else (8192, 16)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows == 0:
         return logprobs
-    given = logits if slopes is None else slopes  # a pointer that is not read
+    given = logits if slopes is None else slopes  # some pointer, which is not read
     with torch.cuda.device_of(logits):
         _softmax_rows[(rows,)](
             logits, logits.stride(0), logits if bias is None else bias, targets, logprobs,

@@ -1,7 +1,7 @@
 """Preference losses as pure functions of log-probabilities, and their table.
 
 rho = log pi(y|x) - log pi_ref(y|x), (E, K), responses best first; h = rho_w - rho_l.
-A loss returns one value an example, (E,). Lengths count a response's scored tokens.
+A loss returns one value per example, (E,). Lengths count a response's scored tokens.
 A new loss is a function here, a `LOSSES` line and its row in `config.LOSS_OPTIONS`.
 """
 
@@ -19,8 +19,8 @@ from torch import Tensor
 class RankedLogprobs:
     """Log-probabilities of K ranked responses to each of E prompts.
 
-    policy, reference: (E, K) float32, summed over a response's tokens.
-    lengths: (E, K) tokens in each response.
+    policy, reference: (E, K) float32, summed over the tokens of a response.
+    lengths: (E, K) number of tokens of each response.
     """
 
     policy: Tensor
@@ -46,8 +46,8 @@ def sigmoid_loss(
 ) -> Tensor:
     """DPO, arXiv 2305.18290 eq. 7; with label_smoothing e the conservative cDPO.
 
-    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h). `length_normalized` divides each
-    rho by its response's length first.
+    -(1-e) log sigmoid(beta h) - e log sigmoid(-beta h). `length_normalized`: each rho is divided
+    by its response's length first.
     """
     rho = logprobs.logratios / logprobs.lengths if length_normalized else logprobs.logratios
     return _smoothed_nll(beta * _pair_difference(rho), label_smoothing)
@@ -55,8 +55,8 @@ def sigmoid_loss(
 
 def _smoothed_nll(logits: Tensor, label_smoothing: float) -> Tensor:
     """-(1-e) log sigmoid(z) - e log sigmoid(-z): each label is wrong with probability e."""
-    kept = -F.logsigmoid(logits) * (1.0 - label_smoothing)
-    return kept - F.logsigmoid(-logits) * label_smoothing
+    right = -F.logsigmoid(logits) * (1.0 - label_smoothing)
+    return right - F.logsigmoid(-logits) * label_smoothing
 
 
 def hinge_loss(
@@ -87,7 +87,7 @@ def plackett_luce_loss(logprobs: RankedLogprobs, beta: float = 0.1) -> Tensor:
 
 
 def ranking_nll(scores: Tensor) -> Tensor:
-    """-log P of the order under Plackett-Luce; scores (E, K), best first. (E,)"""
+    """-log P of the ranking under Plackett-Luce, (E,). scores: (E, K), best first."""
     tails = torch.logcumsumexp(scores.flip(1), dim=1).flip(1)  # (E, K) over j >= k
     return (tails - scores).sum(dim=1)
 
@@ -98,18 +98,18 @@ def reward_loss(
     label_smoothing: float = 0.0,
     center_coefficient: float = 0.0,
 ) -> Tensor:
-    """-log P that a reward model orders the responses so, (E,).
+    """Negative log-likelihood of the ranking under a reward model, (E,).
 
     rewards: (E, K), best first. Pairs: -log sigmoid(r_w - r_l - m), the Bradley-Terry model
-    (arXiv 2203.02155 eq. 1) with the margins m of Llama 2 (2307.09288 eq. 2), (E,), and
-    smoothed labels as in cDPO. Longer lists: Plackett-Luce, without either. The centring
+    (arXiv 2203.02155 eq. 1) with the margins m of Llama 2 (2307.09288 eq. 2), (E,), and label
+    smoothing as in cDPO. Longer lists: Plackett-Luce, without margins and smoothing. The centering
     term c (sum_k r_k)^2 keeps rewards around zero (2312.09244 eq. 2).
     """
     if rewards.shape[1] == 2:
         logits = rewards[:, 0] - rewards[:, 1]
         losses = _smoothed_nll(logits if margins is None else logits - margins, label_smoothing)
     else:
-        assert margins is None and label_smoothing == 0.0, "of pairs only"
+        assert margins is None and label_smoothing == 0.0, "for pairs only"
         losses = ranking_nll(rewards)
     return losses + center_coefficient * rewards.sum(dim=1) ** 2
 
@@ -123,13 +123,13 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-ROUNDING = 2.0**-20  # of a difference of float32 sums, relative to what they are sums of
+ROUNDING = 2.0**-20  # relative error of a difference of float32 sums
 
 
 def preferences(margins: Tensor, sizes: Tensor) -> Tensor:
-    """(E,) 1 where the chosen response ranks above the rejected one, 0 where below; 1/2 where their
-    margin is within rounding of zero, as it is of a policy that is its own reference: the same
-    tokens in another packed row have not the same bits. sizes: (E,) sums of the absolute
-    log-probabilities that a margin is the difference of."""
+    """(E,) 1 if the chosen response ranks above the rejected one, 0 if below, and 1/2 if the margin
+    is zero up to rounding, as for a policy that equals its reference: the same tokens in another
+    packed row differ in the last bits. sizes: (E,) sums of the absolute log-probabilities whose
+    difference a margin is."""
     right = (margins.sign() + 1.0) / 2.0
     return torch.where(margins.abs() <= ROUNDING * sizes, 0.5, right)

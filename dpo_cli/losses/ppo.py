@@ -1,7 +1,7 @@
 """PPO as pure functions of tensors (arXiv 1707.06347; for language models 1909.08593, 2009.01325).
 
-Token values are flat, (N,): the sampled tokens of S completions one after the other, with
-lengths (S,). The state of a token is what comes before it; after the last one there is none.
+Token values are flat, (N,): the sampled tokens of S completions concatenated, with lengths (S,).
+The state of a token is its prefix; the episode ends with a completion's last token.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 def ends_of(lengths: Tensor) -> Tensor:
-    """(S,) lengths, each at least 1 -> (S,) place of each completion's last token."""
+    """(S,) lengths, each at least 1 -> (S,) index of each completion's last token."""
     return lengths.cumsum(0) - 1
 
 
 def token_rewards(
     scores: Tensor, logratios: Tensor, lengths: Tensor, kl_coef: float
 ) -> Tensor:  # fmt: skip
-    """-kl_coef (log pi - log pi_ref) at each token, and the score at the last one. (N,)
+    """-kl_coef (log pi - log pi_ref) at each token, plus the score at the last one. (N,)
 
     scores: (S,); logratios: (N,).
     """
@@ -32,15 +32,15 @@ def token_rewards(
 def advantages_and_returns(
     rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, gae_lambda: float
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates (arXiv 1506.02438 eq. 16) and returns A + V. (N,) each.
+    """Generalized advantage estimates (arXiv 1506.02438 eq. 16) and returns A + V. (N,) each.
 
-    delta_t = r_t + gamma V_t+1 - V_t, with V = 0 behind the end; A_t = delta_t + gamma lambda
-    A_t+1. All completions go back together, from their last tokens to their first.
+    delta_t = r_t + gamma V_t+1 - V_t, with V = 0 after the end; A_t = delta_t + gamma lambda
+    A_t+1. All completions are processed together, from their last tokens to their first.
     """
     ends, starts = ends_of(lengths), lengths.cumsum(0) - lengths
     advantages = torch.zeros_like(rewards)
-    last = rewards.new_zeros(len(lengths))  # A of the token behind
-    following = torch.zeros_like(last)  # V of the token behind
+    last = rewards.new_zeros(len(lengths))  # A of the next token
+    following = torch.zeros_like(last)  # V of the next token
     for back in range(int(lengths.max())):
         rows = (lengths > back).nonzero().squeeze(1)
         place = ends[rows] - back
@@ -68,13 +68,13 @@ def policy_loss(
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
-    """Half the larger squared error of the value and of its clipped move from the old one. (N,)"""
+    """Half the larger squared error of the value and of its clipped update. (N,)"""
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
 def explained_variance(returns: Tensor, values: Tensor) -> float:
-    """1 - var(returns - values) / var(returns): 1 is a perfect critic, 0 a constant one."""
+    """1 - var(returns - values) / var(returns): 1 for a perfect critic, 0 for a constant one."""
     spread = float(returns.var(unbiased=False))
     return 1.0 - float((returns - values).var(unbiased=False)) / spread if spread > 0 else 0.0
 
@@ -87,7 +87,7 @@ class AdaptiveKl:
     """
 
     coef: float
-    target: float  # nats a sequence
+    target: float  # nats per sequence
     horizon: int  # completions
 
     def update(self, kl: float, completions: int) -> None:
@@ -97,7 +97,7 @@ class AdaptiveKl:
 
 @dataclass
 class FixedKl:
-    """The same weight for ever."""
+    """A constant KL penalty."""
 
     coef: float
 
@@ -107,7 +107,7 @@ class FixedKl:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Scores to mean 0 and standard deviation 1 on samples of the reference."""
+    """Scales scores to mean 0 and standard deviation 1 on samples of the reference."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -117,6 +117,6 @@ class Normalizer:
 
 
 def fit_normalizer(scores: Tensor) -> Normalizer:
-    """Of (n,) scores of reference samples; equal scores are centered and left unscaled."""
+    """Fit to (n,) scores of reference samples; constant scores are centered, not scaled."""
     std = float(scores.std(unbiased=False))
     return Normalizer(float(scores.mean()), std if std > 1e-8 else 1.0)

@@ -1,8 +1,8 @@
-"""A model's repeated blocks, compiled: one graph serves all of them and rows of any length.
+"""Regional compilation: one compiled graph for all of a model's blocks and rows of any length.
 
-Compiling the whole backbone unrolls its layers and takes minutes; a block takes seconds. What
+Compiling the whole backbone would unroll its layers and take minutes; a block takes seconds. What
 surrounds a block stays eager: activation checkpointing, FSDP's hooks, and the choice of the
-attention kernel. Sampling stays eager altogether, as its cache grows by a token.
+attention kernel. Sampling is eager, as its cache grows with every token.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from dpo_cli.model.attention.registered import PACKED, kernel_of
 
 Forward = Callable[[Tensor], Any]  # a block's, of all its other arguments
 
-BLOCKS = "dpo_blocks"  # the attribute of a model that holds its `CompiledBlocks`
-# Graphs of one kind of block: in training and evaluation, with adapters on and off, with each
-# window of attention. Beyond its own limit of 8 the compiler would silently run eagerly.
+BLOCKS = "dpo_blocks"  # attribute of a model: its `CompiledBlocks`
+# Graphs per class of block: training and evaluation, adapters on and off, each attention window.
+# Beyond its default limit of 8 the compiler silently falls back to eager.
 GRAPHS = 32
-# Round to bf16 where eager code does: policy and reference may run as different graphs, which
-# would otherwise keep other intermediate values in float32.
+# Round to bf16 where eager code does: policy and reference may run as different graphs, which would
+# otherwise keep different intermediate values in float32.
 OPTIONS = {"emulate_precision_casts": True}
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCE = {True: 5e-2, False: 1e-3}  # relative; in half precision, in float32
@@ -40,9 +40,9 @@ SMALL = 5e-2  # a gradient below this share of the largest of its kind may be ro
 
 @dataclass
 class CompiledBlocks:
-    """The compiled forwards of a model's blocks, one for each class, and the state they share.
+    """The compiled forwards of a model's blocks, one per class, and their shared state.
 
-    failure: why the blocks run eagerly after all, told through `note` once.
+    failure: why the blocks run eagerly after all; reported once through `note`.
     """
 
     note: Callable[[str], None]
@@ -54,7 +54,7 @@ class CompiledBlocks:
         kind = type(block)
         if kind not in self.compiled:
             self.compiled[kind] = torch.compile(kind.forward, dynamic=True, options={**OPTIONS})
-        # By hand rather than by Module.compile, which would compile the hooks of FSDP, too.
+        # Not by Module.compile, which would compile FSDP's hooks as well.
         block.forward = partial(self._forward, kind, block)
 
     def _forward(
@@ -82,8 +82,8 @@ class CompiledBlocks:
     def _check(
         self, eager: Forward, compiled: Forward, hidden: Tensor, trained: torch.nn.Module | None
     ) -> None:
-        """Compare result and gradients of the first row. What fails to compile, the backward
-        included, shows here and not in the middle of a step."""
+        """Compare result and gradients on the first row. Compilation errors, also of the backward,
+        show here rather than within a step."""
         weights = [p for p in trained.parameters() if p.requires_grad] if trained else None
         try:
             found, truth = (_outcome(f, hidden, weights) for f in (compiled, eager))
@@ -95,21 +95,21 @@ class CompiledBlocks:
         away = _distance(found, truth)
         half = hidden.dtype in HALF or torch.is_autocast_enabled(hidden.device.type)
         if not away < TOLERANCE[half]:
-            self._fail(f"their result or a gradient is {away:.1%} off")
+            self._fail(f"their result or a gradient differs by {away:.1%}")
 
     def _fail(self, why: object) -> None:
         why = getattr(why, "inner_exception", why)
         lines = str(why).strip().splitlines() or [type(why).__name__]
         self.failure = lines[0]
-        self.note(f"hardware.compile=blocks: the blocks run eagerly: {self.failure}")
+        self.note(f"hardware.compile=blocks: falling back to eager blocks: {self.failure}")
 
 
 def compile_blocks(model: PreTrainedModel, note: Callable[[str], None]) -> None:
-    """Compile the model's blocks when their first packed row comes.
+    """Compile the model's blocks on their first packed row.
 
-    Rows are not padded to a round length. Their number of tokens is never the fastest-varying
-    axis of a matrix, so none is misaligned, and lengths are sizes of a graph, not constants.
-    To be called before weights are sharded, while a block's class is the family's own.
+    Rows are not padded to a round length: the number of tokens is never the fastest-varying axis of
+    a matrix, so alignment is kept, and lengths are dynamic in the graph. To be called before
+    weights are sharded, which changes a block's class.
     """
     blocks, kernel = find_blocks(model), kernel_of(model)
     if kernel not in PACKED or not blocks:
@@ -118,7 +118,7 @@ def compile_blocks(model: PreTrainedModel, note: Callable[[str], None]) -> None:
         return
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, GRAPHS)
-    varlen.usable()  # looked for now: imports would break the graph
+    varlen.usable()  # searched now, as imports would break the graph
     state = CompiledBlocks(note)
     for block in blocks:
         state.add(block)
@@ -126,8 +126,8 @@ def compile_blocks(model: PreTrainedModel, note: Callable[[str], None]) -> None:
 
 
 def _trains(block: torch.nn.Module) -> bool:
-    """Whether it has trained weights that are in use: a reference may be a policy whose adapters
-    are switched off."""
+    """Whether a block has trained weights that are active: the reference may be the policy with its
+    adapters disabled."""
     switched = layers(block)
     if switched and all(layer._disable_adapters for layer in switched):
         return False
@@ -135,11 +135,11 @@ def _trains(block: torch.nn.Module) -> bool:
 
 
 def _run(forward: Forward, hidden: Tensor, trains: bool) -> Any:
-    """A block's output from few graphs: the input of one that is trained always has a gradient.
+    """A block's output from few graphs: the input of a trained block always requires a gradient.
 
-    Without gradients such a block runs its training graph nonetheless, whose kept activations
-    are freed at once: a second graph may round differently, and the first loss of DPO would not
-    be that of two equal policies.
+    Without gradients such a block still runs its training graph, whose saved activations are freed
+    at once: another graph may round differently, so that DPO's first loss would not be that of two
+    equal policies.
     """
     if not trains:
         return forward(hidden)
@@ -151,7 +151,7 @@ def _run(forward: Forward, hidden: Tensor, trains: bool) -> Any:
 
 
 def _outcome(forward: Forward, hidden: Tensor, weights: Sequence[Tensor] | None) -> list[Tensor]:
-    """What a block adds to its input and, where it is trained, its gradients."""
+    """What a block adds to its input and, if it is trained, its gradients."""
     # Activation checkpointing counts what the body saves for the backward: not this.
     with torch.set_grad_enabled(weights is not None), saved_tensors_hooks(_as_is, _as_is):
         leaf = hidden.detach().requires_grad_(weights is not None)
@@ -160,9 +160,9 @@ def _outcome(forward: Forward, hidden: Tensor, weights: Sequence[Tensor] | None)
         if weights is None:
             return [added]
         slope = torch.linspace(-1.0, 1.0, out.numel(), device=out.device, dtype=out.dtype)
-        wanted = [leaf, *weights]
-        found = torch.autograd.grad(out, wanted, slope.view_as(out), allow_unused=True)
-    pairs = zip(found, wanted, strict=True)
+        inputs = [leaf, *weights]
+        grads = torch.autograd.grad(out, inputs, slope.view_as(out), allow_unused=True)
+    pairs = zip(grads, inputs, strict=True)
     return [added, *(torch.zeros_like(w) if g is None else g for g, w in pairs)]
 
 

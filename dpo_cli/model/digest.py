@@ -1,4 +1,4 @@
-"""A digest of the function that a model computes: of its values, or of the files they came from."""
+"""Digests that identify the function a model computes: of its weights, or of their files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from dpo_cli.distributed.fsdp import full_tensor
 from dpo_cli.distributed.ranks import current
 from dpo_cli.model.adapters import active as adapters
 
-# Entries of a model's configuration that do not change what it computes.
+# Configuration entries that do not change what a model computes.
 NOT_THE_FUNCTION = ("_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")
 PIECE = 2**28  # bytes
 MOST_THREADS = 8
-FILES = "dpo_files"  # the attribute of a loaded model that holds its `FileDigest`
+FILES = "dpo_files"  # attribute of a loaded model: its `FileDigest`
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """sha256 over the configuration and over names, shapes, dtypes and values of all weights: of
-    a model with adapters, those that are switched on."""
+    """sha256 over the configuration and the names, shapes, dtypes and values of all weights,
+    including the active adapters."""
     digest = _of_shape(model)
     for name, value in sorted(adapters.function_state(model).items()):
         _add(digest, name, value)
@@ -34,12 +34,12 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def loaded_digest(model: PreTrainedModel) -> str:
-    """As `model_digest`, of a model whose base nobody has trained since it was loaded: of the
-    files of the base and the dtypes it is held in, and of the values of the adapter that is on.
+    """As `model_digest`, for a model whose base has not been trained since it was loaded: from the
+    base's files and dtypes, and the values of the active adapter. A collective.
 
-    Files are read while the model is loaded, so this costs next to nothing, where values of a
-    sharded model are gathered and those on a GPU copied first. Nothing is remembered from run to
-    run: a size and a time of change do not prove that a file is the same. All ranks must call it.
+    Files are hashed while the model is loaded, so this is almost free; values would have to be
+    gathered or copied from the GPU. Nothing is cached between runs, as size and modification time
+    do not prove that a file is unchanged.
     """
     files: FileDigest | None = getattr(model, FILES, None)
     known = None if files is None else current().from_first(files.value)
@@ -55,8 +55,8 @@ def loaded_digest(model: PreTrainedModel) -> str:
 
 
 class FileDigest:
-    """sha256 of the sha256 of every `PIECE` of files, worked out from now on by a few threads, on
-    the first rank: in pieces, since one thread takes 10 seconds for 16 GB."""
+    """sha256 of the sha256 of every `PIECE` of files, computed in the background by threads of
+    rank 0 (a single thread takes 10 seconds for 16 GB)."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = tuple(files)
@@ -66,7 +66,7 @@ class FileDigest:
             for start in range(0, max(1, path.stat().st_size), PIECE)
         ]  # fmt: skip
         self._found: dict[tuple[Path, int], bytes] = {}
-        self._left = iter(self._pieces)  # its `next` is one step of the interpreter
+        self._left = iter(self._pieces)  # `next` is atomic under the GIL
         # Daemons: a run that fails early does not wait for 16 GB to be read.
         threads = min(MOST_THREADS, os.cpu_count() or 1, len(self._pieces)) * current().first
         self._threads = [Thread(target=self._work, daemon=True) for _ in range(threads)]
@@ -80,11 +80,11 @@ class FileDigest:
         for path, start in self._left:
             try:
                 self._found[path, start] = _piece(path, start)
-            except OSError:  # `value` sees that it is missing
+            except OSError:  # `value` returns None
                 return
 
     def value(self) -> str | None:
-        """None where the files have changed meanwhile, or could not be read."""
+        """The digest; None if the files have changed meanwhile or could not be read."""
         for thread in self._threads:
             thread.join()
         missing = not all(os.path.lexists(path) for path in self._files)
@@ -111,7 +111,7 @@ _known: dict[tuple[Any, ...], FileDigest] = {}
 
 
 def hash_files(files: Sequence[Path]) -> FileDigest | None:
-    """Begin to hash them, once a process for the same files. None of none."""
+    """Start hashing files, once per process for the same files. None if there are none."""
     if not files:
         return None
     states = tuple(_states(files))
@@ -121,13 +121,12 @@ def hash_files(files: Sequence[Path]) -> FileDigest | None:
 
 
 def keep_digest(model: PreTrainedModel, files: FileDigest | None) -> None:
-    """files: all that the model's weights were made of."""
+    """Attach a digest of all files that the model's weights come from."""
     setattr(model, FILES, files)
 
 
 def _states(files: Sequence[Path]) -> list[tuple[Any, ...]]:
-    """What a file that is written to has another of: the time of the last change to its entry
-    cannot be set back, as that to its contents can."""
+    """Stats that change when a file is written; unlike mtime, ctime cannot be set back."""
     found: list[os.stat_result | None] = []
     for path in files:
         try:

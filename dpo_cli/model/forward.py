@@ -1,4 +1,4 @@
-"""A packed row through a causal language model: log-probabilities of its targets."""
+"""The forward of a packed row: hidden states, and log-probabilities of its targets."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def backbone(model: PreTrainedModel) -> Any:
-    """All but the output layer. Llama 4's prefix is that of the whole with its images."""
+    """The model without its output layer. Llama 4's base_model_prefix is for the multimodal model."""
     base = model.base_model
     return cast(Any, model).model if base is model else base
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(T, D) final hidden states of a packed row; the output layer does not run."""
+    """(T, D) final hidden states of a packed row, without the output layer."""
     layout, base = attention.layout_for(model, batch), backbone(model)
     return run_unsharded(model, lambda: layout.states(base, batch, model.dtype))
 
 
 def computed_by(model: PreTrainedModel) -> str:
-    """What beside the weights decides how a packed row is rounded."""
+    """What besides the weights affects the rounding of a packed row, for cache keys."""
     return (
         attention.kernel_of(model)
         + " compiled" * hasattr(model, BLOCKS)
@@ -57,14 +57,14 @@ def computed_by(model: PreTrainedModel) -> str:
 
 
 def target_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(N, D) the hidden states that predict the row's targets."""
+    """(N, D) hidden states that predict the row's targets."""
     return hidden_states(model, batch).index_select(0, batch.source_index)
 
 
 def loss_and_logprobs(
     model: PreTrainedModel, batch: Batch, loss_of: LossOf
 ) -> tuple[Tensor, Tensor]:
-    """The row's summed loss, with gradient, and its targets' log-probabilities, (N,)."""
+    """The row's summed loss, with gradient, and the targets' log-probabilities, (N,), without."""
     hidden = target_states(model, batch)
     return fused_loss(hidden, head_of(model), batch.targets, batch.counts, loss_of)
 
@@ -82,7 +82,7 @@ def sequence_logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def padded_token_logprobs(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:
-    """The plain oracle: one sequence, the model's own forward, full logits. (R,)."""
+    """(R,) log-probabilities of a response by the model's own forward, as a reference."""
     ids = torch.cat([prompt, response])[None]
     logits = model(input_ids=ids, use_cache=False).logits[0]
     picked = promote(logits[len(prompt) - 1 : -1]).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Cheaper ways to compute the same function."""
+"""Cheaper implementations of the same function."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 
 from dpo_cli.distributed.fsdp import find_blocks
 
-RESIDUAL = "dpo_half_residual"  # the attribute of a model that rounds its residual stream
+RESIDUAL = "dpo_half_residual"  # attribute of a model with a half-precision residual stream
 
 
 def fuse_gelu(model: PreTrainedModel) -> None:
@@ -22,23 +22,23 @@ def fuse_gelu(model: PreTrainedModel) -> None:
 
 
 def skip_padding_check(model: PreTrainedModel) -> None:
-    """Without a mask, GPT-2 with a padding token looks for it among a row's tokens to warn of it,
-    which waits for the device in every forward. Packed rows have no padding."""
+    """Disable transformers' search for padding tokens in unmasked inputs, which synchronizes with
+    the device in every forward. Packed rows have no padding."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.warn_if_padding_and_no_attention_mask = _nothing  # type: ignore[method-assign]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Neither looks nor warns."""
+    """Replaces the check."""
 
 
 def round_residual(model: PreTrainedModel) -> None:
-    """Under autocast, hold the hidden states between blocks in its half precision.
+    """Under autocast, keep the residual stream in autocast's half precision.
 
-    Over float32 weights embeddings and norms give float32, and so every sum with the residual
-    does. Norms still compute in float32 and sums are rounded once, as in a model of half-precision
-    weights. Only compiled blocks gain: eager norms make a float32 copy of what they are given.
+    With float32 weights, embeddings and norms return float32, and so does every residual sum.
+    Norms still compute in float32 and sums are rounded once, as in a model with half-precision
+    weights. Only compiled blocks gain, as eager norms make a float32 copy of their input.
     """
     blocks = find_blocks(model)
     if blocks:

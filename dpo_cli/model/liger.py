@@ -1,8 +1,8 @@
-"""Norms, gated activations and rotary embeddings by Liger's Triton kernels, one pass over memory
-each, for runs whose blocks are not compiled.
+"""Liger's fused Triton kernels for norms, gated activations and rotary embeddings, for runs whose
+blocks are not compiled.
 
-Each is held against the module's own forward and gradients on the device before it takes its
-place. A kind of module that differs, or that none of them fits, stays as it is.
+Each is compared with the module's own forward and gradients on the device before it replaces it.
+Modules with other results, or without a matching kernel, are left unchanged.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from dpo_cli.model.attention.registered import Placement
 
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCE = {True: 2e-2, False: 1e-4}  # relative; in half precision, in float32
-TOKENS, WIDTH = 67, 128  # of a trial: no multiple of a block of tokens
+TOKENS, WIDTH = 67, 128  # of a probe: not a multiple of a block of tokens
 ROTARY = "apply_rotary_pos_emb"  # of a family's source file, by transformers' convention
 Replacement = Callable[[Any, Tensor], Tensor]  # (module, its input) -> its output
 
 
 def use_liger(model: PreTrainedModel, on: Placement) -> None:
-    """Replace what Liger computes alike; `on.note` says what. ConfigError without the package."""
+    """Replace modules by Liger's kernels, with a note. ConfigError without the package."""
     if on.device.type != "cuda":
         on.note("hardware.kernels=liger: has no effect on a CPU")
         return
@@ -54,7 +54,7 @@ def kernels() -> dict[str, Callable[..., Any]]:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What a kernel raises that does not take a module: Triton's own errors have their own base."""
+    """What a kernel may raise for a module that it does not support."""
     usual = AttributeError, RuntimeError, TypeError, ValueError
     if find_spec("triton") is None:
         return usual
@@ -66,7 +66,7 @@ def _failures() -> tuple[type[Exception], ...]:
 def replace(
     model: PreTrainedModel, by: dict[str, Callable[..., Any]], on: Placement
 ) -> list[str]:  # fmt: skip
-    """Replace modules in place; the names of what was, with how often."""
+    """Replace modules in place. Returns names and counts of what was replaced."""
     verdicts: dict[Any, tuple[str, Replacement] | None] = {}
     counts: dict[str, int] = {}
     for module in model.modules():
@@ -87,7 +87,7 @@ def replace(
 def _candidates(
     module: Any, by: dict[str, Callable[..., Any]]
 ) -> Iterator[tuple[str, Replacement]]:
-    """What may compute the same as a module, to be tried."""
+    """Kernels that may compute the same as a module, to be probed."""
     weighted = isinstance(getattr(module, "weight", None), torch.nn.Parameter)
     if "forward" in vars(module):  # replaced by someone else
         return
@@ -109,7 +109,7 @@ def _rms_norm(
     kernel: Callable[..., Tensor], offset: float, casting: str, module: Any, x: Tensor
 ) -> Tensor:
     eps = getattr(module, "variance_epsilon", None) or module.eps
-    # Not in place: the gradient that comes in may be the residual's, too.
+    # Not in place: the incoming gradient may be shared with the residual.
     return kernel(x, module.weight, eps, offset, casting, False)
 
 
@@ -135,12 +135,12 @@ def _right(
             ):
                 return name, forward
         except _failures():
-            continue  # it does not take such a module
+            continue  # the kernel does not support the module
     return None
 
 
 def _trial_of(module: Any) -> tuple[Any, int]:
-    """A copy to try, and the width of its input: with small matrices, with random weights."""
+    """A copy to probe, with small random matrices, and the width of its input."""
     if not hasattr(module, "gate_proj"):
         trial = copy.deepcopy(module)
         with torch.no_grad():
@@ -159,7 +159,7 @@ def _same(
     own: Callable[..., Any], other: Callable[..., Any], weights: Sequence[Tensor],
     shape: tuple[int, ...], dtype: torch.dtype, on: Placement,
 ) -> bool:  # fmt: skip
-    """Whether two functions of a tensor agree in values and in the gradients of all they read."""
+    """Whether two functions agree in values and in the gradients of input and weights."""
     generator = torch.Generator(on.device).manual_seed(0)
     given = torch.randn(1, *shape, generator=generator, device=on.device).to(dtype)
     outcomes = []
@@ -177,7 +177,7 @@ def _same(
 def _replace_rotary(
     model: PreTrainedModel, rotary: Callable[..., Any], on: Placement
 ) -> dict[str, int]:
-    """Replace the function in the family's source file: modules call it by its name there."""
+    """Replace the function in the family's module, where it is looked up by name."""
     source: Any = sys.modules[type(model).__module__]
     own = getattr(source, ROTARY, None)
     config = model.config.get_text_config()

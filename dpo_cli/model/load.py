@@ -1,4 +1,4 @@
-"""Weights and tokenizer from a local folder, a run folder, the hub, or from scratch."""
+"""Load model and tokenizer from a local folder, a run folder or the hub, or from scratch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_tokenizer(config: ModelConfig, key: str = "model.path") -> PreTrainedTo
             source, trust_remote_code=config.trust_remote_code, **options
         )
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{source}: the tokenizer has no EOS token, responses could not end")
+        raise ConfigError(f"{source}: the tokenizer has no EOS token to end responses with")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast(PreTrainedTokenizerFast, tokenizer)
@@ -71,13 +71,13 @@ def load_model(
     on: Placement | None = None,
     adaptation: Adaptation | None = None,
 ) -> PreTrainedModel:
-    """Weights where they will compute, and the attention its packed rows will use: float32, but
-    the frozen ones under an adapter in the dtype of `on`.
+    """Load a model to its device and choose the attention kernel for its packed rows.
 
-    `seed` decides the weights of a model from scratch, whatever was drawn before. `key` is
-    where the user named the model; `on` where it will compute (the CPU, in float32). An adapter
-    is merged into its base, unless `adaptation` says to train it or a new one. Raises ConfigError
-    for what cannot be loaded whole, NonFiniteError for weights that are not numbers.
+    Weights are in float32; frozen ones under an adapter in the dtype of `on`. seed: for the weights
+    of a model from scratch. key: configuration key of the model, for messages. on: where it will
+    compute (default: the CPU, in float32). An adapter is merged into its base, unless `adaptation`
+    is given, to train it or a new one. Raises ConfigError for a model that cannot be loaded
+    completely, and NonFiniteError for non-finite weights.
     """
     refuse_unavailable(config.attention, on)
     if config.path is None and config.architecture is not None:
@@ -86,7 +86,7 @@ def load_model(
             model = _from_scratch(config, tokenizer)
     else:
         refuse_reward_model(config, key)
-        if adaptation is not None:  # what cannot be adapted is refused before weights are read
+        if adaptation is not None:  # raises for layers that cannot be adapted, before loading
             count_trained(config, tokenizer, adaptation.settings, key=key)
         model, _ = read_pretrained(AutoModelForCausalLM, config, key, None, adaptation, on)
         _refuse_classifier(model, config, key)
@@ -106,16 +106,16 @@ def adapt(
     on: Placement | None = None,
     task: str = adapters.POLICY_TASK,
 ) -> None:
-    """Freeze a loaded base and put in the adapter to train: a new one, that of `config`'s folder,
-    or that of the checkpoint. The base is rounded to what `on` computes in."""
+    """Freeze a loaded base and add the adapter to train: a new one, that of `config`'s folder, or
+    that of the checkpoint. The base is rounded to the compute dtype of `on`."""
     from dpo_cli.model.adapters import casts, lora  # PEFT is slow to import
 
     origin = origin_of(config, key)
     made = lora.adapter_config(adaptation.settings, origin, task, key)
     if on is not None and on.sharded and made.trainable_token_indices:
         raise ConfigError(
-            f"{key}={config.path}: is an adapter with trainable_token_indices, which PEFT does not "
-            "shard: use hardware.devices=1, or lora=none, which merges it"
+            f"{key}={config.path}: is an adapter with trainable_token_indices, which cannot be "
+            "sharded: use hardware.devices=1, or lora=none to merge it"
         )
     weights, told = adaptation.weights or origin.adapter, lora.told_by(origin, key)
     lora.put_in(model, made, weights, seed, told=told)
@@ -127,15 +127,15 @@ def adapt(
 def make_ready(
     model: PreTrainedModel, config: ModelConfig, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Dropout as configured, fused activations; ConfigError for a tokenizer of other weights."""
+    """Set dropout and fused activations. ConfigError for a tokenizer that does not match."""
     set_dropout(model, config.dropout)
     fuse_gelu(model)
     skip_padding_check(model)
     vocab = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     if len(tokenizer) > vocab:
         raise ConfigError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's embedding {vocab}: "
-            "set model.tokenizer to the one that belongs to these weights"
+            f"the tokenizer has {len(tokenizer)} tokens but the model's embedding has {vocab} "
+            "rows: set model.tokenizer to the tokenizer of these weights"
         )
 
 
@@ -144,7 +144,7 @@ def _from_scratch(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Pr
 
 
 def gpt2_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2Config:
-    """The shape of a model from scratch."""
+    """The configuration of a model from scratch."""
     shape = config.architecture
     assert shape is not None
     return GPT2Config(
@@ -157,26 +157,26 @@ def gpt2_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2
 
 
 def refuse_reward_model(config: ModelConfig, key: str) -> None:
-    """ConfigError for the adapter of a reward model where a policy is wanted."""
+    """ConfigError for the adapter of a reward model in place of a policy."""
     if origin_of(config, key).task == adapters.REWARD_TASK:
         raise ConfigError(
-            f"{key}={config.path}: is the adapter of a reward model, not of a policy: give the "
-            "model it was made from"
+            f"{key}={config.path}: is the adapter of a reward model, not of a policy: use the "
+            "model it was trained from"
         )
 
 
 def _refuse_classifier(model: PreTrainedModel, config: ModelConfig, key: str) -> None:
-    """With tied embeddings nothing is missing: a reward model would pass for a policy."""
+    """ConfigError for a reward model: with tied embeddings no weight of a policy is missing."""
     for name in model.config.architectures or ():
         if name.endswith("ForSequenceClassification"):
             raise ConfigError(
                 f"{key}={config.path or config.hub_id}: is a {name}, such as stage=reward trains, "
-                "not a policy: give the model it was made from"
+                "not a policy: use the model it was trained from"
             )
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Most tokens a sequence may have."""
+    """Maximum number of tokens of a sequence."""
     return _positions(model.config)
 
 
@@ -200,7 +200,7 @@ def hf_config(
 
 
 def _with_adapters_head(found: PretrainedConfig, origin: Origin) -> PretrainedConfig:
-    """The configuration that a classifier would have on its own, of one that is an adapter."""
+    """The base's configuration with the head that a reward adapter adds."""
     if origin.adapter is not None and origin.task == adapters.REWARD_TASK:
         kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(found)]
         own = adapters.brought(origin.adapter)
@@ -241,7 +241,7 @@ def count_trained(
     model = _without_weights(config, tokenizer, auto, key)
     origin = origin_of(config, key)
     made = lora.adapter_config(settings, origin, task, key)
-    if takes_out(origin.facts):  # no values to take a start out of
+    if takes_out(origin.facts):  # the initialization would need the base's values
         made.init_lora_weights = True
     lora.put_in(model, made, None, told=lora.told_by(origin, key))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""The weights of a folder or hub id in memory, once, in the numbers they are computed in."""
+"""Load the weights of a folder or hub id in the dtype they are computed in, without a copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.model.adapters import active as adapters
 from dpo_cli.model.adapters.active import REWARD_HEAD, Adaptation
 from dpo_cli.model.adapters.base import changes_base, fit_embedding
-from dpo_cli.model.adapters.quantize import multiply_in, quantized, quantized_layers, steady
+from dpo_cli.model.adapters.quantize import (
+    multiply_in,
+    quantization_options,
+    quantized_layers,
+    steady,
+)
 from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.digest import hash_files, keep_digest
 from dpo_cli.model.source import check_safetensors, loading, origin_of, source_of
@@ -28,15 +33,15 @@ def read_pretrained(
     on: Placement | None = None,
     **changes: Any,
 ) -> tuple[PreTrainedModel, bool]:
-    """The model of a folder or hub id as an `auto` class reads it; whether it lacked its head.
+    """(the model of a folder or hub id, loaded by an `auto` class; whether its head was missing).
 
-    head: start of the names of weights that may be missing, to be made by the caller; any
-    other missing weight is a ConfigError. adaptation: leave an adapter out, and quantise the base
-    on its device. changes: entries of the model's configuration.
+    head: name prefix of weights that may be missing and are initialized by the caller; any other
+    missing weight is a ConfigError. adaptation: do not merge an adapter, and quantize the base.
+    changes: overrides of the model's configuration.
 
-    Weights are read as they are stored, straight to the device, and become what they are held in
-    there, one after the other: float32, under an adapter what `on` computes in. Those to be
-    sharded stay as they are stored, in the mapped files, which all ranks of a machine share.
+    Weights are read in their stored dtype, directly to the device, and converted there one by one:
+    to float32, or to the compute dtype of `on` under an adapter. Weights to be sharded stay in the
+    memory-mapped files, which all ranks of a node share.
     """
     on = on or Placement()
     origin = origin_of(config, key)
@@ -45,7 +50,7 @@ def read_pretrained(
     if not on.sharded and on.device.type != "cpu":
         changes |= {"device_map": {"": str(on.device)}}
     if adaptation is not None:
-        changes |= quantized(adaptation.settings.quantization, on)
+        changes |= quantization_options(adaptation.settings.quantization, on)
     with loading(source, key):
         files = weight_files(source, options)
         merged = origin.adapter is not None and adaptation is None
@@ -56,9 +61,9 @@ def read_pretrained(
                 trust_remote_code=config.trust_remote_code, **options, **changes,
             )  # fmt: skip
     model, report = loaded
-    _settle(model, adaptation, merged, on)
+    _normalize(model, adaptation, merged, on)
     _refuse_adapter_inside(model, f"{key}={source}")
-    # transformers fills what is missing with random numbers
+    # transformers initializes missing weights randomly.
     fit_embedding(model, origin)
     missing = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
     lacking = missing
@@ -80,23 +85,23 @@ def read_pretrained(
 def _refuse_adapter_inside(model: PreTrainedModel, where: str) -> None:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ConfigError(
-            f"{where}: holds an adapter that transformers has put in; download the "
-            "adapter alone and give its folder as model.path"
+            f"{where}: contains an adapter that transformers has loaded; download the adapter "
+            "alone and set model.path to its folder"
         )
 
 
 def _refuse_incomplete(model: PreTrainedModel, missing: list[str], where: str) -> None:
     if missing:
         raise ConfigError(
-            f"{where}: lacks {len(missing)} weights of a {type(model).__name__}, such as "
-            f"{missing[0]}: it is damaged or no causal language model"
+            f"{where}: {len(missing)} weights of {type(model).__name__} are missing, such as "
+            f"{missing[0]}: it is damaged or not a causal language model"
         )
 
 
-def _settle(
+def _normalize(
     model: PreTrainedModel, adaptation: Adaptation | None, merged: bool, on: Placement
 ) -> None:
-    """Bring freshly read weights into what they are held in, and switch off what would surprise."""
+    """Convert loaded weights to their dtypes, and reset options that change the outputs."""
     if merged or adaptation is not None or not on.sharded:
         settings = adaptation.settings if adaptation is not None else None
         trained = [] if settings is None else [*settings.modules_to_save, REWARD_HEAD]
@@ -107,8 +112,8 @@ def _settle(
 
 
 def plain_outputs(model: PreTrainedModel) -> None:
-    """Take back what config.json asks a model to give beside its logits, or instead of named
-    outputs: mixtures of experts are often saved so, and sampling and saving would trip over it."""
+    """Reset config.json's options for additional or unnamed outputs, which mixtures of experts are
+    often saved with and which break sampling and saving."""
     for config in (model.config, model.config.get_text_config()):
         for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
             if getattr(config, name, False):

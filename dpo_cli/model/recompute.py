@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks keep their input alone and run again in the backward."""
+"""Activation checkpointing: blocks save only their input and are recomputed in the backward."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from dpo_cli.errors import ConfigError
 
 
 def recompute_blocks(model: PreTrainedModel, every: int) -> None:
-    """From now on every `every`-th block, the first among them, keeps no activations in training.
+    """Checkpoint every `every`-th block, starting with the first (arXiv 1604.06174).
 
-    Memory for time: with `every=1` the blocks' activations shrink to one hidden state each, and
-    a third of a step's work is added. The gradients are the same, dropout's draws too. ConfigError
-    for a family whose blocks cannot. arXiv 1604.06174.
+    With `every=1` the saved activations shrink to one hidden state per block, for a third more
+    work per step. Gradients and dropout masks are unchanged. ConfigError for a family that does not
+    support it.
     """
     blocks = [m for m in model.base_model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not (blocks and model.supports_gradient_checkpointing):
         raise ConfigError(
-            f"hardware.activation_checkpointing={every}: transformers cannot run the blocks of a "
-            f"{type(model).__name__} again; use hardware.activation_checkpointing=0 and a smaller "
-            "train.micro_batch_tokens"
+            f"hardware.activation_checkpointing={every}: {type(model).__name__} does not support "
+            "it; use hardware.activation_checkpointing=0 and a smaller train.micro_batch_tokens"
         )
-    # The reentrant kind gives no gradients where a block's input needs none, as under adapters.
+    # Reentrant checkpointing gives no gradients if a block's input needs none, as with adapters.
     again = partial(checkpoint, use_reentrant=False)
     for number, block in enumerate(cast(list[Any], blocks)):
         block.gradient_checkpointing = number % every == 0

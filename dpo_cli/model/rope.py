@@ -1,8 +1,8 @@
 """Rotary embeddings whose factors depend on the length of the sequence (longrope).
 
-transformers takes the short or the long factors for a whole forward, by its largest position. So
-sequences of both kinds never share a forward: a row is cut at the model's original length (`cuts`
-of `packing.pack`), and each part goes through the model on its own.
+transformers uses the short or the long factors for a whole forward, by its largest position. So
+sequences of both kinds never share a forward: a row is split at the model's original length (`cuts`
+of `packing.pack`), and each part is a separate forward.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from dpo_cli.records import Batch, EncodedExample, Segment
 Row = TypeVar("Row", bound=Sequence[int])
 
 ORIGINAL = "original_max_position_embeddings"
-SHORT_ORIGINAL = 5  # so that the probe's few tokens lie on both sides
+SHORT_ORIGINAL = 5  # so that the probe's few tokens are on both sides
 
 
 def cuts_of(config: PretrainedConfig) -> tuple[int, ...]:
-    """Lengths up to which a sequence is rotated in one way, and beyond in another; none of most
-    models. `dynamic` factors change beyond the context alone, where no row is."""
+    """Lengths at which the rotary factors change; empty for most models. (`dynamic` factors change
+    only beyond the context.)"""
     return tuple(sorted({int(found[ORIGINAL]) for found in _dependent(config)}))
 
 
@@ -44,7 +44,7 @@ def _dependent(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
 
 
 def apart(rows: Sequence[Row], config: PretrainedConfig) -> Iterator[list[Row]]:
-    """Neighbouring rows of token ids that may share a forward, in their order."""
+    """Consecutive rows of token ids that may share a forward, in order."""
     cuts = cuts_of(config)
     for _, part in groupby(rows, key=lambda row: kinds_of(0, [len(row)], cuts)):
         yield list(part)
@@ -69,7 +69,7 @@ def way_through(config: PretrainedConfig, prompt: int, steps: int) -> WayThrough
 
 @contextmanager
 def cut_short(model: PreTrainedModel) -> Iterator[None]:
-    """The body with an original length of few tokens, so that a probe shows both ways."""
+    """Run the body with a short original length, so that a probe covers both factors."""
     places = list(_dependent(model.config))
     config = vars(model.config.get_text_config())
     if places and ORIGINAL in config:  # from where some families take it again and again
@@ -86,10 +86,10 @@ def cut_short(model: PreTrainedModel) -> Iterator[None]:
 
 @dataclass
 class SplitLayout(Layout):
-    """Parts of a row that go through the model one after the other.
+    """Parts of a row that are run through the model separately.
 
-    parts: of each, its packed tokens, (n,), and its layout; place: (T,) where each packed token
-    lies in the concatenation of the parts.
+    parts: the packed tokens of each, (n,), and its layout; place: (T,) position of each packed
+    token in the concatenation of the parts.
     """
 
     parts: tuple[tuple[Tensor, Layout], ...]
@@ -140,13 +140,12 @@ def _from_zero(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def refuse_shared(examples: Sequence[EncodedExample], cuts: Sequence[int]) -> None:
-    """ConfigError where several devices, which must do the same forwards, would do others."""
+    """ConfigError if ranks, which must run the same forwards, would run different ones."""
     for example in examples:
         lengths = [len(ids) for ids in example.response_ids]
         if any(kinds_of(len(example.prompt_ids), lengths, cuts)):
             raise ConfigError(
-                f"row {example.row} is longer than the {cuts[0]:,} tokens up to which the model "
-                "was trained at first (longrope), and is computed apart from shorter ones, which "
-                f"several devices cannot share: set data.max_length={cuts[0]} or use "
-                "hardware.devices=1"
+                f"row {example.row} is longer than the model's original context of {cuts[0]:,} "
+                "tokens (longrope) and needs a separate forward, which is not supported on several "
+                f"devices: set data.max_length={cuts[0]} or use hardware.devices=1"
             )

@@ -1,7 +1,7 @@
-"""The load that a mixture of experts gives each of them, as transformers' auxiliary loss has it.
+"""Load-balancing auxiliary loss of mixtures of experts, by transformers' own function.
 
-(Switch Transformers, arXiv 2101.03961 equations 4-6.) Every sequence counts as it would alone:
-the prompt of a packed row once for each of its branches, padding never.
+(Switch Transformers, arXiv 2101.03961 equations 4-6.) Sequences count as if unpacked: the prompt of
+a packed row once per branch, padding never.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from dpo_cli.model.attention.registered import layout_for
 from dpo_cli.records import Batch
 
 KEY = "train.router_aux_loss_coef"
-CHOSEN = ("num_experts_per_tok", "moe_k", "moe_top_k")  # experts of a token
-WORDS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+TOP_K = ("num_experts_per_tok", "moe_k", "moe_top_k")  # names of the experts per token
+ARGUMENTS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
 def loss_function(family: type, coefficient: float) -> Callable[..., Tensor]:
-    """transformers' own for a class of models. ConfigError where it balances none."""
+    """transformers' loss function for a model class. ConfigError if it has none."""
     modules = [sys.modules[kind.__module__] for kind in family.__mro__]  # FSDP derives a class
     named = (getattr(module, "load_balancing_loss_func", None) for module in modules)
-    found = next((function for function in named if function is not None), None)
-    if found is None or list(inspect.signature(found).parameters) != WORDS or not _kinds(family):
+    loss = next((function for function in named if function is not None), None)
+    if loss is None or list(inspect.signature(loss).parameters) != ARGUMENTS or not _kinds(family):
         raise ConfigError(
-            f"{KEY}={coefficient}: {family.__name__} has no routers whose load transformers "
-            f"balances by a loss: set {KEY}=0"
+            f"{KEY}={coefficient}: transformers has no load-balancing loss for "
+            f"{family.__name__}: set {KEY}=0"
         )
-    return found
+    return loss
 
 
 def _kinds(family: Any) -> list[OutputRecorder]:
-    """What transformers records the router's logits of."""
+    """The modules from which transformers records router logits."""
     recorded = (getattr(family, "_can_record_outputs", None) or {}).get("router_logits", [])
     listed = recorded if isinstance(recorded, list) else [recorded]
     return [kind for kind in listed if isinstance(kind, OutputRecorder)]
 
 
 class Routers:
-    """The routers of a model in memory, each of which keeps its logits while they are watched."""
+    """The routers of a loaded model, which record their logits within `watched`."""
 
     def __init__(self, model: PreTrainedModel, coefficient: float) -> None:
         self.model = model
         self.function = loss_function(type(model), coefficient)
-        self.chosen = experts_per_token(model.config)
-        self.seen: list[list[Tensor]] | None = None  # of each router, while they are watched
+        self.top_k = experts_per_token(model.config)
+        self.seen: list[list[Tensor]] | None = None  # logits of each router, within `watched`
         self.logits: list[Tensor] = []
         count = 0
         for name, part in model.named_modules():
@@ -75,7 +75,7 @@ class Routers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """The body with the logits of its forwards kept; once, not where blocks run again."""
+        """Record logits of the forwards in the body, but not of recomputed blocks."""
         self.seen = [[] for _ in range(self.count)]
         try:
             yield
@@ -84,25 +84,25 @@ class Routers:
             self.seen = None
 
     def loss(self, batch: Batch) -> Tensor | None:
-        """Of the row that went through the model while it was watched; None without gradients."""
+        """The loss of the row whose forward was recorded; None without gradients."""
         logits = self.logits
         if not logits:
             return None
         weights = layout_for(self.model, batch).spread(sequences_through(batch))
-        return self.function(tuple(logits), logits[0].shape[-1], self.chosen, weights[None])
+        return self.function(tuple(logits), logits[0].shape[-1], self.top_k, weights[None])
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
     text: Any = config.get_text_config()
     places = (text, getattr(text, "ffn_config", None))  # DBRX has a configuration inside
     return next(
-        int(value) for place in places for name in CHOSEN
+        int(value) for place in places for name in TOP_K
         if (value := getattr(place, name, None)) is not None
     )  # fmt: skip
 
 
 def sequences_through(batch: Batch) -> Tensor:
-    """(T,) how many sequences each packed token is of."""
+    """(T,) number of sequences that each packed token belongs to."""
     counts = [
         part for segment in batch.layout
         for part in (

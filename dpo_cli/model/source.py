@@ -1,4 +1,4 @@
-"""Where weights come from: a local folder, a run folder, or a commit on the hub."""
+"""Sources of weights: a local folder, a run folder, or a commit on the hub."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from dpo_cli.errors import ConfigError
 HUB_TIMEOUT_SECONDS = 5.0
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, in place of a config.json
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-SHARDS = "shards"  # in checkpoints of many ranks, see train/sharded.py
+SHARDS = "shards"  # in checkpoints of several ranks, see distributed/checkpoint.py
 PICKLED = ("pytorch_model*.bin", "model*.pt", "*.pth")
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # the oldest have no owner: gpt2
 
 
 def model_folder(path: str, key: str = "model.path") -> Path:
-    """The HF or PEFT folder meant by `path`: itself, or the final model of a run folder.
+    """The Hugging Face or PEFT folder at `path`, or the final model of a run folder there.
 
-    key: where the user wrote it, for the message of the ConfigError.
+    key: configuration key of the path, for messages. Raises ConfigError.
     """
     for folder in (Path(path) / "final", Path(path)):
         if any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
@@ -37,21 +37,21 @@ def model_folder(path: str, key: str = "model.path") -> Path:
     folder = Path(path)
     if (folder / SHARDS).is_dir():
         raise ConfigError(
-            f"{key}={path}: is a checkpoint of several devices, which only resume=<run folder> "
-            "reads; give the run's final/"
+            f"{key}={path}: is a sharded checkpoint, which only resume=<run folder> can load; use "
+            "the run's final/"
         )
     unfinished = (
         " (this run has checkpoints but no final/: resume it)" * (folder / "checkpoints").is_dir()
     )
     raise ConfigError(
-        f"{key}={path}: no config.json there nor in final/{unfinished}; "
-        "give a Hugging Face model folder or a finished run folder"
+        f"{key}={path}: no config.json there or in final/{unfinished}; "
+        "use a Hugging Face model folder or a finished run folder"
     )
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Weights of their own, and the adapter over them, if any: its folder and its configuration."""
+    """A base model and the adapter on it, if any: its folder and its configuration."""
 
     base: ModelConfig
     adapter: Path | None = None
@@ -59,18 +59,18 @@ class Origin:
 
     @property
     def adapter_files(self) -> list[Path]:
-        """What decides the adapter's function."""
+        """The files that define the adapter."""
         if self.adapter is None:
             return []
         return [self.adapter / ADAPTER_CONFIG, self.adapter / ADAPTER_WEIGHTS]
 
     @property
     def task(self) -> str | None:
-        """PEFT's name of what the adapter makes of the base: CAUSAL_LM, SEQ_CLS."""
+        """PEFT's task type of the adapter: CAUSAL_LM, SEQ_CLS."""
         return self.facts.get("task_type")
 
     def identity(self) -> tuple[str, str | None]:
-        """What an adapter's configuration says of its base: absolute folder, or hub id, commit."""
+        """The base as adapter configurations name it: absolute folder, or hub id and commit."""
         if self.base.path:
             return str(model_folder(self.base.path).resolve()), None
         assert self.base.hub_id is not None
@@ -79,8 +79,8 @@ class Origin:
 
 
 def origin_of(config: ModelConfig, key: str = "model.path") -> Origin:
-    """Where the weights that `config` names begin. Raises ConfigError for an adapter without
-    its base."""
+    """The base model and adapter of a model configuration. Raises ConfigError for an adapter whose
+    base is missing."""
     if not config.path:
         return Origin(config)
     folder = model_folder(config.path, key)
@@ -92,29 +92,28 @@ def origin_of(config: ModelConfig, key: str = "model.path") -> Origin:
         named = str(facts["base_model_name_or_path"])
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{where}: {ADAPTER_CONFIG} does not name the adapter's base model ({error!r}); write "
-            "its folder or hub id as base_model_name_or_path there"
+            f"{where}: {ADAPTER_CONFIG} does not name the base model ({error!r}); set "
+            "base_model_name_or_path there to its folder or hub id"
         ) from None
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ConfigError(f"{where}: is an adapter without {ADAPTER_WEIGHTS}; nothing else is read")
+        raise ConfigError(f"{where}: is an adapter without {ADAPTER_WEIGHTS}, the supported format")
     local = Path(named)
     if not local.is_dir() and not HUB_ID.fullmatch(named):
         raise ConfigError(
-            f"{where}: is an adapter of the weights in {named}, which are gone: put them back, or "
-            f"write their new folder as base_model_name_or_path in {folder / ADAPTER_CONFIG}"
+            f"{where}: is an adapter of {named}, which does not exist: restore it, or set "
+            f"base_model_name_or_path in {folder / ADAPTER_CONFIG} to its new folder"
         )
     at = {"path": named, "hub_id": None, "revision": None} if local.is_dir() else {
         "path": None, "hub_id": named, "revision": facts.get("revision")
     }  # fmt: skip
     base = replace(config, architecture=None, **at)
     if base.path and not (model_folder(base.path, where) / "config.json").is_file():
-        raise ConfigError(f"{where}: is an adapter of an adapter ({named}): merge that one first")
+        raise ConfigError(f"{where}: is an adapter of an adapter ({named}): merge the latter first")
     return Origin(base, folder, facts)
 
 
 def source_of(config: ModelConfig, key: str = "model.path") -> tuple[str, dict[str, Any]]:
-    """Folder or hub id of the weights, under an adapter its base's; and what pins its commit for
-    from_pretrained."""
+    """Folder or hub id of the (base) weights, and from_pretrained's arguments for the commit."""
     base = origin_of(config, key).base
     if base.path:
         return str(model_folder(base.path, key)), {}
@@ -123,7 +122,7 @@ def source_of(config: ModelConfig, key: str = "model.path") -> tuple[str, dict[s
 
 
 def tokenizer_source(config: ModelConfig, key: str = "model.path") -> tuple[str, dict[str, Any]]:
-    """As `source_of`, of the tokenizer: an adapter's own folder, where it has one."""
+    """As `source_of`, for the tokenizer: the adapter's folder, if it has one."""
     adapter = origin_of(config, key).adapter
     if adapter is not None and (adapter / "tokenizer_config.json").is_file():
         return str(adapter), {}
@@ -131,7 +130,7 @@ def tokenizer_source(config: ModelConfig, key: str = "model.path") -> tuple[str,
 
 
 def hub_source(hub_id: str, revision: str | None, key: str) -> tuple[str, dict[str, Any]]:
-    """The hub id and commit; without a network the folder of the local cache."""
+    """The hub id and commit, or without a network the folder in the local cache."""
     commit = hub_commit(hub_id, revision)
     if commit is not None:
         return hub_id, {"revision": commit}
@@ -139,17 +138,16 @@ def hub_source(hub_id: str, revision: str | None, key: str) -> tuple[str, dict[s
         return snapshot_download(hub_id, revision=revision, local_files_only=True), {}
     except (LocalEntryNotFoundError, OSError, ValueError, HTTPError) as error:
         raise ConfigError(
-            f"{hub_id} is neither on the Hugging Face hub as seen from here nor in the local "
-            "cache (no network, or a gated or wrong id): give a local folder with "
-            f"{key}=/folder/with/config.json"
+            f"{hub_id} cannot be loaded from the Hugging Face hub (no network, or a gated or wrong "
+            f"id) and is not in the local cache: use a local folder with {key}=<folder>"
         ) from error
 
 
 @cache
 def hub_commit(hub_id: str, revision: str | None) -> str | None:
-    """The commit `revision` (default: main) points to, or None where the hub does not answer.
+    """The commit of `revision` (default: main), or None if the hub does not answer.
 
-    One request: from_pretrained alone repeats its own for most of a minute.
+    One request, as from_pretrained retries for most of a minute.
     """
     try:
         return HfApi().model_info(hub_id, revision=revision, timeout=HUB_TIMEOUT_SECONDS).sha
@@ -158,26 +156,26 @@ def hub_commit(hub_id: str, revision: str | None) -> str | None:
 
 
 def check_safetensors(source: str, key: str, needed: bool = True) -> None:
-    """Pickled weights can run code when they are read, so they are not. needed: whether a folder
-    without any weights will not do; a plan takes its configuration alone."""
+    """ConfigError for pickled weights, which can execute code when loaded. needed: whether a
+    folder without weights is an error (a plan reads only its configuration)."""
     folder = Path(source)
     if not folder.is_dir() or list(folder.glob("*.safetensors")):
         return
     if any(list(folder.glob(names)) for names in PICKLED):
         raise ConfigError(
-            f"{key}={source}: no .safetensors weights; pickled weights (.bin, .pt) are not read: "
+            f"{key}={source}: no .safetensors weights; pickled weights (.bin, .pt) are not loaded: "
             "convert them with save_pretrained(..., safe_serialization=True)"
         )
     if needed:
         raise ConfigError(
-            f"{key}={source}: has a config.json but no .safetensors weights; download them, too "
-            "(without weights there is dry_run=true)"
+            f"{key}={source}: has a config.json but no .safetensors weights; download them as well "
+            "(only dry_run=true works without weights)"
         )
 
 
 @contextmanager
 def loading(source: str, key: str) -> Iterator[None]:
-    """Turn what loading a damaged or foreign folder raises into one line."""
+    """Turn errors of loading a damaged or unsupported folder into a ConfigError."""
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

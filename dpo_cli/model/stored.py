@@ -1,4 +1,4 @@
-"""Weights as their files have them: in which numbers, and how a model comes to hold others."""
+"""Dtypes of stored weights, and converting loaded weights to others."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ INTEGERS = ("I", "U", "BOOL")
 
 
 def weight_files(source: str, options: dict[str, Any]) -> list[Path]:
-    """The files from_pretrained takes of a folder or hub id, which it may have to fetch; none
-    where it takes others than it writes itself."""
+    """The safetensors files that from_pretrained loads from a folder or hub id (which may download
+    them); empty if their names are not transformers' own."""
 
     def found(name: str) -> Path | None:
         path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
@@ -38,8 +38,8 @@ def weight_files(source: str, options: dict[str, Any]) -> list[Path]:
 
 
 def stored_dtype(files: Sequence[Path]) -> torch.dtype:
-    """The half precision that all floating-point weights of safetensors files are in; else
-    float32, which holds a mixture exactly. Of integers, such as quantized weights, nothing."""
+    """The half-precision dtype shared by all floating-point weights of safetensors files, else
+    float32, which represents a mixture exactly. Integers (quantized weights) are ignored."""
     kinds: set[str] = set()
     for path in files:
         with path.open("rb") as file:
@@ -51,11 +51,11 @@ def stored_dtype(files: Sequence[Path]) -> torch.dtype:
 
 @contextmanager
 def parameters_in(dtype: torch.dtype) -> Iterator[None]:
-    """Models that from_pretrained builds in the body get their parameters in another dtype, so that
-    weights are read in it; buffers stay what a float32 model has.
+    """Models built by from_pretrained in the body get parameters in another dtype, in which weights
+    are then read; buffers stay in float32.
 
-    from_pretrained's own `dtype` would work buffers out in half precision as well, and some
-    families' rotary tables or embedding scales would be rounded for good.
+    from_pretrained's own `dtype` would compute buffers in half precision as well and permanently
+    round some families' rotary tables or embedding scales.
     """
     if dtype == torch.float32:
         yield
@@ -76,25 +76,24 @@ def parameters_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 def hold(model: PreTrainedModel, dtype: torch.dtype, trained: Sequence[str] = ()) -> None:
-    """Floating-point weights in that dtype, one after the other where they are; in float32 what
-    the family keeps so, and the modules with these last names. Buffers and integers are left
-    alone."""
+    """Convert floating-point weights to a dtype in place, one by one; those that the family keeps
+    in float32, and modules named in `trained`, to float32. Buffers and integers are unchanged."""
     exact = kept_exact(model)
     for name, weight in model.named_parameters():
-        whole = any(part in name for part in exact) or set(trained) & set(name.split("."))
-        wanted = torch.float32 if whole else dtype
-        if weight.is_floating_point() and weight.dtype != wanted:
-            weight.data = weight.data.to(wanted)
+        full = any(part in name for part in exact) or set(trained) & set(name.split("."))
+        target = torch.float32 if full else dtype
+        if weight.is_floating_point() and weight.dtype != target:
+            weight.data = weight.data.to(target)
 
 
 def kept_exact(model: PreTrainedModel) -> tuple[str, ...]:
-    """Parts of names of weights that the family computes in float32 whatever the others are in."""
+    """Substrings of the names of weights that the family always keeps in float32."""
     return tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
 
 
 def refuse_non_finite(family: str, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """NonFiniteError naming the first weight that holds NaN or infinity. One synchronization with
-    the device; no second copy of a weight."""
+    """NonFiniteError naming the first weight with NaN or infinity. Synchronizes with the device
+    once, and copies no weight."""
     named, fine = [], []
     for name, weight in weights:
         if weight.is_floating_point() and weight.itemsize > 1 and weight.numel():
@@ -103,6 +102,6 @@ def refuse_non_finite(family: str, weights: Iterable[tuple[str, Tensor]]) -> Non
     bad = ~torch.stack(fine).cpu() if fine else torch.zeros(0, dtype=torch.bool)
     if bad.any():
         raise NonFiniteError(
-            f"{family}: its weight {named[int(bad.nonzero()[0])]} is not finite; take other "
+            f"{family}: its weight {named[int(bad.nonzero()[0])]} is not finite; use other "
             "weights (model.path)"
         )

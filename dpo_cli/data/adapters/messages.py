@@ -128,7 +128,7 @@ def prompt_messages(value: list[Message], field: str) -> list[Message]:
     if not value:
         raise BadRow("has no message before the answer", field)
     if value[-1]["role"] not in {"user", "tool"}:
-        raise BadRow(f"ends with a {value[-1]['role']} message instead of a user message", field)
+        raise BadRow(f"ends with a message of role {value[-1]['role']} instead of user", field)
     return value
 
 
@@ -137,6 +137,6 @@ def split_answer(value: Any, field: str) -> tuple[list[Message], Response]:
     conversation = messages(value, field)
     *before, answer = conversation
     if answer["role"] != "assistant":
-        raise BadRow(f"ends with a {answer['role']} message instead of the answer", field)
+        raise BadRow(f"ends with a message of role {answer['role']} instead of assistant", field)
     more = answer.keys() - {"role", "content"}
     return before, answer if more else answer["content"]

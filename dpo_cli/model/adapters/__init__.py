@@ -1,1 +1,1 @@
-"""Adapters (PEFT): read, trained, merged, over quantized weights."""
+"""Adapters (PEFT): loaded, trained, merged, over quantized weights."""

@@ -1,6 +1,6 @@
-"""Which adapter of a model is on, without PEFT, which takes a second to import.
+"""Which adapter of a model is active, without importing PEFT, which takes a second.
 
-An adapted layer is PEFT's; it holds one entry an adapter, by name (`lora.put_in`).
+Adapted layers are PEFT's, with one entry per adapter, by name (`lora.put_in`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dpo_cli.config import LoraConfig
 from dpo_cli.model.source import ADAPTER_WEIGHTS
 from dpo_cli.model.stored import kept_exact
 
-TRAINED, REFERENCE = "default", "reference"  # names of adapters; files have none
-POLICY_TASK, REWARD_TASK = "CAUSAL_LM", "SEQ_CLS"  # PEFT's names of what an adapter makes
+TRAINED, REFERENCE = "default", "reference"  # names of adapters in memory, not in files
+POLICY_TASK, REWARD_TASK = "CAUSAL_LM", "SEQ_CLS"  # PEFT's task types
 REWARD_HEAD = "score"
 PREFIX = "base_model.model."  # of the names in adapter files
 PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
@@ -39,7 +39,7 @@ class Adaptation:
 
 
 def layers(model: torch.nn.Module) -> list[Any]:
-    """The parts of a model that have adapters, or copies that are trained whole."""
+    """The modules of a model with adapters or fully trained copies (modules_to_save)."""
     return [m for m in model.modules() if is_layer(m)]
 
 
@@ -52,7 +52,7 @@ def is_adapted(model: torch.nn.Module) -> bool:
 
 
 def active_part(module: Any) -> Any:
-    """A module itself, or its copy that is trained whole."""
+    """A module itself, or its active fully trained copy (modules_to_save)."""
     if not isinstance(getattr(module, "modules_to_save", None), torch.nn.ModuleDict):
         return module
     if module.disable_adapters:
@@ -64,8 +64,7 @@ def active_part(module: Any) -> Any:
 def adapter_as(model: PreTrainedModel, name: str | None) -> Iterator[None]:
     """Run the body with another adapter, or with none.
 
-    PEFT's own switch also turns `requires_grad`, which whoever shards the weights or holds them
-    in an optimizer has looked at already.
+    PEFT's own switch also changes `requires_grad`, which FSDP and the optimizer have read already.
     """
     switched = layers(model)
     before = [(layer._disable_adapters, layer._active_adapter) for layer in switched]
@@ -81,15 +80,15 @@ def adapter_as(model: PreTrainedModel, name: str | None) -> Iterator[None]:
 
 
 def function_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights the model computes with now, by the names they have without adapters: with all
-    of them off, exactly those of the bare model."""
+    """The weights that are active, by their names without adapters; with all adapters disabled,
+    exactly those of the base model."""
     base, own = function_parts(model)
     return {**base, **own}
 
 
 def function_parts(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """As `function_state`, in two: of the base, and of the adapter that is on, which may have
-    weights by names of the base."""
+    """As `function_state`, in two parts: the base's weights and the active adapter's, which may
+    have the same names."""
     if not is_adapted(model):
         return model.state_dict(), {}
     base: dict[str, Tensor] = {}
@@ -111,7 +110,7 @@ def function_parts(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str,
 
 
 def scalings(model: PreTrainedModel) -> list[Any]:
-    """What no weight says: the factor of each active adapter's update, the tokens it trains."""
+    """What the weights do not contain: each active adapter's scaling and trained token indices."""
     on = [(layer, layer.active_adapters[0]) for layer in layers(model)
           if not layer._disable_adapters]  # fmt: skip
     factors = [layer.scaling[name] for layer, name in on if hasattr(layer, "scaling")]
@@ -122,9 +121,10 @@ def scalings(model: PreTrainedModel) -> list[Any]:
 
 
 def round_base(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """The frozen float32 weights in another dtype; adapters and modules to save stay as they are.
+    """Convert the frozen float32 weights to another dtype.
 
-    Buffers, too: rotary frequencies need their digits; and what the family keeps in float32.
+    Adapters, modules_to_save, buffers (rotary frequencies) and weights that the family keeps in
+    float32 are unchanged.
     """
     kept = {id(p) for layer in layers(model) for p in _own_parameters(layer)}
     exact = kept_exact(model)
@@ -142,7 +142,7 @@ def _own_parameters(layer: Any) -> Iterator[torch.nn.Parameter]:
 
 
 def brought(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of whole weights in an adapter's file, such as a reward's score."""
+    """Names and shapes of full weights in an adapter's file, such as a reward model's score."""
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         names = [name for name in file.keys() if not PARTS & set(name.split("."))]  # noqa: SIM118
         return {n.removeprefix(PREFIX): tuple(file.get_slice(n).get_shape()) for n in names}

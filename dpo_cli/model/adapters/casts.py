@@ -1,4 +1,4 @@
-"""The dtypes of adapters: PEFT's own choice of them loses digits, or time."""
+"""Dtypes of adapters, where PEFT's own choice loses precision or time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dpo_cli.model.stored import HALF
 
 @contextmanager
 def drawn_in_float32() -> Iterator[None]:
-    """PEFT rounds an adapter that it has drawn to the dtype of its base, and so DoRA's norms."""
+    """Keep PEFT from rounding new adapters, and DoRA's norms, to the dtype of the base."""
     layer: Any = BaseTunerLayer
     real = layer._get_base_layer_device_and_dtype
 
@@ -35,10 +35,10 @@ def drawn_in_float32() -> Iterator[None]:
 
 
 def leave_casts_to_autocast(model: PreTrainedModel) -> None:
-    """PEFT turns an adapter's inputs into float32, the dtype of its weights, and under autocast
-    they are turned back at once: a tenth of a step for the same numbers.
+    """Skip PEFT's cast of an adapter's input to float32, which autocast reverts at once: it costs
+    a tenth of a step for the same numbers.
 
-    Without autocast PEFT goes on casting. DoRA takes a norm in the dtype of its input.
+    Without autocast PEFT still casts, as it does for DoRA, whose norm uses the input's dtype.
     """
     for layer in layers(model):
         if isinstance(layer, LoraLayer):

@@ -1,5 +1,4 @@
-"""What PEFT says of an adapter's folder: its kind and settings, and which of them can be merged or
-trained on."""
+"""Adapter configurations: which types and settings can be merged or trained further."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.model.adapters.base import TAKEN_OUT, start_of
 from dpo_cli.model.source import Origin, loading
 
-SUPPORTED = {  # settings of an adapter that training goes on with
+SUPPORTED = {  # settings of an adapter that can be trained further
     "r", "lora_alpha", "target_modules", "use_dora", "use_rslora", "modules_to_save",
     "lora_dropout", "init_lora_weights", "exclude_modules", "fan_in_fan_out",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters",
@@ -24,17 +23,17 @@ CONVERT = (
     "convert it where it was trained, by PEFT's save_pretrained(..., "
     "path_initial_model_for_weight_conversion=...)"
 )
-LOST = {  # starts that changed the base by what the folder does not hold
+LOST = {  # initializations that changed the base by something the folder does not contain
     "corda": "CorDA changed its base by covariances of training data",
     "lora_ga": "LoRA-GA changed its base by gradients of training data",
     "pissa_niter": "PiSSA's fast start changed its base by a random projection",
 }
-STARTS = ("", "gaussian", "orthogonal", "eva", *TAKEN_OUT)  # that training goes on from
-BY_INPUT = ("XLORA", "POLY", "SHADOW")  # which weights they add, the input decides
+STARTS = ("", "gaussian", "orthogonal", "eva", *TAKEN_OUT)  # that can be trained further
+BY_INPUT = ("XLORA", "POLY", "SHADOW")  # whose weights depend on the input
 
 
 def config_of(origin: Origin, key: str) -> peft.PeftConfig:
-    """The adapter's configuration as PEFT reads it. Raises ConfigError in one line."""
+    """The adapter's configuration, read by PEFT. Raises ConfigError."""
     try:
         with loading(str(origin.adapter), key), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -47,19 +46,19 @@ def config_of(origin: Origin, key: str) -> peft.PeftConfig:
 
 def trainable_config(origin: Origin, key: str) -> peft.LoraConfig:
     """As `config_of`; ConfigError for an adapter that can only be merged."""
-    found = config_of(origin, key)
-    refuse_unmergeable(found, origin, key)
-    where, merged = f"{key}={origin.adapter}", "use lora=none, which merges it"
-    if not isinstance(found, peft.LoraConfig) or kind_of(found) != "LORA":
+    config = config_of(origin, key)
+    refuse_unmergeable(config, origin, key)
+    where, remedy = f"{key}={origin.adapter}", "use lora=none to merge it"
+    if not isinstance(config, peft.LoraConfig) or kind_of(config) != "LORA":
         raise ConfigError(
-            f"{where}: is an adapter of type {kind_of(found)}, and LoRA alone is trained on: "
-            f"{merged}"
+            f"{where}: is an adapter of type {kind_of(config)}, but only LoRA adapters can be "
+            f"trained further: {remedy}"
         )
-    names = ["init_lora_weights"] * (start_of(origin.facts) not in STARTS) + unusual(found)
+    names = ["init_lora_weights"] * (start_of(origin.facts) not in STARTS) + unusual(config)
     if names:
-        given = ", ".join(f"{name}={getattr(found, name)}" for name in names)
-        raise ConfigError(f"{where}: has {given}, which training does not support: {merged}")
-    return found
+        given = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+        raise ConfigError(f"{where}: has {given}, which training does not support: {remedy}")
+    return config
 
 
 def kind_of(config: peft.PeftConfig) -> str:
@@ -68,7 +67,7 @@ def kind_of(config: peft.PeftConfig) -> str:
 
 
 def unusual(config: peft.PeftConfig) -> list[str]:
-    """Settings of an adapter, away from PEFT's defaults, that are not supported in training."""
+    """Settings other than PEFT's defaults that are not supported in training."""
     if kind_of(config) != "LORA":
         return ["peft_type"]
     plain = vars(peft.LoraConfig())
@@ -79,21 +78,21 @@ def unusual(config: peft.PeftConfig) -> list[str]:
 
 
 def refuse_unmergeable(config: peft.PeftConfig, origin: Origin, key: str) -> None:
-    """ConfigError for prompts, prefixes and routers of adapters, which no weights can express, and
-    where the base that the adapter was trained over cannot be had again."""
+    """ConfigError for adapters that cannot be expressed as weights (prompts, prefixes, routers), or
+    whose changes to the base cannot be reproduced."""
     kind, where = kind_of(config), f"{key}={origin.adapter}"
     inputs = config.is_prompt_learning or config.is_adaption_prompt
     if inputs or kind in BY_INPUT:
         why = "learned inputs" if inputs else "changes that depend on the input"
         raise ConfigError(
-            f"{where}: is an adapter of type {kind}, {why} instead of weights: it can neither be "
-            "merged nor trained on here; give its base model, or a LoRA adapter"
+            f"{where}: is an adapter of type {kind}, {why} instead of weights, which can neither "
+            "be merged nor trained here; use its base model, or a LoRA adapter"
         )
     for start, lost in LOST.items():
         if start_of(origin.facts).startswith(start):
             raise ConfigError(
                 f"{where}: init_lora_weights={start_of(origin.facts)}: {lost}, which its folder "
-                f"does not hold: {CONVERT}"
+                f"does not contain: {CONVERT}"
             )
 
 

@@ -1,7 +1,7 @@
-"""Adapters (PEFT's LoRA and DoRA) inside a loaded model: put in, read, saved.
+"""LoRA and DoRA adapters (PEFT's) in a loaded model: added, loaded, saved.
 
-The model stays the PreTrainedModel it was: PEFT's layers take the place of its linear ones, so
-packed attention, the output layer and sampling work on as before.
+The model remains a PreTrainedModel: PEFT's layers replace linear ones in place, so packed
+attention, the output layer and sampling work unchanged.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from dpo_cli.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Origin, loadin
 ALL_LINEAR = "all-linear"
 LORA = "lora."  # the group of keys that a new adapter's settings are in
 MAGNITUDE = ".lora_magnitude_vector"
-SAME = {  # key of the lora group -> PEFT's name of what an adapter cannot change later
+FIXED = {  # key of the lora group -> PEFT's name of a setting that an adapter cannot change later
     "r": "r", "alpha": "lora_alpha", "target_modules": "target_modules", "use_dora": "use_dora",
     "use_rslora": "use_rslora", "modules_to_save": "modules_to_save",
 }  # fmt: skip
@@ -54,9 +54,9 @@ SAME = {  # key of the lora group -> PEFT's name of what an adapter cannot chang
 def adapter_config(
     settings: LoraConfig, origin: Origin, task: str, key: str = "model.path"
 ) -> peft.LoraConfig:
-    """Of the adapter to train: a new one, or the origin's own to go on with.
+    """The configuration of the adapter to train: a new one, or the origin's.
 
-    Raises ConfigError where the settings are others than that one was made with.
+    Raises ConfigError if the settings contradict the origin's adapter.
     """
     if origin.adapter is None:
         names = settings.target_modules
@@ -80,16 +80,16 @@ def adapter_config(
 
 
 def _agree(settings: LoraConfig, made: peft.LoraConfig, origin: Origin) -> None:
-    """What differs from a key's default was asked for."""
-    for key, name in SAME.items():
-        wanted, has = getattr(settings, key), getattr(made, name)
+    """ConfigError for settings (other than a key's default) that the adapter does not have."""
+    for key, name in FIXED.items():
+        asked, has = getattr(settings, key), getattr(made, name)
         if key == "modules_to_save":
             has = [n for n in has or () if n != REWARD_HEAD]
-        if wanted != getattr(LoraConfig(), key) and _listed(wanted) != _listed(has):
+        if asked != getattr(LoraConfig(), key) and _listed(asked) != _listed(has):
             raise ConfigError(
-                f"lora.{key}={wanted}: the adapter in {origin.adapter} has {_listed(has)}, and "
-                f"training goes on with it: leave lora.{key} out, or merge the adapter first "
-                "(stage=export)"
+                f"lora.{key}={asked}: the adapter in {origin.adapter} has {_listed(has)}, which "
+                f"cannot be changed in further training: leave lora.{key} out, or merge the "
+                "adapter first (stage=export)"
             )
 
 
@@ -101,11 +101,11 @@ def put_in(
     name: str = TRAINED,
     told: str = LORA,
 ) -> None:
-    """Freeze the model and put an adapter in: the one in the folder, else a new one, which changes
-    nothing yet and whose random half is decided by `seed` alone. float32, whatever the model is.
+    """Freeze the model and add an adapter in float32: that in the folder `weights`, or a new one,
+    whose update is zero and whose random half depends only on `seed`.
 
-    told: what a message names before a setting's name. Raises ConfigError for layers that cannot
-    be adapted.
+    told: prefix of settings' names in messages. Raises ConfigError for layers that cannot be
+    adapted.
     """
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), drawn_in_float32():
         warnings.simplefilter("ignore")  # of a second adapter, and of GPT-2's transposed layers
@@ -128,7 +128,7 @@ def put_in(
 
 
 def told_by(origin: Origin, key: str) -> str:
-    """What named the settings of an adapter: the keys of a new one, or its folder."""
+    """How messages refer to an adapter's settings: by the keys of a new one, or its folder."""
     return LORA if origin.adapter is None else f"{key}={origin.adapter}: its "
 
 
@@ -137,7 +137,7 @@ def _listed(names: Any) -> Any:
 
 
 def _adaptable(model: PreTrainedModel) -> str:
-    """Last names of the linear layers that can be adapted, for an error."""
+    """Names of the linear layers that can be adapted, for error messages."""
     head = model.get_output_embeddings()
     names = {
         place.rpartition(".")[2]: None
@@ -148,7 +148,7 @@ def _adaptable(model: PreTrainedModel) -> str:
 
 
 def _refuse_unmatched(model: PreTrainedModel, config: peft.LoraConfig, there: str) -> None:
-    """PEFT is content with one layer that has one of the names."""
+    """ConfigError for a name that matches no layer; PEFT accepts it if another one matches."""
     kinds = {"target_modules": BaseTunerLayer, "modules_to_save": AuxiliaryTrainingWrapper}
     for key, kind in kinds.items():
         names = getattr(config, key, None)
@@ -156,7 +156,7 @@ def _refuse_unmatched(model: PreTrainedModel, config: peft.LoraConfig, there: st
         for name in names if isinstance(names, (set, list)) else ():
             if not any(place.endswith(f".{name}") for place in found):
                 raise ConfigError(
-                    f"lora.{key}={_listed(names)}: no layer that fits is a {name} ({there})"
+                    f"lora.{key}={_listed(names)}: no suitable layer is named {name} ({there})"
                 )
 
 

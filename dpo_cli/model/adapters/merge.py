@@ -1,4 +1,4 @@
-"""Adapters of every kind added to their base, by PEFT's own classes, or refused in one line."""
+"""Merge adapters of any type into their base by PEFT's own classes."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from dpo_cli.model.adapters.kinds import (
 from dpo_cli.model.adapters.lora import refuse_other_weights, unread
 from dpo_cli.model.source import Origin, loading
 
-TRIED_TOKENS = 8
+PROBE_TOKENS = 8
 TOLERANCE = 1e-2  # of the largest difference from the base's logits; rounding gives 1e-5
 FAILURES = (AttributeError, AssertionError, IndexError, TypeError)
 
 
 def merge(model: PreTrainedModel, origin: Origin, key: str) -> None:
-    """Add the origin's adapter to the weights of its base, which stay dense.
+    """Merge the origin's adapter into the weights of its base.
 
-    Raises ConfigError for a kind that weights alone cannot express, and for a damaged folder.
+    Raises ConfigError for a type that weights cannot express, and for a damaged folder.
     """
     assert origin.adapter is not None
     config = config_of(origin, key)
@@ -80,7 +80,7 @@ def _wrapped(model: PreTrainedModel, config: peft.PeftConfig, folder: Path) -> A
 
 
 def _part_tied(model: PreTrainedModel) -> None:
-    """Two weights of one that embedding and output layer share, if one of them is adapted: PEFT
+    """Split a weight shared by embedding and output layer if only one of them is adapted: PEFT
     would merge into both."""
     ends: Any = [model.get_input_embeddings(), model.get_output_embeddings()]
     adapted = [
@@ -96,27 +96,26 @@ def _part_tied(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel) -> Tensor:
-    """(1, T, V) of a few tokens, or (1, labels): what the model's own forward gives."""
+    """Logits of the model's own forward on a few tokens: (1, T, V) or (1, labels)."""
     vocab = int(cast(Any, model.get_input_embeddings()).weight.shape[0])
-    ids = torch.arange(1, TRIED_TOKENS + 1, device=model.device)[None] % vocab
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=model.device)[None] % vocab
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids = ids.masked_fill(ids == (-1 if pad is None else pad), 0)
     return cast(Tensor, model(input_ids=ids, use_cache=False).logits.float())
 
 
 def _refuse_another(base: Tensor, before: Tensor, after: Tensor, where: str) -> None:
-    """PEFT merges some kinds without a word to other weights than those it trains."""
+    """ConfigError if the merged logits differ: PEFT silently merges some types incorrectly."""
     most = float((before - base).abs().max()) + 1e-3 * float(before.abs().max())
     away = float((after - before).abs().max())
     if not away <= TOLERANCE * most:
         raise ConfigError(
-            f"{where} cannot be merged: the merged weights' logits are {away:.3g} off its own"
+            f"{where} cannot be merged: the logits of the merged weights differ by {away:.3g}"
         )
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """Where the merge gave output layer and embedding different weights, they are to be saved and
-    loaded as two."""
+    """Untie embedding and output layer in the configuration if the merge made them different."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and cast(Any, head).weight is not cast(Any, embedding).weight:
         for config in (model.config, model.config.get_text_config()):

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 or 8 bits (bitsandbytes), under an adapter."""
+"""Frozen weights quantized to 4 or 8 bits (bitsandbytes), under an adapter."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dpo_cli.model.attention.registered import Placement
 QUANTIZED = ("Linear4bit", "Linear8bitLt")
 
 
-def quantized(kind: str | None, on: Placement) -> dict[str, Any]:
-    """What from_pretrained is told; the weights are quantized on the device they will stay on.
+def quantization_options(kind: str | None, on: Placement) -> dict[str, Any]:
+    """Arguments to from_pretrained; weights are quantized on their final device.
 
     nf4: double-quantized, multiplied in `on.dtype` (arXiv 2305.14314); int8: arXiv 2208.07339.
     """
@@ -28,7 +28,7 @@ def quantized(kind: str | None, on: Placement) -> dict[str, Any]:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ConfigError(
-            f"lora.quantization={kind}: needs bitsandbytes, which is not installed; use "
+            f"lora.quantization={kind} needs bitsandbytes: install it, or use "
             "lora.quantization=null"
         ) from error
     if kind == "nf4":
@@ -44,8 +44,8 @@ def quantized(kind: str | None, on: Placement) -> dict[str, Any]:
 def steady(model: PreTrainedModel) -> None:
     """Make quantized layers on a CPU compute the same in training and evaluation.
 
-    There bitsandbytes lets an evaluation repack 4-bit weights for good, and gradients no longer
-    pass; in 8 bits it rounds activations in evaluation alone, so that policy and reference differ.
+    On a CPU, bitsandbytes permanently repacks 4-bit weights in evaluation, which breaks gradients,
+    and in 8 bits rounds activations only in evaluation, so that policy and reference differ.
     """
     for layer in quantized_layers(model):
         layer.support_avx512bf16_for_cpu = False
@@ -54,8 +54,8 @@ def steady(model: PreTrainedModel) -> None:
 
 
 def multiply_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Dequantize 4-bit weights to the dtype they are multiplied in. bitsandbytes takes the one
-    they were quantized from, and casts: twice the memory traffic for the same numbers."""
+    """Dequantize 4-bit weights directly to the dtype they are multiplied in. bitsandbytes uses the
+    dtype they were quantized from and casts: twice the memory traffic for the same numbers."""
     for layer in quantized_layers(model):
         if state := getattr(layer.weight, "quant_state", None):
             state.dtype = dtype
@@ -68,12 +68,12 @@ def _as_it_is(layer: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
 def quantized_layers(model: PreTrainedModel) -> list[Any]:
     return [
         m for m in model.modules() if type(m).__name__ in QUANTIZED
-        and type(m).__module__.startswith("bitsandbytes")  # PEFT calls those around them the same
+        and type(m).__module__.startswith("bitsandbytes")  # PEFT's wrappers have the same name
     ]  # fmt: skip
 
 
 def dense_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of all weights, quantized ones dequantized, one at a time."""
+    """Names and values of all weights; quantized ones are dequantized one at a time."""
     quantized = {id(layer.weight): layer for layer in quantized_layers(model)}
     for name, weight in model.named_parameters():
         layer = quantized.get(id(weight))
@@ -82,9 +82,9 @@ def dense_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def dequantized(model: PreTrainedModel) -> Iterator[None]:
-    """In the body quantized layers multiply as dense ones, with the same values.
+    """In the body, quantized layers multiply like dense ones with the same values.
 
-    int8 rounds activations by what else is in the batch: a packed row would seem to differ from
+    int8 rounds activations depending on the rest of the batch, so a packed row would differ from
     the plain forward.
     """
     layers = quantized_layers(model)
@@ -103,8 +103,8 @@ def _dense(layer: Any, x: Tensor) -> Tensor:
 
 
 class _Dense(torch.autograd.Function):
-    """x W^T + b, with W dequantized once more in the backward: kept until then, the weights of all
-    layers would lie dense in memory at once, which is what quantizing them avoids."""
+    """x W^T + b, with W dequantized again in the backward: if saved, the dense weights of all
+    layers would be in memory at once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Any) -> Tensor:

@@ -1,7 +1,7 @@
-"""Attention of packed rows on a CPU: examples of similar length at once, in blocks of queries.
+"""Attention of packed rows on a CPU: batches of examples of similar length, in blocks of queries.
 
-Against one padded batch of all examples this leaves out the padding and most of what the
-causal mask hides, and keeps for the backward only what is cheap to keep (docs/performance.md).
+Compared with one padded batch of all examples, this skips the padding and most of what is causally
+masked, and saves little for the backward (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from dpo_cli.model.attention.layout import Layout, grid_of, visible
 from dpo_cli.model.attention.products import Call
 from dpo_cli.records import Segment
 
-SIMILAR = 0.75  # examples of a group are at least this share of its longest
+SIMILAR = 0.75  # minimum length of a group's examples relative to its longest
 BLOCK = 128  # queries
-KEPT_BYTES = 2048  # of probabilities a query and head; longer rows are worked out again
+KEPT_BYTES = 2048  # of probabilities per query and head; for longer rows they are recomputed
 
 
 @dataclass
@@ -41,11 +41,11 @@ class Group:
     masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
 
     def visible(self, window: int | None) -> Tensor:
-        """(E, 1, L, L) who may look at whom."""
+        """(E, 1, L, L) boolean mask."""
         return visible(self.branch, self.positions, window)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """(E, 1, L, L) 0 or -inf, once for all layers."""
+        """(E, 1, L, L) additive mask, 0 or -inf, cached for all layers."""
         key = (window, dtype)
         if key not in self.masks:
             allowed = self.visible(window)
@@ -59,12 +59,12 @@ class Group:
         return taken.view(*self.branch.shape, *x.shape[1:]).transpose(1, 2)
 
     def put(self, out: Tensor, x: Tensor) -> None:
-        """(E, H, L, d) into its rows of (T, H, d); what was computed for padding is dropped."""
+        """Write (E, H, L, d) to its rows of (T, H, d), without the padding."""
         flat = x.transpose(1, 2).flatten(0, 1)
         out.index_copy_(0, self.rows, flat if self.places is None else flat[self.places])
 
     def without_padding(self, x: Tensor) -> Tensor:
-        """(E, H, L, d) with zeros in the place of padding."""
+        """(E, H, L, d) with padding set to zero."""
         return x if self.places is None else x * (self.branch >= 0)[:, None, :, None]
 
 
@@ -159,15 +159,15 @@ class _Attention(torch.autograd.Function):
                 ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
                 dq.append(work.per_query(ds @ work.k[:, keys]) * work.scale)
                 dk[:, keys] += ds.transpose(1, 2) @ work.scaled_queries(queries)
-            found = torch.cat(dq, dim=2), work.by_example(dk), work.by_example(dv)
-            for out, x in zip(outs, found, strict=True):
+            gradients = torch.cat(dq, dim=2), work.by_example(dk), work.by_example(dv)
+            for out, x in zip(outs, gradients, strict=True):
                 group.put(out, x.to(out.dtype))
         return (*outs, None, None)
 
 
 class _Work:
-    """One group's products. Query heads that share a key head are stacked as more queries, so
-    that every matmul is one batch of E * H_kv."""
+    """The matmuls of one group. Query heads that share a key head are stacked as more queries, so
+    that every matmul is a batch of E * H_kv."""
 
     def __init__(self, group: Group, q: Tensor, k: Tensor, v: Tensor, call: Call) -> None:
         self.examples, self.length = group.branch.shape
@@ -191,7 +191,7 @@ class _Work:
         return x.view(self.examples, -1, x.shape[1] // self.shared, x.shape[2])
 
     def sums_over_blocks(self) -> tuple[Tensor, Tensor]:
-        """Zeros for the gradients of k and v, in float32: a sum in bf16 would lose blocks."""
+        """Zeros for the gradients of k and v, in float32 to accumulate over blocks."""
         dtype = promoted(self.k.dtype)
         return torch.zeros_like(self.k, dtype=dtype), torch.zeros_like(self.v, dtype=dtype)
 
@@ -202,7 +202,7 @@ class _Work:
         return self.per_key_head(self.q[:, :, queries] * self.scale)
 
     def probabilities(self, queries: slice) -> Tensor:
-        """(E * H_kv, H / H_kv * n, keys) of a block; later keys are hidden from all of it."""
+        """(E * H_kv, H / H_kv * n, keys) of a block of queries; later keys are all masked."""
         scores = self.scaled_queries(queries) @ self.k[:, : queries.stop].transpose(1, 2)
         self.per_query(scores).add_(self.mask[:, :, queries, : queries.stop])
         return scores.softmax(-1)

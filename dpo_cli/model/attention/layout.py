@@ -1,8 +1,8 @@
-"""How the tokens of a packed row lie, and how a row goes through a model.
+"""The base class of attention layouts, and index maps of a packed row.
 
-A branch sees its prompt and itself, never the other branches or examples. Index maps are
-worked out on the host from the row's segments: asking the device would make it wait.
-Notation: T tokens of the row, E examples, L the longest example, K branches an example.
+A branch attends to its prompt and itself, never to other branches or examples. Index maps are
+computed on the host from the row's segments, without a device synchronization.
+Notation: T tokens of the row, E examples, L the longest example, K branches per example.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from dpo_cli.records import Batch, Segment
 
 
 class Layout:
-    """Tensors that move with their batch, and how a row goes through the model.
+    """How a packed row is run through the model; its tensors move with the batch.
 
-    traced: a compiled block holds the attention, too; else it calls it, in two graphs.
+    traced: compiled blocks include the attention; otherwise it breaks them into two graphs.
     """
 
     traced = True
@@ -50,7 +50,7 @@ class Layout:
         return cast(Tensor, out.last_hidden_state).squeeze(0)
 
     def spread(self, weights: Tensor) -> Tensor:
-        """(T,) weights of the row's tokens -> of the tokens that go through the model, (n,)."""
+        """(T,) weights of the row's tokens -> (n,) weights of the model's input tokens."""
         return weights
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
@@ -67,7 +67,7 @@ def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
 
 
 def row_of(batch: Batch) -> dict[str, Any]:
-    """What every model is given of a packed row."""
+    """A model's inputs for a packed row."""
     return {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
@@ -77,8 +77,8 @@ def row_of(batch: Batch) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Span:
-    """One branch behind its prompt. tokens: of the packed row; the last `asking` of them are
-    its own (the first branch of an example owns the prompt as well). number: 0.. in the example.
+    """A prompt and one branch. tokens: indices in the packed row, of which the last `asking` are
+    queries (for an example's first branch, the prompt too). number: 0.. in the example.
     """
 
     tokens: np.ndarray
@@ -87,7 +87,7 @@ class Span:
 
 
 def spans_of(segments: Sequence[Segment]) -> Iterator[Span]:
-    """The branches of a row, without empty ones; a first one stands for its prompt as well."""
+    """The non-empty branches of a row; the first of an example includes its prompt."""
     for segment in segments:
         prompt = np.arange(segment.start, segment.start + segment.prompt)
         offset, number = segment.start + segment.prompt, 0
@@ -101,9 +101,9 @@ def spans_of(segments: Sequence[Segment]) -> Iterator[Span]:
 
 @dataclass(frozen=True)
 class Grid:
-    """Examples one below the other, padded on the right to the longest.
+    """Examples as rows, padded on the right to the longest.
 
-    tokens: (E, L) packed token of each place (padding points at the example's first);
+    tokens: (E, L) index of the packed token (for padding, the example's first);
     real: (E, L) False for padding; branch: (E, L) 0 for the prompt, 1.. for its branches,
     -1 for padding; positions: (E, L).
     """
@@ -127,7 +127,7 @@ def grid_of(segments: Sequence[Segment]) -> Grid:
 
 
 def visible(branch: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    """(E, 1, L, L) who may look at whom in a `Grid`, made where its tensors are."""
+    """(E, 1, L, L) boolean mask of a `Grid`, on the device of its tensors."""
     columns = torch.arange(branch.shape[1], device=branch.device)
     same = branch[:, :, None] == branch[:, None, :]
     allowed = (columns[:, None] >= columns) & (same | (branch[:, None, :] == 0))

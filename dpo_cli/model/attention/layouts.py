@@ -1,7 +1,7 @@
-"""The ways in which the tokens of a packed row can attend each other.
+"""Attention layouts: the ways in which the tokens of a packed row can attend to each other.
 
-Four go through the attention function registered with transformers (`attention.py`); the
-dense mask and the plain forward serve models that do not call it.
+Four use the attention function registered with transformers (`registered.py`); the dense mask and
+the plain forward are for models that do not call it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from dpo_cli.model.attention.layout import (
 from dpo_cli.model.attention.products import Call
 from dpo_cli.records import Batch, Segment
 
-SIMILAR = 0.75  # PlainLayout: sequences of one forward are at least this share of its longest
+SIMILAR = 0.75  # PlainLayout: minimum length of a forward's sequences relative to its longest
 
 
 @dataclass
 class PaddedLayout(Layout):
-    """Each example becomes one entry of a small padded batch, for attention alone.
+    """Each example is one entry of a padded batch, for attention only.
 
     gather, branch, positions: (E, L) as in `Grid`; scatter: (T,) place of each packed token in
     the flattened (E, L).
@@ -53,7 +53,7 @@ class PaddedLayout(Layout):
         return cls(*map(torch.from_numpy, parts))
 
     def mask(self, window: int | None) -> Tensor:
-        """(E, 1, L, L) who may look at whom, once a window."""
+        """(E, 1, L, L) boolean mask, cached per window."""
         if window not in self.masks:
             self.masks[window] = visible(self.branch, self.positions, window)
         return self.masks[window]
@@ -77,10 +77,10 @@ class PaddedLayout(Layout):
 
 @dataclass
 class VarlenLayout(Layout):
-    """One call a layer of a variable-length kernel, causal and aligned bottom right.
+    """One call of a variable-length kernel per layer, causal with bottom-right alignment.
 
-    Queries are the row itself, cut into [p+c1], [c2], ...; keys and values are gathered as
-    [p, c1], [p, c2], ... so each branch has its prompt before it, at the right distances.
+    Queries are the row itself, split into [p+c1], [c2], ...; keys and values are gathered as
+    [p, c1], [p, c2], ... so that each branch follows its prompt.
 
     keys: (T_k,) the packed token of each key; cu_q, cu_k: int32 (segments + 1,) offsets.
     first: (T,) a row of `keys` that holds each token; again: (tokens, rows of `keys`) of the
@@ -120,20 +120,20 @@ class VarlenLayout(Layout):
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        # Not x[0], whose gradient is a zeroed tensor with a copy inside; a squeezed one is a view.
+        # Not x[0], whose gradient allocates a zeroed tensor; that of squeeze is a view.
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        if self.again:  # else every token is a key once, in the row's own order
+        if self.again:  # else every token is one key, in the order of the row
             k, v = _Shared.apply(k, self), _Shared.apply(v, self)
-            # Of a joint projection, a view of the queries would keep keys and values as well.
+            # A view of a joint qkv projection would keep keys and values alive as well.
             q = q.contiguous()
         cuts = varlen.Cuts(self.cu_q, self.cu_k, self.max_q, self.max_k)
         return varlen.attend(q, k, v, cuts, call)[None]
 
 
 class _Shared(torch.autograd.Function):
-    """Rows of `x` by `layout.keys`, prompts repeated, with a gradient summed in a fixed order.
+    """Gather rows of `x` by `layout.keys`, repeating prompts, with a deterministic gradient.
 
-    The gradient of index_select adds atomically on CUDA, in whatever order threads arrive.
+    The gradient of index_select uses atomic adds on CUDA, whose order varies.
     """
 
     @staticmethod
@@ -161,7 +161,7 @@ def _offsets(lengths: Sequence[int]) -> Tensor:
 
 @dataclass
 class FlexLayout(Layout):
-    """The whole row at once, through a mask that skips blocks in which nobody may look.
+    """FlexAttention over the whole row, with a block mask that skips fully masked blocks.
 
     example, branch, position: int32 (T,) of each token; branch as in `Grid`.
     """
@@ -186,7 +186,7 @@ class FlexLayout(Layout):
 def allowed_in(
     example: Tensor, branch: Tensor, position: Tensor, window: int | None
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """FlexAttention's mask_mod: may query q look at key k?"""
+    """FlexAttention's mask_mod: whether query q attends to key k."""
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (example[q] == example[k]) & (k <= q)
@@ -226,10 +226,10 @@ class DenseLayout(Layout):
 
 @dataclass
 class PlainLayout(Layout):
-    """Every branch after a prompt of its own, padded on the right: the model's plain forward.
+    """The model's plain forward over unpacked sequences, padded on the right.
 
-    Right for any causal model, whatever it does with positions or masks, and slower: prompts
-    are computed once a branch. No mask is passed, for no real token can see its right.
+    Correct for any causal model, whatever it does with positions and masks, but slower: prompts
+    are computed once per branch. No mask is needed, as causal tokens do not see the padding.
 
     rows: for each forward, (S, L) packed tokens of sequences of similar length; scatter: (T,)
     place of each packed token in the concatenation of the flattened outputs; real: (n,) 0 for
@@ -261,8 +261,8 @@ class PlainLayout(Layout):
                 real.append(np.arange(length) < len(span.tokens))
                 offset += length
             rows.append(torch.from_numpy(padded))
-        told = np.concatenate(real).astype(np.float32)
-        return cls(tuple(rows), torch.from_numpy(scatter), torch.from_numpy(told))
+        mask = np.concatenate(real).astype(np.float32)
+        return cls(tuple(rows), torch.from_numpy(scatter), torch.from_numpy(mask))
 
     def spread(self, weights: Tensor) -> Tensor:
         return self.real  # prompts are repeated already

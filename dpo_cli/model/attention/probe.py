@@ -1,4 +1,4 @@
-"""Which attention a loaded model can use for packed rows, found by trying it."""
+"""Which attention kernel a loaded model can use for packed rows, found by probing it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _packed_logprobs(model: PreTrainedModel, examples: Sequence[EncodedExample])
 
 
 def refuse_unavailable(choice: str, on: Placement | None) -> None:
-    """ConfigError for a kernel that this machine or precision lacks, before weights are read."""
+    """ConfigError for a kernel that this machine or precision lacks; before weights are read."""
     on = on or Placement()
     why = kernels.lacking(choice, on.device, on.dtype)
     if why is not None:
@@ -64,22 +64,21 @@ def choose_attention(
     on: Placement | None = None,
     key: str = "model.path",
 ) -> None:
-    """The fastest kernel that reproduces the model's own forward, and its gradients.
+    """Use the fastest kernel that reproduces the model's own forward and gradients.
 
-    Some families accept a registered attention and ignore it, so it is tried on a few of the
-    loaded layers in float32 (`skeleton`), where the model will compute; what runs on CUDA only
-    is tried on tensors of the same shapes. Then the dense mask is tried, then plain padded rows,
-    and `on.note` says so. What is compared are log-probabilities of tokens, unless other
-    functions are given.
+    Some families ignore a registered attention, so each kernel is probed on a few of the loaded
+    layers in float32 (`skeleton`), on the model's device; kernels for CUDA in half precision are
+    probed on tensors of the layers' shapes. Falls back to the dense mask, then to plain padded
+    rows, with a note. Compared are token log-probabilities, unless other functions are given.
 
-    choice: `auto` or a kernel. on: where the model will compute. Raises ConfigError for a
-    choice that cannot be used, and where nothing can; NonFiniteError for weights that are not.
+    choice: `auto` or a kernel. on: where the model will compute. Raises ConfigError if the choice
+    (or no kernel) can be used, and NonFiniteError for non-finite weights.
     """
     on = on or Placement()
     refuse_unavailable(choice, on)
     if on.device.type == "cuda":  # cuDNN's SDPA has given NaN on PyTorch 2.13
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if not on.sharded:  # else as they come to the device
+    if not on.sharded:  # sharded weights are checked as they are moved to the device
         refuse_non_finite(type(model).__name__, dense_weights(model))
     reasons: dict[str, str] = {}
     few = smallest(model.eval(), on.device, plain_values)
@@ -89,13 +88,13 @@ def choose_attention(
             if why is None:
                 break
             reasons[kernel] = why
-    told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    details = "; ".join(f"{name}: {why}" for name, why in reasons.items())
     family = type(model).__name__
     if len(reasons) == len(_order(choice, on)):
-        raise ConfigError(f"model.attention={choice}: {family} cannot be used ({told})")
+        raise ConfigError(f"model.attention={choice}: {family} cannot be used ({details})")
     attention.use(model, kernel)
     if reasons:
-        on.note(f"{key}: {family} runs with attention={kernel}{_cost(kernel)} ({told})")
+        on.note(f"{key}: {family} runs with attention={kernel}{_cost(kernel)} ({details})")
 
 
 def _order(choice: str, on: Placement) -> tuple[str, ...]:
@@ -111,24 +110,24 @@ def _order(choice: str, on: Placement) -> tuple[str, ...]:
 def _cost(kernel: str) -> str:
     if kernel not in MOST_TOKENS:
         return ""
-    return f", slower than packed, at most {MOST_TOKENS[kernel]:,} tokens a micro-batch"
+    return f", slower than packed, at most {MOST_TOKENS[kernel]:,} tokens per micro-batch"
 
 
 @dataclass(frozen=True)
 class _Figures:
-    """values: (n,); gradients: of a weighted sum of them, by each vector of weights."""
+    """values: (n,); gradients: of a weighted sum of the values, for each weight vector."""
 
     values: Tensor
     gradients: list[Tensor]
 
 
 class _Trial:
-    """A model's own forward on a few random tokens, and kernels held against it."""
+    """A model's own forward on a few random tokens, with which kernels are compared."""
 
     def __init__(self, model: PreTrainedModel, plain: Plain, packed: Packed) -> None:
         self.model, self.plain, self.packed = model, plain, packed
         self.seen: list[Seen] = []
-        # Shows whether the family can be packed at all, where its weights are.
+        # Shows whether the family can be packed at all, on the device of its weights.
         self.exact = "grouped" if model.device.type == "cpu" else "sdpa"
         self.interface: str | None = None  # why no packed kernel can be used
 
@@ -138,7 +137,7 @@ class _Trial:
             self.model.set_attn_implementation("eager")
             self.truth = self._figures(self._plainly())
             _refuse_overflow(self.model, self.truth.values)
-            self._refuse_looking_ahead()
+            self._refuse_non_causal()
             self.interface = self._packed(self.exact)
             yield self
 
@@ -159,24 +158,24 @@ class _Trial:
         ])  # fmt: skip
 
     @torch.no_grad()
-    def _refuse_looking_ahead(self) -> None:
-        """ConfigError where later tokens change the values of earlier ones, as in an encoder."""
-        if cuts_of(self.model.config):  # a longer text is rotated in another way from its start
+    def _refuse_non_causal(self) -> None:
+        """ConfigError if later tokens change the values of earlier ones, as in an encoder."""
+        if cuts_of(self.model.config):  # a longer text has other rotary factors from its start
             return
         example, device = self._examples()[0], self.model.device
         prompt, response = (
             torch.tensor(x).long().to(device) for x in (example.prompt_ids, example.response_ids[0])
         )
-        whole, start = (self.plain(self.model, prompt, r) for r in (response, response[:2]))
-        if len(whole) == len(response) and not (whole[:2] - start).abs().max() < VALUE_TOLERANCE:
+        full, start = (self.plain(self.model, prompt, r) for r in (response, response[:2]))
+        if len(full) == len(response) and not (full[:2] - start).abs().max() < VALUE_TOLERANCE:
             raise ConfigError(
-                f"{type(self.model).__name__} is not a causal language model as it is configured: "
-                "later tokens change the log-probabilities of earlier ones; take another model.path"
+                f"{type(self.model).__name__} is not a causal language model as configured: later "
+                "tokens change the log-probabilities of earlier ones; use another model.path"
             )
 
     def _packed(self, kernel: str) -> str | None:
         if kernel == "dense" and getattr(self.model.config.get_text_config(), "window_size", None):
-            return "its windows count rows"  # GPT-Neo's are buffers that cannot be cut short
+            return "its windows count rows"  # GPT-Neo's windows are buffers of fixed size
         try:
             attention.use(self.model, kernel)
             with attention.recording() as seen:
@@ -211,30 +210,30 @@ class _Trial:
 
 
 def _refuse_overflow(model: PreTrainedModel, values: Tensor) -> None:
-    """No kernel is to blame where the plain forward is NaN. Raises NonFiniteError."""
+    """Raise NonFiniteError if the plain forward is not finite, whatever the kernel."""
     if not torch.isfinite(values).all():
         raise NonFiniteError(
-            f"{type(model).__name__}: its own forward gives values that are not finite: it "
-            "overflows in this precision; take other weights (model.path)"
+            f"{type(model).__name__}: its own forward is not finite, as it overflows in this "
+            "precision; use other weights (model.path)"
         )
 
 
 def _difference(found: _Figures, truth: _Figures) -> str | None:
-    """What sets a packed row apart from the plain forward, beyond rounding."""
-    away = float((found.values - truth.values).abs().max())  # NaN if any is
-    if not away < VALUE_TOLERANCE:
-        return f"its values are {away:.2g} away from the plain forward's"
+    """How a packed row differs from the plain forward beyond rounding, or None."""
+    error = float((found.values - truth.values).abs().max())  # NaN if any is
+    if not error < VALUE_TOLERANCE:
+        return f"its values differ from the plain forward's by {error:.2g}"
     pairs = list(zip(found.gradients, truth.gradients, strict=True))
-    # Some gradients are zero but for rounding, such as a key bias's.
+    # Some gradients, such as a key bias's, are zero up to rounding.
     floor = 1e-3 * _largest(g.norm() for g in truth.gradients)
     worst = _largest((a - b).norm() / (b.norm() + floor) for a, b in pairs)
     if not worst < GRADIENT_TOLERANCE:
-        return f"its gradients are {worst:.1%} away from the plain forward's"
+        return f"its gradients differ from the plain forward's by {worst:.1%}"
     return None
 
 
 def attention_dropout(model: PreTrainedModel) -> float:
-    """The highest rate of the configuration: `attn_pdrop`, `attention_dropout`, ..."""
+    """The highest attention dropout in the configuration: `attn_pdrop`, `attention_dropout`, ..."""
     config: dict[str, Any] = vars(model.config.get_text_config())
     rates = [v for k, v in config.items() if "att" in k and "drop" in k and isinstance(v, float)]
     return max(rates, default=0.0)
@@ -243,10 +242,10 @@ def attention_dropout(model: PreTrainedModel) -> float:
 def kernel_error(
     kernel: str, seen: Sequence[Seen], on: Placement, dropout: float = 0.0
 ) -> str | None:
-    """Why a kernel cannot do there what the layers ask, or None: random rows against matmuls."""
+    """Why a kernel is wrong for the layers' arguments on random rows (against matmuls), or None."""
     if dropout and kernel != "sdpa":
-        return "it has no dropout (model.dropout)"
-    # More than a block of FlexAttention, ragged, with branches of no token and of one.
+        return "it does not support dropout (model.dropout)"
+    # More than a block of FlexAttention, ragged, with branches of zero tokens and of one.
     segments = (Segment(0, 70, (130, 1)), Segment(201, 1, (0, 40)), Segment(242, 9, (33, 0)))
     packed, exact = (
         LAYOUTS[name].build(segments).to(on.device) for name in (kernel, "sdpa")
@@ -261,7 +260,7 @@ def kernel_error(
             if why is None:
                 on.note(f"attention=varlen: not by {wrong.name}: {first}")
         if why is not None:
-            varlen.use(everything)  # another model may ask for less
+            varlen.use(everything)  # another model may need less
             return first
     return None
 
@@ -272,7 +271,7 @@ def _refusal(packed: Layout, exact: PaddedLayout, asked: Seen, on: Placement) ->
     except TRIED as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     if not worst < KERNEL_TOLERANCE[on.dtype in HALF]:
-        return f"its result or gradient is {worst:.1%} off for {asked}"
+        return f"its result or gradient differs by {worst:.1%} for {asked}"
     return None
 
 
@@ -301,5 +300,5 @@ def _kernel_difference(packed: Any, exact: PaddedLayout, asked: Seen, on: Placem
 
 
 def _largest(values: Iterable[Tensor]) -> float:
-    """The largest, 0 of none, NaN if one is: Python's `max` would pass over it."""
+    """The largest value, 0 if there are none, NaN if any is (Python's `max` may skip it)."""
     return float(torch.stack([torch.zeros(()), *(v.float().cpu() for v in values)]).max())

@@ -1,7 +1,7 @@
-"""The attention products themselves, each over the shapes its hardware path wants.
+"""The attention operations, each over the shapes that its kernel expects.
 
-`padded` runs anywhere; `flex` is PyTorch's FlexAttention, for CUDA. FlashAttention over rows of
-unequal length is in `varlen.py`.
+`padded` runs anywhere; `flex` is PyTorch's FlexAttention, for CUDA. Variable-length FlashAttention
+is in `varlen.py`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from dpo_cli.logprobs import promoted
 
 @dataclass(frozen=True)
 class Call:
-    """What a layer asks of its attention: softmax(cap(q k^T scaling)) v, cap(x) = c tanh(x/c).
+    """Arguments of a layer's attention: softmax(cap(q k^T scaling)) v, cap(x) = c tanh(x/c).
 
-    scaling: default 1/sqrt(d); window: a query sees the last `window` positions, its own
-    among them.
+    scaling: default 1/sqrt(d); window: a query sees the last `window` positions, including its
+    own.
     """
 
     scaling: float | None = None
@@ -50,8 +50,8 @@ def padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, call: Call) -> Tensor:
 
 
 def matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, call: Call) -> Tensor:
-    """With soft-capping, which SDPA lacks, and in bf16 on a CPU, where its kernel is slower
-    than two matmuls (half the speed at 300 tokens, a fifth at 60). Softmax is in float32."""
+    """Attention by matmuls, with a float32 softmax: for soft-capping, which SDPA lacks, and bf16
+    on a CPU, where SDPA is slower (half the speed at 300 tokens, a fifth at 60)."""
     k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))
     scale = q.shape[-1] ** -0.5 if call.scaling is None else call.scaling
     scores = (q * scale) @ k.transpose(-1, -2)
@@ -67,12 +67,12 @@ Visible = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (batch, head, q,
 
 
 def block_mask(visible: Visible, row: Tensor) -> Any:
-    """FlexAttention's mask over a row of the length and device of `row`, (T,)."""
+    """FlexAttention's block mask for a row with the length and device of `row`, (T,)."""
     return create_block_mask(visible, None, None, len(row), len(row), device=str(row.device))
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, call: Call) -> Tensor:
-    """q (1, H, T, d), k and v (1, H_kv, T, d) -> (1, H, T, d). On a CPU no gradient exists."""
+    """q (1, H, T, d), k and v (1, H_kv, T, d) -> (1, H, T, d). No gradient on a CPU."""
     if call.dropout:
         raise RuntimeError("FlexAttention has no dropout")
     cap = call.softcap
@@ -89,14 +89,14 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, call: Call) -> Tensor:
 
 @cache
 def compiled_flex() -> Callable[..., Any]:
-    """Uncompiled it would hold all (H, T, T) scores. dynamic: rows differ in length."""
+    """Compiled, as eager FlexAttention materializes (H, T, T) scores; dynamic in the length."""
     return torch.compile(flex_attention, dynamic=True)
 
 
 def lacking(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this machine and precision cannot run a kernel, or None. Says nothing of the model."""
+    """Why this machine and precision cannot run a kernel, or None, whatever the model."""
     if kernel == "grouped" and device.type != "cpu":
-        return "computes on a CPU"
+        return "runs on a CPU only"
     if kernel not in ("varlen", "flex"):
         return None
     if device.type != "cuda":
@@ -104,7 +104,7 @@ def lacking(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None
     if kernel == "flex":
         return None
     if dtype not in (torch.bfloat16, torch.float16):
-        return "computes in half precision: set hardware.precision=bf16"
+        return "needs half precision: set hardware.precision=bf16"
     if not any(map(find_spec, ("torch.nn.attention.varlen", "flash_attn", "flash_attn_interface"))):
         return "needs PyTorch 2.10 or the package flash-attn"
     return None

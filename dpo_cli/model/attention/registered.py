@@ -1,7 +1,7 @@
-"""The attention function registered with transformers, and which way a model's rows go.
+"""The attention function registered with transformers, and the kernel that a model uses.
 
-`packed_attention` hands each layer's queries, keys and values to the row's layout. A kernel
-is one of `layouts.LAYOUTS`: four of them need the function, two do without.
+`packed_attention` passes each layer's queries, keys and values to the row's layout. A kernel is one
+of `layouts.LAYOUTS`, four of which need this function.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dpo_cli.records import Batch
 
 NAME = "dpo_packed"
 PACKED = ("grouped", "varlen", "flex", "sdpa")  # kernels that need the registered function
-KERNEL = "dpo_kernel"  # the attribute of a model that names its kernel
+KERNEL = "dpo_kernel"  # attribute of a model: the name of its kernel
 # Most tokens of a micro-batch where memory grows faster than they do: eager attention keeps
 # (heads, T, T) scores a layer; a plain forward repeats prompts.
 MOST_TOKENS = {"dense": 2048, "plain": 8192}

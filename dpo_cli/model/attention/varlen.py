@@ -1,6 +1,6 @@
 """Variable-length FlashAttention: the installed implementations, best first.
 
-The probe of a loaded model (`probe.kernel_error`) refuses those that compute something else.
+The probe of a loaded model (`probe.kernel_error`) rejects implementations that give other results.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_cli.model.attention.products import Call
 
-HOPPER = 9  # major compute capability that FlashAttention 3 is written for
+HOPPER = 9  # major compute capability required by FlashAttention 3
 LOCAL_KERNELS = "LOCAL_KERNELS"  # of the package `kernels`: repository=folder:repository=folder
 
 
@@ -37,8 +37,8 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Cuts, Call], Tensor]
 
 @dataclass(frozen=True)
 class Implementation:
-    """softcaps: it knows soft-capping; grouped: it takes fewer heads of keys and values than of
-    queries, which are otherwise repeated for it."""
+    """softcaps: supports soft-capping; grouped: supports fewer key and value heads than query
+    heads (otherwise they are repeated)."""
 
     name: str
     run: Varlen
@@ -47,11 +47,11 @@ class Implementation:
 
 
 class _State:
-    usable: tuple[Implementation, ...] | None = None  # None: not looked for yet
+    usable: tuple[Implementation, ...] | None = None  # None: not searched yet
 
 
 def usable() -> tuple[Implementation, ...]:
-    """Best first. Looked for once, as compiled code reads it."""
+    """Usable implementations, best first; searched once, as compiled code reads the result."""
     if _State.usable is None:
         _State.usable = tuple(_installed())
     return _State.usable
@@ -62,7 +62,7 @@ def use(implementations: tuple[Implementation, ...]) -> None:
 
 
 def chosen(call: Call) -> Implementation | None:
-    """The best implementation that can do what a layer asks."""
+    """The best implementation that supports a layer's arguments."""
     for implementation in usable():
         if call.softcap is None or implementation.softcaps:
             return implementation
