@@ -179,7 +179,7 @@ def test_texts_on_a_chat_model_are_told(tmp_path):
 def test_words_that_run_into_each_other_are_told(tmp_path, prompt, response, told):
     row = {"prompt": prompt, "chosen": response, "rejected": " other"}
     _, report = texts("", *read(tmp_path, [row]))
-    lines = [line for line in report.summary_lines() if "nothing between their words" in line]
+    lines = [line for line in report.summary_lines() if "without a separator between words" in line]
     assert len(lines) == told
 
 

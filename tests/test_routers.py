@@ -105,7 +105,7 @@ def test_forwards_without_gradients_do_not_count():
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
 def test_models_without_one_are_refused(family):
-    line = r"^train\.router_aux_loss_coef=0\.1: .*transformers has no load-balancing loss for .*$"
+    line = r"^train\.router_aux_loss_coef=0\.1: transformers has no load-balancing loss for .*$"
     with pytest.raises(ConfigError, match=line):
         loss_function(type(many_families.build(family)), 0.1)
 
@@ -153,7 +153,7 @@ def test_runs_add_it_to_their_loss(files, tmp_path, stage, lora):
 
 def test_a_run_of_another_model_is_refused_in_a_line(files, tmp_path):
     config = configure(*words(files, "llama", "sft", f"run_dir={tmp_path}/run"))
-    line = r"^train\.router_aux_loss_coef=0\.5: transformers has no load-balancing loss for LlamaForCausalLM.*$"
+    line = r"^train\.router_aux_loss_coef=0\.5: transformers has no .* for LlamaForCausalLM.*$"
     for start in (lambda: plan_rows(config), lambda: run_stage(config, ["dpo-run"])):
         with pytest.raises(ConfigError, match=line):
             start()

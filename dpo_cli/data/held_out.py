@@ -1,4 +1,4 @@
-"""Which examples are held out: by their prompts alone; and what is told of it."""
+"""Hold out examples by their prompts, and notes on the held-out set."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def hold_out(
     if count and not held:
         most = max(map(len, groups.values()))
         raise ConfigError(
-            f"data.eval_rows={count}: the first prompt has more examples than that, give "
-            f"{most} or more"
+            f"data.eval_rows={count} is fewer than the first prompt's examples: set "
+            f"data.eval_rows={most} or more"
         )
     train = [e for place, e in enumerate(examples) if place not in held]
     return train, [examples[place] for place in sorted(held)]
@@ -50,7 +50,7 @@ def note_fewer(held: Sequence[PreferenceExample], asked: int, drops: DropReport)
     """Where prompts have many examples each, those of the next one may be far too many."""
     if len(held) < ENOUGH * asked:
         drops.add_note(
-            f"data.eval_rows={asked:,} holds out {len(held):,} examples: the next prompt has more "
+            f"data.eval_rows={asked:,} holds out only {len(held):,} examples: the next prompt has more "
             "than are left",
             held[0].row,
         )

@@ -35,7 +35,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def backbone(model: PreTrainedModel) -> Any:
-    """The model without its output layer. Llama 4's base_model_prefix is for the multimodal model."""
+    """The model without its output layer (Llama 4 names its multimodal model as the base)."""
     base = model.base_model
     return cast(Any, model).model if base is model else base
 
