@@ -300,10 +300,10 @@ class TestJsonl:
             ([True], "ended is not a list of 2 bools, one per response"),
             (True, "ended is not a list of 2 bools"),
             ([1, 0], "ended has int instead of true or false"),
-            ([True, None], "ended holds None where"),
+            ([True, None], "ended has None instead of"),
         ):
             assert message in reason(jsonl.parse, row | {"ended": value}, config)
-        with pytest.raises(DataError, match=r"no column 'ended'.*with data\.finished_field=$"):
+        with pytest.raises(DataError, match=r"no column 'ended'.*set data\.finished_field=$"):
             adapt(Rows([{"prompt": "x", "chosen": "a", "rejected": "b"}], "f", None), config, 0,
                   DropReport())  # fmt: skip
 

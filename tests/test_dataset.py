@@ -90,7 +90,7 @@ class TestAdapt:
             "rejected is int, not text": [4],
             "rejected is missing": [5],
             "chosen and rejected are the same": [6],
-            "text holds a lone surrogate, which is not a valid character": [7, 8, 9],
+            "text contains a lone surrogate, which is not a valid character": [7, 8, 9],
         }
 
     def test_column_missing_from_the_first_row_names_the_key(self) -> None:

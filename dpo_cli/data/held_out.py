@@ -50,8 +50,8 @@ def note_fewer(held: Sequence[PreferenceExample], asked: int, drops: DropReport)
     """Where prompts have many examples each, those of the next one may be far too many."""
     if len(held) < ENOUGH * asked:
         drops.add_note(
-            f"data.eval_rows={asked:,} holds out only {len(held):,} examples: the next prompt has more "
-            "than are left",
+            f"data.eval_rows={asked:,} holds out only {len(held):,} examples: the next prompt has "
+            "more than are left",
             held[0].row,
         )
 
