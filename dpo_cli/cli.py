@@ -53,11 +53,11 @@ def fail_together(error: UserError) -> int:
     """Of many ranks that fail for one reason, the launcher reports it; without ours, the first."""
     if isinstance(error, PeerLost):
         return error.exit_code
-    elastic.record(error)
+    elastic.record_error(error)
     if elastic.rank() == 0:
         if not elastic.launched_by_us():
             report_error(error)
-        elastic.abandon(error.exit_code)
+        elastic.release_ranks(error.exit_code)
     return error.exit_code
 
 
@@ -77,7 +77,7 @@ def dispatch(words: list[str]) -> int:
 
     quiet_hydra()
     if elastic.rank() is not None:
-        elastic.end_with_the_launcher()
+        elastic.end_with_launcher()
     if elastic.rank():
         _let_segments_grow()
         return _run_rank(words)
@@ -174,7 +174,7 @@ def _hydra_main(args: Namespace, extra: Sequence[str] = ()) -> None:
     import hydra
 
     from dpo_cli.config.hydra import HYDRA_VERSION
-    from dpo_cli.config.hydra_errors import explained
+    from dpo_cli.config.hydra_errors import as_config_error
     from dpo_cli.workflow.sweep import run_job
 
     overrides = [*args.overrides, *extra]
@@ -182,7 +182,7 @@ def _hydra_main(args: Namespace, extra: Sequence[str] = ()) -> None:
     entry = hydra.main(
         version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name="config"
     )
-    with explained(overrides):
+    with as_config_error(overrides):
         entry(run_job)()
 
 
@@ -193,12 +193,12 @@ def _refuse_ranks(what: str) -> None:
 
 def _run_rank(words: list[str]) -> int:
     """A rank other than the first, which sends it the configuration."""
-    config, code = elastic.follow()
+    config, code = elastic.receive_config()
     if config is None:
         return code
     from dpo_cli.run import run
 
-    with elastic.together(config):
+    with elastic.process_group(config):
         run(config, ["dpo-run", *words])
     return 0
 
@@ -210,7 +210,7 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
     from dpo_cli.config.read import prepare
 
     config = prepare(cfg, words)
-    config = config if elastic.rank() is None else elastic.as_started(config)
+    config = config if elastic.rank() is None else elastic.with_launched_ranks(config)
     chosen = config.run_dir or (cfg.hydra.run.dir if cfg.hydra.run.dir != "." else "")
     if not chosen and not spec_of(config.stage).keeps_folder:
         with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch:
@@ -244,16 +244,16 @@ def _start(cfg: DictConfig, config: RunConfig, folder: Path, words: list[str]) -
 
         print_plan(config)
         if leading:
-            elastic.lead(None)
+            elastic.broadcast_config(None)
         return 0
-    if not leading and elastic.wanted(config):
+    if not leading and elastic.is_distributed(config):
         return elastic.launch(config, words)
     with run_folder.claimed(folder, cfg, config.resume):
         # Importing torch takes seconds, in which another start must find the folder taken.
         from dpo_cli.run import run
     if leading:
-        elastic.lead(config, environment=environment)
-    with elastic.together(config) if leading else nullcontext():
+        elastic.broadcast_config(config, environment=environment)
+    with elastic.process_group(config) if leading else nullcontext():
         run(config, ["dpo-run", *words])
     return 0
 

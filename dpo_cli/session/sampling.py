@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import EvaluateConfig, PpoConfig, SampleConfig, spec_of
 from dpo_cli.data.chat import turn_end
-from dpo_cli.distributed.fsdp import gathered
+from dpo_cli.distributed.fsdp import unsharded
 from dpo_cli.model.sampling.generate import Completion, SamplingOptions, sample
 from dpo_cli.report.files import append_samples
 from dpo_cli.session.models import Loaded
@@ -71,7 +71,7 @@ def draw_samples(
     ends, pad = stop_ids(model, tokenizer), tokenizer.pad_token_id
     assert pad is not None
     ranks = session.ranks
-    with session.runtime.autocast(), gathered(model):
+    with session.runtime.autocast(), unsharded(model):
         mine = sample(
             model, prompts, options, ends, pad, tick, (ranks.rank, ranks.size), session.note,
             session.decoding,

@@ -18,7 +18,7 @@ from dpo_cli.config import PpoConfig, RunConfig
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.data.loader import StepPlan
 from dpo_cli.logprobs import fused_loss, sum_by_sequence
-from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normaliser, policy_loss, value_loss
+from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normalizer, policy_loss, value_loss
 from dpo_cli.model.forward import head_of, target_states
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.rewards.scoring import load_scorer, scorer_digest, scoring_rows
@@ -223,7 +223,7 @@ def prepare_state(session: Session, ppo: Ppo) -> None:
     if session.snapshot is not None:
         kept = session.snapshot.state["carried"]
         ppo.actors.kl.coef = kept["kl_coef"]
-        ppo.actors.normaliser = Normaliser(*kept["score"])
+        ppo.actors.normaliser = Normalizer(*kept["score"])
     elif ppo.stage.normalize and ppo.stage.normalize_prompts:
         chosen = ppo.prompts[: ppo.stage.normalize_prompts]
         ppo.actors.normaliser = reference_normalizer(session, ppo.actors, chosen, ppo.stage)

@@ -21,7 +21,7 @@ from typing import Any, cast
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dpo_cli.distributed.launch import helps_another_node
+from dpo_cli.distributed.launch import is_secondary_node
 from dpo_cli.durable import disk_errors, write_json, write_text
 from dpo_cli.errors import ConfigError
 from dpo_cli.report.files import redact
@@ -106,7 +106,7 @@ def run_job(cfg: DictConfig) -> float:
     composed = cast(DictConfig, HydraConfig.instance().cfg)
     words = task_overrides(composed)
     start = [*words, as_override("run_dir", str(run_dir)), *composed_with(composed)]
-    if helps_another_node():
+    if is_secondary_node():
         run_child(start)
         return math.nan
     path = folder / JOBS / f"{hydra.job.num}.json"
