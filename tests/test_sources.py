@@ -161,7 +161,9 @@ def damaged(path: Path, content: bytes) -> str:
 
 def test_bad_json_line_is_named(tmp_path: Path) -> None:
     assert "line 3" in damaged(tmp_path / "a.jsonl", b'{"a": 1}\n\n{"a": 1,}\n')
-    assert "line 2: list instead" in damaged(tmp_path / "b.jsonl", b'{"a": 1}\n[1]\n')
+    assert "line 2: expected an object, not list" in damaged(
+        tmp_path / "b.jsonl", b'{"a": 1}\n[1]\n'
+    )
     assert "line 1" in damaged(tmp_path / "c.jsonl", b'{"a": "\xff"}\n')
     assert "line 1" in damaged(tmp_path / "d.jsonl", b"[" * 100_000)
     assert "list of objects" in damaged(tmp_path / "e.json", b"[1, 2]")

@@ -63,4 +63,4 @@ def note_overlap(
     known = {prompt_words(example.prompt) for example in train}
     for example in held:
         if prompt_words(example.prompt) in known:
-            drops.add_note("the prompt is a training prompt, too", example.row)
+            drops.add_note("the prompt is also a training prompt", example.row)
