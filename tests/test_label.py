@@ -68,7 +68,7 @@ def test_completions_that_were_cut_are_told(tmp_path, monkeypatch, finished, tol
     monkeypatch.setattr(Progress, "note", lambda self, line: lines.append(line))
     texts = [" x", " x y", " "]
     label(tmp_path, [{"prompt": "a", "completions": texts, "finished": [*finished, True]}])
-    assert len([line for line in lines if "1 completion was cut by" in line]) == told
+    assert len([line for line in lines if "1 completion was truncated by" in line]) == told
     assert "train: 1 blank completion is dropped" in lines
 
 

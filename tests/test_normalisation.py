@@ -180,7 +180,7 @@ def test_what_cannot_write_normalises_nothing(trained, tmp_path, capsys, start, 
     rows = texts(" was good .", prompt="The film")
     assert load_scorer(session)(rows) == raw(tmp_path, tmp_path / "r")(rows)
     assert [line.partition(":")[0] for line in said] == ["reward_fn.normalized=true"]
-    assert said[0].endswith("its rewards are raw")
+    assert said[0].endswith("so its rewards are not scaled")
 
 
 def test_reward_models_that_cannot_be_used(sft, tmp_path):
