@@ -148,6 +148,6 @@ def test_told_where_it_does_not_fit_or_nobody_knows() -> None:
     at = text.index("remedy any one of these")
     assert text[at - 1] == "fits no, a GPU has 60.0 GiB"
     assert re.fullmatch(r"train\.micro_batch_tokens=\d+: \d+\.\d GiB", text[at + 1])
-    assert told(None, "stage=dpo")["fits"].startswith("set hardware.memory_gb=")
+    assert told(None, "stage=dpo")["fits"].startswith("unknown: set hardware.memory_gb=")
     assert told(2.0, "stage=dpo")["remedy"] == "no two changes make it fit; the closest is"
     assert "pair" in told(20.0, "stage=dpo", "lora=lora")["remedy"]
