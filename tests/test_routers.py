@@ -10,7 +10,7 @@ import torch
 import many_families
 import small_tokenizers
 from dpo_cli.errors import ConfigError
-from dpo_cli.model import attention
+from dpo_cli.model.attention import registered as attention
 from dpo_cli.model.rope import cuts_of
 from dpo_cli.model.routers import Routers, _kinds, loss_function
 from dpo_cli.plan.dry_run import plan_rows

@@ -104,7 +104,7 @@ def test_held_out_rows_that_the_start_was_trained_on_are_told(chain, tmp_path, c
     told = f"12 of 20 held-out rows were trained on by model.path={chain / 'sft'}: use that run's"
     assert " ".join(capsys.readouterr().err.split()).count(told) == 1
     page = " ".join((tmp_path / "more" / "report.html").read_text().split())
-    assert "12 of the 20 held-out rows were trained on before" in page
+    assert "12 of the 20 held-out rows had been trained on before" in page
     train(tmp_path / "same", *words, plain)
     assert "were trained on" not in capsys.readouterr().err
     planned = configure(*(w for w in TINY if w[:5] != "data."), *words, "data.eval_rows=20")
