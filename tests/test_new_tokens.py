@@ -76,7 +76,7 @@ def test_an_evaluation_and_its_page(sft, tmp_path, capsys):
     train(tmp_path / "short", *words, "stage.max_new_tokens=1")
     assert "the others were truncated to 1 tokens" in " ".join(capsys.readouterr().err.split())
     page = " ".join((tmp_path / "short" / "report.html").read_text().split())
-    assert "of the completions end by themselves" in page
+    assert "of the completions finished with EOS" in page
 
 
 def test_ppo_and_sample_take_what_the_data_needs(sft, tmp_path, capsys):
