@@ -221,9 +221,9 @@ def test_signals_are_handed_on_once_and_the_child_is_waited_for(
     )
     (tmp_path / "child.py").write_text(child)
     parent = (
-        "import sys\nfrom dpo_cli import launch\n"
-        "launch.child_command = lambda: [sys.executable, 'child.py']\n"
-        "print(launch.run_child([]))\n"
+        "import sys\nfrom dpo_cli.workflow import child\n"
+        "child.child_command = lambda: [sys.executable, 'child.py']\n"
+        "print(child.run_child([]))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", parent],
