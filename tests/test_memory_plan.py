@@ -234,9 +234,9 @@ def test_micro_batches_are_the_most_that_are_estimated_to_fit(gib: int, lora: st
 def test_micro_batches_are_never_shorter_than_an_example_nor_longer_than_the_default() -> None:
     config, there = configured("stage=dpo"), facts(step=200_000)
     small = fitting(config, there, 8 * GIB)
-    assert (small.tokens, str(small).endswith(": the fewest that are tried")) == (768, True)
+    assert (small.tokens, str(small).endswith(": the minimum")) == (768, True)
     large = fitting(config, there, 2000 * GIB)
-    assert (large.tokens, str(large).endswith(": the most by default")) == (16384, True)
+    assert (large.tokens, str(large).endswith(": the default maximum")) == (16384, True)
 
 
 def test_only_a_gpu_that_trains_has_its_micro_batches_chosen() -> None:
