@@ -283,6 +283,6 @@ def test_the_copy_that_a_save_takes_is_as_large_as_what_is_saved(
              "data.eval_rows=0", "model.architecture.hidden=256")  # fmt: skip
     train(tmp_path / "r", *words)
     (told,) = (str(value) for name, value in plan_tables(configure(*TINY, *words, "run_dir=x"))[1]
-               if name == "saves")  # fmt: skip
+               if name == "checkpoints")  # fmt: skip
     assert len(sizes) == 1  # the last one is written as it stands
-    assert float(told.split()[1]) == pytest.approx(sizes[0] / 2**20, abs=0.6)  # told in whole MiB
+    assert float(told.split()[2]) == pytest.approx(sizes[0] / 2**20, abs=0.6)  # told in whole MiB
