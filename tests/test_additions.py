@@ -129,7 +129,7 @@ def test_a_loss_a_dataset_and_a_sink(checkout: Path, clean_env: dict[str, str]) 
         "train.batch_size=8", "model.architecture.layers=1", "train.sample_prompts=0",
     )  # fmt: skip
     rows = [json.loads(line) for line in (checkout / "dpo/metrics.jsonl").read_text().splitlines()]
-    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[0] == pytest.approx(1)  # (0.1 * 0 - 1)^2: the policy is its own reference
     assert len((checkout / "dpo/steps.csv").read_text().splitlines()) == len(rows)
     card = (checkout / "dpo/final/README.md").read_text()
@@ -137,11 +137,10 @@ def test_a_loss_a_dataset_and_a_sink(checkout: Path, clean_env: dict[str, str]) 
 
 
 def test_a_reward(checkout: Path, clean_env: dict[str, str]) -> None:
-    out = command(
+    command(
         checkout, clean_env, "stage=evaluate", "reward_fn=vowels", "data=letters",
         "data.path=rows.jsonl", "run_dir=evaluated", "stage.max_new_tokens=4",
     )  # fmt: skip
-    assert "reward" in out
     assert json.loads((checkout / "evaluated/summary.json").read_text())["reward"] >= 0
 
 
@@ -155,7 +154,6 @@ def test_a_stage(checkout: Path, clean_env: dict[str, str]) -> None:
         "run_dir=counted",
     )
     assert json.loads((checkout / "counted/summary.json").read_text())["rows"] == 32  # 16 x 2
-    assert "rows" in out
     told = command(checkout, clean_env, "stage=count", "--help")
     assert "stage.factor=2.0" in told
     assert "rows count as many" in told

@@ -109,7 +109,10 @@ def test_labels_are_drawn_with_their_probability(tmp_path, words, expected):
         ('{"completions": ["a"]}', "'prompt'"),
         ('{"prompt": "a", "completions": "b"}', "completions must be a list of texts"),
         ('{"prompt": "a", "completions": ["b"], "finished": []}', "finished must be a list, one"),
-        ('{"prompt": "a", "completions": ["b"], "finished": [1]}', "finished holds int where"),
+        (
+            '{"prompt": "a", "completions": ["b"], "finished": [1]}',
+            "finished has int instead of true or false",
+        ),
         ('{"prompt": 3, "completions": ["b"]}', "prompt is int, not a list of messages"),
         ("[]", "not a sampled row"),
     ],

@@ -140,7 +140,7 @@ def test_rewards_are_normalised_on_samples_of_the_base(trained, sft, tmp_path):
     assert normal.std(correction=0).item() == pytest.approx(1.0, abs=1e-5)
     assert summary["reward_mean"] == facts["normalisation"]["mean"]
     assert summary["reward_std"] == facts["normalisation"]["std"]
-    assert "| reward_mean |" in (folder / "final" / "README.md").read_text()
+    assert "normalisation" in (folder / "final" / "dpo_run.json").read_text()
     assert durable.damage(folder / "final") is None
 
 

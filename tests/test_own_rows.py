@@ -212,7 +212,7 @@ def test_an_eval_file_that_is_the_training_file_in_another_form(tmp_path, change
     rows = [row | {"prompt": p} for p in PROMPTS]
     _, splits = read(tmp_path, rows, eval_path=str(held))
     (line,) = splits.drops.summary_lines()
-    assert line.startswith("note on 7 of 67 rows: eval split: the prompt is a training prompt, too")
+    assert line.startswith("note on 7 of 67 rows: eval split: the prompt is also a training prompt")
 
 
 def test_prompts_of_other_words_are_other_prompts():

@@ -106,8 +106,8 @@ def test_installed_package_finds_its_own_yaml(
     module, conf, recipes = map(Path, printed.split())
     assert module.is_relative_to(installed.parent.resolve())
     assert not module.is_relative_to(ROOT)
-    assert conf == module.parent / "_conf"
-    assert recipes == module.parent / "_recipes"
+    assert conf == module.parent.parent / "_conf"
+    assert recipes == module.parent.parent / "_recipes"
     assert (conf / "config.yaml").read_bytes() == (ROOT / "conf" / "config.yaml").read_bytes()
 
 

@@ -136,7 +136,7 @@ def test_methods_by_loss():
         ("stage.best_of=[0] stage.reference_samples=16", "whole numbers of at least 1"),
         ("stage.reference_samples=16 stage.optimum=.", "stage.optimum=.: has no effect"),
         ("stage.reference_samples=16 stage.temperature=0.7", "temperature=0.7: must be 1.0 with"),
-        ("stage.checkpoints=true", "stage.checkpoints=true: of which runs"),
+        ("stage.checkpoints=true", "stage.checkpoints=true: needs runs"),
         ("stage.policies=[.] model.path=.", "model.path=.: has no effect with stage.policies"),
     ],
 )

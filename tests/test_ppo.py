@@ -188,7 +188,7 @@ def test_every_completion_is_learnt_from_once_a_pass(actors):
         EncodedExample(torch.tensor([1, 2]).numpy(), (torch.tensor([3, n]).numpy(),), n)
         for n in range(8)
     ]
-    plan = ppo_baseline.plan_steps(8, 8, 1.0, None, True, 0)
+    plan = rollout.plan_steps(8, 8, 1.0, None, True, 0)
     state = rollout.Rollout(examples, [], {})
     ppo = ppo_baseline.Ppo(session, stage, made, examples, [], plan, state)
     assert ppo.steps_per_rollout == 8
@@ -364,7 +364,7 @@ def test_scorers_see_prompt_completion_and_whether_it_ended(actors):
     made.score = score
     samples = rollout.draw(session, made, made.policy, examples, stage, 1)
     rollout.scores_of(made, examples, samples)
-    assert [row.prompt for row in seen] == [made.prompts[e.row] for e in examples]
+    assert [row.prompt for row in seen] == [example.prompt for example in examples]
     assert [row.finished for row in seen] == [row[0].finished for row in samples]
 
 

@@ -168,7 +168,7 @@ def test_several_devices_refuse_what_they_would_do_apart():
     rope.refuse_shared([EncodedExample(prompt, (short,), 0)], (CUT,))
     rope.refuse_shared([EncodedExample(prompt, (short, long), 0)], ())
     with pytest.raises(
-        ConfigError, match=r"^row 3 is longer than the 11 .*data\.max_length=11 .*$"
+        ConfigError, match=r"^row 3 is longer than .* 11 tokens .*data\.max_length=11 .*$"
     ):
         rope.refuse_shared([EncodedExample(prompt, (short, long), 3)], (CUT,))
 
