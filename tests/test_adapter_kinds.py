@@ -265,7 +265,7 @@ def test_an_adapter_over_fewer_rows(bases, tmp_path):
     folder = written(low_rank(), bases("qwen2"), tmp_path / "adapter", 1000)
     assert_merged(bases("qwen2"), folder, tmp_path, 1000)
     with pytest.raises(
-        ConfigError, match="has 1024 tokens but the model's embedding has 1000 rows"
+        ConfigError, match="has 1024 tokens but the model's embedding has 1000"
     ):
         loaded(folder)
 

@@ -145,7 +145,7 @@ def test_a_reward(checkout: Path, clean_env: dict[str, str]) -> None:
 
 
 def test_a_stage(checkout: Path, clean_env: dict[str, str]) -> None:
-    out = command(
+    command(
         checkout,
         clean_env,
         "stage=count",

@@ -111,7 +111,7 @@ def test_labels_are_drawn_with_their_probability(tmp_path, words, expected):
         ('{"prompt": "a", "completions": ["b"], "finished": []}', "finished must be a list, one"),
         (
             '{"prompt": "a", "completions": ["b"], "finished": [1]}',
-            "finished has int instead of true or false",
+            "finished has int instead of",
         ),
         ('{"prompt": 3, "completions": ["b"]}', "prompt is int, not a list of messages"),
         ("[]", "not a sampled row"),

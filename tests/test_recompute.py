@@ -131,7 +131,7 @@ def test_a_family_that_cannot(monkeypatch):
     monkeypatch.delattr(type(model).__mro__[1], "supports_gradient_checkpointing", raising=False)
     with pytest.raises(
         ConfigError,
-        match=r"^hardware\.activation_checkpointing=2: GPT2LMHeadModel does not support it; use .*=0.*$",
+        match=r"^hardware\.activation_checkpointing=2: GPT2LMHeadModel does not .*; use .*=0.*$",
     ):
         recompute_blocks(model, 2)
 
