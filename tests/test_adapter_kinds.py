@@ -217,7 +217,7 @@ def test_what_is_merged_alone_is_not_trained_on(bases, tmp_path, kind):
     with pytest.raises(ConfigError, match=message) as caught:
         loaded(folder)
     assert f"model.path={folder}: " in str(caught.value)
-    assert "use lora=none to merge it" in str(caught.value)
+    assert "use lora=none" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -264,9 +264,7 @@ def test_an_adapter_over_a_resized_embedding(bases, tmp_path, family):
 def test_an_adapter_over_fewer_rows(bases, tmp_path):
     folder = written(low_rank(), bases("qwen2"), tmp_path / "adapter", 1000)
     assert_merged(bases("qwen2"), folder, tmp_path, 1000)
-    with pytest.raises(
-        ConfigError, match="has 1024 tokens but the model's embedding has 1000"
-    ):
+    with pytest.raises(ConfigError, match="has 1024 tokens but the model's embedding has 1000"):
         loaded(folder)
 
 

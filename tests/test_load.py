@@ -80,9 +80,7 @@ def test_a_tokenizer_too_large_for_the_embedding(copy, tmp_path):
 
 def test_an_unreachable_hub_names_the_key_to_set():
     config = configure("model=gpt2-large").model
-    with pytest.raises(
-        ConfigError, match=r"gpt2-large cannot be loaded from .*model\.path="
-    ):
+    with pytest.raises(ConfigError, match=r"gpt2-large cannot be loaded from .*model\.path="):
         load_tokenizer(config)
 
 

@@ -455,8 +455,11 @@ def test_peak_memory_of_the_host_in_sizes_of_the_file(tmp_path, kind, ranks, mos
              "vocab_size": 1024, "num_attention_heads": 16}  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**shape))
-    state = {n: torch.full(p.shape, 0.01, dtype=torch.bfloat16)
-             for n, p in model.state_dict().items()}  # fmt: skip
+    # Of equal weights every gradient is rounding, which the probe would compare.
+    state = {
+        n: (torch.randn(p.shape) * 0.02 + (p.ndim == 1)).to(torch.bfloat16)
+        for n, p in model.state_dict().items()
+    }
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(tmp_path)
     size = (tmp_path / "model.safetensors").stat().st_size

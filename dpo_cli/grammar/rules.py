@@ -162,8 +162,8 @@ DETAILS: dict[str, list[Alternative]] = {
         even("{aspect_was} so {great} that I {rapt}"),
         even("{aspect_was} so {awful} that I {fled}"),
     ),
-    "rapt": even("forgot the time", "needs_grad more", "held my breath", "came back for more"),
-    "fled": even("looked away", "nearly left", "felt cheated", "needs_grad my money back"),
+    "rapt": even("forgot the time", "wanted more", "held my breath", "came back for more"),
+    "fled": even("looked away", "nearly left", "felt cheated", "wanted my money back"),
     "length": even("two hours", "ninety minutes", "just over an hour", "almost three hours"),
     "place": even("Paris", "Spain", "black and white", "a small village", "the desert"),
 }  # fmt: skip
