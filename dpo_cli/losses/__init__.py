@@ -2,7 +2,7 @@
 
 rho = log pi(y|x) - log pi_ref(y|x), (E, K), responses best first; h = rho_w - rho_l.
 A loss returns one value per example, (E,). Lengths count a response's scored tokens.
-A new loss is a function here, a `LOSSES` line and its row in `config.LOSS_OPTIONS`.
+A new loss is a function here, a `LOSSES` line and its row in `config.LOSS_FACTS`.
 """
 
 from __future__ import annotations
