@@ -134,6 +134,17 @@ def test_a_system_column_beside_another_system_message(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("said", [(PIRATE, None), (None, PIRATE)])
+def test_an_eval_file_is_in_the_form_of_the_training_rows(tmp_path, said):
+    """Though only one of the two has system messages."""
+    first, held = ({"system": text, "prompt": f"{text}?", **ASKED} for text in said)
+    (tmp_path / "held.jsonl").write_text(json.dumps(held))
+    _, splits = read(tmp_path, [first], eval_path=str(tmp_path / "held.jsonl"))
+    for (example,), text in zip((splits.train, splits.eval), said, strict=True):
+        before = [{"role": "system", "content": text}] if text else []
+        assert example.prompt == [*before, {"role": "user", "content": f"{text}?"}]
+
+
 def test_a_system_column_needs_a_template(tmp_path):
     config, splits = read(tmp_path, [{"system": PIRATE, "prompt": "Hi?", **ASKED}])
     with pytest.raises(ConfigError, match=r"or data\.system_field=null if they are texts") as error:

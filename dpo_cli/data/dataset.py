@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 import dpo_cli
 from dpo_cli.config import DataConfig, SentimentDataConfig
 from dpo_cli.data import cache
-from dpo_cli.data.adapt import adapt
+from dpo_cli.data.adapt import adapt, in_one_form
 from dpo_cli.data.drops import DropReport
 from dpo_cli.data.encode import Limits, encode_examples, resolve_limits
 from dpo_cli.data.held_out import hold_out, note_fewer, note_overlap
@@ -143,6 +143,8 @@ def _read_splits(config: DataConfig, seed: int, train: Source, held: Source | No
         return Splits(examples, [], drops, train.origin, train.revision)
     eval_drops = DropReport()
     chosen = adapt(read_source(held), config, seed, eval_drops)
+    both, trained = in_one_form([*examples, *chosen]), len(examples)
+    examples, chosen = both[:trained], both[trained:]
     count = _eval_count(config, len(chosen))
     if count is not None and count < len(chosen):
         _, chosen = hold_out(chosen, count)
