@@ -255,12 +255,9 @@ def _decode(
                     alive, ended, position, chosen = (
                         x[order] for x in (alive, ended, position, chosen)
                     )
-            if (
-                len(prompts[0]) + step in cuts
-            ):  # all rows have this length, and no cache is right now
-                texts = _texts(
-                    prompts, options.completions, sampled.tokens[alive, : step + 1], alive
-                )
+            if len(prompts[0]) + step in cuts:  # of all rows; no cache is right beyond it
+                ids = sampled.tokens[alive, : step + 1]
+                texts = _texts(prompts, options.completions, ids, alive)
                 rows, position, logits = start(model, texts, 1, pad_id, way)
                 continue
             position = position + 1
