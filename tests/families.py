@@ -1,4 +1,4 @@
-"""Configurations of tiny causal language models of many families, by `model_type`."""
+"""Tiny causal language models of many families, by `model_type`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ GPT2 = {
     "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
     "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
+DEEPSEEK = {
+    **BASE, **EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
+    "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
 LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
@@ -37,6 +42,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
     "gptj": {**GPT2, "rotary_dim": 4},
+    "codegen": {**GPT2, "rotary_dim": 4, "n_ctx": 64},
     "gpt_neo": {
         "vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
         "window_size": 5, "attention_types": [[["global", "local"], 1]],
@@ -58,6 +64,8 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "mistral": {**BASE, **WINDOW},
     "ministral": {**HEADS, **WINDOW},
     "mixtral": {**BASE, **EXPERTS},
+    "phimoe": {**BASE, **EXPERTS},
+    "granitemoe": {**BASE, **EXPERTS},
     "qwen2": BASE,
     "qwen2_moe": {**BASE, **EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3": HEADS,
@@ -67,6 +75,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "gemma3_text": {**HEADS, **WINDOW},
     "phi": BASE,
     "phi3": {**BASE, **WINDOW},
+    "olmo": BASE,
     "olmo2": BASE,
     "olmo3": {**BASE, **WINDOW},
     "olmoe": {**BASE, **EXPERTS},
@@ -77,15 +86,21 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "starcoder2": {**BASE, **WINDOW},
     "smollm3": BASE,
     "exaone4": {**BASE, **WINDOW},
+    "glm": HEADS,
     "glm4": HEADS,
+    "nemotron": BASE,
+    "persimmon": {**BASE, "num_key_value_heads": 4},
+    "helium": HEADS,
+    "hunyuan_v1_dense": HEADS,
+    "seed_oss": HEADS,
+    "arcee": HEADS,
     "ernie4_5": HEADS,
     "diffllama": BASE,
     "minimax_m2": {**HEADS, **EXPERTS},
     "modernbert-decoder": {**BASE, **WINDOW},
-    "deepseek_v3": {**BASE, **EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 16,
-                    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-                    "v_head_dim": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-                    "n_shared_experts": 1},
+    "deepseek_v2": {**DEEPSEEK, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+                    "topk_method": "greedy"},
+    "deepseek_v3": DEEPSEEK,
 }  # fmt: skip
 # Linear attention, convolutions and state spaces, alone or between layers of attention.
 RECURRENT: dict[str, dict[str, Any]] = {
@@ -119,11 +134,28 @@ RECURRENT: dict[str, dict[str, Any]] = {
     "xlstm": {**BASE, "num_heads": 4, "embedding_dim": 32, "num_blocks": 2, "chunk_size": 4},
 }  # fmt: skip
 FAMILIES = {**ATTENTION, **RECURRENT}
+# Some with rotary factors that depend on the length.
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+    "long_factor": [1.0, 2.0, 8.0, 16.0], "original_max_position_embeddings": 8,
+}  # fmt: skip
+BY_LENGTH = {
+    "llama": {**BASE, "rope_parameters": DYNAMIC},
+    "phi3": {**BASE, "rope_parameters": LONGROPE, "original_max_position_embeddings": 8},
+}
 
 
 def known_here(family: str) -> bool:
     """Whether the installed transformers has the family."""
     return family in CONFIG_MAPPING_NAMES
+
+
+TRAINED = {
+    name: options
+    for name, options in {**FAMILIES, **BY_LENGTH}.items()
+    if known_here(name) and name != "diffllama"  # which refuses dropout
+}
 
 
 def build(family: str, seed: int = 1) -> Any:
@@ -139,3 +171,19 @@ def build(family: str, seed: int = 1) -> Any:
             else:
                 p.add_(0.1 * torch.randn_like(p))
     return model.eval()
+
+
+def build_random(family: str, options: dict[str, Any] | None = None) -> Any:
+    """Of TRAINED, in float32 and evaluation mode, with weights that let attention matter. Dropout
+    of every name and the jitter of routers are set high: no test may see any of it."""
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, **(options or TRAINED[family]))
+    for name, value in list(vars(config).items()):
+        if ("drop" in name or "jitter" in name) and isinstance(value, float):
+            setattr(config, name, 0.4)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(4.0)
+    return model.float().eval()

@@ -14,7 +14,7 @@ from dpo_cli.model.attention.registered import Placement, use
 from dpo_cli.model.dropout import set_dropout
 from dpo_cli.model.rope import cuts_of
 from dpo_cli.model.skeleton import skeleton
-from many_families import FAMILIES, build
+from families import TRAINED, build_random
 from small_models import examples, oracle, packed, packed_loss
 
 IDS = torch.arange(3, 15)[None]
@@ -32,13 +32,13 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_cannot_be_trained_is_refused_in_a_line(family):
     with pytest.raises(ConfigError, match=r"^model\.attention=auto: .* cannot be used .*$"):
-        choose_attention(build(family), "auto", on=Placement(note=lambda line: None))
+        choose_attention(build_random(family), "auto", on=Placement(note=lambda line: None))
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in REFUSED])
+@pytest.mark.parametrize("family", [name for name in TRAINED if name not in REFUSED])
 def test_packed_and_padded_rows_are_right_and_train(family):
-    model, rows = build(family), examples(3)
-    expected = oracle(build(family), rows).detach()
+    model, rows = build_random(family), examples(3)
+    expected = oracle(build_random(family), rows).detach()
     set_dropout(model, 0.0)
     choose_attention(model, "auto", on=Placement(note=lambda line: None))
     batch = packed(rows, cuts=cuts_of(model.config))
@@ -54,10 +54,10 @@ def test_packed_and_padded_rows_are_right_and_train(family):
     torch.testing.assert_close(padded, expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_nothing_is_random_in_training(family):
     """Though the family's configuration asks for dropout of every name, and for jitter."""
-    model = build(family)
+    model = build_random(family)
     truth = logits(model)
     model.train()
     assert torch.stack([logits(model) for _ in range(3)]).std(0).any() == (family not in QUIET)
@@ -73,7 +73,7 @@ def test_nothing_is_random_in_training(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi", "starcoder2", "mpt"])
 def test_dropout_that_is_asked_for_is_drawn(family):
-    model = build(family)
+    model = build_random(family)
     truth = logits(model)
     set_dropout(model, 0.2)
     model.train()
@@ -85,7 +85,7 @@ def test_dropout_that_is_asked_for_is_drawn(family):
 
 @pytest.mark.parametrize("family", ["mixtral", "phimoe"])
 def test_routers_draw_nothing_beside_dropout(family):
-    model = build(family)
+    model = build_random(family)
     truth = logits(model)
     set_dropout(model, 1e-30)  # practically never
     torch.testing.assert_close(logits(model.train()), truth, rtol=0, atol=1e-5)
@@ -94,7 +94,7 @@ def test_routers_draw_nothing_beside_dropout(family):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_adapters_draw_at_their_own_rate(rate, dora):
-    model = build("phimoe")
+    model = build_random("phimoe")
     set_dropout(model, 0.0)
     names = ["q_proj", "o_proj"]
     lora.put_in(model, LoraConfig(lora_dropout=rate, use_dora=dora, target_modules=names), None)
@@ -112,7 +112,7 @@ def test_adapters_draw_at_their_own_rate(rate, dora):
 
 def test_a_copy_trains_itself_alone():
     """The probe copies models that have been made ready."""
-    model = build("llama")
+    model = build_random("llama")
     set_dropout(model, 0.0)
     few = skeleton(model, model.device)
     few.train()

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import small_tokenizers
 from dpo_cli.plan.dry_run import plan_tables
 from dpo_cli.plan.memory.shape import shape_of
-from many_families import FAMILIES
+from families import TRAINED
 from small_runs import configure
 
 STAGES = {
@@ -23,9 +23,9 @@ WITHOUT_HEADS = {  # as real configurations of these families are: no attention 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_every_family_is_counted(family):
-    config = AutoConfig.for_model(family, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **TRAINED[family])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     shape = shape_of(config)
@@ -38,7 +38,7 @@ CASES = [*(("mamba", stage) for stage in STAGES), ("rwkv", "sft"), ("jamba", "dp
 
 @pytest.mark.parametrize(("family", "stage"), CASES)
 def test_every_stage_has_a_plan(family, stage, tmp_path):
-    options = WITHOUT_HEADS.get(family, {**FAMILIES[family], "vocab_size": 102})
+    options = WITHOUT_HEADS.get(family, {**TRAINED[family], "vocab_size": 102})
     AutoConfig.for_model(family, **options).save_pretrained(tmp_path / "model")
     small_tokenizers.words().save_pretrained(tmp_path / "model")
     pairs = [{"prompt": f"w{n} w1", "chosen": f" w{n + 2} w3", "rejected": " w4"} for n in range(8)]

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-import many_families
 import small_tokenizers
 from dpo_cli.errors import ConfigError
 from dpo_cli.model.attention import registered as attention
 from dpo_cli.model.rope import cuts_of
 from dpo_cli.model.routers import Routers, _kinds, loss_function
 from dpo_cli.plan.dry_run import plan_rows
+from families import TRAINED, build_random
 from small_models import examples, gradients, packed, packed_loss, sequences
 from small_runs import configure, metrics
 from small_runs import run as run_stage
@@ -59,7 +59,7 @@ def watched(model, rows, kernel):
 @pytest.mark.parametrize("branches", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_that_of_plain_forwards(family, branches):
-    model, rows = many_families.build(family), examples(branches)
+    model, rows = build_random(family), examples(branches)
     got = watched(model, rows, KERNELS.get(family, "sdpa"))
     found = gradients(model, got)
     expected = alone(model, rows)
@@ -70,7 +70,7 @@ def test_it_is_that_of_plain_forwards(family, branches):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe"])
 def test_it_is_that_of_a_padded_batch(family):
-    model, rows = many_families.build(family), examples(2)
+    model, rows = build_random(family), examples(2)
     got = watched(model, rows, "sdpa")
     texts = [torch.cat(pair) for pair in sequences(rows)]
     padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
@@ -83,7 +83,7 @@ def test_it_is_that_of_a_padded_batch(family):
 
 @pytest.mark.parametrize("kernel", ["sdpa", "plain"])
 def test_rows_that_are_cut_by_length(kernel):
-    model = many_families.build("phimoe", LONGROPE["phimoe"])
+    model = build_random("phimoe", LONGROPE["phimoe"])
     rows = examples(3)
     got = watched(model, rows, kernel)
     assert float(got) == pytest.approx(float(alone(model, rows)), abs=1e-5)
@@ -91,7 +91,7 @@ def test_rows_that_are_cut_by_length(kernel):
 
 def test_forwards_without_gradients_do_not_count():
     """Such as the reference's, which may be the policy without its adapter."""
-    model, rows = many_families.build("mixtral"), examples(1)
+    model, rows = build_random("mixtral"), examples(1)
     routers, batch = Routers(model, 0.1), packed(rows, keep_last=True)
     with routers.watched(), torch.no_grad():
         packed_loss(model, batch)
@@ -107,7 +107,7 @@ def test_forwards_without_gradients_do_not_count():
 def test_models_without_one_are_refused(family):
     line = r"^train\.router_aux_loss_coef=0\.1: transformers has no load-balancing loss for .*$"
     with pytest.raises(ConfigError, match=line):
-        loss_function(type(many_families.build(family)), 0.1)
+        loss_function(type(build_random(family)), 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def files(tmp_path_factory):
     tokenizer = small_tokenizers.words()
     more = {"vocab_size": 102, "eos_token_id": 100, "pad_token_id": 100}
     for family in ("mixtral", "llama"):
-        model = many_families.build(family, {**many_families.FAMILIES[family], **more})
+        model = build_random(family, {**TRAINED[family], **more})
         model.save_pretrained(folder / family)
         tokenizer.save_pretrained(folder / family)
     pairs = [
