@@ -152,7 +152,7 @@ def test_the_loss_is_the_hand_made_one_and_skips_what_ran_away(actors):
 
 def test_scores_without_eos_are_fixed_and_others_normalised_and_clipped(actors):
     _, made, _, stage = actors
-    made.normaliser = Normalizer(2.0, 0.5)
+    made.normalizer = Normalizer(2.0, 0.5)
     stage = replace(stage, no_eos_score=-1.0, score_clip=3.0)
 
     class Sample:

@@ -87,9 +87,7 @@ def values_of(
     different lengths theirs would differ by rounding, and look like a preference.
     """
     budget = min(session.token_budget, MOST_TOKENS.get(kernel_of(model), session.token_budget))
-    cuts = sorted(
-        {*session.cuts, *cuts_of(model.config)}
-    )  # of models that it is compared with, too
+    cuts = sorted({*session.cuts, *cuts_of(model.config)})  # and those it is compared with
     values = [0.0] * len(examples)
     for shared, places in _sharing_prompts(examples):
         batches = list(pack_sorted(shared, budget, keep_last, cuts))

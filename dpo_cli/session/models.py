@@ -119,7 +119,7 @@ def compiles(session: Session) -> bool:
     """Whether the run compiles its blocks; `auto`: where compiling pays off."""
     choice, steps = session.config.hardware.compile, session.config.train.max_steps
     if session.config.train.router_aux_loss_coef:
-        return False
+        return False  # routers are not watched in compiled blocks
     if choice == "auto":
         cuda = session.runtime.device.type == "cuda"
         return cuda and (steps is None or steps >= WORTH_COMPILING)

@@ -115,7 +115,7 @@ def reference_origin(config: RunConfig, policy: PreTrainedModel) -> Origin | Non
     if _adapter_folder(origin) != _adapter_folder(own) and (
         changes_base(origin) or changes_base(own)
     ):
-        return None  # one changed its base, the other did not
+        return None  # an adapter of the two makes another base of the folder
     return origin
 
 

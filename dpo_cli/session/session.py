@@ -23,7 +23,6 @@ from dpo_cli.train.memory import TokenBudget, read_budget, within
 from dpo_cli.train.runtime import Runtime
 
 T = TypeVar("T")
-WORTH_COMPILING = 100  # steps
 
 
 class Chosen(Protocol):
@@ -48,9 +47,8 @@ class Session:
     data_facts: dict[str, Any] = field(default_factory=dict)  # for the model card
     budget: TokenBudget = field(init=False)
     decoding: DecodingLimit = field(init=False, default_factory=DecodingLimit)
-    cuts: tuple[int, ...] = field(
-        init=False, default=()
-    )  # where its models' rows are cut, by length
+    # Where its models' rows are cut, by length
+    cuts: tuple[int, ...] = field(init=False, default=())
     kernel: str = field(init=False, repr=False)  # of the trained model, known when it is loaded
 
     def __post_init__(self) -> None:

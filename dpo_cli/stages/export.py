@@ -40,11 +40,8 @@ from dpo_cli.session.session import Session
 from dpo_cli.train.checkpoint import PROVENANCE, save_final
 
 MODEL_FACTS = ("name", "hub_id", "revision", "path")
-LOCAL = [
-    "MANIFEST.json",
-    PROVENANCE,
-    TRAINED_PROMPTS,
-]  # not uploaded: useful only here, and with local paths
+# Not uploaded: useful only here, and with local paths
+LOCAL = ["MANIFEST.json", PROVENANCE, TRAINED_PROMPTS]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}  # safetensors' names
 

@@ -13,6 +13,7 @@ from dpo_cli.config import FrontierConfig
 from dpo_cli.durable import write_text
 from dpo_cli.errors import DataError
 from dpo_cli.evaluation.methods import (
+    Curves,
     Summary,
     budgets,
     costs_table,
@@ -41,7 +42,6 @@ COLUMNS = (
     "method", "seed", "setting", "step", "kl", "reward", "kl_se", "reward_se",
     "optimum_reward_at_kl", "shortfall", "gradient_steps", "samples", "beyond_optimum",
 )  # fmt: skip
-Curves = list[list[tuple[float, float, float]]]  # a seed's (KL, reward, its error) in order
 
 
 def run(session: Session) -> dict[str, Any]:

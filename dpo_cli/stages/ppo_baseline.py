@@ -121,8 +121,8 @@ class Ppo:
 
     def carried(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights and optimiser."""
-        normaliser = self.actors.normaliser
-        return {"kl_coef": self.actors.kl.coef, "score": [normaliser.mean, normaliser.std]}
+        normalizer = self.actors.normalizer
+        return {"kl_coef": self.actors.kl.coef, "score": [normalizer.mean, normalizer.std]}
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -223,10 +223,10 @@ def prepare_state(session: Session, ppo: Ppo) -> None:
     if session.snapshot is not None:
         kept = session.snapshot.state["carried"]
         ppo.actors.kl.coef = kept["kl_coef"]
-        ppo.actors.normaliser = Normalizer(*kept["score"])
+        ppo.actors.normalizer = Normalizer(*kept["score"])
     elif ppo.stage.normalize and ppo.stage.normalize_prompts:
         chosen = ppo.prompts[: ppo.stage.normalize_prompts]
-        ppo.actors.normaliser = reference_normalizer(session, ppo.actors, chosen, ppo.stage)
+        ppo.actors.normalizer = reference_normalizer(session, ppo.actors, chosen, ppo.stage)
 
 
 def ppo_loss(actors: Actors, batch: Batch, rollout: Rollout, stage: PpoConfig) -> LossOutput:

@@ -49,7 +49,7 @@ class Actors:
     tokenizer: PreTrainedTokenizerFast
     score: Scorer
     kl: AdaptiveKl | FixedKl
-    normaliser: Normalizer = field(default_factory=Normalizer)
+    normalizer: Normalizer = field(default_factory=Normalizer)
 
 
 @dataclass
@@ -222,7 +222,7 @@ def final_scores(
     actors: Actors, raw: Tensor, samples: Sequence[Completion], stage: PpoConfig
 ) -> Tensor:
     """(S,) what PPO maximizes: normalized, clipped, and a fixed low score without EOS."""
-    scores = actors.normaliser(raw)
+    scores = actors.normalizer(raw)
     if stage.score_clip is not None:
         scores = scores.clamp(-stage.score_clip, stage.score_clip)
     if stage.no_eos_score is not None:

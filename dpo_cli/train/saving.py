@@ -86,9 +86,8 @@ class Saves:
         self.pace = Pace(config.train.save_every_minutes)
         self._host = HostCopy(runtime.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dpo-run-save")
-        self._pending: tuple[int, float, Future[Times]] | None = (
-            None  # step, seconds waited, result
-        )
+        # Step, seconds waited, result
+        self._pending: tuple[int, float, Future[Times]] | None = None
         self._tokenizer: Texts | None = None
         self._unsaved: Best | None = None  # the best so far, for best.json after the pending save
         self._noted: set[str] = set()
