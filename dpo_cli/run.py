@@ -26,6 +26,7 @@ from dpo_cli.report.sinks import Sink, open_sinks
 from dpo_cli.report.table import summary_table
 from dpo_cli.session.models import base_provenance
 from dpo_cli.session.session import Session
+from dpo_cli.session.trained import SEEN
 from dpo_cli.stages import load_stage
 from dpo_cli.train import checkpoint
 from dpo_cli.train.guard import run_lock
@@ -89,6 +90,8 @@ def finish(
 ) -> dict[str, Any]:
     """Write curves, model card, summary.json and the report; print a table."""
     figures |= training_figures(run_dir / "metrics.jsonl")
+    if SEEN in session.data_facts:  # beside the held-out figures, wherever they go
+        figures[SEEN] = session.data_facts[SEEN]
     summary = {"stage": config.stage.name, "run_dir": str(run_dir), **figures}
     if config.logger.plots:
         from dpo_cli.report.plots import draw_curves  # matplotlib is slow to import

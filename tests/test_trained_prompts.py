@@ -100,13 +100,21 @@ def test_held_out_rows_that_the_start_was_trained_on_are_told(chain, tmp_path, c
     """DPO holds out 20 of the rows of which its SFT held out 8."""
     words = "stage=dpo", f"model.path={chain / 'sft'}", *jsonl(chain / "a.jsonl"), *QUICK
     plain = "logger.progress=plain"
-    train(tmp_path / "more", *words, "data.eval_rows=20", plain)
+    more = train(tmp_path / "more", *words, "data.eval_rows=20", plain)
     told = f"12 of 20 held-out rows were trained on by model.path={chain / 'sft'}: use that run's"
     assert " ".join(capsys.readouterr().err.split()).count(told) == 1
     page = " ".join((tmp_path / "more" / "report.html").read_text().split())
     assert "12 of the 20 held-out rows had been trained on before" in page
-    train(tmp_path / "same", *words, plain)
+    assert more["eval_rows_trained_on"] == 12  # beside the loss, for recipes and comparisons
+    exported = "stage=export", f"model.path={tmp_path / 'more'}"
+    run(configure(*exported, f"run_dir={tmp_path / 'out'}"), ["dpo-run"])
+    for folder in ("more", "out"):  # cards that show its held-out loss
+        card = (tmp_path / folder / "final" / "README.md").read_text()
+        assert "| Held-out loss |" in card
+        assert "| eval_rows_trained_on | 12 |" in card
+    same = train(tmp_path / "same", *words, plain)
     assert "were trained on" not in capsys.readouterr().err
+    assert "eval_rows_trained_on" not in same
     planned = configure(*(w for w in TINY if w[:5] != "data."), *words, "data.eval_rows=20")
     assert any(told in line for _, line in plan_rows(planned))
 

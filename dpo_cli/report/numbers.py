@@ -43,6 +43,7 @@ LABELS = {
     "distinct_2": "Distinct bigrams",
     "pairs": "Pairs",
     "trained_share": "Share of prompts seen in training",
+    "eval_rows_trained_on": "Held-out rows seen in training",
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
     "step_seconds": "Seconds per step",

@@ -34,7 +34,7 @@ from dpo_cli.session.precision import (
     refuse_rounding,
 )
 from dpo_cli.session.session import Session, load_data
-from dpo_cli.session.trained import held_out_line, seen_before
+from dpo_cli.session.trained import SEEN, held_out_line, seen_before
 from dpo_cli.train.checkpoint import load_provenance
 
 WORTH_COMPILING = 100  # steps
@@ -178,7 +178,7 @@ def load_policy_and_data(session: Session, how: Loading = AS_TRAINED) -> Loaded:
     if line := held_out_line(config, splits):
         session.note(line)
     if seen := seen_before(config, splits):
-        session.data_facts["eval_rows_trained_on"] = seen
+        session.data_facts[SEEN] = seen
     session.settle_tokens(tokenizer, splits)
     return Loaded(model, tokenizer, splits, base_provenance(config.model))
 

@@ -18,6 +18,7 @@ BY_CHANCE = ("sentiment", "imdb")  # data whose prompts are the first few words 
 MANY = 32  # rows of such data, which are not all in the training rows by chance
 FEW = 0.01  # a share of the rows that two files may have in common without being the same
 NAMED = 3  # models in a message
+SEEN = "eval_rows_trained_on"  # the fact of a run that `seen_before` counts
 
 
 def trained_files(config: RunConfig, splits: EncodedSplits) -> dict[str, bytes]:

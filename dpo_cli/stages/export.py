@@ -37,6 +37,7 @@ from dpo_cli.session.models import base_provenance
 from dpo_cli.session.precision import QUANTIZATION
 from dpo_cli.session.preview import Preview, Row, model_rows
 from dpo_cli.session.session import Session
+from dpo_cli.session.trained import SEEN
 from dpo_cli.train.checkpoint import PROVENANCE, save_final
 
 MODEL_FACTS = ("name", "hub_id", "revision", "path")
@@ -133,15 +134,19 @@ def card_facts(
         own = {k: v for k, v in config["stage"].items() if k != "reference"}
         config["stage"] = own | {"trained_against": provenance.get("reference")}
     data = {k: v for k, v in (stored.get("data") or {}).items() if k in ("name", "hub_id", "path")}
+    data = data or ({"name": provenance["data"]} if "data" in provenance else {})
+    results = read_object(run / "summary.json", ("stage", "run_dir")) if run else {}
+    if SEEN in results:
+        data[SEEN] = results[SEEN]
     return {
         "stage": provenance.get("stage", "export"),
         "name": session.run_dir.name,
         "model": base_of(source),
-        "data": data or ({"name": provenance["data"]} if "data" in provenance else {}),
+        "data": data,
         "command": stored_command(run),
         "chat": chat,
         "config": config or ({"trained": provenance} if provenance else {}),
-        "results": read_object(run / "summary.json", ("stage", "run_dir")) if run else {},
+        "results": results,
         "versions": versions(),
     }
 
