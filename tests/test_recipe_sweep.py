@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.workflow import child as launch
+from dpo_cli.workflow.state import identity
 from dpo_cli.workflow.sweep import decide_job
 from recipe_helpers import run_cli, starts
 
@@ -222,4 +223,9 @@ def test_what_is_left_of_a_job(tmp_path: Path) -> None:
     assert decide_job(failed, words, run_dir).action == "resume"
     assert decide_job({}, words, run_dir).action == "resume"
     done = failed | {"exit_code": 0, "outputs": "of another time"}
+    assert decide_job(done, words, run_dir).action == "run"
+    done["outputs"] = identity(run_dir)
+    assert decide_job(done, words, run_dir).action == "skip"
+    assert decide_job(done, ["seed=2", "stage.beta=0.1"], run_dir).action == "run"
+    del done["outputs"]  # a record without them tells nothing
     assert decide_job(done, words, run_dir).action == "run"

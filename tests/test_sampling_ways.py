@@ -95,7 +95,7 @@ def test_running_out_of_memory_halves_the_prompts_together(way, monkeypatch, sta
     assert flat(sample(model, [*PROMPTS, *PROMPTS], options, EOS, PAD, note=told.append)) \
         == expected * 2  # fmt: skip
     assert told == ["out of memory with 4 prompts sampled together: from now on at most 2 "
-                    "(stage.batch_size)"]  # fmt: skip
+                    "(stage.batch_size=4)"]  # fmt: skip
     assert sizes.count(8) == 1
 
 

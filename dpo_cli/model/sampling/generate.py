@@ -164,7 +164,7 @@ class _WithinMemory:
             self.limit.sequences = len(part) // 2 * self.completions
             self.note(
                 f"out of memory with {len(part)} prompts sampled together: from now on at most "
-                f"{len(part) // 2} (stage.batch_size)"
+                f"{len(part) // 2} (stage.batch_size={self.limit.sequences})"
             )
         return made
 
