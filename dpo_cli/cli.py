@@ -14,7 +14,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.usage import quick_answer
@@ -73,6 +73,7 @@ def report_error(error: UserError) -> int:
 
 
 def dispatch(words: list[str]) -> int:
+    from dpo_cli.config.flags import parse_flags
     from dpo_cli.config.hydra import composed, quiet_hydra, with_new_names
 
     quiet_hydra()
@@ -88,7 +89,7 @@ def dispatch(words: list[str]) -> int:
         return run_recipe(words)
     folder = _resume_folder(words)
     expanded = with_new_names(_stored_command(folder, words) if folder else words)
-    args = _parse(expanded)
+    args = parse_flags(expanded)
     if args.cfg or args.info or args.hydra_help or args.shell_completion:
         _ask_hydra(args)
         return 0
@@ -112,7 +113,7 @@ def _resume_folder(words: Sequence[str]) -> Path | None:
 def _stored_command(folder: Path, words: Sequence[str]) -> list[str]:
     """The command that started the run in `folder`; new overrides take precedence."""
     from dpo_cli import run_folder
-    from dpo_cli.workflow.child import as_override
+    from dpo_cli.config.literals import as_override
 
     extra = [word for word in words if not word.startswith("resume=")]
     extra += [as_override("run_dir", str(folder)), "resume=true"]
@@ -120,45 +121,6 @@ def _stored_command(folder: Path, words: Sequence[str]) -> list[str]:
     if any(word.startswith(("--config-", "-cd", "-cn")) for word in words):
         return merged
     return merged + run_folder.stored_composed_with(folder)
-
-
-def _parse(words: Sequence[str]) -> Namespace:
-    """Hydra's own flags; everything else is key=value."""
-    from hydra._internal.utils import get_args_parser  # no public way to them; hydra is pinned
-
-    from dpo_cli.workflow.child import as_override
-
-    parser = get_args_parser()
-
-    def refuse(message: str) -> NoReturn:
-        message = message.replace("unrecognized arguments", "unknown option")
-        raise ConfigError(f"{message}; settings are written key=value, see dpo-run --help")
-
-    parser.error = refuse  # type: ignore[method-assign]
-    args = parser.parse_intermixed_args(list(words))
-    if args.experimental_rerun:
-        raise ConfigError("--experimental-rerun: unpickles a file; use resume=<run folder>")
-    if args.config_path:
-        raise ConfigError("--config-path: would hide dpo-run's own YAML; use --config-dir")
-    if args.config_dir:
-        folder = Path(args.config_dir).absolute()
-        if not folder.is_dir():
-            raise ConfigError(f"--config-dir {args.config_dir}: no such folder")
-        if any(word.startswith("hydra.searchpath=") for word in args.overrides):
-            raise ConfigError("--config-dir and hydra.searchpath: give one of them")
-        # As a setting it is recorded, and reaches the jobs of a sweep and a resumed run.
-        args.overrides.append(as_override("hydra.searchpath", [f"file://{folder}"]))
-    return args
-
-
-def _flags(args: Namespace) -> list[str]:
-    """Hydra's flags again, without those that dpo-run handles."""
-    valued = {"--cfg": args.cfg, "--package": args.package, "--info": args.info}
-    valued["--config-name"] = args.config_name
-    switches = {"--resolve": args.resolve, "--hydra-help": args.hydra_help}
-    switches |= {"--shell-completion": args.shell_completion, "--multirun": args.multirun}
-    flags = [word for flag, value in valued.items() if value for word in (flag, value)]
-    return flags + [flag for flag, is_set in switches.items() if is_set]
 
 
 def _ask_hydra(args: Namespace) -> None:
@@ -173,12 +135,13 @@ def _ask_hydra(args: Namespace) -> None:
 def _hydra_main(args: Namespace, extra: Sequence[str] = ()) -> None:
     import hydra
 
+    from dpo_cli.config.flags import unparse_flags
     from dpo_cli.config.hydra import HYDRA_VERSION
     from dpo_cli.config.hydra_errors import as_config_error
     from dpo_cli.workflow.sweep import run_job
 
     overrides = [*args.overrides, *extra]
-    sys.argv = [sys.argv[0], *overrides, *_flags(args)]
+    sys.argv = [sys.argv[0], *overrides, *unparse_flags(args)]
     entry = hydra.main(
         version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name="config"
     )
@@ -287,8 +250,8 @@ def _sweep(args: Namespace) -> int:
 
 
 def _finished_sweep(args: Namespace, folder: Path, resumed: bool) -> int:
+    from dpo_cli.config.literals import as_override
     from dpo_cli.workflow import sweep
-    from dpo_cli.workflow.child import as_override
 
     try:
         _hydra_main(args, [as_override("hydra.sweep.dir", str(folder))])

@@ -19,7 +19,8 @@ from dpo_cli.data import tokens
 from dpo_cli.data.adapt import adapt
 from dpo_cli.data.chat import ANSWER
 from dpo_cli.data.drops import DropReport
-from dpo_cli.data.encode import Limits, encode_examples, resolve_limits
+from dpo_cli.data.encode import encode_examples
+from dpo_cli.data.limits import Limits, resolve_limits
 from dpo_cli.data.sources import Rows
 from dpo_cli.data.tokens import Piece, encode_pieces, tokenizer_digest, tokenizer_facts
 from dpo_cli.errors import ConfigError, DataError

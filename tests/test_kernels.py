@@ -8,8 +8,8 @@ from dpo_cli import logprobs
 from dpo_cli.config import DpoConfig
 from dpo_cli.model import forward
 from dpo_cli.model.attention import varlen
+from dpo_cli.model.attention.kernel_check import kernel_error
 from dpo_cli.model.attention.layouts import LAYOUTS, VarlenLayout
-from dpo_cli.model.attention.probe import kernel_error
 from dpo_cli.model.attention.products import Call
 from dpo_cli.model.attention.registered import Placement, Seen, prepare, use
 from dpo_cli.records import Segment

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from dpo_cli.model.attention import varlen
-from dpo_cli.model.attention.probe import choose_attention, kernel_error
+from dpo_cli.model.attention.kernel_check import kernel_error
+from dpo_cli.model.attention.probe import choose_attention
 from dpo_cli.model.attention.products import Call
 from dpo_cli.model.attention.registered import Placement, Seen, kernel_of, prepare, use
 from dpo_cli.model.blocks import compile_blocks

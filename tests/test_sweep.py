@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from dpo_cli import cli
 from dpo_cli.config import hydra as overrides
+from dpo_cli.config.literals import as_override
 from dpo_cli.errors import ConfigError, RunLockedError
 from dpo_cli.train.guard import run_lock
 from dpo_cli.workflow import child as launch
@@ -255,7 +256,7 @@ VALUES = st.recursive(
 
 @given(VALUES)
 def test_an_override_reads_back_as_the_value_it_was_made_of(value: object) -> None:
-    parsed = OverridesParser.create().parse_override(launch.as_override("key", value))
+    parsed = OverridesParser.create().parse_override(as_override("key", value))
     cfg = OmegaConf.create({"key": None})
     OmegaConf.update(cfg, "key", parsed.value())
     read = OmegaConf.to_container(cfg, resolve=True)

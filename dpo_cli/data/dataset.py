@@ -18,8 +18,9 @@ from dpo_cli.config import DataConfig, SentimentDataConfig
 from dpo_cli.data import cache
 from dpo_cli.data.adapt import adapt, in_one_form
 from dpo_cli.data.drops import DropReport
-from dpo_cli.data.encode import Limits, encode_examples, resolve_limits
+from dpo_cli.data.encode import encode_examples
 from dpo_cli.data.held_out import hold_out, note_fewer, note_overlap
+from dpo_cli.data.limits import Limits, resolve_limits
 from dpo_cli.data.sources import Rows, Source, content_digest, find_source, read_source
 from dpo_cli.data.template import use_template_file, writes_the_date
 from dpo_cli.data.tokens import tokenizer_digest

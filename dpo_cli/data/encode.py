@@ -23,6 +23,7 @@ from dpo_cli.data.chat import (
     token_id,
 )
 from dpo_cli.data.drops import BadRow, DropReport, response_name
+from dpo_cli.data.limits import Limits
 from dpo_cli.data.notes import Ways, note_texts
 from dpo_cli.data.template import Renderer
 from dpo_cli.data.tokens import Ids, Piece, TokenizerFacts, encode_pieces, tokenizer_facts
@@ -31,39 +32,6 @@ from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.records import EncodedExample, PreferenceExample, Prompt, response_text
 
 CHUNK = 1024  # examples per tokenizer call: enough for its threads, little memory
-DEFAULT_MAX_LENGTH = 512  # tokens, as in the DPO reference code
-
-
-@dataclass(frozen=True)
-class Limits:
-    """In tokens. max_length: of prompt and response, with BOS and EOS. max_prompt_length: to which
-    the prompt of an example longer than max_length is truncated."""
-
-    max_length: int
-    max_prompt_length: int
-
-
-def resolve_limits(config: DataConfig, model_context: int) -> Limits:
-    """The configured limits, or min(512, context) and half of it; ConfigError if impossible."""
-    length = config.max_length
-    if length is None:
-        length = min(DEFAULT_MAX_LENGTH, model_context)
-    if length > model_context:
-        raise ConfigError(
-            f"data.max_length={length} exceeds the model's context of {model_context} tokens: set "
-            f"data.max_length={model_context} and data.max_prompt_length below it"
-        )
-    if length < 2:
-        raise ConfigError(f"data.max_length={length}: must be at least 2, for prompt and response")
-    prompt = config.max_prompt_length
-    if prompt is None:
-        prompt = length // 2
-    if not 1 <= prompt < length:
-        raise ConfigError(
-            f"data.max_prompt_length={prompt}: must be 1 to {length - 1}, to leave room for a "
-            f"response within data.max_length={length}"
-        )
-    return Limits(length, prompt)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from dpo_cli.model.adapters.quantize import (
 )
 from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.digest import hash_files, keep_digest
-from dpo_cli.model.source import check_safetensors, loading, origin_of, source_of
+from dpo_cli.model.source import Origin, check_safetensors, loading, origin_of, source_of
 from dpo_cli.model.stored import hold, parameters_in, stored_dtype, weight_files
 
 
@@ -63,23 +63,30 @@ def read_pretrained(
     model, report = loaded
     _normalize(model, adaptation, merged, on)
     _refuse_adapter_inside(model, f"{key}={source}")
-    # transformers initializes missing weights randomly.
     fit_embedding(model, origin)
     missing = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
-    lacking = missing
-    if origin.adapter is not None:
-        found = adapters.brought(origin.adapter)
-        lacking = [name for name in missing if name not in found]
-        if merged:
-            from dpo_cli.model.adapters.merge import merge  # PEFT is slow to import
-
-            merge(model, origin, key)
+    lacking = _merged(model, origin, missing, merged, key)
     other_base = not merged and changes_base(origin)
     if not quantized_layers(model) and not (lacking if merged else missing) and not other_base:
         keep_digest(model, arriving)
     others = [name for name in lacking if head is None or not name.startswith(head)]
     _refuse_incomplete(model, others, f"{key}={source}")
     return cast(PreTrainedModel, model), bool(lacking)
+
+
+def _merged(
+    model: PreTrainedModel, origin: Origin, missing: list[str], merge_now: bool, key: str
+) -> list[str]:
+    """Merge the origin's adapter, if asked; returns the missing weights, which transformers has
+    initialized randomly, but those that the adapter brings."""
+    if origin.adapter is None:
+        return missing
+    brought = adapters.brought(origin.adapter)
+    if merge_now:
+        from dpo_cli.model.adapters.merge import merge  # PEFT is slow to import
+
+        merge(model, origin, key)
+    return [name for name in missing if name not in brought]
 
 
 def _refuse_adapter_inside(model: PreTrainedModel, where: str) -> None:

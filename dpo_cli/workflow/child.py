@@ -5,18 +5,14 @@ A fresh process means fresh CUDA and global state, and a crash stays in its job.
 
 from __future__ import annotations
 
-import re
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_BARE = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")
-_WORDS = ("true", "false", "null", "nan", "inf")  # Hydra would not read these as text
 
 
 def child_command() -> list[str]:
@@ -60,31 +56,3 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def as_override(key: str, value: Any) -> str:
-    """`key=value` in Hydra's grammar, text quoted where it needs to be."""
-    return f"{key}={_literal(value)}"
-
-
-def _literal(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_literal(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_literal, value)) + "]"
-    return _quoted(str(value))
-
-
-def _quoted(text: str) -> str:
-    if _BARE.fullmatch(text) and text.lower() not in _WORDS:
-        return text
-    # Backslashes count only before a quote and before ${ (which would interpolate), where
-    # each is doubled.
-    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
-    return "'" + re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", escaped) + "'"

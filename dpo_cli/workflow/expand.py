@@ -8,9 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.config.literals import as_override
 from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.errors import ConfigError
-from dpo_cli.workflow.child import as_override
 from dpo_cli.workflow.file import REFERENCE, Recipe, Step
 
 Folders = dict[str, dict[str, Path]]  # of earlier steps: name -> slug ("" where once) -> folder

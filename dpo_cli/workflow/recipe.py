@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.hydra import composed, first_job, parsed
+from dpo_cli.config.literals import as_override
 from dpo_cli.config.read import prepare
 from dpo_cli.durable import disk_errors, write_json
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.run_folder import is_bare, is_used, make, read_json, refuse_locked, set_aside
 from dpo_cli.train.guard import run_lock
-from dpo_cli.workflow.child import as_override, run_child, shell_status
+from dpo_cli.workflow.child import run_child, shell_status
 from dpo_cli.workflow.expand import Folders, Task, expand, resolve
 from dpo_cli.workflow.file import Recipe, find_recipe, load_recipe
 from dpo_cli.workflow.plan import because, print_plan

@@ -21,6 +21,7 @@ from typing import Any, cast
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from dpo_cli.config.literals import as_override
 from dpo_cli.distributed.launch import is_secondary_node
 from dpo_cli.durable import disk_errors, write_json, write_text
 from dpo_cli.errors import ConfigError
@@ -42,7 +43,7 @@ from dpo_cli.run_folder import (
     unique_name,
 )
 from dpo_cli.train.guard import run_lock
-from dpo_cli.workflow.child import as_override, run_child, shell_status
+from dpo_cli.workflow.child import run_child, shell_status
 from dpo_cli.workflow.state import Decision, decide, identity
 
 SAID = {"skip": ": finished earlier", "resume": ": resumed", "run": ""}

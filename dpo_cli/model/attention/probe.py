@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,20 +18,16 @@ from dpo_cli.model import forward
 from dpo_cli.model.adapters.quantize import dense_weights, dequantized
 from dpo_cli.model.attention import products as kernels
 from dpo_cli.model.attention import registered as attention
-from dpo_cli.model.attention import varlen
-from dpo_cli.model.attention.layout import Layout
-from dpo_cli.model.attention.layouts import LAYOUTS, PaddedLayout
+from dpo_cli.model.attention.kernel_check import HALF, kernel_error, largest
 from dpo_cli.model.attention.registered import MOST_TOKENS, PACKED, Placement, Seen, short_windows
 from dpo_cli.model.rope import cut_short, cuts_of
 from dpo_cli.model.skeleton import TRIED, smallest
 from dpo_cli.model.stored import refuse_non_finite
 from dpo_cli.packing import pack
-from dpo_cli.records import EncodedExample, Segment
+from dpo_cli.records import EncodedExample
 
-HALF = (torch.bfloat16, torch.float16)
 VALUE_TOLERANCE = 2e-3  # nats, on random tokens in float32
 GRADIENT_TOLERANCE = 1e-2  # relative, of any vector of weights
-KERNEL_TOLERANCE = {True: 5e-2, False: 1e-3}  # relative; in half precision, in float32
 SHORT_WINDOW = 3  # so that the probe's few tokens reach beyond it
 WINDOWS = ("sliding_window", "attention_chunk_size")
 
@@ -72,7 +67,7 @@ def choose_attention(
     rows, with a note. Compared are token log-probabilities, unless other functions are given.
 
     choice: `auto` or a kernel. on: where the model will compute. Raises ConfigError if the choice
-    (or no kernel) can be used, and NonFiniteError for non-finite weights.
+    (with auto, every kernel) fails, and NonFiniteError for non-finite weights.
     """
     on = on or Placement()
     refuse_unavailable(choice, on)
@@ -225,8 +220,8 @@ def _difference(found: _Figures, truth: _Figures) -> str | None:
         return f"its values differ from the plain forward's by {error:.2g}"
     pairs = list(zip(found.gradients, truth.gradients, strict=True))
     # Some gradients, such as a key bias's, are zero up to rounding.
-    floor = 1e-3 * _largest(g.norm() for g in truth.gradients)
-    worst = _largest((a - b).norm() / (b.norm() + floor) for a, b in pairs)
+    floor = 1e-3 * largest(g.norm() for g in truth.gradients)
+    worst = largest((a - b).norm() / (b.norm() + floor) for a, b in pairs)
     if not worst < GRADIENT_TOLERANCE:
         return f"its gradients differ from the plain forward's by {worst:.1%}"
     return None
@@ -237,68 +232,3 @@ def attention_dropout(model: PreTrainedModel) -> float:
     config: dict[str, Any] = vars(model.config.get_text_config())
     rates = [v for k, v in config.items() if "att" in k and "drop" in k and isinstance(v, float)]
     return max(rates, default=0.0)
-
-
-def kernel_error(
-    kernel: str, seen: Sequence[Seen], on: Placement, dropout: float = 0.0
-) -> str | None:
-    """Why a kernel is wrong for the layers' arguments on random rows (against matmuls), or None."""
-    if dropout and kernel != "sdpa":
-        return "it does not support dropout (model.dropout)"
-    # More than a block of FlexAttention, ragged, with branches of zero tokens and of one.
-    segments = (Segment(0, 70, (130, 1)), Segment(201, 1, (0, 40)), Segment(242, 9, (33, 0)))
-    packed, exact = (
-        LAYOUTS[name].build(segments).to(on.device) for name in (kernel, "sdpa")
-    )  # fmt: skip
-    assert isinstance(exact, PaddedLayout)
-    everything = varlen.usable()
-    for asked in seen:
-        first = why = _refusal(packed, exact, asked, on)
-        while why is not None and kernel == "varlen" and (wrong := varlen.chosen(asked.call)):
-            varlen.use(tuple(x for x in varlen.usable() if x is not wrong))
-            why = _refusal(packed, exact, asked, on)
-            if why is None:
-                on.note(f"attention=varlen: not by {wrong.name}: {first}")
-        if why is not None:
-            varlen.use(everything)  # another model may need less
-            return first
-    return None
-
-
-def _refusal(packed: Layout, exact: PaddedLayout, asked: Seen, on: Placement) -> str | None:
-    try:
-        worst = _kernel_difference(packed, exact, asked, on)
-    except TRIED as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if not worst < KERNEL_TOLERANCE[on.dtype in HALF]:
-        return f"its result or gradient differs by {worst:.1%} for {asked}"
-    return None
-
-
-def _kernel_difference(packed: Any, exact: PaddedLayout, asked: Seen, on: Placement) -> float:
-    generator = torch.Generator(on.device).manual_seed(0)
-    shapes = [(asked.heads, asked.head_dim), (asked.kv_heads, asked.head_dim),
-              (asked.kv_heads, asked.value_dim)]  # fmt: skip
-    rows = len(exact.scatter)
-    leaves = [
-        torch.randn(1, h, rows, d, generator=generator, device=on.device).to(on.dtype)
-        for h, d in shapes
-    ]
-    exactly = partial(exact.attend_by, kernels.matmul)
-    ways: list[tuple[Callable[..., Tensor], torch.dtype]] = [
-        (packed.attend, on.dtype), (exactly, torch.float32)
-    ]  # fmt: skip
-    outcomes = []
-    for attend, dtype in ways:
-        inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
-        out = attend(*inputs, asked.call)
-        weights = torch.linspace(-1.0, 1.0, out.numel(), device=on.device).view(out.shape)
-        grads = torch.autograd.grad((out.float() * weights).sum(), inputs)
-        outcomes.append([out.detach().float(), *(g.float() for g in grads)])
-    pairs = zip(*outcomes, strict=True)
-    return _largest((a - b).norm() / b.norm() for a, b in pairs)
-
-
-def _largest(values: Iterable[Tensor]) -> float:
-    """The largest value, 0 if there are none, NaN if any is (Python's `max` may skip it)."""
-    return float(torch.stack([torch.zeros(()), *(v.float().cpu() for v in values)]).max())

@@ -1,6 +1,6 @@
 """Variable-length FlashAttention: the installed implementations, best first.
 
-The probe of a loaded model (`probe.kernel_error`) rejects implementations that give other results.
+A loaded model's probe (`kernel_check.kernel_error`) rejects implementations with other results.
 """
 
 from __future__ import annotations
