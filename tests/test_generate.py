@@ -17,7 +17,7 @@ from dpo_cli.model.sampling.decoding import start
 from dpo_cli.model.sampling.draw import BLOCK, draw
 from dpo_cli.model.sampling.generate import SamplingOptions, sample
 from dpo_cli.model.sampling.prefix_cache import Grid
-from dpo_cli.model.sampling.trial import shares_prompts
+from dpo_cli.model.sampling.trial import way_of
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 from small_models import FAMILIES, compute_in_float64
@@ -135,7 +135,7 @@ def test_shared_prompts_are_exact(family, completions, temperature, monkeypatch)
     compute_in_float64(monkeypatch)
     monkeypatch.setattr(prefix_cache, "ROOM", 2)  # the buffers must grow
     model = ready(family)
-    assert shares_prompts(model, quiet)
+    assert way_of(model, quiet) == "shared"
     options = SamplingOptions(completions, temperature, max_new_tokens=STEPS)
     rows, eos = sample_until_a_common_token(model, options)
     lengths = {len(c.ids) for row in rows for c in row}
@@ -149,7 +149,7 @@ def test_shared_prompts_are_exact(family, completions, temperature, monkeypatch)
 def test_other_families_are_exact_as_well(family, options, monkeypatch):
     compute_in_float64(monkeypatch)
     model = ready(family, options)
-    assert shares_prompts(model, quiet) == (family == "opt")
+    assert (way_of(model, quiet) == "shared") == (family == "opt")
     options = SamplingOptions(3, max_new_tokens=STEPS)
     assert_the_plain_forwards(model, sample_until_a_common_token(model, options)[0])
 
@@ -168,7 +168,7 @@ def test_a_cache_that_goes_wrong_is_not_used(fault, monkeypatch):
     monkeypatch.setattr(prefix_cache._Layer, "attend", wrong)
     model = ready("llama")
     rows = sample(model, RAGGED, SamplingOptions(2, max_new_tokens=4), -1, 0)
-    assert not shares_prompts(model, quiet)
+    assert way_of(model, quiet) != "shared"
     assert_the_plain_forwards(model, rows)
 
 
@@ -232,7 +232,7 @@ def test_looking_for_finished_rows_less_often_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("call", [1, 3])  # the prefill, the second new token
 def test_logits_that_are_not_finite_stop_it(call, temperature):
     model = build("gpt2")
-    assert shares_prompts(model, quiet)  # tried before calls are counted
+    assert way_of(model, quiet) == "shared"  # tried before calls are counted
     calls = []
 
     def spoil(module, inputs, output):

@@ -14,7 +14,7 @@ from dpo_cli.model import forward
 from dpo_cli.model.sampling import generate, static_cache, stepper
 from dpo_cli.model.sampling.generate import SamplingOptions, sample
 from dpo_cli.model.sampling.stepper import Stepper, can_step
-from dpo_cli.model.sampling.trial import shares_prompts
+from dpo_cli.model.sampling.trial import way_of
 from small_models import FAMILIES, compute_in_float64
 from test_generate import (
     EOS,
@@ -199,7 +199,7 @@ def test_a_step_waits_for_nothing_and_launches_one_forward(monkeypatch, static):
     monkeypatch.setattr(stepper, "LOOK_EVERY", 100)
     model = build("llama")
     forwards, step, counted = [], Stepper._step, Counted()
-    assert shares_prompts(model, refuse)
+    assert way_of(model, refuse) == "shared"
     assert can_step(model, refuse)
     model.register_forward_hook(lambda *_: forwards.append(None))
 

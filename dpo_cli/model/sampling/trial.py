@@ -68,11 +68,6 @@ def _refuted(model: PreTrainedModel, way: str, whys: dict[str, str]) -> bool:
     return why is not None
 
 
-def shares_prompts(model: PreTrainedModel, note: Note) -> bool:
-    """Whether the prefix cache reproduces the model's own decoding."""
-    return way_of(model, note) == "shared"
-
-
 def tried_once(
     model: PreTrainedModel, name: str, why_not: Callable[[PreTrainedModel], str | None],
     note: Note, otherwise: str,
