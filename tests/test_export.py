@@ -225,3 +225,16 @@ def test_the_card_tells_base_results_and_command_without_a_local_path(
     assert {"dpo_run.json", "trained_prompts.bin"} <= set(sent[2])  # paths and hashes stay here
     known = (runs / "dora" / "final" / "trained_prompts.bin").read_bytes()
     assert (tmp_path / "e" / "final" / "trained_prompts.bin").read_bytes() == known
+
+
+def test_the_card_of_an_earlier_checkpoint_has_no_figures_of_the_last_step(base, tmp_path):
+    saved = ("train.max_steps=2", "train.save_every_steps=1", "train.sample_prompts=2")
+    train(tmp_path / "run", "stage=sft", f"model.path={base}", *SMALL[1:3], *saved)
+    cards = []
+    for step in (1, 2):
+        out = exported(tmp_path / f"e{step}", tmp_path / f"run/checkpoints/step-{step}")
+        cards.append((out / "README.md").read_text())
+    for part in ("| Held-out loss |", "## Samples"):
+        assert part not in cards[0]
+        assert part in cards[1]  # the same as final/
+    assert all("dpo-run stage=sft model.path=llama" in card for card in cards)

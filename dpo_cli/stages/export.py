@@ -25,7 +25,7 @@ from transformers import (
 from dpo_cli.config import ExportConfig, ModelConfig
 from dpo_cli.data.trained import TRAINED_PROMPTS
 from dpo_cli.errors import ConfigError
-from dpo_cli.evaluation.policies import run_of
+from dpo_cli.evaluation.policies import run_of, training_cost
 from dpo_cli.model.classifier import CLASSIFIER
 from dpo_cli.model.load import hf_config, load_tokenizer
 from dpo_cli.model.read import read_pretrained
@@ -65,8 +65,11 @@ def run(session: Session) -> dict[str, Any]:
     files = {TRAINED_PROMPTS: known.read_bytes()} if known and known.is_file() else {}
     save_final(final, model, tokenizer, provenance, files=files)
     chat = tokenizer.chat_template is not None
-    run = run_of(model_folder(source.path))[0] if source.path else None
-    write_model_card(final, card_facts(session, provenance, chat, run), run)
+    trained_in, step = run_of(model_folder(source.path)) if source.path else (None, None)
+    facts = card_facts(session, provenance, chat, trained_in)
+    if trained_in and step not in (None, training_cost(trained_in).get("step")):
+        facts["results"], trained_in = {}, None  # figures and samples are of the last step
+    write_model_card(final, facts, trained_in)
     if stage.push_to_hub is not None:
         push(final, stage.push_to_hub)
         session.note(f"pushed to {stage.push_to_hub}")
