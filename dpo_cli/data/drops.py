@@ -47,7 +47,7 @@ class DropReport:
                 getattr(self, name).setdefault(prefix + reason, []).extend(rows)
 
     def summary_lines(self) -> list[str]:
-        """One line per reason, most frequent first; empty if every row is used unchanged."""
+        """One line per reason and note, most frequent first; empty if there are none."""
         tables = {"dropped": self.dropped, "truncated": self.truncated, "note on": self.noted}
         return [
             f"{label} {len(rows):,} of {self.read:,} rows: {reason} ({row_list(rows)})"

@@ -50,8 +50,8 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Written:
-    """An example as text pieces. end_ids: tokens after each response, ending in EOS; empty if it
-    was truncated. sampled: by a policy, so that it may be empty."""
+    """An example as text pieces. end_ids: tokens that end each response; empty if it is
+    unfinished. sampled: by a policy, so that it may be empty."""
 
     example: PreferenceExample
     prompt: list[Piece]
