@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli.config.keys import key
+from dpo_cli.config.keys import LOCAL_OR_HUB, at_least, key
 
 if TYPE_CHECKING:
     from dpo_cli.config.schema import RunConfig
@@ -48,6 +48,28 @@ class StageSpec:
     best_metrics: Mapping[str, str] = field(default_factory=dict)  # name -> lowest | highest
     cpu_batch_size: int | None = None  # sequences decoded together on a CPU, where it is null
     problems: Callable[[RunConfig], Iterator[str]] = lambda config: iter(())  # of its own keys
+
+
+def new_tokens_key() -> Any:
+    return key(
+        None, "tokens per completion; null: the 95th percentile of the data's responses",
+        bound=at_least(1),
+    )  # fmt: skip
+
+
+def decoded_together_key(cpu: int) -> Any:
+    """cpu: the stage's `cpu_batch_size`."""
+    return key(
+        None, f"sequences decoded together; null: {cpu} on a CPU, on a GPU what fits, at most 512",
+        bound=at_least(1),
+    )  # fmt: skip
+
+
+def frozen_reference_key() -> Any:
+    return key(
+        None, "folder or hub id of the frozen reference; null: the policy as loaded",
+        path=LOCAL_OR_HUB,
+    )  # fmt: skip
 
 
 def no_effect(name: str, value: Any, chosen: str) -> str:

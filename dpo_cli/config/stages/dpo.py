@@ -6,8 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from dpo_cli.config.keys import LOCAL_OR_HUB, above, at_least, key, within
-from dpo_cli.config.stages.base import StageConfig, StageSpec, changed, no_effect
+from dpo_cli.config.keys import above, at_least, key, within
+from dpo_cli.config.stages.base import (
+    StageConfig,
+    StageSpec,
+    changed,
+    frozen_reference_key,
+    no_effect,
+)
 from dpo_cli.config.stages.shared import unpaired
 
 if TYPE_CHECKING:
@@ -63,10 +69,7 @@ class DpoConfig(StageConfig):
         0.0, "weight of the chosen response's NLL per token (RPO)", bound=at_least(0)
     )
     alpha: float = key(0.1, "unlikelihood: weight of the rejected response", bound=at_least(0))
-    reference: str | None = key(
-        None, "folder or hub id of the frozen reference; null: the policy as loaded",
-        path=LOCAL_OR_HUB,
-    )  # fmt: skip
+    reference: str | None = frozen_reference_key()
     reference_logprobs: str = key(
         "cached", "cached: one pass before training | live: every step",
         choices=("cached", "live"),

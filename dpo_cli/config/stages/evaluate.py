@@ -16,6 +16,8 @@ from dpo_cli.config.stages.base import (
     StageSpec,
     bad_temperatures,
     changed,
+    decoded_together_key,
+    new_tokens_key,
     no_effect,
 )
 from dpo_cli.errors import ConfigError
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 NOT_TRAINED = ("optimum", "best-of-n")  # methods of points that an evaluation adds
 OPPONENTS = ("chosen", "reference")
+
+CPU_BATCH = 64
 
 
 @dataclass
@@ -50,14 +54,8 @@ class EvaluateConfig(StageConfig):
     prompts: int = key(256, "held-out prompts", bound=at_least(0))
     completions: int = key(1, "per prompt", bound=at_least(1))
     temperature: float = key(1.0, "of sampling", bound=at_least(0))
-    max_new_tokens: int | None = key(
-        None, "tokens per completion; null: the 95th percentile of the data's responses",
-        bound=at_least(1),
-    )  # fmt: skip
-    batch_size: int | None = key(
-        None, "sequences decoded together; null: 64 on a CPU, on a GPU what fits, at most 512",
-        bound=at_least(1),
-    )  # fmt: skip
+    max_new_tokens: int | None = new_tokens_key()
+    batch_size: int | None = decoded_together_key(CPU_BATCH)
     reference_samples: int = key(
         0, "per prompt, for the exact optimum and best-of-N; 0: neither", bound=at_least(0)
     )
@@ -153,6 +151,6 @@ SPEC = StageSpec(
     reported=True,
     reads=("reward_fn", "judge"),
     reward_optional=True,
-    cpu_batch_size=64,
+    cpu_batch_size=CPU_BATCH,
     problems=problems,
 )

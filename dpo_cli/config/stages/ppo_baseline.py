@@ -6,11 +6,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from dpo_cli.config.keys import LOCAL_OR_HUB, above, at_least, key, within
-from dpo_cli.config.stages.base import StageConfig, StageSpec, changed, no_effect
+from dpo_cli.config.keys import above, at_least, key, within
+from dpo_cli.config.stages.base import (
+    StageConfig,
+    StageSpec,
+    changed,
+    decoded_together_key,
+    frozen_reference_key,
+    new_tokens_key,
+    no_effect,
+)
 
 if TYPE_CHECKING:
     from dpo_cli.config.schema import RunConfig
+
+CPU_BATCH = 128
 
 
 @dataclass
@@ -19,24 +29,15 @@ class PpoConfig(StageConfig):
 
     name: str = key("ppo-baseline", "which stage")
     default_lr: float = key(1.4e-5, "of full fine-tuning; optim.lr takes precedence")
-    reference: str | None = key(
-        None, "folder or hub id of the frozen reference; null: the policy as loaded",
-        path=LOCAL_OR_HUB,
-    )  # fmt: skip
+    reference: str | None = frozen_reference_key()
     rollout_samples: int = key(512, "completions per rollout", bound=at_least(1))
     completions: int = key(1, "completions per prompt", bound=at_least(1))
-    max_new_tokens: int | None = key(
-        None, "tokens per completion; null: the 95th percentile of the data's responses",
-        bound=at_least(1),
-    )  # fmt: skip
+    max_new_tokens: int | None = new_tokens_key()
     temperature: float = key(
         1.0, "of sampling; logits are divided by it in policy and reference alike",
         bound=at_least(0),
     )  # fmt: skip
-    batch_size: int | None = key(
-        None, "sequences decoded together; null: 128 on a CPU, on a GPU what fits, at most 512",
-        bound=at_least(1),
-    )  # fmt: skip
+    batch_size: int | None = decoded_together_key(CPU_BATCH)
     ppo_epochs: int = key(
         4, "passes over a rollout, in steps of train.batch_size completions", bound=at_least(1)
     )
@@ -129,6 +130,6 @@ SPEC = StageSpec(
     reads=("reward_fn",),
     unit="prompt",
     best_metrics={"loss": "lowest", "score": "highest"},
-    cpu_batch_size=128,
+    cpu_batch_size=CPU_BATCH,
     problems=problems,
 )

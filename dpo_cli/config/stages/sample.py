@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from dpo_cli.config.keys import at_least, key, within
-from dpo_cli.config.stages.base import StageConfig, StageSpec, bad_temperatures, no_effect
+from dpo_cli.config.stages.base import (
+    StageConfig,
+    StageSpec,
+    bad_temperatures,
+    decoded_together_key,
+    new_tokens_key,
+    no_effect,
+)
 
 if TYPE_CHECKING:
     from dpo_cli.config.schema import RunConfig
+
+CPU_BATCH = 64
 
 
 @dataclass
@@ -25,14 +34,8 @@ class SampleConfig(StageConfig):
         [1.0], "one row each; 0 is greedy, with one completion since all would be equal"
     )
     top_p: float = key(1.0, "nucleus sampling", bound=within("(0, 1]"))
-    max_new_tokens: int | None = key(
-        None, "tokens per completion; null: the 95th percentile of the data's responses",
-        bound=at_least(1),
-    )  # fmt: skip
-    batch_size: int | None = key(
-        None, "sequences decoded together; null: 64 on a CPU, on a GPU what fits, at most 512",
-        bound=at_least(1),
-    )  # fmt: skip
+    max_new_tokens: int | None = new_tokens_key()
+    batch_size: int | None = decoded_together_key(CPU_BATCH)
 
 
 def problems(config: RunConfig) -> Iterator[str]:
@@ -44,4 +47,4 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield no_effect("stage.top_p", stage.top_p, f"stage.temperatures={stage.temperatures}")
 
 
-SPEC = StageSpec(SampleConfig, title="Completions", cpu_batch_size=64, problems=problems)
+SPEC = StageSpec(SampleConfig, title="Completions", cpu_batch_size=CPU_BATCH, problems=problems)
