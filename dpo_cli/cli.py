@@ -76,6 +76,8 @@ def dispatch(words: list[str]) -> int:
     from dpo_cli.config.flags import parse_flags
     from dpo_cli.config.hydra import composed, quiet_hydra, with_new_names
 
+    # Of libraries' own children too (compilers, launchers): none imports from the current folder.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     quiet_hydra()
     if elastic.rank() is not None:
         elastic.end_with_launcher()
@@ -253,8 +255,9 @@ def _finished_sweep(args: Namespace, folder: Path, resumed: bool) -> int:
     from dpo_cli.config.literals import as_override
     from dpo_cli.workflow import sweep
 
+    place = as_override("hydra.sweep.dir", str(folder))
     try:
-        _hydra_main(args, [as_override("hydra.sweep.dir", str(folder))])
+        _hydra_main(args, [place, "hydra.output_subdir=null"])  # jobs write their own .hydra/
     except ConfigError:
         if not resumed and not sweep.recorded_jobs(folder):
             shutil.rmtree(folder)  # all in it is ours: it was empty when claimed

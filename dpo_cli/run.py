@@ -15,13 +15,14 @@ import yaml
 
 from dpo_cli.config import RunConfig, spec_of
 from dpo_cli.distributed.ranks import current
+from dpo_cli.durable.redact import redact
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.model.source import hub_commit
 from dpo_cli.plan.lengths import tokens_chooser
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.console import Progress
 from dpo_cli.report.curves import training_figures
-from dpo_cli.report.files import redact, versions, write_redacted_json, write_run_files
+from dpo_cli.report.files import versions, write_redacted_json, write_run_files
 from dpo_cli.report.sinks import Sink, open_sinks
 from dpo_cli.report.table import summary_table
 from dpo_cli.session.models import base_provenance

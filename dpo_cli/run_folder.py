@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo_cli.config import RunConfig
 from dpo_cli.durable import disk_errors, write_text
+from dpo_cli.durable.redact import REDACTED, redact
 from dpo_cli.errors import ConfigError, DiskError, RunLockedError
-from dpo_cli.report.files import redact
 from dpo_cli.train.guard import run_lock
 
 COMPOSED = ".hydra"  # Hydra's own name for the folder of the composed configuration
@@ -151,7 +151,13 @@ def _store(folder: Path, cfg: DictConfig) -> None:
         "overrides": cfg.hydra.overrides.task,
     }
     for name, part in parts.items():
-        write_text(folder / f"{name}.yaml", redact(OmegaConf.to_yaml(part)))
+        write_text(folder / f"{name}.yaml", OmegaConf.to_yaml(without_secrets(part)))
+
+
+def without_secrets(config: Any) -> Any:
+    """A configuration with secrets blanked and interpolations unresolved. Its YAML would fold and
+    quote a secret, which could then not be found."""
+    return OmegaConf.create(redact(OmegaConf.to_container(config, resolve=False)))
 
 
 def task_overrides(cfg: DictConfig) -> list[str]:
@@ -200,9 +206,17 @@ def key_of(override: str) -> str:
 
 
 def merge_overrides(stored: Sequence[str], extra: Sequence[str]) -> list[str]:
-    """Stored overrides, each replaced by an extra one for the same key."""
+    """Stored overrides, each replaced by an extra one for the same key. ConfigError for one that
+    was stored without its secret and is not replaced."""
     keys = {key_of(word) for word in extra}
-    return [word for word in stored if key_of(word) not in keys] + list(extra)
+    kept = [word for word in stored if key_of(word) not in keys]
+    for word in kept:
+        if REDACTED in word:
+            raise ConfigError(
+                f"{key_of(word)}: held a secret, which the run's folder does not keep: add "
+                f"{key_of(word)}=<value> to the command"
+            )
+    return [*kept, *extra]
 
 
 def read_json(path: Path) -> dict[str, Any]:

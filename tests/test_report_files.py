@@ -13,12 +13,12 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from dpo_cli.durable.redact import redact
 from dpo_cli.errors import DiskError
 from dpo_cli.report import files
 from dpo_cli.report.files import (
     append_samples,
     drop_rows_after,
-    redact,
     versions,
     write_redacted_json,
     write_run_files,

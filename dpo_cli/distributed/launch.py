@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import HardwareConfig, RunConfig, spec_of
+from dpo_cli.durable.redact import unkept
 from dpo_cli.errors import ConfigError, PeerLost, Preempted, UserError
 
 CONFIG = "dpo_run_config"  # key in the store under which rank 0 publishes the configuration
@@ -62,8 +63,9 @@ def is_secondary_node() -> bool:
 
 
 def rank_command() -> list[str]:
-    """Arguments to Python that start a rank; tests replace it by a faulty rank."""
-    return ["-m", "dpo_cli"]
+    """Arguments to Python that start a rank, -P so that no module comes from the current folder;
+    tests replace it by a faulty rank."""
+    return ["-P", "-m", "dpo_cli"]
 
 
 def launch(config: RunConfig, overrides: Sequence[str]) -> int:
@@ -81,7 +83,8 @@ def launch(config: RunConfig, overrides: Sequence[str]) -> int:
         print(error, file=sys.stderr)
         # A resumed run keeps the overrides added to it; the first command's are in its folder.
         resumed = any(override.startswith("resume=") for override in overrides)
-        added = [o for o in overrides if not o.startswith("resume=")] if resumed else []
+        own = [o for o in overrides if not o.startswith("resume=")]
+        added = own if resumed else unkept(own)
         overrides = [f"resume={error.run_dir}", *added]
     return 0
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.durable.redact import redact
 from dpo_cli.errors import DiskError
 
 Entry = dict[str, str | int]  # a file's entry in a manifest: sha256, bytes
@@ -123,10 +124,10 @@ def replace_json(folder: Path, name: str, value: object) -> None:
     """
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["files"].pop(name, None)
-    write_json(folder / MANIFEST, manifest)
+    _write_exact(folder / MANIFEST, manifest)
     write_json(folder / name, value)
     manifest["files"][name] = _entry(folder / name)
-    write_json(folder / MANIFEST, manifest)
+    _write_exact(folder / MANIFEST, manifest)
 
 
 def _sync(path: Path) -> None:
@@ -175,13 +176,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file atomically."""
-    write_bytes(path, text.encode("utf-8"))
+    """Replace a text file atomically, with secrets blanked."""
+    write_bytes(path, redact(text).encode("utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    """Replace a JSON file atomically, with secrets blanked."""
+    _write_exact(path, redact(value))
+
+
+def _write_exact(path: Path, value: object) -> None:
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_checked_text(path: Path, text: str) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 
 from dpo_cli.config import LOSS_FACTS, STAGES
 from dpo_cli.durable import write_bytes
+from dpo_cli.durable.redact import redact
 from dpo_cli.report.card_usage import usage
 from dpo_cli.report.files import (
     command_line,
     encode,
-    redact,
     short_path,
     to_yaml,
     without_home,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_cli.report.files import redact
+from dpo_cli.durable.redact import redact
 from dpo_cli.report.table import Column, Table
 
 # Shown first, where the jobs have them; held-out numbers before those of the last train step.

@@ -20,61 +20,13 @@ from typing import Any
 import yaml
 
 from dpo_cli.durable import disk_errors, write_bytes
-
-REDACTED = "[redacted]"
+from dpo_cli.durable.redact import redact
 
 PACKAGES = (
     "dpo-run", "torch", "transformers", "tokenizers", "datasets", "safetensors",
     "huggingface_hub", "peft", "accelerate", "bitsandbytes", "numpy", "hydra-core", "omegaconf",
     "tensorboard", "wandb",
 )  # fmt: skip
-
-# TOKENIZERS_PARALLELISM=false is no secret, and MY_KEY_FILE is a path, not a key.
-_SECRET_NAME = re.compile(
-    r"TOKEN(?!IZER)|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", flags=re.IGNORECASE
-)
-_PLACE_NAME = re.compile(r"(PATH|FILE|DIR)$", flags=re.IGNORECASE)
-_SHORTEST_SECRET = 8  # characters; blanking "true" or "100" out of every file would hide more
-_SECRET_SHAPE = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}"
-    r"|(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}"
-    r"|\bgh[opsru]_[A-Za-z0-9]{20,}"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"  # user:password@host
-)
-
-
-def redact(value: Any) -> Any:
-    """`value` with secrets replaced, in texts inside mappings and lists too.
-
-    A secret is the value of an environment variable whose name says so (TOKEN, KEY,
-    SECRET, PASSWORD, ...), or text shaped like an access token.
-    """
-    return _redact(value, _environment_secrets())
-
-
-def _environment_secrets() -> list[str]:
-    values = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= _SHORTEST_SECRET
-        and _SECRET_NAME.search(name)
-        and not _PLACE_NAME.search(name)
-    }
-    return sorted(values, key=len, reverse=True)  # one secret may contain another
-
-
-def _redact(value: Any, secrets: list[str]) -> Any:
-    if isinstance(value, str):
-        for secret in secrets:
-            value = value.replace(secret, REDACTED)
-        return _SECRET_SHAPE.sub(REDACTED, value)
-    if isinstance(value, Mapping):
-        return {_redact(key, secrets): _redact(item, secrets) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_redact(item, secrets) for item in value]
-    if isinstance(value, Path):
-        return _redact(str(value), secrets)
-    return value
 
 
 def without_home(value: Any) -> Any:

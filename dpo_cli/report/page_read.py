@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from dpo_cli.report.files import redact, without_home
+from dpo_cli.durable.redact import redact
+from dpo_cli.report.files import without_home
 from dpo_cli.report.table import Table
 
 Row = dict[str, Any]

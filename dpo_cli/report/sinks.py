@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from dpo_cli.config import LoggerConfig
 from dpo_cli.durable import disk_errors, write_bytes
+from dpo_cli.durable.redact import redact
 from dpo_cli.errors import ConfigError
-from dpo_cli.report.files import drop_rows_after, encode, redact, to_json
+from dpo_cli.report.files import drop_rows_after, encode, to_json
 
 
 class Sink(Protocol):

@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo_cli.config import FrontierConfig
 from dpo_cli.durable import write_text
+from dpo_cli.durable.redact import redact
 from dpo_cli.errors import DataError
 from dpo_cli.evaluation.methods import (
     Curves,
@@ -31,7 +32,7 @@ from dpo_cli.evaluation.points import (
     read_points,
     refuse_mixed,
 )
-from dpo_cli.report.files import redact, write_redacted_json
+from dpo_cli.report.files import write_redacted_json
 from dpo_cli.report.frontier import Band, Cloud, draw_frontier
 from dpo_cli.report.table import Column, Table
 from dpo_cli.session.preview import Preview, Row

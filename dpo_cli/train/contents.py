@@ -23,6 +23,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from dpo_cli.durable import disk_errors
+from dpo_cli.durable.redact import redact
 from dpo_cli.durable.tensors import write_tensors
 
 PROVENANCE = "dpo_run.json"
@@ -111,7 +112,7 @@ def of_model(
 ) -> Contents:
     """Weights, config, tokenizer and provenance in Hugging Face layout; of a model with an adapter,
     the adapter in PEFT's layout. weights: the state dict, required if the model is sharded."""
-    texts = {**tokenizer, PROVENANCE: json.dumps(provenance, indent=1).encode()}
+    texts = {**tokenizer, PROVENANCE: json.dumps(redact(provenance), indent=1).encode()}
     adapter_files = getattr(model, "adapter_files", None)  # see model/adapters/lora.py
     if adapter_files is not None:
         tensors, own = adapter_files(weights)

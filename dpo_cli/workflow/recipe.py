@@ -23,6 +23,7 @@ from dpo_cli.config.hydra import composed, first_job, parsed
 from dpo_cli.config.literals import as_override
 from dpo_cli.config.read import prepare
 from dpo_cli.durable import disk_errors, write_json
+from dpo_cli.durable.redact import hide, redact, unkept
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.run_folder import is_bare, is_used, make, read_json, refuse_locked, set_aside
 from dpo_cli.train.guard import run_lock
@@ -50,6 +51,7 @@ def run_recipe(words: Sequence[str]) -> int:
     """Run the command `dpo-run <words>`; the exit code of the first step that fails."""
     command = parse(words)
     recipe = load_recipe(find_recipe(command.recipe), command.settings)
+    hide(recipe.variables)
     run_dir = command.run_dir or default_folder(recipe)
     _refuse_foreign(run_dir, recipe)
     _check_steps(recipe, run_dir)
@@ -91,14 +93,14 @@ def default_folder(recipe: Recipe) -> Path:
     """`runs/<recipe>`, or the first of `-2`, `-3`, ... where no run of it with other variables has
     finished: its models and its report are kept. More values of `repeat` replace nothing."""
     repeated = list(recipe.repeat.values.values()) if recipe.repeat else None
-    variables = json.loads(json.dumps(recipe.variables))
+    variables = redact(json.loads(json.dumps(recipe.variables)))
     free = {name for name, value in recipe.variables.items() if value == repeated}
     number = 1
     while True:
         folder = Path("runs", recipe.name if number == 1 else f"{recipe.name}-{number}")
         stored = read_json(folder / RECIPE)
         finished = stored.get("recipe") == recipe.name and (folder / REPORT).is_file()
-        before = stored.get("vars") or {}
+        before = redact(stored.get("vars") or {})
         changed = {n for n in {*before, *variables} if before.get(n) != variables.get(n)}
         if not finished or changed <= free:
             if number > 1:
@@ -265,4 +267,6 @@ def _command(task: Task, folder: Path, words: list[str], decision: Decision) -> 
     if task.step.sweep:
         place = as_override("hydra.sweep.dir", str(folder))
         return ["-m", *words, place, *(["resume=true"] if resumed else [])]
-    return [f"resume={folder}"] if resumed else [*words, as_override("run_dir", str(folder))]
+    if resumed:
+        return [f"resume={folder}", *unkept(words)]
+    return [*words, as_override("run_dir", str(folder))]

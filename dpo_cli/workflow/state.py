@@ -20,6 +20,7 @@ from dpo_cli import __version__
 from dpo_cli.config.hints import path_keys
 from dpo_cli.config.hydra import parsed, values
 from dpo_cli.durable import file_digest
+from dpo_cli.durable.redact import redact
 from dpo_cli.errors import ConfigError
 from dpo_cli.run_folder import JOBS, SWEEP, is_used, read_json
 from dpo_cli.workflow.expand import Folders, Task, resolve
@@ -60,7 +61,8 @@ def examine(
     folder, record = run_dir / task.label, record_of(task, run_dir)
     if record:
         outputs = record["outputs"] if record["status"] == "done" else None
-        return inputs, decide(folder, _changes(record["inputs"], inputs), outputs)
+        changes = _changes(redact(record["inputs"]), redact(inputs))
+        return inputs, decide(folder, changes, outputs)
     if is_used(folder):
         raise ConfigError(f"{folder}: is not this recipe's; move it away or change run_dir")
     return inputs, Decision("run", "")

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dpo_cli.config.literals import as_override
 from dpo_cli.distributed.launch import is_secondary_node
 from dpo_cli.durable import disk_errors, write_json, write_text
+from dpo_cli.durable.redact import redact, unkept
 from dpo_cli.errors import ConfigError
-from dpo_cli.report.files import redact
 from dpo_cli.run_folder import (
     JOBS,
     LOCK,
@@ -41,6 +41,7 @@ from dpo_cli.run_folder import (
     stored_overrides,
     task_overrides,
     unique_name,
+    without_secrets,
 )
 from dpo_cli.train.guard import run_lock
 from dpo_cli.workflow.child import run_child, shell_status
@@ -65,15 +66,30 @@ def claimed(chosen: str, words: Sequence[str], resume: bool = False) -> Iterator
     else:
         _refuse_other(folder, words)
     make(folder)
-    with run_lock(folder):
+    with run_lock(folder), _saved_without_secrets():
         if not resume:
             _refuse_used(folder)  # two may have found it empty at once
-            write_json(folder / SWEEP, {"overrides": redact(list(words))})
+            write_json(folder / SWEEP, {"overrides": list(words)})
         for path in folder.iterdir():  # a killed sweep may leave its job running
             if path.is_dir():
                 refuse_locked(path)
         make(folder / JOBS)
         yield folder
+
+
+@contextmanager
+def _saved_without_secrets() -> Iterator[None]:
+    """In the body, what Hydra saves of a sweep (multirun.yaml) has its secrets blanked."""
+    real: Any = OmegaConf.save
+
+    def save(config: Any, f: Any, resolve: bool = False) -> None:
+        real(without_secrets(config), f, resolve)
+
+    OmegaConf.save = staticmethod(save)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        OmegaConf.save = staticmethod(real)  # type: ignore[method-assign]
 
 
 def _refuse_used(folder: Path) -> None:
@@ -112,7 +128,8 @@ def run_job(cfg: DictConfig) -> float:
         return math.nan
     path = folder / JOBS / f"{hydra.job.num}.json"
     action = decide_job(read_json(path), words, run_dir).action
-    print(f"[job {hydra.job.num}] {' '.join(words)} -> {run_dir}{SAID[action]}", flush=True)
+    told = " ".join(redact(words))
+    print(f"[job {hydra.job.num}] {told} -> {run_dir}{SAID[action]}", flush=True)
     if action == "skip":
         return objective(run_dir, read_json(run_dir / "summary.json"))
     with disk_errors(path):
@@ -120,7 +137,8 @@ def run_job(cfg: DictConfig) -> float:
     if action == "run" and not is_bare(run_dir):
         set_aside(run_dir, folder / "old" / run_dir.name)
         make(run_dir)
-    code, stopped = run_child([f"resume={run_dir}"] if action == "resume" else start)
+    again = [f"resume={run_dir}", *unkept(words)]
+    code, stopped = run_child(again if action == "resume" else start)
     summary = read_json(run_dir / "summary.json")
     record = {
         "job": int(hydra.job.num),
@@ -143,8 +161,8 @@ def decide_job(record: Mapping[str, Any], words: Sequence[str], run_dir: Path) -
     record, whatever its folder holds.
     """
     finished = record.get("exit_code") == 0
-    now = _by_key(words if finished else redact(list(words)))
-    before = record.get("overrides") if finished else _started_with(run_dir)
+    now = redact(_by_key(words))
+    before = redact(record.get("overrides")) if finished else _started_with(run_dir)
     changes = "" if before == now else "with other overrides"
     return decide(run_dir, changes, record.get("outputs", "") if finished else None)
 
