@@ -16,8 +16,9 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def child_command() -> list[str]:
-    """How a child is started; tests replace this to put a stub in its place."""
-    return [sys.executable, "-m", "dpo_cli"]
+    """How a child is started, with no module from the current folder (-P); tests replace this to
+    put a stub in its place."""
+    return [sys.executable, "-P", "-m", "dpo_cli"]
 
 
 def run_child(arguments: Sequence[str]) -> tuple[int, bool]:
