@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.data.drops import BadRow, response_name
 from dpo_cli.data.hollow import hollow, leaves
-from dpo_cli.data.template import TOOLS, Renderer
+from dpo_cli.data.template import REMEDY, TOOLS, Renderer
 from dpo_cli.data.tokens import Piece, TokenizerFacts, encode_pieces, tokenizer_facts
 from dpo_cli.errors import ConfigError
 from dpo_cli.records import EncodedExample, Message, Prompt, Response
@@ -25,7 +25,6 @@ from dpo_cli.records import EncodedExample, Message, Prompt, Response
 ANSWER = "\ue0f3answer\ue0f4"
 THINK = re.compile(r"<(?:think|thinking|reasoning)>")
 CHECKED = ("content", "reasoning_content")  # keys whose texts a rendering must hold
-REMEDY = "set data.chat_template=human_assistant, or to a template file"
 
 
 @dataclass(frozen=True)
@@ -183,8 +182,11 @@ def _check_held(
     if messages and not _names_held(messages[0].get(TOOLS), text):
         raise BadRow("are left out by the chat template", TOOLS)
     if answer.get("reasoning_content") or THINK.search(answer["content"]):
-        opened = THINK.findall(text)
-        if len(opened) - len(THINK.findall(chat.render(messages))) > 1:
+        try:
+            asked = chat.render(messages)
+        except TemplateError as error:
+            raise BadRow(f"is rejected by the chat template ({error})", "prompt") from error
+        if len(THINK.findall(text)) - len(THINK.findall(asked)) > 1:
             raise BadRow("has a think block in addition to that of the chat template", field)
 
 

@@ -11,13 +11,24 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
+from dpo_cli.bounded import OverLimit, bounded
 from dpo_cli.config import DataConfig
 from dpo_cli.config.datasets import CHAT_TEMPLATES
+from dpo_cli.data.sandbox import Sandbox
 from dpo_cli.errors import ConfigError
 from dpo_cli.records import Message
 
+# transformers compiles templates in the class that it finds under this name.
+chat_template_utils.ImmutableSandboxedEnvironment = Sandbox  # type: ignore[misc]
+
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+SECONDS = 10.0  # of the processor, for one conversation
+LONGEST_TEMPLATE = 2**20  # characters
+# Most characters of a rendering: so many, and so many for each character of the conversation.
+WRITTEN, WRITTEN_PER_CHARACTER = 2**16, 16
+REMEDY = "set data.chat_template=human_assistant, or to a template file"
 TOOLS = "tools"  # the key of a conversation's first message that holds the tools it may call
 
 
@@ -38,17 +49,33 @@ class Renderer:
 
     def __call__(self, messages: Sequence[Message], opened: bool = False) -> str:
         """The conversation as text; opened: with the generation prompt. Raises TemplateError for
-        anything the template cannot render."""
+        anything the template cannot render, and ConfigError for a template without end."""
+        try:
+            with bounded(SECONDS):
+                text = self._rendered(messages, opened)
+        except OverLimit as error:
+            raise ConfigError(f"the chat template {error} for one conversation: {REMEDY}") from None
+        except TemplateError:
+            raise
+        except Exception as error:  # a template is a program: it raises anything
+            raise TemplateError(" ".join(str(error).split()) or type(error).__name__) from error
+        if len(text) > WRITTEN and len(text) > WRITTEN + WRITTEN_PER_CHARACTER * len(str(messages)):
+            raise ConfigError(
+                f"the chat template writes {len(text):,} characters for a conversation of "
+                f"{len(str(messages)):,}: {REMEDY}"
+            )
+        return text
+
+    def _rendered(self, messages: Sequence[Message], opened: bool) -> str:
         tools = messages[0].get(TOOLS) if messages else None
         clean = [{k: v for k, v in message.items() if k != TOOLS} for message in messages]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                clean, tools=tools, tokenize=False, add_generation_prompt=opened,
-                chat_template=self._dated(self.tokenizer.get_chat_template(tools=tools)),
-                **self.variables,
-            )  # fmt: skip
-        except (TypeError, ValueError) as error:  # also for several templates without a default
-            raise TemplateError(str(error)) from error
+        template = self.tokenizer.get_chat_template(tools=tools)
+        if len(template) > LONGEST_TEMPLATE:
+            raise ValueError(f"it has {len(template):,} characters, at most {LONGEST_TEMPLATE:,}")
+        text = self.tokenizer.apply_chat_template(
+            clean, tools=tools, tokenize=False, add_generation_prompt=opened,
+            chat_template=self._dated(template), **self.variables,
+        )  # fmt: skip
         assert isinstance(text, str)
         return text
 
