@@ -20,7 +20,7 @@ from transformers import (
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.model.attention.registered import Placement
-from dpo_cli.model.load import context_length, hf_config
+from dpo_cli.model.load import context_length, hf_config, refuse_odd
 from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.rope import apart
 from dpo_cli.model.source import loading, tokenizer_source
@@ -97,10 +97,11 @@ def load_classifier(
 ) -> Classifier:
     """Weights of a folder or hub id on a device, in float32. Raises ConfigError."""
     where, options = tokenizer_source(source, key)
-    with loading(where, key):
+    with loading(where, key, options):
         tokenizer = AutoTokenizer.from_pretrained(
             where, trust_remote_code=source.trust_remote_code, **options
         )
+        refuse_odd(tokenizer)
     shape = classifier_config(source, tokenizer, key)
     if len(label_names(shape)) < 2:
         raise ConfigError(f"{key}={where}: has one score, no classes: use reward_fn=reward_model")

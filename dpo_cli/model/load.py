@@ -52,15 +52,28 @@ def load_tokenizer(config: ModelConfig, key: str = "model.path") -> PreTrainedTo
     else:
         key = "model.tokenizer"
         source, options = hub_source(config.tokenizer, None, key)
-    with loading(source, key):
+    with loading(source, key, options):
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, **options
         )
+        refuse_odd(tokenizer)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{source}: the tokenizer has no EOS token to end responses with")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return cast(PreTrainedTokenizerFast, tokenizer)
+
+
+def refuse_odd(tokenizer: Any) -> None:
+    """Raise, in `loading`, for a tokenizer whose files give it values that none can have."""
+    templates = tokenizer.chat_template
+    texts = templates.values() if isinstance(templates, dict) else [templates]
+    if not all(text is None or isinstance(text, str) for text in texts):
+        raise TypeError(f"chat_template={str(templates)[:80]}: expected text")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise TypeError(f"model_max_length={tokenizer.model_max_length}: expected a number")
+    tokenizer("a")
+    len(tokenizer)
 
 
 def load_model(
@@ -181,7 +194,12 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def _positions(config: PretrainedConfig) -> int:
-    return int(getattr(config.get_text_config(), "max_position_embeddings", 2**20))
+    found = getattr(config.get_text_config(), "max_position_embeddings", 2**20)
+    if not isinstance(found, int) or found < 1:
+        raise ConfigError(
+            f"config.json: max_position_embeddings={found}: expected the tokens of the longest text"
+        )
+    return found
 
 
 def hf_config(
@@ -192,11 +210,12 @@ def hf_config(
         return gpt2_config(config, tokenizer)
     source, options = source_of(config, key)
     check_safetensors(source, key, needed=False)
-    with loading(source, key):
+    with loading(source, key, options):
         found = cast(PretrainedConfig, AutoConfig.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, **options
         ))  # fmt: skip
-    return _with_adapters_head(found, origin_of(config, key))
+        _positions(found)
+        return _with_adapters_head(found, origin_of(config, key))
 
 
 def _with_adapters_head(found: PretrainedConfig, origin: Origin) -> PretrainedConfig:
@@ -251,5 +270,5 @@ def _without_weights(
     config: ModelConfig, tokenizer: PreTrainedTokenizerFast, auto: Any, key: str = "model.path"
 ) -> Any:
     shape = hf_config(config, tokenizer, key)
-    with torch.device("meta"):
+    with loading(config.path or config.hub_id or config.name, key), torch.device("meta"):
         return auto.from_config(shape, trust_remote_code=config.trust_remote_code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
@@ -21,7 +21,13 @@ from dpo_cli.model.adapters.quantize import (
 from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.digest import hash_files, keep_digest
 from dpo_cli.model.source import Origin, check_safetensors, loading, origin_of, source_of
-from dpo_cli.model.stored import hold, parameters_in, stored_dtype, weight_files
+from dpo_cli.model.stored import (
+    hold,
+    parameters_in,
+    refuse_larger,
+    stored_dtype,
+    weight_files,
+)
 
 
 def read_pretrained(
@@ -51,8 +57,9 @@ def read_pretrained(
         changes |= {"device_map": {"": str(on.device)}}
     if adaptation is not None:
         changes |= quantization_options(adaptation.settings.quantization, on)
-    with loading(source, key):
+    with loading(source, key, options):
         files = weight_files(source, options)
+        refuse_larger(_on_meta(auto, source, config, options), files)
         merged = origin.adapter is not None and adaptation is None
         arriving = hash_files([*files, *origin.adapter_files] if merged else files)
         with parameters_in(stored_dtype(files)):
@@ -72,6 +79,14 @@ def read_pretrained(
     others = [name for name in lacking if head is None or not name.startswith(head)]
     _refuse_incomplete(model, others, f"{key}={source}")
     return cast(PreTrainedModel, model), bool(lacking)
+
+
+def _on_meta(auto: Any, source: str, config: ModelConfig, options: dict[str, Any]) -> Any:
+    """The model as its config.json describes it, without weights."""
+    trusted = config.trust_remote_code
+    shape = AutoConfig.from_pretrained(source, trust_remote_code=trusted, **options)
+    with torch.device("meta"):
+        return auto.from_config(shape, trust_remote_code=trusted)
 
 
 def _merged(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -13,16 +13,25 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from dpo_cli.config import ModelConfig
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, UserError
+from dpo_cli.model.vetting import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    one_line,
+    read_object,
+    vet,
+    vet_adapter,
+    vet_config,
+)
 
 HUB_TIMEOUT_SECONDS = 5.0
-ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, in place of a config.json
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SHARDS = "shards"  # in checkpoints of several ranks, see distributed/checkpoint.py
 PICKLED = ("pytorch_model*.bin", "model*.pt", "*.pth")
+LONGEST_ID = 96  # characters, of the hub
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # the oldest have no owner: gpt2
 
 
@@ -87,23 +96,23 @@ def origin_of(config: ModelConfig, key: str = "model.path") -> Origin:
     if (folder / "config.json").is_file():
         return Origin(config)
     where = f"{key}={config.path}"
-    try:
-        facts = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        named = str(facts["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
+    facts = read_object(folder / ADAPTER_CONFIG, where)
+    if not facts.get("base_model_name_or_path"):
         raise ConfigError(
-            f"{where}: {ADAPTER_CONFIG} does not name the base model ({error!r}); set "
+            f"{where}: {ADAPTER_CONFIG} does not name the base model; set "
             "base_model_name_or_path there to its folder or hub id"
-        ) from None
+        )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ConfigError(f"{where}: is an adapter without {ADAPTER_WEIGHTS}, the supported format")
-    local = Path(named)
-    if not local.is_dir() and not HUB_ID.fullmatch(named):
+    vet_adapter(facts, largest_dimension(folder / ADAPTER_WEIGHTS, where), where)
+    named = facts["base_model_name_or_path"]
+    local = os.path.isdir(named)  # unlike Path's, it takes any text
+    if not local and not (HUB_ID.fullmatch(named) and len(named) <= LONGEST_ID):
         raise ConfigError(
-            f"{where}: is an adapter of {named}, which does not exist: restore it, or set "
-            f"base_model_name_or_path in {folder / ADAPTER_CONFIG} to its new folder"
+            f"{where}: is an adapter of {named[:LONGEST_ID]}, which does not exist: restore it, or "
+            f"set base_model_name_or_path in {folder / ADAPTER_CONFIG} to its new folder"
         )
-    at = {"path": named, "hub_id": None, "revision": None} if local.is_dir() else {
+    at = {"path": named, "hub_id": None, "revision": None} if local else {
         "path": None, "hub_id": named, "revision": facts.get("revision")
     }  # fmt: skip
     base = replace(config, architecture=None, **at)
@@ -173,11 +182,35 @@ def check_safetensors(source: str, key: str, needed: bool = True) -> None:
         )
 
 
-@contextmanager
-def loading(source: str, key: str) -> Iterator[None]:
-    """Turn errors of loading a damaged or unsupported folder into a ConfigError."""
+def largest_dimension(weights: Path, where: str) -> int:
+    """Of all tensors in a safetensors file, of which only the header is read."""
     try:
+        with safe_open(weights, "pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{where}: {weights.name} cannot be read: {one_line(error)}") from None
+    return max((size for shape in shapes for size in shape), default=0)
+
+
+@contextmanager
+def loading(source: str, key: str, options: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """Vet a folder's files, then turn whatever reading them raises into a ConfigError: libraries
+    raise any kind of error for a damaged or hostile folder, tokenizers `Exception` itself.
+
+    options: arguments to from_pretrained of a hub id, whose config.json is then vetted.
+    """
+    where = f"{key}={source}"
+    try:
+        if Path(source).is_dir():
+            vet(Path(source), where)
+        elif options is not None:
+            from transformers.utils import cached_file
+
+            quiet = {"_raise_exceptions_for_missing_entries": False}
+            if config := cached_file(source, CONFIG, **quiet, **options):
+                vet_config(Path(config), where)
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{key}={source}: cannot be loaded: {first}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{where}: cannot be loaded: {one_line(error)}") from error

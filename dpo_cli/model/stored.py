@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,11 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from dpo_cli.errors import NonFiniteError
+from dpo_cli.model.vetting import shards
 
 HALF = {"BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 INTEGERS = ("I", "U", "BOOL")
+SPARE, SPARE_TIMES = 2**27, 4  # numbers, as masks and packed weights need
 
 
 def weight_files(source: str, options: dict[str, Any]) -> list[Path]:
@@ -33,20 +36,34 @@ def weight_files(source: str, options: dict[str, Any]) -> list[Path]:
     index = found(SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         return []
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return [path for path in map(found, names) if path is not None]
+    return [path for path in map(found, shards(index, source)) if path is not None]
 
 
 def stored_dtype(files: Sequence[Path]) -> torch.dtype:
     """The half-precision dtype shared by all floating-point weights of safetensors files, else
     float32, which represents a mixture exactly. Integers (quantized weights) are ignored."""
-    kinds: set[str] = set()
+    kinds = {entry["dtype"] for entry in _entries(files)}
+    kinds = {kind for kind in kinds if not kind.startswith(INTEGERS)}
+    return HALF.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def refuse_larger(model: PreTrainedModel, files: Sequence[Path]) -> None:
+    """ValueError for a model, on the meta device, of far more numbers than its files hold: what a
+    file lacks would be allocated and initialized before anybody complained."""
+    stored = sum(math.prod(entry["shape"]) for entry in _entries(files))
+    needed = sum(part.numel() for part in (*model.parameters(), *model.buffers()))
+    if files and needed > SPARE + SPARE_TIMES * stored:
+        raise ValueError(
+            f"config.json describes a model of {needed:,} numbers, its files hold {stored:,}"
+        )
+
+
+def _entries(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    """The headers of safetensors files: dtype and shape of each tensor."""
     for path in files:
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        kinds |= {entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
-    kinds = {kind for kind in kinds if not kind.startswith(INTEGERS)}
-    return HALF.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+        yield from (entry for name, entry in header.items() if name != "__metadata__")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dpo_cli.config import ClassifierRewardFn, HardwareConfig, ModelConfig, Rewa
 from dpo_cli.config.unread import unread
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.model.load import count_parameters, hf_config, load_tokenizer
-from dpo_cli.model.source import source_of
+from dpo_cli.model.source import loading, source_of
 from dpo_cli.model.stored import stored_dtype, weight_files
 from dpo_cli.plan.memory.budget import Fitting, fitting, is_open
 from dpo_cli.plan.memory.estimate import PROGRAM
@@ -56,8 +56,11 @@ def facts_of(preview: Preview) -> Facts | None:
     if workload_of is None:
         return None
     workload = workload_of(config, preview.splits)
+    found = hf_config(config.model, preview.tokenizer)
+    with loading(config.model.path or config.model.name, "model.path"):
+        shape = shape_of(found, preview.auto)
     return Facts(
-        shape_of(hf_config(config.model, preview.tokenizer), preview.auto),
+        shape,
         replace(texts_of(workload.lengths, workload.steps), new=workload.new_tokens),
         runtime.device.type,
         runtime.precision == "bf16",
@@ -72,8 +75,9 @@ def stored_bytes(model: ModelConfig) -> int:
     if model.path is None:
         return torch.float32.itemsize
     source, options = source_of(model)
-    files = weight_files(source, options) if Path(source).is_dir() else []
-    return stored_dtype(files).itemsize
+    with loading(source, "model.path"):
+        files = weight_files(source, options) if Path(source).is_dir() else []
+        return stored_dtype(files).itemsize
 
 
 def scorer_parameters(config: RunConfig) -> int:

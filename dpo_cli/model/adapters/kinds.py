@@ -34,14 +34,9 @@ BY_INPUT = ("XLORA", "POLY", "SHADOW")  # whose weights depend on the input
 
 def config_of(origin: Origin, key: str) -> peft.PeftConfig:
     """The adapter's configuration, read by PEFT. Raises ConfigError."""
-    try:
-        with loading(str(origin.adapter), key), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return peft.PeftConfig.from_pretrained(str(origin.adapter))
-    except (TypeError, ImportError) as error:
-        raise ConfigError(
-            f"{key}={origin.adapter}: cannot be loaded: {first_line(error)}"
-        ) from error
+    with loading(str(origin.adapter), key), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftConfig.from_pretrained(str(origin.adapter))
 
 
 def trainable_config(origin: Origin, key: str) -> peft.LoraConfig:
@@ -94,7 +89,3 @@ def refuse_unmergeable(config: peft.PeftConfig, origin: Origin, key: str) -> Non
                 f"{where}: init_lora_weights={start_of(origin.facts)}: {lost}, which its folder "
                 f"does not contain: {CONVERT}"
             )
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

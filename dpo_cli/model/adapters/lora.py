@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.config import LoraConfig
+from dpo_cli.device_memory import ran_out
 from dpo_cli.durable.tensors import write_tensors
 from dpo_cli.errors import ConfigError
 from dpo_cli.model.adapters.active import (
@@ -39,8 +40,10 @@ from dpo_cli.model.adapters.active import (
 )
 from dpo_cli.model.adapters.base import replaced, takes_out
 from dpo_cli.model.adapters.casts import drawn_in_float32
-from dpo_cli.model.adapters.kinds import first_line, trainable_config
-from dpo_cli.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Origin, loading
+from dpo_cli.model.adapters.kinds import config_of, trainable_config
+from dpo_cli.model.adapters.patterns import refuse_unfit
+from dpo_cli.model.source import ADAPTER_WEIGHTS, Origin, loading
+from dpo_cli.model.vetting import ADAPTER_CONFIG, one_line
 
 ALL_LINEAR = "all-linear"
 LORA = "lora."  # the group of keys that a new adapter's settings are in
@@ -111,11 +114,14 @@ def put_in(
         warnings.simplefilter("ignore")  # of a second adapter, and of GPT-2's transposed layers
         torch.manual_seed(seed)
         there = _adaptable(model)
+        refuse_unfit(config, model, told)
         try:
             peft.inject_adapter_in_model(config, model, name)
-        except (ValueError, TypeError) as error:
+        except Exception as error:  # of a hostile configuration PEFT raises any kind
+            if isinstance(error, RuntimeError) and ran_out(error):
+                raise
             raise ConfigError(
-                f"{told}target_modules={_listed(config.target_modules)}: {first_line(error)} "
+                f"{told}target_modules={_listed(config.target_modules)}: {one_line(error)} "
                 f"({there})"
             ) from error
     if told == LORA:
@@ -243,8 +249,7 @@ def refuse_other_weights(
 def add_reference(model: PreTrainedModel, origin: Origin) -> None:
     """A second adapter, frozen, beside the one that is trained and stays active."""
     assert origin.adapter is not None
-    config = cast(Any, peft.PeftConfig.from_pretrained(str(origin.adapter)))
-    config = replace(config, inference_mode=True)
+    config = cast(Any, replace(config_of(origin, "stage.reference"), inference_mode=True))
     if takes_out(origin.facts):  # the first adapter has taken its start out of the base already
         config.init_lora_weights = True
     put_in(model, config, origin.adapter, name=REFERENCE, told=f"{origin.adapter}: its ")

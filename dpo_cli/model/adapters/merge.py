@@ -13,22 +13,23 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.errors import ConfigError
+from dpo_cli.device_memory import ran_out
+from dpo_cli.errors import ConfigError, UserError
 from dpo_cli.model.adapters.active import TRAINED, layers
 from dpo_cli.model.adapters.casts import drawn_in_float32
 from dpo_cli.model.adapters.kinds import (
     config_of,
-    first_line,
     kind_of,
     refuse_unmergeable,
     unusual,
 )
 from dpo_cli.model.adapters.lora import refuse_other_weights, unread
-from dpo_cli.model.source import Origin, loading
+from dpo_cli.model.adapters.patterns import refuse_unfit
+from dpo_cli.model.source import Origin
+from dpo_cli.model.vetting import one_line
 
 PROBE_TOKENS = 8
 TOLERANCE = 1e-2  # of the largest difference from the base's logits; rounding gives 1e-5
-FAILURES = (AttributeError, AssertionError, IndexError, TypeError)
 
 
 def merge(model: PreTrainedModel, origin: Origin, key: str) -> None:
@@ -44,20 +45,18 @@ def merge(model: PreTrainedModel, origin: Origin, key: str) -> None:
     tried = tied or unusual(config)
     where = f"{key}={origin.adapter}: its {kind_of(config)} adapter"
     base = _logits(model) if tried else None
+    refuse_unfit(config, model, f"{key}={origin.adapter}: its ")
     try:
-        with loading(str(origin.adapter), key), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wrapped = _wrapped(model, config, origin.adapter)
             before = _logits(model) if tried else None
             _part_tied(model)
             wrapped.merge_and_unload(safe_merge=True)  # ValueError: not finite
-    except FAILURES as error:
-        raise ConfigError(f"{where} cannot be merged: {first_line(error)}") from error
-    except ConfigError as error:
-        if isinstance(error.__cause__, NotImplementedError):
-            why = first_line(error.__cause__)
-            raise ConfigError(f"{where} cannot be merged: {why}") from error
-        raise
+    except Exception as error:  # of a hostile configuration PEFT raises any kind
+        if isinstance(error, UserError) or (isinstance(error, RuntimeError) and ran_out(error)):
+            raise
+        raise ConfigError(f"{where} cannot be merged: {one_line(error)}") from error
     if layers(model):
         raise ConfigError(f"{where} cannot be merged: PEFT leaves it in the model")
     if before is not None and base is not None:

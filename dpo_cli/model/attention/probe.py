@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dpo_cli.device_memory import ran_out
 from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.logprobs import logits_of
 from dpo_cli.model import forward
@@ -23,6 +24,7 @@ from dpo_cli.model.attention.registered import MOST_TOKENS, PACKED, Placement, S
 from dpo_cli.model.rope import cut_short, cuts_of
 from dpo_cli.model.skeleton import TRIED, smallest
 from dpo_cli.model.stored import refuse_non_finite
+from dpo_cli.model.vetting import one_line
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 
@@ -130,11 +132,22 @@ class _Trial:
     def begin(self) -> Iterator[_Trial]:
         with short_windows(self.model), cut_short(self.model), torch.enable_grad():
             self.model.set_attn_implementation("eager")
-            self.truth = self._figures(self._plainly())
+            self.truth = self._truth()
             _refuse_overflow(self.model, self.truth.values)
             self._refuse_non_causal()
             self.interface = self._packed(self.exact)
             yield self
+
+    def _truth(self) -> _Figures:
+        try:
+            return self._figures(self._plainly())
+        except (*TRIED, ArithmeticError) as error:  # ArithmeticError: sizes of 0 that divide
+            if isinstance(error, RuntimeError) and ran_out(error):
+                raise
+            raise ConfigError(
+                f"{type(self.model).__name__}: its own forward fails ({one_line(error)}): check "
+                "its config.json, or use another model.path"
+            ) from error
 
     def refuted(self, kernel: str, on: Placement) -> str | None:
         """Why a kernel cannot be used, or None."""
