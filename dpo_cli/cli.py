@@ -20,6 +20,7 @@ from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.usage import quick_answer
 from dpo_cli.distributed import launch as elastic
 from dpo_cli.errors import ConfigError, PeerLost, UserError
+from dpo_cli.report.output import copied_output, go_on_in
 
 if TYPE_CHECKING:  # Hydra takes 0.2 s to import, which --help does without
     from omegaconf import DictConfig
@@ -32,19 +33,20 @@ INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal, as shells have it
 def main(argv: list[str] | None = None) -> None:
     """Run the command; exits with the code of `errors.py` unless all went well."""
     words = sys.argv[1:] if argv is None else list(argv)
-    try:
-        answer = quick_answer(words)
-        if answer is not None:
-            print(answer, flush=True)
-        code = 0 if answer is not None else dispatch(words)
-    except UserError as error:
-        code = report_error(error) if elastic.rank() is None else fail_together(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    except BrokenPipeError:  # the reader closed the pipe: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = BROKEN_PIPE
+    with copied_output():
+        try:
+            answer = quick_answer(words)
+            if answer is not None:
+                print(answer, flush=True)
+            code = 0 if answer is not None else dispatch(words)
+        except UserError as error:
+            code = report_error(error) if elastic.rank() is None else fail_together(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = INTERRUPTED
+        except BrokenPipeError:  # the reader closed the pipe: `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = BROKEN_PIPE
     if code:
         sys.exit(code)
 
@@ -161,6 +163,7 @@ def _run_rank(words: list[str]) -> int:
     config, code = elastic.receive_config()
     if config is None:
         return code
+    go_on_in(Path(config.run_dir))
     from dpo_cli.run import run
 
     with elastic.process_group(config):
@@ -184,6 +187,7 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
     if config.resume and not chosen:
         raise ConfigError("resume=true: needs the run to resume; give resume=<run folder>")
     if elastic.rank() is None and elastic.on_several_nodes(config):
+        go_on_in(folder)
         return elastic.launch(config, words)  # the first rank checks the folder
     try:
         return _start(cfg, config, folder, words)
@@ -196,6 +200,7 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
 def _start(cfg: DictConfig, config: RunConfig, folder: Path, words: list[str]) -> int:
     """Claim the folder and run, here or in one process per device."""
     from dpo_cli import run_folder
+    from dpo_cli.config import spec_of
 
     leading = elastic.rank() is not None
     run_folder.check_free(folder, config.resume)
@@ -212,8 +217,11 @@ def _start(cfg: DictConfig, config: RunConfig, folder: Path, words: list[str]) -
             elastic.broadcast_config(None)
         return 0
     if not leading and elastic.is_distributed(config):
+        go_on_in(folder)
         return elastic.launch(config, words)
     with run_folder.claimed(folder, cfg, config.resume):
+        if spec_of(config.stage).keeps_folder:  # else what is printed is all there is
+            go_on_in(folder)
         # Importing torch takes seconds, in which another start must find the folder taken.
         from dpo_cli.run import run
     if leading:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shlex
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,14 +16,21 @@ from dpo_cli.config import RunConfig, spec_of
 from dpo_cli.distributed.ranks import current
 from dpo_cli.durable.redact import redact
 from dpo_cli.errors import CheckpointError, ConfigError
+from dpo_cli.model.base import OTHER_BASE
 from dpo_cli.model.source import hub_commit
 from dpo_cli.plan.lengths import tokens_chooser
 from dpo_cli.report.card import write_model_card
 from dpo_cli.report.console import Progress
 from dpo_cli.report.curves import training_figures
-from dpo_cli.report.files import versions, write_redacted_json, write_run_files
+from dpo_cli.report.files import (
+    first_command,
+    versions,
+    write_redacted_json,
+    write_run_files,
+)
 from dpo_cli.report.sinks import Sink, open_sinks
 from dpo_cli.report.table import summary_table
+from dpo_cli.run_folder import clear_leftovers
 from dpo_cli.session.models import base_provenance
 from dpo_cli.session.session import Session
 from dpo_cli.session.trained import SEEN
@@ -42,6 +48,7 @@ MAY_CHANGE = (
     "hardware.activation_checkpointing", "optim.lr",
     "train.eval_every_steps", "train.save_every_", "train.keep_checkpoints",
     "train.log_every_steps", "train.micro_batch_tokens", "train.sample_", "hardware.name",
+    OTHER_BASE,
 )  # fmt: skip
 
 
@@ -54,13 +61,16 @@ def run(config: RunConfig, argv: list[str]) -> dict[str, Any]:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with run_lock(run_dir):
+        clear_leftovers(run_dir)
         given = config
         config = ranks.from_first(lambda: dated(given, run_dir))
         snapshot = ranks.from_first(lambda: resume_point(config, run_dir))
-        write_run_files(run_dir, asdict(config), argv)
+        changed = write_run_files(run_dir, asdict(config), argv)
         runtime = start_runtime(config.hardware, config.seed)
         step = snapshot.step if snapshot else 0
         with Progress(config.logger.progress) as progress:
+            if changed:
+                progress.note(changed)
             for line in snapshot.skipped if snapshot else []:
                 progress.note(f"checkpoint not used: {line}")
             if snapshot:
@@ -125,12 +135,6 @@ def dated(config: RunConfig, run_dir: Path) -> RunConfig:
     return replace(config, data=replace(config.data, date=date))
 
 
-def first_command(run_dir: Path, argv: list[str]) -> list[str]:
-    """The command that started the run, which a resumed one stored earlier."""
-    lines = (run_dir / "command.txt").read_text().splitlines()
-    return shlex.split(lines[0]) if lines else argv
-
-
 def card_facts(
     config: RunConfig, figures: dict[str, Any], argv: list[str], session: Session
 ) -> dict[str, Any]:
@@ -143,7 +147,7 @@ def card_facts(
         "name": Path(config.run_dir).name,
         "model": {k: model[k] for k in ("name", "hub_id", "revision", "path")},
         "data": session.data_facts,
-        "command": first_command(Path(config.run_dir), argv),
+        "command": first_command(Path(config.run_dir)) or argv,
         "chat": session.data_facts.get("chat", False),
         "adapter": config.lora.name != "none",
         "config": {k: settings[k] for k in ("stage", *adapted, "optim", "train", "seed")},

@@ -18,15 +18,25 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo_cli.config import RunConfig
 from dpo_cli.durable import disk_errors, write_text
 from dpo_cli.durable.redact import REDACTED, redact
+from dpo_cli.durable.temporary import is_leftover, remove_leftovers
 from dpo_cli.errors import ConfigError, DiskError, RunLockedError
+from dpo_cli.report import output
 from dpo_cli.train.guard import run_lock
 
 COMPOSED = ".hydra"  # Hydra's own name for the folder of the composed configuration
+OVERRIDES = "overrides.yaml"
 LOCK = ".lock"
 SWEEP = "sweep.json"  # what a sweep was started with, in its folder
 JOBS = "jobs"  # beside it: how each job ended
-STALE = {COMPOSED, "config.yaml", "command.txt", "versions.json", "metrics.jsonl", "tensorboard"}
-START_FILES = STALE | {LOCK, "wandb", "wandb_run_id.txt"}  # all that a start writes before work
+STALE = {
+    "config.yaml", "command.txt", "versions.json", "metrics.jsonl", "tensorboard", output.LOG
+}  # fmt: skip
+KEPT = {
+    COMPOSED,
+    LOCK,
+    "wandb",
+    "wandb_run_id.txt",
+}  # with them all that a start writes before work
 
 
 def unique_name() -> str:
@@ -45,7 +55,12 @@ def _slug(name: str) -> str:
 
 
 def is_used(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    """Whether there is anything but a lock and what a killed process left half-written."""
+    return folder.exists() and (not folder.is_dir() or bool(_names(folder) - {LOCK}))
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if not is_leftover(path.name)}
 
 
 def check_free(folder: Path, resume: bool) -> None:
@@ -71,10 +86,9 @@ def is_bare(folder: Path) -> bool:
         return True
     if not folder.is_dir():
         return False
-    names = {path.name for path in folder.iterdir()}
-    metrics = folder / "metrics.jsonl"
-    ours = _is_run(folder) or names <= {COMPOSED, LOCK}
-    return ours and names <= START_FILES and not (metrics.exists() and metrics.stat().st_size)
+    names, metrics = _names(folder), folder / "metrics.jsonl"
+    ours = _is_run(folder) or names <= KEPT
+    return ours and names <= STALE | KEPT and not (metrics.exists() and metrics.stat().st_size)
 
 
 def remove_bare(folder: Path) -> None:
@@ -94,8 +108,18 @@ def refuse_locked(folder: Path) -> None:
             pass
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder whose lock is held, and in those
+    below that have no lock of their own."""
+    below = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    for place in (folder, *below):
+        if place == folder or not (place / LOCK).exists():
+            remove_leftovers(place, alone=True)
+
+
 def set_aside(folder: Path, stem: Path) -> None:
     """Rename a folder to `<stem>-1`, `-2`, ..., whichever is free: it may hold a model."""
+    clear_leftovers(folder)
     number = 1
     while (old := stem.with_name(f"{stem.name}-{number}")).exists():
         number += 1
@@ -131,16 +155,18 @@ def claimed(folder: Path, cfg: DictConfig, resume: bool) -> Iterator[None]:
 
 
 def _clear(folder: Path) -> None:
+    """Remove the files of an earlier start, its marks last: killed before that, it is still one."""
     with disk_errors(folder):
         for path in folder.iterdir():
             if path.name in STALE and path.is_dir():
                 shutil.rmtree(path)
             elif path.name in STALE:
                 path.unlink()
+        (folder / COMPOSED / OVERRIDES).unlink(missing_ok=True)
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / COMPOSED / "overrides.yaml").is_file()  # written last
+    return (folder / COMPOSED / OVERRIDES).is_file()  # written last, removed first
 
 
 def _store(folder: Path, cfg: DictConfig) -> None:

@@ -15,11 +15,11 @@ from dpo_cli.durable import (
     damage,
     mismatch,
     publish_folder,
-    recover,
     replace_json,
     write_checked_text,
     write_json,
 )
+from dpo_cli.durable.temporary import remove_leftovers
 from dpo_cli.errors import CheckpointError, DiskError, RunLockedError
 from dpo_cli.grammar.tokenizer import build_tokenizer
 from dpo_cli.train import checkpoint
@@ -116,7 +116,6 @@ def test_empty_newer_and_stale_temporary_folders_are_ignored(saved):
 def test_prune_goes_by_number_and_keeps_the_best(saved):
     for step, when in ((1, 3e9), (2, 2e9), (3, 1e9)):  # mtimes the wrong way round
         os.utime(saved / f"step-{step}", (when, when))
-    (saved / ".tmp-step-9-dead").mkdir()
     checkpoint.prune(saved, step=3, keep=1, protect=1)
     assert sorted(p.name for p in saved.iterdir()) == ["step-1", "step-3"]
 
@@ -161,7 +160,9 @@ def test_any_flipped_bit_of_a_manifest_is_survived(tmp_path):
 def test_a_replacement_cut_between_its_renames_is_put_back(tmp_path):
     publish_folder(tmp_path / "final", lambda f: (f / "w").write_text("good"))
     (tmp_path / "final").rename(tmp_path / ".old-final")
-    recover(tmp_path / "final")
+    (tmp_path / ".tmp-final-0badcafe").mkdir()
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert (tmp_path / "final" / "w").read_text() == "good"
 
 

@@ -20,6 +20,7 @@ from transformers import (
 
 from dpo_cli import durable
 from dpo_cli.durable import damage, file_digest, publish_folder
+from dpo_cli.durable.provenance import PROVENANCE
 from dpo_cli.durable.tensors import DTYPES, write_tensors
 from dpo_cli.errors import DiskError
 from dpo_cli.train import contents
@@ -67,7 +68,7 @@ def test_weights_are_those_of_save_pretrained(tmp_path: Path, make: Any) -> None
     model.save_pretrained(tmp_path / "theirs")
     theirs = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
     ours = {path.name: path.read_bytes() for path in (tmp_path / "ours").iterdir()}
-    del ours[contents.PROVENANCE]
+    del ours[PROVENANCE]
     assert ours == theirs
 
 

@@ -90,7 +90,8 @@ def test_the_dtype_is_that_of_the_base(base, runs, tmp_path, dtype):
     (adapter / "adapter_config.json").write_text(json.dumps(facts))
     save_file({"state": torch.zeros(10**6)}, own / "optimizer.safetensors")  # of a checkpoint
     for source in (own, adapter):
-        assert stored(exported(tmp_path / f"e-{source.name}", source)) == {dtype}
+        final = exported(tmp_path / f"e-{source.name}", source, "model.other_base=true")
+        assert stored(final) == {dtype}
 
 
 def test_a_base_in_float32_stays_so_but_for_a_quantised_run(base, runs, tmp_path, capsys):

@@ -19,10 +19,12 @@ from dpo_cli.report import files
 from dpo_cli.report.files import (
     append_samples,
     drop_rows_after,
+    first_command,
     versions,
     write_redacted_json,
     write_run_files,
 )
+from dpo_cli.report.page_read import read_folder
 
 HF_TOKEN = "hf_" + "aB3" * 11
 SK_KEY = "sk-proj-" + "x9Y" * 8
@@ -112,6 +114,44 @@ def test_each_start_adds_its_command(tmp_path):
     write_run_files(tmp_path, {}, ["dpo-run", "seed=1"])
     write_run_files(tmp_path, {}, ["dpo-run", "resume=true"])
     assert (tmp_path / "command.txt").read_text() == "dpo-run seed=1\ndpo-run resume=true\n"
+
+
+SEPARATORS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # at which str.splitlines ends a line
+
+
+def test_a_start_is_one_line_whatever_its_words_hold(tmp_path):
+    assert len(f"a{SEPARATORS}b".splitlines()) == len(SEPARATORS) + 1
+    word = f"logger.wandb_project='x{SEPARATORS}y \x00 \x1b \udcff \" z'"
+    for _ in range(2):
+        write_run_files(tmp_path, {}, ["dpo-run", word, "seed=1"])
+    text = (tmp_path / "command.txt").read_text(encoding="utf-8")
+    first, second = text.splitlines()
+    assert first == second
+    program, escaped, last = first_command(tmp_path)
+    assert (program, last) == ("dpo-run", "seed=1")
+    assert escaped.startswith("logger.wandb_project='x\\n\\r\\x0b\\x0c")
+    assert len(read_folder(tmp_path).commands) == 2
+
+
+def test_a_command_that_an_older_version_wrote_torn_is_still_read(tmp_path):
+    (tmp_path / "command.txt").write_text("dpo-run 'x\ny'\n")
+    assert first_command(tmp_path) == ["dpo-run 'x"]
+    assert first_command(tmp_path / "absent") == []
+
+
+def test_versions_of_earlier_starts_are_kept_and_told(tmp_path, monkeypatch):
+    installed = {"python": "3.11.7", "torch": "2.12.0", "peft": "0.21.0", "git_commit": "a"}
+    monkeypatch.setattr(files, "versions", lambda: dict(installed))
+    assert write_run_files(tmp_path, {}, []) == ""
+    assert write_run_files(tmp_path, {}, []) == ""
+    for version, before in (("2.13.0", "2.12.0"), ("2.14.0", "2.13.0")):
+        installed |= {"torch": version, "git_commit": version}
+        told = write_run_files(tmp_path, {}, [])
+        assert told.endswith(f": torch {version} (before: {before})")
+    stored = json.loads((tmp_path / "versions.json").read_text())
+    assert stored == installed | {
+        "torch (earlier)": "2.12.0, 2.13.0", "git_commit (earlier)": "a, 2.13.0",
+    }  # fmt: skip
 
 
 def test_json_is_strict_and_plain(tmp_path):

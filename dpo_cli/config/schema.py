@@ -45,6 +45,9 @@ class ModelConfig:
     trust_remote_code: bool = key(
         False, "run code that comes with the weights; on the command line only"
     )
+    other_base: bool = key(
+        False, "use an adapter, or resume, over a base whose content has changed: told, not refused"
+    )
     attention: str = key(
         "auto", "attention kernel of packed rows; auto: the fastest that agrees with the model",
         choices=("auto", "grouped", "varlen", "flex", "sdpa", "dense", "plain"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -16,6 +14,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_safetensors
 
+from dpo_cli.durable import write_bytes
+from dpo_cli.durable.temporary import remove_leftovers
+from dpo_cli.errors import DiskError
 from dpo_cli.records import EncodedExample
 
 log = logging.getLogger(__name__)
@@ -34,21 +35,14 @@ def save(path: Path, lists: Mapping[str, Sequence[EncodedExample]], meta: dict[s
     content = to_safetensors(arrays, {"meta": text, "sha256": _checksum(arrays, text)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as stream:
-            try:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-                os.replace(stream.name, path)
-            except BaseException:
-                os.unlink(stream.name)
-                raise
-    except OSError as error:
+        write_bytes(path, content)
+    except (OSError, DiskError) as error:
         log.warning("encoded rows are not cached: %s: %s", path, error)
 
 
 def load(path: Path) -> tuple[dict[str, list[EncodedExample]], dict[str, Any]] | None:
     """(lists, meta) as saved; None, with a warning, if the file is damaged."""
+    remove_leftovers(path.parent, of="rows-")
     if not path.is_file():
         return None
     try:

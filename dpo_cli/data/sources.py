@@ -137,7 +137,7 @@ def content_digest(source: Source) -> str:
     for path in files:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        total.update(f"{path.name} {digest}\n".encode())
+        total.update(f"{path.name} {digest}\n".encode("utf-8", "surrogateescape"))
     return total.hexdigest()
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import HardwareConfig, RunConfig, spec_of
+from dpo_cli.distributed.signals import stopping_signals
 from dpo_cli.durable.redact import unkept
 from dpo_cli.errors import ConfigError, PeerLost, Preempted, UserError
 
@@ -104,7 +105,7 @@ def _run_ranks(hardware: HardwareConfig, overrides: Sequence[str]) -> Failed | N
             nproc_per_node=hardware.devices, max_restarts=0, monitor_interval=0.1,
             rdzv_backend="c10d", **rendezvous(hardware),
             logs_specs=DefaultLogsSpecs(log_dir=logs),
-            signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+            signals_to_handle=",".join(n.name for n in (*stopping_signals(), signal.SIGQUIT)),
         )  # fmt: skip
         try:
             elastic_launch(settings, sys.executable)(*rank_command(), *overrides)

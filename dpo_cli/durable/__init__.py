@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.durable.redact import redact
+from dpo_cli.durable.temporary import REPLACED, held, temporary_file, temporary_folder
 from dpo_cli.errors import DiskError
 
 Entry = dict[str, str | int]  # a file's entry in a manifest: sha256, bytes
@@ -61,15 +61,10 @@ def publish_folder(
     """
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.parent / f".tmp-{target.name}-{secrets.token_hex(4)}"
-        temporary.mkdir()
-        try:
+        with temporary_folder(target) as temporary:
             written = write(temporary)
             _write_manifest(temporary, facts or {}, written if isinstance(written, dict) else {})
             _swap(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
         _sync(target.parent)
 
 
@@ -77,22 +72,16 @@ def _swap(new: Path, target: Path) -> None:
     if not target.exists():
         new.rename(target)
         return
-    old = target.parent / f".old-{target.name}"
+    old = target.parent / f"{REPLACED}{target.name}"
     shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
-    try:
-        new.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
-
-
-def recover(target: Path) -> None:
-    """Restore the old folder if a process died between the two renames of a replacement."""
-    old = target.parent / f".old-{target.name}"
-    if old.exists() and not target.exists():
-        old.rename(target)
+    with held(target):
+        target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old)
 
 
 def _write_manifest(folder: Path, facts: Mapping[str, Any], written: Mapping[str, Entry]) -> None:
@@ -165,14 +154,10 @@ def damage(folder: Path) -> str | None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file atomically. Raises DiskError."""
-    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
-    with disk_errors(path):
-        try:
-            temporary.write_bytes(data)
-            _sync(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with disk_errors(path), temporary_file(path) as temporary:
+        temporary.write_bytes(data)
+        _sync(temporary)
+        temporary.replace(path)
 
 
 def write_text(path: Path, text: str) -> None:

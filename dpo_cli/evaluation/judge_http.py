@@ -20,6 +20,7 @@ from typing import TypeVar
 from dpo_cli.config import HttpJudgeConfig
 from dpo_cli.config.endpoint import Endpoint
 from dpo_cli.durable import disk_errors, write_json
+from dpo_cli.durable.temporary import remove_leftovers
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.judge import Decision, Match, Tick, Verdict
 from dpo_cli.evaluation.judge_prompts import Letter, parse_choice, plain, question
@@ -79,6 +80,7 @@ class HttpJudge:
         self._config, self._endpoint, self._seed = config, endpoint, seed
         self._client = Client(endpoint, config.timeout_seconds)
         self._folder = cache_dir / "judge"
+        remove_leftovers(self._folder)
         self._budget = Budget(config.max_calls)
         self._stop = threading.Event()
         self._pause = self._stop.wait if pause is None else pause

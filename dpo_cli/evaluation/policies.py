@@ -11,9 +11,10 @@ from typing import Any, cast
 import yaml
 
 from dpo_cli.config import EvaluateConfig, ModelConfig, RunConfig
+from dpo_cli.durable.provenance import load_provenance
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.source import model_folder
-from dpo_cli.train.checkpoint import STEP_FOLDER, load_provenance, steps_in
+from dpo_cli.train.checkpoint import STEP_FOLDER, steps_in
 
 JOBS = "jobs"  # of a sweep: a file {job, overrides, exit_code, run_dir} each
 
@@ -155,7 +156,7 @@ def training_cost(run: Path) -> dict[str, int]:
     cost: dict[str, int] = {}
     metrics, summary = run / "metrics.jsonl", run / "summary.json"
     if metrics.is_file():
-        lines = metrics.read_text(encoding="utf-8").splitlines()
+        lines = metrics.read_text(encoding="utf-8").split("\n")
         steps = [int(json.loads(line)["step"]) for line in lines if line.endswith("}")]
         cost["step"] = cost["gradient_steps"] = max(steps, default=0)  # one gradient a step
     if summary.is_file():

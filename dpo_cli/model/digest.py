@@ -18,7 +18,9 @@ from dpo_cli.distributed.ranks import current
 from dpo_cli.model.adapters import active as adapters
 
 # Configuration entries that do not change what a model computes.
-NOT_THE_FUNCTION = ("_name_or_path", "transformers_version", "architectures", "dtype", "use_cache")
+NOT_THE_FUNCTION = (
+    "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache",
+)  # fmt: skip
 PIECE = 2**28  # bytes
 MOST_THREADS = 8
 FILES = "dpo_files"  # attribute of a loaded model: its `FileDigest`
@@ -66,6 +68,7 @@ class FileDigest:
             for start in range(0, max(1, path.stat().st_size), PIECE)
         ]  # fmt: skip
         self._found: dict[tuple[Path, int], bytes] = {}
+        self._whole = False  # whether the files were the same before and after
         self._left = iter(self._pieces)  # `next` is atomic under the GIL
         # Daemons: a run that fails early does not wait for 16 GB to be read.
         threads = min(MOST_THREADS, os.cpu_count() or 1, len(self._pieces)) * current().first
@@ -83,17 +86,19 @@ class FileDigest:
             except OSError:  # `value` returns None
                 return
 
-    def value(self) -> str | None:
-        """The digest; None if the files have changed meanwhile or could not be read."""
+    def value(self, count: int | None = None) -> str | None:
+        """The digest of the first `count` files (default: all); None if files have changed
+        before the first call, or could not be read."""
         for thread in self._threads:
             thread.join()
-        missing = not all(os.path.lexists(path) for path in self._files)
-        if missing or self._before != _states(self._files):
+        if not self._whole:
+            there = all(os.path.lexists(path) for path in self._files)
+            self._whole = there and self._before == _states(self._files)
+        if not self._whole or len(self._found) < len(self._pieces):
             return None
-        if len(self._found) < len(self._pieces):
-            return None
-        found = [f"{self._files.index(path)} {start} {self._found[path, start].hex()}"
-                 for path, start in self._pieces]  # fmt: skip
+        first = self._files[:count]
+        found = [f"{first.index(path)} {start} {self._found[path, start].hex()}"
+                 for path, start in self._pieces if path in first]  # fmt: skip
         return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
 

@@ -19,7 +19,8 @@ from dpo_cli.model.adapters.quantize import (
     steady,
 )
 from dpo_cli.model.attention.registered import Placement
-from dpo_cli.model.digest import hash_files, keep_digest
+from dpo_cli.model.base import CONTENT, content_of, refuse_other_base
+from dpo_cli.model.digest import keep_digest
 from dpo_cli.model.source import Origin, check_safetensors, loading, origin_of, source_of
 from dpo_cli.model.stored import (
     hold,
@@ -61,13 +62,15 @@ def read_pretrained(
         files = weight_files(source, options)
         refuse_larger(_on_meta(auto, source, config, options), files)
         merged = origin.adapter is not None and adaptation is None
-        arriving = hash_files([*files, *origin.adapter_files] if merged else files)
+        content = content_of(files, origin.adapter_files if merged else ())
         with parameters_in(stored_dtype(files)):
             loaded: Any = auto.from_pretrained(
                 source, dtype=torch.float32, use_safetensors=True, output_loading_info=True,
                 trust_remote_code=config.trust_remote_code, **options, **changes,
             )  # fmt: skip
     model, report = loaded
+    refuse_other_base(content, origin, config, key, on.note)
+    setattr(model, CONTENT, content)
     _normalize(model, adaptation, merged, on)
     _refuse_adapter_inside(model, f"{key}={source}")
     fit_embedding(model, origin)
@@ -75,7 +78,7 @@ def read_pretrained(
     lacking = _merged(model, origin, missing, merged, key)
     other_base = not merged and changes_base(origin)
     if not quantized_layers(model) and not (lacking if merged else missing) and not other_base:
-        keep_digest(model, arriving)
+        keep_digest(model, content.files if content else None)
     others = [name for name in lacking if head is None or not name.startswith(head)]
     _refuse_incomplete(model, others, f"{key}={source}")
     return cast(PreTrainedModel, model), bool(lacking)

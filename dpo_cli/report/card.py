@@ -11,6 +11,7 @@ from typing import Any
 
 from dpo_cli.config import LOSS_FACTS, STAGES
 from dpo_cli.durable import write_bytes
+from dpo_cli.durable.provenance import load_provenance
 from dpo_cli.durable.redact import redact
 from dpo_cli.report.card_usage import usage
 from dpo_cli.report.files import (
@@ -75,7 +76,7 @@ def _as_saved(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """The facts, corrected by the saved files: an adapter's base, which is not always what `model`
     names, and the reference; learning rates without floating-point noise."""
     config, model = facts.get("config") or {}, facts.get("model") or {}
-    reference = _read(folder / "dpo_run.json").get("reference")
+    reference = load_provenance(folder).get("reference")
     if reference and "reference" in config.get("stage", {}):
         config = {**config, "stage": {**config["stage"], "reference": reference}}
     adapter = _read(folder / "adapter_config.json") if facts.get("adapter") else {}

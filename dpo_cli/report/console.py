@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import IO, Any, Self, cast
 
 from rich import progress as bars
-from rich.console import Console, RenderableType
+from rich.console import Console, NewLine, RenderableType
+from rich.control import Control
 from rich.table import Column
 from rich.text import Text
 
 from dpo_cli.errors import ConfigError
 from dpo_cli.report.numbers import duration
+from dpo_cli.report.output import Copied
 
 MODES = ("auto", "rich", "plain", "off")
 
@@ -33,6 +35,7 @@ FIGURES = (
 )
 
 _PLAIN_EVERY_SECONDS = 30.0
+COPY_WIDTH = 120  # columns of tables in console.log
 
 # Terminal controls, lone surrogates and the marks that reverse the direction of text.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
@@ -84,7 +87,11 @@ class Progress:
         self._training: _Task | None = None
         self._latest: dict[str, float] = {}
         self._live: _Bars | None = None
+        self._copy: Console | None = None  # of what is printed above the bar
         if mode == "rich" or (mode == "auto" and self._console.is_interactive):
+            if console is None and isinstance(sys.stderr, Copied):
+                self._copy = Console(file=cast(IO[str], sys.stderr.copy), width=COPY_WIDTH)
+                self._console = _Above(self._copy, cast(IO[str], sys.stderr.terminal))
             self._live = _live_bars(self._console)
 
     def __enter__(self) -> Self:
@@ -133,9 +140,8 @@ class Progress:
 
     def note(self, line: str) -> None:
         """Print a line of text above the bar."""
-        # soft_wrap: a log file's lines are not broken at 80 columns
         if not self._silent:
-            self._console.print(Text(printable(line)), soft_wrap=True)
+            _print_line(self._console, line)
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table or another rich renderable above the bar."""
@@ -156,9 +162,28 @@ class Progress:
         if self._live is not None and task.bar is not None:
             self._live.figures = figures or self._live.figures
             self._live.update(task.bar, completed=done, eta=eta)
-        elif not self._silent and _line_due(task, before, now, every_tenth):
+        console = self._console if self._live is None else self._copy
+        if console and not self._silent and _line_due(task, before, now, every_tenth):
             task.last_line = now
-            self.note(_line(task, now, eta, figures))
+            _print_line(console, _line(task, now, eta, figures))
+
+
+def _print_line(console: Console, line: str) -> None:
+    # soft_wrap: a log file's lines are not broken at 80 columns
+    console.print(Text(printable(line)), soft_wrap=True)
+
+
+class _Above(Console):
+    """A terminal with a bar, which prints what comes above the bar to a second console, too."""
+
+    def __init__(self, copy: Console, terminal: IO[str]) -> None:
+        super().__init__(file=terminal)
+        self._copy = copy
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if objects and not isinstance(objects[0], Control | NewLine):  # those of the bar
+            self._copy.print(*objects, **options)
+        super().print(*objects, **options)
 
 
 class _Bars(bars.Progress):

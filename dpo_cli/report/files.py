@@ -28,6 +28,10 @@ PACKAGES = (
     "tensorboard", "wandb",
 )  # fmt: skip
 
+TOLD = {"python", *PACKAGES}  # when they change between two starts of a run
+EARLIER = " (earlier)"  # after a name in versions.json
+_SEPARATORS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # of str.splitlines
+
 
 def without_home(value: Any) -> Any:
     """`value` with the home folder written `~`, inside mappings and lists too."""
@@ -169,24 +173,56 @@ def to_yaml(value: Any) -> str:
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """`argv` quoted for a shell, without secrets."""
-    return shlex.join(redact(list(argv)))  # redacted first: quoting would hide a secret
+    """`argv` quoted for a shell, without secrets, in one line: what separates lines is escaped."""
+    return shlex.join(_in_a_line(word) for word in redact(list(argv)))  # quoting hides a secret
 
 
-def write_run_files(run_dir: Path, config: dict[str, Any], argv: Sequence[str]) -> None:
+def _in_a_line(word: str) -> str:
+    return _SEPARATORS.sub(lambda match: match[0].encode("unicode_escape").decode(), word)
+
+
+def first_command(run_dir: Path) -> list[str]:
+    """The command that started a run, as words; empty if its folder does not say."""
+    path = run_dir / "command.txt"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    first = text.partition("\n")[0]
+    try:
+        return shlex.split(first)
+    except ValueError:  # an older version's, with a line separator in a word
+        return [first]
+
+
+def write_run_files(run_dir: Path, config: dict[str, Any], argv: Sequence[str]) -> str:
     """Write config.yaml and versions.json, and add this start to command.txt.
 
-    config: the resolved configuration. A resumed run has one line per start in command.txt.
-    Raises DiskError.
+    config: the resolved configuration. A resumed run has one line per start in command.txt, and
+    keeps the versions of earlier starts. Returns a line on versions that changed since the last
+    one, or "". Raises DiskError.
     """
     with disk_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
     write_bytes(run_dir / "config.yaml", encode(to_yaml(config)))
-    write_redacted_json(run_dir / "versions.json", versions())
+    told = _write_versions(run_dir / "versions.json")
     commands = run_dir / "command.txt"
     with disk_errors(commands):
         earlier = commands.read_bytes() if commands.exists() else b""
     write_bytes(commands, earlier + encode(command_line(argv) + "\n"))
+    return told
+
+
+def _write_versions(path: Path) -> str:
+    now = versions()
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = {name: before[name] for name in now if before.get(name, now[name]) != now[name]}
+    except (OSError, ValueError, AttributeError):  # the first start, or a torn file
+        before, changed = {}, {}
+    kept = {name: value for name, value in before.items() if name.endswith(EARLIER)}
+    for name, old in changed.items():
+        kept[name + EARLIER] = ", ".join(filter(None, (kept.get(name + EARLIER), old)))
+    write_redacted_json(path, now | kept)
+    parts = [f"{n} {now[n]} (before: {old})" for n, old in changed.items() if n in TOLD]
+    return f"other versions than before, so results may differ: {', '.join(parts)}" if parts else ""
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ is.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def read_folder(run_dir: Path) -> Folder:
         summary=read_object(run_dir / "summary.json"),
         config=_object(config_text, yaml.safe_load),
         config_text=cleaned(config_text),
-        commands=cleaned(_text(run_dir / "command.txt").splitlines()),
+        commands=cleaned(_text(run_dir / "command.txt").split("\n")[:-1]),
         versions=read_object(run_dir / "versions.json"),
         samples=_rows(run_dir / "samples.jsonl"),
         win_rates=_flat(_objects(_parsed(_text(run_dir / "win_rates.json"), json.loads))),
@@ -149,7 +150,7 @@ def _tail(path: Path) -> list[Row]:
 def _csv_rows(path: Path) -> list[Row]:
     """Numbers as numbers, empty cells as None."""
     try:
-        rows = list(csv.DictReader(_text(path).splitlines()))
+        rows = list(csv.DictReader(io.StringIO(_text(path), newline="")))
     except csv.Error:
         return []
     return _objects([{str(k): _cell(v) for k, v in row.items()} for row in rows])

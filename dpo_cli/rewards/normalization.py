@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import RewardConfig
 from dpo_cli.durable import replace_json
+from dpo_cli.durable.provenance import PROVENANCE, load_provenance
 from dpo_cli.model.adapters.active import Adaptation
 from dpo_cli.model.classifier import CLASSIFIER
 from dpo_cli.model.load import hf_config
@@ -23,7 +24,6 @@ from dpo_cli.session.models import Loaded, Loading, load
 from dpo_cli.session.prompts import distinct_prompts
 from dpo_cli.session.sampling import complete
 from dpo_cli.session.session import Session
-from dpo_cli.train.checkpoint import PROVENANCE, load_provenance
 
 
 def normalize(session: Session, loaded: Loaded) -> dict[str, float]:

@@ -21,6 +21,7 @@ from dpo_cli.config import (
 )
 from dpo_cli.config.unread import unread, value_at
 from dpo_cli.data.template import use_template_file
+from dpo_cli.durable.provenance import load_provenance
 from dpo_cli.errors import NonFiniteError
 from dpo_cli.model.attention.registered import kernel_of, use
 from dpo_cli.model.classifier import (
@@ -39,7 +40,6 @@ from dpo_cli.rewards.completions import Encoding, values_of
 from dpo_cli.rewards.lexicon import from_lists, lexicon, read_lexicon
 from dpo_cli.rewards.scorers import SCORERS, Completed, Scorer, sentiment_log_odds
 from dpo_cli.session.session import Session
-from dpo_cli.train.checkpoint import load_provenance
 from dpo_cli.train.runtime import Runtime
 
 KEY = "reward_fn.path"
@@ -98,7 +98,10 @@ class ClassifierScorer:
 
 
 def _classifier(session: Session, config: ClassifierRewardFn) -> Scorer:
-    source = ModelConfig(path=config.path, hub_id=config.hub_id, revision=config.revision)
+    source = ModelConfig(
+        path=config.path, hub_id=config.hub_id, revision=config.revision,
+        other_base=session.config.model.other_base,
+    )  # fmt: skip
     found = load_classifier(
         source, config.max_length, config.batch_size, session.runtime.device, KEY
     )
@@ -169,7 +172,7 @@ def reward_model_scorer(
 
 
 def _reward_model(session: Session, config: RewardModelFn) -> Scorer:
-    source = ModelConfig(path=config.path)
+    source = ModelConfig(path=config.path, other_base=session.config.model.other_base)
     tokenizer = load_tokenizer(source, KEY)
     if tokenizer.chat_template is None:  # else it reads what it was trained on
         use_template_file(tokenizer, session.config.data)

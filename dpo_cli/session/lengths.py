@@ -48,8 +48,8 @@ def new_tokens_of(folder: Path, stage: Mapping[str, Any]) -> Any:
     if stage.get("max_new_tokens") is not None:
         return stage["max_new_tokens"]
     points = folder / "points.jsonl"
-    lines = points.read_text(encoding="utf-8").splitlines() if points.is_file() else []
-    return json.loads(lines[-1]).get("max_new_tokens") if lines else None
+    rows = points.read_text(encoding="utf-8").strip("\n") if points.is_file() else ""
+    return json.loads(rows.rpartition("\n")[2]).get("max_new_tokens") if rows else None
 
 
 def finished_share(finished: Sequence[bool], prompts: int) -> dict[str, float]:

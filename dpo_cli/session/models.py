@@ -15,9 +15,11 @@ from dpo_cli.config import ModelConfig
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.distributed.checkpoint import is_sharded
 from dpo_cli.distributed.fsdp import make_mesh, shard
+from dpo_cli.durable.provenance import BASE, load_provenance
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.adapters.active import Adaptation, is_adapted
 from dpo_cli.model.attention.registered import MOST_TOKENS, Placement, kernel_of
+from dpo_cli.model.base import content_at, content_in
 from dpo_cli.model.blocks import compile_blocks
 from dpo_cli.model.fuse import round_residual
 from dpo_cli.model.liger import use_liger
@@ -35,7 +37,6 @@ from dpo_cli.session.precision import (
 )
 from dpo_cli.session.session import Session, load_data
 from dpo_cli.session.trained import SEEN, held_out_line, seen_before
-from dpo_cli.train.checkpoint import load_provenance
 
 WORTH_COMPILING = 100  # steps
 
@@ -72,6 +73,7 @@ class Loaded:
     tokenizer: PreTrainedTokenizerFast
     splits: EncodedSplits
     base: dict[str, Any]  # provenance of the weights the run started from
+    content: str  # digest of those weights; none: a model from scratch
 
 
 def load(
@@ -166,7 +168,10 @@ def load_policy_and_data(session: Session, how: Loading = AS_TRAINED) -> Loaded:
     elif whole is not None:
         source = replace(source, path=str(whole))
     how = replace(how, adaptation=adaptation, as_trained=True)
+    started_from = None if source is config.model else content_at(config.model)
     model = load(session, source, tokenizer, how=how)
+    content = content_in(model) if source is config.model else started_from
+    digest = "none" if content is None else content.digest("model.path")
     session.kernel = kernel_of(model)
     if coefficient := config.train.router_aux_loss_coef:  # refused before a pass over the rows
         loss_function(type(model), coefficient)
@@ -180,7 +185,7 @@ def load_policy_and_data(session: Session, how: Loading = AS_TRAINED) -> Loaded:
     if seen := seen_before(config, splits):
         session.data_facts[SEEN] = seen
     session.settle_tokens(tokenizer, splits)
-    return Loaded(model, tokenizer, splits, base_provenance(config.model))
+    return Loaded(model, tokenizer, splits, base_provenance(config.model), digest)
 
 
 def load_named(
@@ -209,11 +214,17 @@ def named_source(config: ModelConfig, named: str, key: str = "stage.reference") 
     )  # fmt: skip
 
 
-def provenance_of(session: Session, splits: EncodedSplits, **own: Any) -> dict[str, Any]:
+def provenance_of(session: Session, loaded: Loaded, **own: Any) -> dict[str, Any]:
     """What is written beside the weights that a run trains; own: of its stage alone."""
     config = session.config
-    facts = {"stage": config.stage.name, **own, "data": splits.origin, "date": config.data.date}
-    return facts | quantized_base(config.lora)
+    facts = {"stage": config.stage.name, **own, "data": loaded.splits.origin}
+    facts |= {"date": config.data.date, **quantized_base(config.lora)}
+    return facts | ({BASE: loaded.content} if config.lora.name != "none" else {})
+
+
+def identity_of(loaded: Loaded, **own: str) -> dict[str, str]:
+    """Digests that must be the same on resume; own: of the run's stage alone."""
+    return {"base": loaded.content, "rows": loaded.splits.fingerprint, **own}
 
 
 def base_provenance(config: ModelConfig) -> dict[str, Any]:

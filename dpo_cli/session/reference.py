@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,9 +24,11 @@ from transformers import PreTrainedModel
 from dpo_cli.config import RunConfig
 from dpo_cli.data.dataset import fingerprint
 from dpo_cli.durable import damage, publish_folder
+from dpo_cli.durable.temporary import remove_leftovers
 from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.model.adapters import active as adapters
 from dpo_cli.model.adapters.base import changes_base
+from dpo_cli.model.base import content_in, refuse_other_base
 from dpo_cli.model.digest import loaded_digest
 from dpo_cli.model.forward import computed_by, head_of, sequence_logprobs
 from dpo_cli.model.source import Origin, origin_of
@@ -123,19 +125,21 @@ def _adapter_folder(origin: Origin) -> Path | None:
     return None if origin.adapter is None else origin.adapter.resolve()
 
 
-def keep_start(config: RunConfig, policy: PreTrainedModel) -> None:
+def keep_start(config: RunConfig, note: Callable[[str], None], policy: PreTrainedModel) -> None:
     """Load the adapter of such a reference beside the trained one, before weights are sharded."""
     origin = reference_origin(config, policy)
     if origin is not None and origin.adapter is not None:
         from dpo_cli.model.adapters import lora  # PEFT is slow to import
 
+        key = "stage.reference"
+        refuse_other_base(content_in(policy), origin, config.model, key, note)
         lora.add_reference(policy, origin)
 
 
-def beside_its_start(config: RunConfig) -> Loading:
+def beside_its_start(session: Session) -> Loading:
     """A policy with the adapter it starts from beside the trained one, where that is the reference
     (`keep_start`)."""
-    return Loading(before_sharding=partial(keep_start, config))
+    return Loading(before_sharding=partial(keep_start, session.config, session.note))
 
 
 def reference_key(
@@ -204,6 +208,7 @@ def cached(
 
 def read(folder: Path) -> Tensor | None:
     """A cache entry, or None if it is absent or damaged."""
+    remove_leftovers(folder.parent)
     if not folder.is_dir() or damage(folder) is not None:
         return None
     tensors: dict[str, Any] = load_file(folder / "logprobs.safetensors")

@@ -20,7 +20,7 @@ from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.session import reference
 from dpo_cli.session.balance import balanced
-from dpo_cli.session.models import Loaded, load_policy_and_data, provenance_of
+from dpo_cli.session.models import Loaded, identity_of, load_policy_and_data, provenance_of
 from dpo_cli.session.preview import (
     Preview,
     Row,
@@ -53,7 +53,7 @@ ReferenceOf = Callable[[Batch], Tensor]  # a pack -> (E, K) reference log-probab
 def run(session: Session) -> dict[str, Any]:
     """Train on ranked responses; metrics as in the paper's reference code."""
     stage = cast(DpoConfig, session.config.stage)
-    loaded = load_policy_and_data(session, beside_its_start(session.config))
+    loaded = load_policy_and_data(session, beside_its_start(session))
     train, held_out = loaded.splits.train, loaded.splits.eval
     check_branches([*train, *held_out], stage)
     named = reference.reference_path(session.config, loaded)
@@ -77,16 +77,13 @@ def run(session: Session) -> dict[str, Any]:
         unit="pairs" if stage.loss != "plackett_luce" else "lists",
         provenance=provenance_of(
             session,
-            loaded.splits,
+            loaded,
             loss=stage.loss,
             beta=stage.beta,
             reference=named or session.config.model.path or session.config.model.hub_id,
         ),
         files=trained_files(session.config, loaded.splits),
-        identity={
-            "rows": loaded.splits.fingerprint,
-            "reference": getattr(reference_of["train"], "key", "live"),
-        },
+        identity=identity_of(loaded, reference=getattr(reference_of["train"], "key", "live")),
     )
     fit(task, session)
     return {"samples": distinct_responses(train), "gradient_steps": plan.steps}

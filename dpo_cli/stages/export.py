@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,21 +23,23 @@ from transformers import (
 
 from dpo_cli.config import ExportConfig, ModelConfig
 from dpo_cli.data.trained import TRAINED_PROMPTS
+from dpo_cli.durable.provenance import PROVENANCE
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.policies import run_of, training_cost
+from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.classifier import CLASSIFIER
 from dpo_cli.model.load import hf_config, load_tokenizer
 from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.reward import set_padding
 from dpo_cli.model.source import Origin, model_folder, origin_of, source_of
 from dpo_cli.report.card import write_model_card
-from dpo_cli.report.files import versions
+from dpo_cli.report.files import first_command, versions
 from dpo_cli.session.models import base_provenance
 from dpo_cli.session.precision import QUANTIZATION
 from dpo_cli.session.preview import Preview, Row, model_rows
 from dpo_cli.session.session import Session
 from dpo_cli.session.trained import SEEN
-from dpo_cli.train.checkpoint import PROVENANCE, save_final
+from dpo_cli.train.checkpoint import save_final
 
 MODEL_FACTS = ("name", "hub_id", "revision", "path")
 # Not uploaded: useful only here, and with local paths
@@ -52,7 +53,7 @@ def run(session: Session) -> dict[str, Any]:
     stage = cast(ExportConfig, session.config.stage)
     source, final = session.config.model, session.run_dir / "final"
     tokenizer = load_tokenizer(source)
-    model = load_dense(source, tokenizer)
+    model = load_dense(source, tokenizer, Placement(note=session.note))
     provenance, origin = base_provenance(source), origin_of(source)
     over = provenance.get(QUANTIZATION) if origin.adapter else None
     dtype = stage.dtype
@@ -114,13 +115,15 @@ def stored_dtype(config: ModelConfig) -> str:
     return STORED[kinds[0]] if kinds else "fp32"
 
 
-def load_dense(source: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def load_dense(
+    source: ModelConfig, tokenizer: PreTrainedTokenizerFast, on: Placement
+) -> PreTrainedModel:
     """Policy or classifier with all its weights in float32. Raises ConfigError."""
     shape = hf_config(source, tokenizer)
     if not any(name.endswith(CLASSIFIER) for name in shape.architectures or ()):
-        return read_pretrained(AutoModelForCausalLM, source, "model.path")[0]
+        return read_pretrained(AutoModelForCausalLM, source, "model.path", on=on)[0]
     kind, labels = AutoModelForSequenceClassification, shape.num_labels
-    model, _ = read_pretrained(kind, source, "model.path", num_labels=labels)
+    model, _ = read_pretrained(kind, source, "model.path", on=on, num_labels=labels)
     set_padding(model, source, tokenizer)
     return model
 
@@ -146,7 +149,7 @@ def card_facts(
         "name": session.run_dir.name,
         "model": base_of(source),
         "data": data,
-        "command": stored_command(run),
+        "command": first_command(run) if run else [],
         "chat": chat,
         "config": config or ({"trained": provenance} if provenance else {}),
         "results": results,
@@ -180,12 +183,6 @@ def read_stored(run: Path | None) -> dict[str, Any]:
 def read_object(path: Path, without: Sequence[str]) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return {key: value for key, value in found.items() if key not in without}
-
-
-def stored_command(run: Path | None) -> list[str]:
-    path = run / "command.txt" if run else None
-    lines = path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else []
-    return shlex.split(lines[0]) if lines else []
 
 
 def push(folder: Path, repository: str) -> None:

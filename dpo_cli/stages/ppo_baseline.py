@@ -28,7 +28,7 @@ from dpo_cli.session.lengths import (
     unfinished_line,
     with_new_tokens,
 )
-from dpo_cli.session.models import Loaded, load_policy_and_data, provenance_of
+from dpo_cli.session.models import Loaded, identity_of, load_policy_and_data, provenance_of
 from dpo_cli.session.preview import (
     Preview,
     Row,
@@ -127,7 +127,7 @@ class Ppo:
 
 def run(session: Session) -> dict[str, Any]:
     """Roll out, train on the rollout for some epochs, and again."""
-    loaded = load_policy_and_data(session, beside_its_start(session.config))
+    loaded = load_policy_and_data(session, beside_its_start(session))
     reference = reference_path(session.config, loaded)
     ppo = prepare(session, loaded, reference)
     stage, actors = ppo.stage, ppo.actors
@@ -144,17 +144,17 @@ def run(session: Session) -> dict[str, Any]:
         unit="prompts",
         provenance=provenance_of(
             session,
-            loaded.splits,
+            loaded,
             reward_fn=vars(session.config.reward_fn),
             target_kl=stage.target_kl if stage.kl_control == "adaptive" else None,
             reference=reference or session.config.model.path or session.config.model.hub_id,
         ),
         files=trained_files(session.config, loaded.splits),
-        identity={
-            "rows": loaded.splits.fingerprint,
-            "reference": actors.reference.digest,
-            "reward_fn": scorer_digest(actors.score) or "none",
-        },
+        identity=identity_of(
+            loaded,
+            reference=actors.reference.digest,
+            reward_fn=scorer_digest(actors.score) or "none",
+        ),
         heads=actors.value_head,
         heads_lr_scale=stage.value_lr_scale,
         before_step=ppo.before_step,

@@ -20,7 +20,7 @@ from dpo_cli.model.reward import load_reward_model, rewards, without_padding
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.rewards.normalization import normalize
 from dpo_cli.session.balance import balanced
-from dpo_cli.session.models import Loading, load_policy_and_data, provenance_of
+from dpo_cli.session.models import Loading, identity_of, load_policy_and_data, provenance_of
 from dpo_cli.session.preview import (
     Preview,
     Row,
@@ -83,11 +83,11 @@ def run(session: Session) -> dict[str, Any]:
         unit="pairs" if branches == 2 else "lists",
         provenance=provenance_of(
             session,
-            loaded.splits,
+            loaded,
             base=session.config.model.path or session.config.model.hub_id,
         ),
         files=trained_files(session.config, loaded.splits),
-        identity={"rows": loaded.splits.fingerprint, "margins": digest(train.margins)},
+        identity=identity_of(loaded, margins=digest(train.margins)),
     )
     fit(task, session)
     draw_held_out(session, loaded.model, held_out, stage)

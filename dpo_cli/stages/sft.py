@@ -15,7 +15,7 @@ from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.model.forward import loss_and_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.session.balance import balanced
-from dpo_cli.session.models import Loaded, load_policy_and_data, provenance_of
+from dpo_cli.session.models import Loaded, identity_of, load_policy_and_data, provenance_of
 from dpo_cli.session.preview import (
     Preview,
     Row,
@@ -61,9 +61,9 @@ def run(session: Session) -> dict[str, Any]:
         evaluate=lambda: evaluate(session, loaded, held_out, stage.reduction),
         budget=session.budget,
         on_eval=sample_writer(session, loaded),
-        provenance=provenance_of(session, loaded.splits),
+        provenance=provenance_of(session, loaded),
         files=trained_files(session.config, loaded.splits),
-        identity={"rows": loaded.splits.fingerprint},
+        identity=identity_of(loaded),
     )
     fit(task, session)
     return {"samples": distinct_responses(train), "gradient_steps": plan.steps}

@@ -39,7 +39,7 @@ from dpo_cli.distributed.ranks import ALONE, Ranks
 from dpo_cli.durable import damage, publish_folder
 from dpo_cli.errors import CheckpointError
 from dpo_cli.train import contents
-from dpo_cli.train.contents import HEADS, OPTIMIZER, PROVENANCE, RNG, Contents
+from dpo_cli.train.contents import HEADS, OPTIMIZER, RNG, Contents
 
 LAYOUT = 1  # raise it when older checkpoints can no longer be read
 STEP_FOLDER = re.compile(r"step-(\d+)")
@@ -137,12 +137,6 @@ def _with(model: torch.nn.Module, heads: torch.nn.Module | None) -> torch.nn.Mod
     return model if heads is None else torch.nn.ModuleList([model, heads])
 
 
-def load_provenance(folder: Path) -> dict[str, Any]:
-    """How saved weights were trained (`dpo_run.json`); empty for models not from dpo-run."""
-    path = folder / PROVENANCE
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
 def save_final(
     target: Path,
     model: PreTrainedModel,
@@ -190,8 +184,6 @@ def prune(folder: Path, step: int, keep: int, protect: int | None) -> None:
     for old in steps:
         if old not in kept:
             shutil.rmtree(folder / f"step-{old}")
-    for stale in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
-        shutil.rmtree(stale, ignore_errors=True)
 
 
 def restore(

@@ -23,10 +23,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from dpo_cli.durable import disk_errors
+from dpo_cli.durable.provenance import PROVENANCE
 from dpo_cli.durable.redact import redact
 from dpo_cli.durable.tensors import write_tensors
 
-PROVENANCE = "dpo_run.json"
 HEADS = "heads.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 RNG = "rng.safetensors"

@@ -12,14 +12,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from dpo_cli.distributed.signals import stopping_signals
 from dpo_cli.errors import RunLockedError
 
 if TYPE_CHECKING:  # run folders are claimed before torch is imported
     from dpo_cli.distributed.ranks import Ranks
 
 log = logging.getLogger(__name__)
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @contextmanager
@@ -69,7 +68,7 @@ class StopRequest:
 
     @contextmanager
     def watching(self) -> Iterator[StopRequest]:
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        before = {n: signal.signal(n, self._handle) for n in stopping_signals()}
         try:
             yield self
         finally:

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from dpo_cli.config import RunConfig, spec_of
 from dpo_cli.distributed.fsdp import reshard
 from dpo_cli.distributed.ranks import Ranks
-from dpo_cli.durable import recover
 from dpo_cli.errors import ConfigError, NonFiniteError, Preempted
 from dpo_cli.records import Batch
 from dpo_cli.train import checkpoint
@@ -87,11 +86,9 @@ def fit(task: TrainTask, session: TrainingSession) -> None:
         sizes_of(task.model), peak_tflops(runtime.device, runtime.precision),
     )  # fmt: skip
     ranks = runtime.ranks
-    if ranks.first:
-        recover(run_dir / "final")
     task.identity["precision"] = runtime.precision
     if snapshot is not None:
-        _check_identity(snapshot, task)
+        _check_identity(snapshot, task, session)
         checkpoint.restore(snapshot, task.model, optimizer, task.heads)
         run.step, run.best = snapshot.step, snapshot.state["best"]
         run.saves.kept = snapshot.state.get("best_saved", run.best)
@@ -122,17 +119,22 @@ def check_ranks_agree(ranks: Ranks, task: TrainTask) -> None:
                 )
 
 
-def _check_identity(snapshot: checkpoint.Snapshot, task: TrainTask) -> None:
+def _check_identity(
+    snapshot: checkpoint.Snapshot, task: TrainTask, session: TrainingSession
+) -> None:
     saved = snapshot.state["identity"]
-    changed = [
-        f"{name}: {saved.get(name, 'none')[:12]} -> {now[:12]}"
+    changed = {
+        name: f"{name}: {saved[name][:12]} -> {now[:12]}"
         for name, now in task.identity.items()
-        if saved.get(name) != now
-    ]
+        if saved.get(name, now) != now  # older checkpoints have no base
+    }
+    if session.config.model.other_base and "base" in changed:
+        session.note(f"resume: over another base ({changed.pop('base')})")
     if changed:
+        key = "set model.other_base=true, " * (list(changed) == ["base"])
         raise ConfigError(
-            f"resume: {snapshot.folder} is from a different run ({'; '.join(changed)}): restore "
-            "what changed, or start a new run in another run_dir"
+            f"resume: {snapshot.folder} is from a different run ({'; '.join(changed.values())}): "
+            f"restore what changed, {key}or start a new run in another run_dir"
         )
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+from dpo_cli.distributed.signals import stopping_signals
 
 
 def child_command() -> list[str]:
@@ -51,7 +51,7 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield stopped  # a launcher's worker thread: Python sets handlers in the main one only
         return
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    before = {number: signal.signal(number, forward) for number in stopping_signals()}
     try:
         yield stopped
     finally:

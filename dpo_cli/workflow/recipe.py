@@ -25,7 +25,16 @@ from dpo_cli.config.read import prepare
 from dpo_cli.durable import disk_errors, write_json
 from dpo_cli.durable.redact import hide, redact, unkept
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.run_folder import is_bare, is_used, make, read_json, refuse_locked, set_aside
+from dpo_cli.report.output import go_on_in
+from dpo_cli.run_folder import (
+    clear_leftovers,
+    is_bare,
+    is_used,
+    make,
+    read_json,
+    refuse_locked,
+    set_aside,
+)
 from dpo_cli.train.guard import run_lock
 from dpo_cli.workflow.child import run_child, shell_status
 from dpo_cli.workflow.expand import Folders, Task, expand, resolve
@@ -60,7 +69,9 @@ def run_recipe(words: Sequence[str]) -> int:
         return 0
     make(run_dir)
     with run_lock(run_dir):
+        clear_leftovers(run_dir)
         write_json(run_dir / RECIPE, {"recipe": recipe.name, "vars": recipe.variables})
+        go_on_in(run_dir)
         return _run_steps(recipe, run_dir)
 
 

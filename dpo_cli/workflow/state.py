@@ -143,7 +143,7 @@ def _digest(path: Path) -> str:
         for p, name in ((p, p.relative_to(path)) for p in below)
         if p.is_file() and not any(part.startswith(".") for part in name.parts)
     ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _content(path: Path) -> str:
@@ -164,5 +164,5 @@ def identity(folder: Path) -> str:
             continue
         size = path.stat().st_size
         content = file_digest(path) if size <= HASHED_BYTES else ""
-        digest.update(f"{name.as_posix()} {size} {content}\n".encode())
+        digest.update(f"{name.as_posix()} {size} {content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

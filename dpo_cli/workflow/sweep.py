@@ -26,10 +26,11 @@ from dpo_cli.distributed.launch import is_secondary_node
 from dpo_cli.durable import disk_errors, write_json, write_text
 from dpo_cli.durable.redact import redact, unkept
 from dpo_cli.errors import ConfigError
+from dpo_cli.report.output import go_on_in
 from dpo_cli.run_folder import (
     JOBS,
-    LOCK,
     SWEEP,
+    clear_leftovers,
     composed_with,
     is_bare,
     is_used,
@@ -70,6 +71,8 @@ def claimed(chosen: str, words: Sequence[str], resume: bool = False) -> Iterator
         if not resume:
             _refuse_used(folder)  # two may have found it empty at once
             write_json(folder / SWEEP, {"overrides": list(words)})
+        go_on_in(folder)
+        clear_leftovers(folder)
         for path in folder.iterdir():  # a killed sweep may leave its job running
             if path.is_dir():
                 refuse_locked(path)
@@ -93,7 +96,7 @@ def _saved_without_secrets() -> Iterator[None]:
 
 
 def _refuse_used(folder: Path) -> None:
-    if is_used(folder) and (not folder.is_dir() or {p.name for p in folder.iterdir()} - {LOCK}):
+    if is_used(folder):
         raise ConfigError(f"hydra.sweep.dir={folder}: is not empty; choose another folder")
 
 

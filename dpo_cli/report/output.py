@@ -1,0 +1,165 @@
+"""Console output that outlives its terminal, and a copy of it in the run folder.
+
+What is printed goes to the terminal as long as that takes it, and as plain lines without secrets
+to the folder's console.log. Once a run has its folder, a terminal that is gone, a closed pipe or a
+full disk behind `> file` ends nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+LOG = "console.log"
+_CODES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])")
+
+
+class Log:
+    """Lines of console.log: in memory until there is a folder for them."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self._lines = ""
+        self._lock = threading.RLock()
+
+    def add(self, lines: str) -> None:
+        """Complete lines. What the folder's disk does not take is lost: it is a copy."""
+        with self._lock:
+            self._lines += lines
+            if self.folder is None or not self._lines or not self.folder.is_dir():
+                return
+            from dpo_cli.durable.redact import redact
+            from dpo_cli.report.console import printable  # rich is slow to import
+            from dpo_cli.report.files import encode
+
+            text = printable(redact(_CODES.sub("", self._lines)))
+            with suppress(OSError), (self.folder / LOG).open("ab") as file:
+                file.write(encode(text))
+            self._lines = ""
+
+
+class Copy:
+    """A text file whose complete lines go to a log, without what a carriage return overwrites."""
+
+    def __init__(self, log: Log) -> None:
+        self.log, self._begun = log, ""
+
+    def write(self, text: str) -> int:
+        *lines, self._begun = (self._begun + text.replace("\r\n", "\n")).split("\n")
+        self._begun = _last_shown(self._begun)
+        if lines:
+            self.log.add("".join(f"{_last_shown(line)}\n" for line in lines))
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing to do: lines are written when they are complete."""
+
+    def close(self) -> None:
+        if self._begun:
+            self.write("\n")
+
+
+def _last_shown(line: str) -> str:
+    return line.rpartition("\r")[2]
+
+
+class Terminal:
+    """stdout or stderr, as far as it can be written to."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.lasting, self._gone = stream, False, False
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        if self._gone:
+            return
+        try:
+            act()
+        except (OSError, ValueError) as error:  # ValueError: closed
+            if not self.lasting:
+                raise
+            if isinstance(error, BlockingIOError):  # its reader is slow
+                return
+            self._gone = True
+            with suppress(OSError, ValueError):  # what is buffered, and native code's output
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+class Copied:
+    """A terminal whose text is copied. Stands in for sys.stdout and sys.stderr."""
+
+    def __init__(self, terminal: Terminal, copy: Copy) -> None:
+        self.terminal, self.copy = terminal, copy
+
+    def write(self, text: str) -> int:
+        self.copy.write(text)
+        return self.terminal.write(text)
+
+    def flush(self) -> None:
+        self.terminal.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.terminal, name)
+
+
+@contextmanager
+def copied_output() -> Iterator[None]:
+    """Around a command: stdout and stderr are `Copied`, for `go_on_in`."""
+    log, before = Log(), (sys.stdout, sys.stderr)
+    _open_closed()
+    out, err = (Copied(Terminal(_never_raising(stream)), Copy(log)) for stream in before)
+    sys.stdout, sys.stderr = cast(Any, out), cast(Any, err)
+    try:
+        yield
+    except Exception:  # a bug, whose traceback Python prints at the end
+        log.add(traceback.format_exc())
+        raise
+    finally:
+        for stream in (out, err):
+            stream.copy.close()
+        log.add("")
+        sys.stdout, sys.stderr = before
+
+
+def _open_closed() -> None:
+    """Where the shell closed a standard stream (`2>&-`), the next file opened would take its place,
+    and what is printed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _never_raising(stream: TextIO | None) -> TextIO:
+    """A stream that escapes what its encoding lacks. None: it was closed before the start."""
+    if stream is None:
+        return open(os.devnull, "w", encoding="utf-8")
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
+    return stream
+
+
+def go_on_in(folder: Path) -> None:
+    """From now on, no terminal that is gone ends this process; the folder has what it printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Copied):
+            stream.terminal.lasting = True
+            stream.copy.log.folder = folder
+            stream.copy.log.add("")
