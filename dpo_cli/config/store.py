@@ -8,9 +8,10 @@ problems together.
 from __future__ import annotations
 
 import dataclasses
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from dpo_cli.config import RunConfig
 from dpo_cli.config.hints import TABLES, groups
@@ -22,10 +23,19 @@ def fill(store: ConfigStore) -> None:
     hints = get_type_hints(RunConfig)
     for group in groups():
         if group not in TABLES:
-            store.store(group=GROUP, name=group, node=dataclasses.asdict(hints[group]()))
+            store.store(group=GROUP, name=group, node=_node(hints[group]()))
         for option, schema in TABLES.get(group, {}).items():
-            node = dataclasses.asdict(schema()) | {"name": option}
+            node = _node(schema()) | {"name": option}
             store.store(group=f"{GROUP}/{group}", name=option, node=node)
+
+
+def _node(config: Any) -> dict[str, Any]:
+    """The values of a group; a mapping takes keys that no schema knows."""
+    values = dataclasses.asdict(config)
+    return {
+        name: OmegaConf.create(value, flags={"struct": False}) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
 
 
 fill(ConfigStore.instance())
