@@ -54,10 +54,11 @@ SPEC = StageSpec(CountConfig, title="Count", parallel=False)
 ''',
     "conf/stage/count.yaml": "# How many rows there are to train on.\nfactor: 2.0\n",
 }
-LOSS = (
-    '"squared": lambda logprobs, beta=0.1: (beta * _pair_difference(logprobs.logratios) - 1) ** 2, '
-)
-LOSS_FACT = '"squared": Loss("Squared DPO", "a squared loss", frozenset({"beta", "nll_weight"})), '
+LOSS = """"squared": Loss(
+    lambda logprobs, beta=0.1: (beta * logprobs.logratios.diff(dim=1)[:, 0] + 1) ** 2,
+    "Squared DPO", "a squared loss",
+),
+"""
 REWARD = '"vowels": lambda rows: [float(sum(map(r.completion.count, "aeiou"))) for r in rows], '
 LINES = [  # file, what stands there, what is put behind it
     ("dpo_cli/data/adapters/__init__.py", "from dpo_cli.data.adapters import ", "letters, "),
@@ -65,8 +66,7 @@ LINES = [  # file, what stands there, what is put behind it
      '"letters": letters.parse, '),
     ("dpo_cli/config/datasets.py", "DATA_SCHEMAS: dict[str, type[DataConfig]] = {",
      '"letters": DataConfig, '),
-    ("dpo_cli/losses/__init__.py", "LOSSES: dict[str, Callable[..., Tensor]] = {", LOSS),
-    ("dpo_cli/config/stages/dpo.py", "LOSS_FACTS = {", LOSS_FACT),
+    ("dpo_cli/losses/__init__.py", "LOSSES: dict[str, Loss] = {", LOSS),
     ("dpo_cli/rewards/scorers.py", "SCORERS: dict[str, Scorer] = {", REWARD),
     ("dpo_cli/config/rewards.py", "REWARD_FN_SCHEMAS: dict[str, type[RewardFnConfig]] = {",
      '"vowels": RewardFnConfig, '),

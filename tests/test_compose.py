@@ -90,11 +90,12 @@ def test_a_number_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             "+stage.beta=3",
-            "stage.beta: not a key of stage=sft; it belongs to stage=dpo, stage=label",
+            "stage.beta: not a key of stage=sft; it belongs to stage=dpo, stage=kto, stage=label",
         ),
         (
             "+stage.bta=3",
-            "stage.bta: unknown key; did you mean stage.beta, a key of stage=dpo, stage=label?",
+            "stage.bta: unknown key; did you mean stage.beta, a key of stage=dpo, stage=kto, "
+            "stage=label?",
         ),
         ("stage.name=dop", "stage.name=dop: unknown; did you mean dpo?"),
     ],
@@ -179,3 +180,12 @@ def test_home_and_cache_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("DPO_RUN_CACHE", "/fast")
     assert finalize(build(composed())).cache_dir == "/fast"
     assert finalize(build(composed("cache_dir=/mine"))).cache_dir == "/mine"
+
+
+def test_a_mapping_takes_keys_of_its_own() -> None:
+    config = prepare(
+        composed("data=jsonl", "data.path=.", "data.chat_template_kwargs={thinking: false}")
+    )
+    assert config.data.chat_template_kwargs == {"thinking": False}
+    config = prepare(composed("stage=dpo", "stage.extra_losses.bco=0.2"))
+    assert config.stage.extra_losses == {"bco": 0.2}

@@ -12,7 +12,8 @@ import torch
 import toy_space
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.frontier import best_of_kl_bound
-from dpo_cli.losses import RankedLogprobs, sigmoid_loss
+from dpo_cli.losses import RankedLogprobs
+from dpo_cli.losses.pairwise import sigmoid_loss
 from dpo_cli.model.attention.probe import choose_attention
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.packing import pack

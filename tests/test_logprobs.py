@@ -62,6 +62,24 @@ def test_values_and_gradients(monkeypatch, bias, scale, softcap, chunk_rows):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
+def test_a_loss_of_all_examples_together(monkeypatch):
+    """A loss that is no sum over examples, computed in chunks of single examples."""
+    monkeypatch.setattr(Head, "rows_per_chunk", lambda self: 1)
+    hidden, weight, offset, targets = make(True)
+
+    def product_of_sums(values, examples):
+        assert (examples.start, examples.stop) == (0, len(COUNTS))
+        return torch.stack([part.sum() for part in values.split(COUNTS)]).mul(0.05).exp().prod()
+
+    leaves = (hidden, weight, offset)
+    expected = product_of_sums(plain(*leaves, targets, 1.0, None), slice(0, len(COUNTS)))
+    loss, _ = fused_loss(hidden, Head(weight, offset), targets, COUNTS, product_of_sums, True)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    grads = torch.autograd.grad(expected, leaves), torch.autograd.grad(loss, leaves)
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
+
+
 def test_frozen_head_gets_no_gradient():
     hidden, weight, _, targets = make(False)
     weight = weight.detach()

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.durable import file_digest
-from dpo_cli.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Preempted
+from dpo_cli.errors import CheckpointError, ConfigError, NonFiniteError, Preempted
+from dpo_cli.losses import LOSSES
 from dpo_cli.train import loop
 from small_runs import TINY, configure, metrics, train
 
@@ -282,19 +283,43 @@ def test_a_dpo_policy_needs_its_reference_named(sft, tmp_path):
     assert abs(first) > 1e-3  # the policy starts away from its reference
 
 
-def test_pairwise_losses_refuse_ranked_lists(sft, tmp_path):
+def test_ranked_lists(sft, tmp_path):
+    """Plackett-Luce starts at ln 3!, the mean over all pairs of a list at ln 2."""
     lists = ("stage=dpo", f"model.path={sft}", "data.responses=3", "train.max_steps=2")
-    with pytest.raises(DataError, match="plackett_luce"):
-        train(tmp_path / "a", *lists)
-    train(tmp_path / "b", *lists, "stage.loss=plackett_luce")
-    assert column(tmp_path / "b", "loss")[0] == pytest.approx(math.log(6), abs=1e-5)
+    for loss, start in (("plackett_luce", math.log(6)), ("sigmoid", math.log(2))):
+        train(tmp_path / loss, *lists, f"stage.loss={loss}")
+        assert column(tmp_path / loss, "loss")[0] == pytest.approx(start, abs=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["hinge", "ipo", "unlikelihood"])
+@pytest.mark.parametrize("loss", sorted(set(LOSSES) - {"sigmoid", "plackett_luce"}))
 def test_other_losses_train(sft, tmp_path, loss):
-    train(tmp_path / "r", *DPO, f"model.path={sft}", f"stage.loss={loss}", "train.max_steps=18")
-    losses = column(tmp_path / "r", "loss")
+    words = ["stage.beta=2.0"] if loss == "simpo" else []
+    words += ["stage.label_smoothing=0.01"] if loss == "exo" else []
+    folder = tmp_path / "r"
+    train(folder, *DPO, f"model.path={sft}", f"stage.loss={loss}", "train.max_steps=18", *words)
+    losses = column(folder, "loss")
     assert sum(losses[-6:]) < sum(losses[:6])  # six steps are an epoch
+    assert bool(column(folder, "logratios/chosen")) == LOSSES[loss].reference
+
+
+def test_losses_without_a_reference_load_none(sft, tmp_path, monkeypatch):
+    from dpo_cli.session import reference
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("no reference is needed")
+
+    monkeypatch.setattr(reference, "compute", refuse)
+    monkeypatch.setattr("dpo_cli.stages.dpo.load_reference", refuse)
+    train(tmp_path / "r", *DPO, f"model.path={sft}", "stage.loss=simpo", "train.max_steps=2")
+
+
+def test_ld_alpha_weighs_policy_and_reference_alike(sft, tmp_path):
+    for way in ("cached", "live"):
+        train(tmp_path / way, *DPO, f"model.path={sft}", "stage.ld_alpha=0.3",
+              f"stage.reference_logprobs={way}", "train.max_steps=3")  # fmt: skip
+        assert column(tmp_path / way, "loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+    cached, live = (column(tmp_path / way, "loss") for way in ("cached", "live"))
+    assert cached == pytest.approx(live, abs=1e-5)
 
 
 def test_nll_weight_adds_the_chosen_nll(sft, tmp_path):

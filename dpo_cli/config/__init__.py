@@ -39,11 +39,12 @@ from dpo_cli.config.schema import (
 )
 from dpo_cli.config.stages import STAGE_SCHEMAS, STAGES, spec_of
 from dpo_cli.config.stages.base import StageConfig, StageSpec
-from dpo_cli.config.stages.dpo import LOSS_FACTS, DpoConfig
+from dpo_cli.config.stages.dpo import DpoConfig
 from dpo_cli.config.stages.evaluate import EvaluateConfig
 from dpo_cli.config.stages.export import ExportConfig
 from dpo_cli.config.stages.frontier import FrontierConfig
 from dpo_cli.config.stages.inspect import InspectConfig
+from dpo_cli.config.stages.kto import KtoConfig
 from dpo_cli.config.stages.label import LabelConfig
 from dpo_cli.config.stages.ppo_baseline import PpoConfig
 from dpo_cli.config.stages.reward import RewardConfig
@@ -53,7 +54,6 @@ from dpo_cli.config.stages.sft import SftConfig
 __all__ = [
     "DATA_SCHEMAS",
     "JUDGE_SCHEMAS",
-    "LOSS_FACTS",
     "REWARD_FN_SCHEMAS",
     "STAGES",
     "STAGE_SCHEMAS",
@@ -71,6 +71,7 @@ __all__ = [
     "InspectConfig",
     "JsonlDataConfig",
     "JudgeConfig",
+    "KtoConfig",
     "LabelConfig",
     "LengthRewardFn",
     "LexiconRewardFn",

@@ -56,7 +56,7 @@ def _choices(config: RunConfig) -> Iterator[str]:
             continue
         if key == "hardware.precision" and value in ("fp16", "float16", "half"):
             yield f"{key}={value}: not offered, log-probs overflow in it; use bf16 or fp32"
-        elif (key, value) == ("stage.loss", "dpo"):
+        elif (config.stage.name, key, value) == ("dpo", "stage.loss", "dpo"):
             yield "stage.loss=dpo: DPO's own loss is called sigmoid; use stage.loss=sigmoid"
         else:
             hint = did_you_mean(value, fact.choices)
@@ -121,6 +121,12 @@ def _data(config: RunConfig) -> Iterator[str]:
         hint = did_you_mean(data.chat_template, CHAT_TEMPLATES)
         known = ", ".join(CHAT_TEMPLATES)
         yield f"data.chat_template={data.chat_template}: must be one of {known}, or a file{hint}"
+    spec, label = spec_of(config.stage), getattr(data, "label_field", None)
+    if label and spec.trains and not spec.takes_labels:
+        yield (
+            f"data.label_field={label}: stage={config.stage.name} would take undesirable "
+            "responses for good ones; use stage=kto"
+        )
     longest, prompt = data.max_length, data.max_prompt_length
     if longest is not None and prompt is not None and prompt >= longest:
         yield (

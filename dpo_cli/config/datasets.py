@@ -163,6 +163,11 @@ class JsonlDataConfig(DataConfig):
     scores_field: str | None = key(
         None, "field of one score per response; a ranked list is ordered by them"
     )
+    label_field: str | None = key(
+        None,
+        "field that tells whether the row's only response (chosen_field) is desirable, true or "
+        "false, 1 or 0: for stage=kto",
+    )
     system_field: str | None = key(
         "system", "field of a system message before the prompt; may be absent; null: not read"
     )

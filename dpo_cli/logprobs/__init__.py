@@ -9,7 +9,6 @@ logits ("slopes", (n, V)) are kept in the compute dtype for a chunk of complete 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -17,104 +16,32 @@ from torch import Tensor
 
 from dpo_cli.logprobs import fused_head
 from dpo_cli.logprobs.fused_head import add_product, product
+from dpo_cli.logprobs.head import (
+    BLOCK_BYTES,
+    CHUNK_BYTES,
+    EAGER_BLOCKS,
+    Head,
+    compute_dtype,
+    logits_of,
+    promote,
+    promoted,
+)
 
-BLOCK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}  # of float32 logits per block
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 1024 * 2**20}  # of slopes per chunk
-EAGER_BLOCKS = 3  # alive at once without the kernel: logits, softmax, the next block's logits
-TILE_ROWS = 128  # of a matmul on CUDA
-
-
-@dataclass(frozen=True)
-class Head:
-    """A model's output layer: logits = cap(scale * (h W^T + b)).
-
-    weight: (V, D); bias: (V,) or None; scale: Cohere's logit_scale, 1/Granite's
-    logits_scaling; softcap: Gemma 2's final_logit_softcapping (cap(z) = c tanh(z/c));
-    vocab: V if the weight is padded with rows of zeros (`cast`), which are not tokens.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    vocab: int | None = None
-
-    @property
-    def tokens(self) -> int:
-        return len(self.weight) if self.vocab is None else self.vocab
-
-    def refused(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why the fused kernel cannot be used there, or None; probed once per process."""
-        shape = fused_head.Shape(
-            device, dtype, self.tokens, self.bias is not None, self.softcap is not None
-        )
-        return fused_head.refused(shape)
-
-    @property
-    def fused(self) -> bool:
-        return self.refused(self.weight.device, self.weight.dtype) is None
-
-    def rounding(self, device: torch.device, dtype: torch.dtype) -> str:
-        """How log-probabilities are rounded there, for cache keys; "" on a CPU."""
-        if device.type != "cuda":
-            return ""
-        kind = "eager" if self.refused(device, dtype) else "fused"
-        return f" {kind} head" + " in float32" * fused_head.unrounded(device, dtype)
-
-    def rows_without_kernel(self) -> int:
-        return self._rows(BLOCK_BYTES, 4)
-
-    def rows_per_block(self) -> int:
-        rows = self.rows_without_kernel()
-        return rows * EAGER_BLOCKS // TILE_ROWS * TILE_ROWS or rows if self.fused else rows
-
-    def rows_per_chunk(self) -> int:
-        return self._rows(CHUNK_BYTES, self.weight.element_size())
-
-    def _rows(self, budget: dict[str, int], size: int) -> int:
-        limit = budget.get(self.weight.device.type, budget["cpu"])
-        return max(16, limit // (size * self.weight.shape[0]))
-
-    def cast(self, dtype: torch.dtype) -> Head:
-        """The head in another dtype, with aligned weight rows: once, rather than per chunk."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        weight = fused_head.aligned(self.weight, self.tokens, dtype)
-        return replace(self, weight=weight, bias=bias, vocab=self.tokens)
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype a linear layer would compute in: autocast's, else the input's."""
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
-
-
-def promoted(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax: float32, or float64 for float64 (in tests)."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def promote(x: Tensor) -> Tensor:
-    return x.to(promoted(x.dtype))
-
-
-def logits_of(hidden: Tensor, head: Head) -> Tensor:
-    """(n, D) -> (n, V), in float32 (float64 stays), computed in the head's dtype."""
-    weight, bias = head.weight, head.bias
-    hidden = hidden.to(weight.dtype)
-    if hidden.is_cuda and not torch.is_grad_enabled():
-        logits = promote(product(hidden, weight.t()))[:, : head.tokens]
-        logits = logits if bias is None else logits + bias
-    else:
-        weight = weight[: head.tokens]
-        logits = promote(torch.nn.functional.linear(hidden, weight, bias))
-    if head.scale != 1.0:
-        logits = logits * head.scale
-    if head.softcap is not None:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return logits
+__all__ = [
+    "BLOCK_BYTES",
+    "CHUNK_BYTES",
+    "EAGER_BLOCKS",
+    "Head",
+    "LossOf",
+    "fused_head",
+    "fused_loss",
+    "logits_of",
+    "promote",
+    "promoted",
+    "sum_by_sequence",
+    "target_logprobs",
+    "token_kl",
+]
 
 
 def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +58,7 @@ def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def target_logprobs(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """(N, D) hidden states, (N,) token ids -> (N,) log-probabilities, float32. No gradient."""
-    head = head.cast(_compute_dtype(hidden))
+    head = head.cast(compute_dtype(hidden))
     rows = head.rows_per_block()
     blocks = zip(hidden.split(rows), targets.split(rows), strict=True)
     return torch.cat([_block(h, head, t) for h, t in blocks])
@@ -177,7 +104,12 @@ LossOf = Callable[[Tensor, slice], Tensor]
 
 
 def fused_loss(
-    hidden: Tensor, head: Head, targets: Tensor, counts: Sequence[int], loss_of: LossOf
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    counts: Sequence[int],
+    loss_of: LossOf,
+    together: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Loss on target log-probabilities; gradients are computed chunk by chunk in the forward.
 
@@ -186,13 +118,15 @@ def fused_loss(
     narrower by V / D.
 
     hidden: (N, D); targets: (N,); counts: targets of each example, in order, summing to N.
+    together: the loss is no sum over examples, so it gets them all in one call, for which the
+    logits are computed twice.
     Returns the loss summed over examples, with gradient, and the (N,) log-probabilities,
     without. The head's gradient is an autograd gradient like any other.
     """
     # Inside a Function requires_grad is set even under no_grad.
     leaves = (hidden, head.weight, head.bias)
     needs_grad = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in leaves]
-    loss, logprobs = _FusedLoss.apply(*leaves, targets, head, counts, loss_of, needs_grad)
+    loss, logprobs = _FusedLoss.apply(*leaves, targets, head, counts, loss_of, needs_grad, together)
     return loss, logprobs
 
 
@@ -221,21 +155,25 @@ class _FusedLoss(torch.autograd.Function):
         counts: Sequence[int],
         loss_of: LossOf,
         needs_grad: Sequence[bool],
+        together: bool,
     ) -> tuple[Tensor, Tensor]:
-        head = head.cast(_compute_dtype(hidden))
+        head = head.cast(compute_dtype(hidden))
         grads = _Gradients((hidden, weight, bias), needs_grad)
         loss = torch.zeros((), dtype=promoted(hidden.dtype), device=hidden.device)
         parts = []
+        if together:
+            logprobs = target_logprobs(hidden, head, targets)
+            loss, every = _with_gradient(loss_of, logprobs, slice(0, len(counts)))
         for examples, rows in _whole_examples(counts, head.rows_per_chunk()):
             if any(needs_grad):
                 logprobs, slopes = _logprobs_and_slopes(hidden[rows], head, targets[rows])
             else:
                 logprobs = target_logprobs(hidden[rows], head, targets[rows])
-            with torch.enable_grad():
-                leaf = logprobs.detach().requires_grad_()
-                part = loss_of(leaf, examples)
-                (weights,) = torch.autograd.grad(part, leaf)
-            loss += part.detach()
+            if together:
+                weights = every[rows]
+            else:
+                part, weights = _with_gradient(loss_of, logprobs, examples)
+                loss += part
             parts.append(logprobs)
             if any(needs_grad):
                 grads.add(rows, head, slopes, weights[:, None] * head.scale)
@@ -248,7 +186,16 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         grads = [g if g is None else g.mul_(grad_outputs[0]) for g in ctx.saved_tensors]
-        return (*grads, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None)
+
+
+def _with_gradient(loss_of: LossOf, logprobs: Tensor, examples: slice) -> tuple[Tensor, Tensor]:
+    """A loss, and its gradient with respect to the log-probabilities, (n,)."""
+    with torch.enable_grad():
+        leaf = logprobs.detach().requires_grad_()
+        loss = loss_of(leaf, examples)
+        (weights,) = torch.autograd.grad(loss, leaf)
+    return loss.detach(), weights
 
 
 class _Gradients:
@@ -288,8 +235,8 @@ def sum_by_sequence(values: Tensor, sequence_index: Tensor, sequences: int) -> T
 def token_kl(policy: Tensor, head: Head, reference: Tensor, reference_head: Head) -> Tensor:
     """KL(pi || pi_ref) over the vocabulary at each position. (N, D) hidden states -> (N,)."""
     rows = head.rows_without_kernel()
-    head = head.cast(_compute_dtype(policy))
-    reference_head = reference_head.cast(_compute_dtype(reference))
+    head = head.cast(compute_dtype(policy))
+    reference_head = reference_head.cast(compute_dtype(reference))
     parts = []
     for p, q in zip(policy.split(rows), reference.split(rows), strict=True):
         logp = logits_of(p, head).log_softmax(1)

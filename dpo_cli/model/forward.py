@@ -62,11 +62,14 @@ def target_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def loss_and_logprobs(
-    model: PreTrainedModel, batch: Batch, loss_of: LossOf
+    model: PreTrainedModel, batch: Batch, loss_of: LossOf, together: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The row's summed loss, with gradient, and the targets' log-probabilities, (N,), without."""
+    """The row's summed loss, with gradient, and the targets' log-probabilities, (N,), without.
+
+    together: `loss_of` needs all examples at once.
+    """
     hidden = target_states(model, batch)
-    return fused_loss(hidden, head_of(model), batch.targets, batch.counts, loss_of)
+    return fused_loss(hidden, head_of(model), batch.targets, batch.counts, loss_of, together)
 
 
 def token_logprobs(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config import LOSS_FACTS, STAGES
+from dpo_cli.config import STAGES
 from dpo_cli.durable import write_bytes
 from dpo_cli.durable.provenance import load_provenance
 from dpo_cli.durable.redact import redact
+from dpo_cli.losses import LOSSES
 from dpo_cli.report.card_usage import usage
 from dpo_cli.report.files import (
     command_line,
@@ -124,8 +125,8 @@ def _method(facts: Mapping[str, Any]) -> str:
     """How the model was trained: the words of its loss, else of its stage."""
     stage, spec = facts["stage"], STAGES.get(facts["stage"])
     loss = ((facts.get("config") or {}).get("stage") or {}).get("loss")
-    if stage == "dpo" and loss in LOSS_FACTS:
-        return LOSS_FACTS[loss].method
+    if stage == "dpo" and loss in LOSSES:
+        return LOSSES[loss].method
     return (spec.method or spec.title) if spec else str(stage)
 
 

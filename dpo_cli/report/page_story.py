@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from dpo_cli.config import LOSS_FACTS, STAGES
+from dpo_cli.config import STAGES
+from dpo_cli.losses import LOSSES
 from dpo_cli.report.numbers import (
     BOUNDS,
     before,
@@ -43,7 +44,7 @@ def method_of(folder: Folder) -> str:
     if folder.stage != "dpo":
         spec = STAGES.get(folder.stage)
         return spec.title if spec else folder.stage or "Run"
-    loss = LOSS_FACTS.get(str(folder.setting("stage.loss")))
+    loss = LOSSES.get(str(folder.setting("stage.loss")))
     name = loss.title if loss else "DPO"
     smoothing = folder.setting("stage.label_smoothing")
     smoothed = name == "DPO" and is_number(smoothing) and smoothing > 0

@@ -32,10 +32,18 @@ from dpo_cli.model.base import content_in, refuse_other_base
 from dpo_cli.model.digest import loaded_digest
 from dpo_cli.model.forward import computed_by, head_of, sequence_logprobs
 from dpo_cli.model.source import Origin, origin_of
-from dpo_cli.records import EncodedExample
+from dpo_cli.records import Batch, EncodedExample
 from dpo_cli.session.models import AS_TRAINED, Loaded, Loading, load, load_named, named_source
 from dpo_cli.session.rows import over_rows
 from dpo_cli.session.session import Session
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Another sum over a response's tokens than the plain one; name: for cache keys."""
+
+    compute: Callable[[PreTrainedModel, Batch], Tensor]
+    name: str
 
 
 @dataclass(frozen=True)
@@ -143,14 +151,17 @@ def beside_its_start(session: Session) -> Loading:
 
 
 def reference_key(
-    session: Session, reference: Reference, examples: Sequence[EncodedExample]
+    session: Session,
+    reference: Reference,
+    examples: Sequence[EncodedExample],
+    sums: Sums | None = None,
 ) -> str:
     """Digest of all that the log-probabilities depend on."""
     runtime = session.runtime
     model = reference.model
     head = head_of(model).rounding(runtime.device, session.placement.dtype)
     computed = f"{runtime.device.type} {runtime.precision} {computed_by(model)}{head}"
-    text = f"{reference.digest} {fingerprint(examples)} {computed} v3"
+    text = f"{reference.digest} {fingerprint(examples)} {computed} v3{sums.name if sums else ''}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -164,33 +175,40 @@ def cache_key(session: Session, key: str) -> str:
 
 @torch.no_grad()
 def compute(
-    session: Session, model: PreTrainedModel, examples: Sequence[EncodedExample], name: str
+    session: Session,
+    model: PreTrainedModel,
+    examples: Sequence[EncodedExample],
+    name: str,
+    sums: Sums | None = None,
 ) -> Tensor:
     """(rows, K) float32 log-probability of every response, in the order of the rows."""
+    compute_row = sums.compute if sums else sequence_logprobs
     branches = len(examples[0].response_ids)
     values = torch.zeros(len(examples), branches)
     model.to(session.runtime.device)  # type: ignore[arg-type]
     with session.progress.phase(name, len(examples)) as tick:
-        made = over_rows(
-            session, examples, lambda row: sequence_logprobs(model, row).cpu(), tick=tick
-        )
+        made = over_rows(session, examples, lambda row: compute_row(model, row).cpu(), tick=tick)
         for row, found in made:
             values[row.example_ids] = found.view(-1, branches)
     return values
 
 
 def cached(
-    session: Session, reference: Reference, examples: Sequence[EncodedExample], name: str
+    session: Session,
+    reference: Reference,
+    examples: Sequence[EncodedExample],
+    name: str,
+    sums: Sums | None = None,
 ) -> tuple[Tensor, str]:
     """As `compute`, through the cache; and the key."""
     with reference.active() as model:
-        key = reference_key(session, reference, examples)
+        key = reference_key(session, reference, examples, sums)
         folder = Path(session.config.cache_dir) / "reference" / cache_key(session, key)[:32]
         found = session.ranks.from_first(lambda: read(folder))
         if found is not None:
             session.note(f"{name}: read from cache {key[:12]}")
             return found, key
-        values = session.within_memory(lambda: compute(session, model, examples, name))
+        values = session.within_memory(lambda: compute(session, model, examples, name, sums))
 
     def write(target: Path) -> None:
         save_file({"logprobs": values}, target / "logprobs.safetensors")

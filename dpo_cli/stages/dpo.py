@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from dpo_cli.config import LOSS_FACTS, DpoConfig, RunConfig
+from dpo_cli.config import DpoConfig, RunConfig
+from dpo_cli.config.stages.dpo import losses_of, reads_reference
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.errors import DataError
-from dpo_cli.logprobs import sum_by_sequence
-from dpo_cli.losses import LOSSES, RankedLogprobs, preferences
-from dpo_cli.model.adapters.active import is_adapted
-from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
-from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.losses import LOSSES
+from dpo_cli.records import EncodedExample
 from dpo_cli.session import reference
 from dpo_cli.session.balance import balanced
 from dpo_cli.session.models import Loaded, identity_of, load_policy_and_data, provenance_of
@@ -30,7 +23,7 @@ from dpo_cli.session.preview import (
     step_rows,
     trained_model_rows,
 )
-from dpo_cli.session.reference import Reference, beside_its_start, load_reference
+from dpo_cli.session.reference import beside_its_start
 from dpo_cli.session.rows import (
     batches_of,
     begin_training,
@@ -44,10 +37,15 @@ from dpo_cli.session.sampling import sample_writer
 from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_files
 from dpo_cli.session.workload import Workload, training_workload
+from dpo_cli.stages.preference import (
+    ReferenceOf,
+    dpo_loss,
+    references,
+    sums_of,
+    without_reference,
+)
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
-
-ReferenceOf = Callable[[Batch], Tensor]  # a pack -> (E, K) reference log-probabilities
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -56,8 +54,14 @@ def run(session: Session) -> dict[str, Any]:
     loaded = load_policy_and_data(session, beside_its_start(session))
     train, held_out = loaded.splits.train, loaded.splits.eval
     check_branches([*train, *held_out], stage)
-    named = reference.reference_path(session.config, loaded)
-    reference_of = references(session, loaded, named)
+    named = reference.reference_path(session.config, loaded) if reads_reference(stage) else None
+    splits = {"train": train, "eval": held_out}
+    live = stage.reference_logprobs == "live"
+    reference_of = (
+        references(session, loaded, named, splits, live, sums_of(stage))
+        if reads_reference(stage)
+        else {name: without_reference for name, rows in splits.items() if rows}
+    )
     plan = step_plan(session, len(train))
     begin_training(session, loaded.model, plan.steps)
     task = TrainTask(
@@ -72,9 +76,9 @@ def run(session: Session) -> dict[str, Any]:
         ),
         evaluate=lambda: evaluate(session, loaded, held_out, reference_of.get("eval"), stage),
         budget=session.budget,
-        live_references=int(stage.reference_logprobs == "live"),
+        live_references=int(reads_reference(stage) and live),
         on_eval=sample_writer(session, loaded),
-        unit="pairs" if stage.loss != "plackett_luce" else "lists",
+        unit="pairs" if not LOSSES[stage.loss].lists else "lists",
         provenance=provenance_of(
             session,
             loaded,
@@ -91,12 +95,21 @@ def run(session: Session) -> dict[str, Any]:
 
 def plan(preview: Preview) -> Iterator[Row]:
     stage = cast(DpoConfig, preview.config.stage)
-    yield "stage", f"dpo, loss {stage.loss}, beta {stage.beta:g}"
+    yield "stage", f"dpo, loss {loss_line(stage)}, beta {stage.beta:g}"
     yield from trained_model_rows(preview)
-    yield reference_row(stage.reference)
+    yield reference_row(stage.reference) if reads_reference(stage) else (
+        "reference", f"none: stage.loss={stage.loss} compares with none"
+    )  # fmt: skip
     yield from data_rows(preview)
     yield from step_rows(preview.config, preview.splits.train)
     yield device_row(preview)
+
+
+def loss_line(stage: DpoConfig) -> str:
+    """`sigmoid + 0.2 bco`."""
+    return " + ".join(
+        name if weight == 1.0 else f"{weight:g} {name}" for name, weight in losses_of(stage).items()
+    )
 
 
 def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
@@ -104,112 +117,11 @@ def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
 
 
 def check_branches(examples: Sequence[EncodedExample], stage: DpoConfig) -> None:
-    """Two responses for the pairwise losses, one common K >= 2 for ranked lists."""
+    """One common K >= 2 of responses: pairs, or ranked lists, all pairs of which are compared."""
     check_lengths(examples, 2, "dpo")
     counts = {len(e.response_ids) for e in examples}
-    if stage.loss != "plackett_luce" and counts != {2}:
-        raise DataError(
-            f"stage.loss={stage.loss} takes pairs, the rows have {sorted(counts)} responses: "
-            "use stage.loss=plackett_luce"
-        )
     if len(counts) > 1:
         raise DataError(f"ranked lists must have one length, found {sorted(counts)}")
-
-
-def references(session: Session, loaded: Loaded, named: str | None) -> dict[str, ReferenceOf]:
-    """Reference log-probabilities of both splits, as functions of a pack."""
-    stage = cast(DpoConfig, session.config.stage)
-    splits = {"train": loaded.splits.train, "eval": loaded.splits.eval}
-    live = stage.reference_logprobs == "live"
-    own = named is None and session.snapshot is None and not live and not is_adapted(loaded.model)
-    against = Reference(loaded.model) if own else load_reference(session, loaded, named)
-    if live:
-        against.frozen(session.runtime.device)
-        return {name: _live(against) for name, rows in splits.items() if rows}
-    tables: dict[str, ReferenceOf] = {}
-    for name, rows in splits.items():
-        if rows:
-            values, key = reference.cached(session, against, rows, f"reference log-probs ({name})")
-            tables[name] = _Table(values.to(session.runtime.device), key)
-    return tables
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Cached log-probabilities, (rows, K), looked up by the row's example ids."""
-
-    values: Tensor
-    key: str
-
-    def __call__(self, batch: Batch) -> Tensor:
-        return self.values[batch.example_ids]
-
-
-def _live(against: Reference) -> ReferenceOf:
-    def logprobs(batch: Batch) -> Tensor:
-        with against.active() as model:
-            return sequence_logprobs(model, batch).view(-1, batch.branches)
-
-    return logprobs
-
-
-def dpo_loss(
-    model: PreTrainedModel, batch: Batch, reference_of: ReferenceOf, stage: DpoConfig
-) -> LossOutput:
-    """Sum of the configured loss over the pack's examples, with the paper's metrics."""
-    reference = reference_of(batch)
-
-    def ranked(logprobs: Tensor, examples: slice) -> RankedLogprobs:
-        """Token log-probabilities of some of the pack's examples -> those of their sequences."""
-        k = batch.branches
-        lengths = batch.sequence_lengths[examples.start * k : examples.stop * k]
-        index = torch.repeat_interleave(lengths, output_size=len(logprobs))
-        sums = sum_by_sequence(logprobs, index, len(lengths)).view(-1, k)
-        return RankedLogprobs(sums, reference[examples], lengths.view(-1, k).float())
-
-    def loss_of(logprobs: Tensor, examples: slice) -> Tensor:
-        return objective(ranked(logprobs, examples), stage).sum()
-
-    loss, logprobs = loss_and_logprobs(model, batch, loss_of)
-    examples = len(batch.example_ids)
-    figures = preference_metrics(ranked(logprobs, slice(0, examples)), stage.beta)
-    return LossOutput(
-        loss_sum=loss,
-        weight=float(examples),
-        metrics={name: (values.sum(), float(examples)) for name, values in figures},
-    )
-
-
-def objective(logprobs: RankedLogprobs, stage: DpoConfig) -> Tensor:
-    """(E,) the configured loss of each example, with the NLL of the chosen mixed in."""
-    options = {k: getattr(stage, k) for k in LOSS_FACTS[stage.loss].options if k != "nll_weight"}
-    losses = LOSSES[stage.loss](logprobs, **options)
-    if stage.nll_weight:
-        losses = losses - stage.nll_weight * logprobs.policy[:, 0] / logprobs.lengths[:, 0]
-    return losses
-
-
-@torch.no_grad()
-def preference_metrics(logprobs: RankedLogprobs, beta: float) -> list[tuple[str, Tensor]]:
-    """Per-example figures; chosen is the first response, rejected the last.
-
-    An accuracy counts a tie within rounding as one half, so identical models score 0.5.
-    """
-    rho = logprobs.logratios.detach()
-    chosen, rejected = rho[:, 0], rho[:, -1]
-    margin = chosen - rejected
-    size = logprobs.policy.detach().abs() + logprobs.reference.abs()
-    sizes = size[:, 0] + size[:, -1]  # a list as an index would be copied to the device
-    return [
-        ("rewards/chosen", beta * chosen),
-        ("rewards/rejected", beta * rejected),
-        ("rewards/margins", beta * margin),
-        ("rewards/accuracies", preferences(margin, sizes)),
-        ("logps/chosen", logprobs.policy.detach()[:, 0]),
-        ("logps/rejected", logprobs.policy.detach()[:, -1]),
-        ("logratios/chosen", chosen),
-        ("logratios/rejected", rejected),
-    ]
 
 
 def evaluate(

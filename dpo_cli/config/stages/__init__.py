@@ -8,6 +8,7 @@ from dpo_cli.config.stages import (
     export,
     frontier,
     inspect,
+    kto,
     label,
     ppo_baseline,
     reward,
@@ -19,6 +20,7 @@ from dpo_cli.config.stages.base import StageConfig, StageSpec
 STAGES: dict[str, StageSpec] = {
     "sft": sft.SPEC,
     "dpo": dpo.SPEC,
+    "kto": kto.SPEC,
     "reward": reward.SPEC,
     "ppo-baseline": ppo_baseline.SPEC,
     "sample": sample.SPEC,

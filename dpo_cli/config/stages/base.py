@@ -35,10 +35,11 @@ class StageSpec:
     method: str = ""  # "The model is the result of ..." on a model card; "": the title
     trains: bool = False  # it has an optimizer, checkpoints and a model to save
     reward_head: bool = False  # its model ends in a score instead of an output layer
-    reference: bool = False  # it holds a frozen reference beside the policy
+    reference: Callable[[Any], bool] = lambda stage: False  # it holds a frozen reference
     reads_model: bool = True
     reads_rows: bool = True
     paired: bool = False  # it compares responses to one prompt
+    takes_labels: bool = False  # rows whose response may be undesirable do not mislead it
     reads: tuple[str, ...] = ()  # of the groups reward_fn and judge
     reward_optional: bool = False  # reward_fn=none is the default on data without a ground truth
     parallel: bool = True  # it can run on several devices

@@ -1,7 +1,8 @@
-"""Preference losses: their keys, and which loss reads which."""
+"""stage=dpo: keys of the preference losses; which loss reads which, `losses.LOSSES` knows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -15,39 +16,10 @@ from dpo_cli.config.stages.base import (
     no_effect,
 )
 from dpo_cli.config.stages.shared import unpaired
+from dpo_cli.losses import DIVERGENCES, LOSSES
 
 if TYPE_CHECKING:
     from dpo_cli.config.schema import RunConfig
-
-
-@dataclass(frozen=True)
-class Loss:
-    """One entry of `losses.LOSSES`, as far as it concerns the user."""
-
-    title: str  # what pages call training with it
-    method: str  # what a model card says the model is the result of
-    options: frozenset[str]  # the keys of DpoConfig it reads
-
-
-LOSS_FACTS = {
-    "sigmoid": Loss(
-        "DPO",
-        "Direct Preference Optimization",
-        frozenset({"beta", "label_smoothing", "length_normalized", "nll_weight"}),
-    ),
-    "hinge": Loss(
-        "DPO with the hinge loss",
-        "Direct Preference Optimization with the hinge loss (SLiC)",
-        frozenset({"beta", "length_normalized", "nll_weight"}),
-    ),
-    "ipo": Loss("IPO", "Identity Preference Optimization", frozenset({"beta", "nll_weight"})),
-    "unlikelihood": Loss("Unlikelihood", "unlikelihood training on pairs", frozenset({"alpha"})),
-    "plackett_luce": Loss(
-        "Plackett-Luce DPO",
-        "Direct Preference Optimization on rankings (Plackett-Luce)",
-        frozenset({"beta", "nll_weight"}),
-    ),
-}
 
 
 @dataclass
@@ -56,12 +28,17 @@ class DpoConfig(StageConfig):
 
     name: str = key("dpo", "which stage")
     default_lr: float = key(1e-6, "of full fine-tuning; optim.lr takes precedence")
-    loss: str = key("sigmoid", "sigmoid is DPO's own", choices=tuple(LOSS_FACTS))
-    beta: float = key(0.1, "strength of the pull towards the reference (ipo: its tau)",
-                      bound=above(0))  # fmt: skip
-    label_smoothing: float = key(
-        0.0, "cDPO: probability that a label is flipped", bound=within("[0, 0.5)")
+    loss: str = key("sigmoid", "sigmoid is DPO's own", choices=tuple(LOSSES))
+    beta: float = key(
+        0.1,
+        "strength of the pull towards the reference (ipo: tau; simpo, cpo: scale of the reward; "
+        "orpo: lambda)",
+        bound=above(0),
     )
+    label_smoothing: float = key(
+        0.0, "probability that a label is flipped (sigmoid: cDPO; robust; exo needs one, as 0.001)",
+        bound=within("[0, 0.5)"),
+    )  # fmt: skip
     length_normalized: bool = key(
         False, "divide log-ratios by the response's tokens", old="length_normalised"
     )
@@ -69,6 +46,28 @@ class DpoConfig(StageConfig):
         0.0, "weight of the chosen response's NLL per token (RPO)", bound=at_least(0)
     )
     alpha: float = key(0.1, "unlikelihood: weight of the rejected response", bound=at_least(0))
+    simpo_gamma: float = key(1.0, "simpo: the reward margin to reach", bound=at_least(0))
+    dpop_lambda: float = key(
+        50.0, "dpop: weight of a chosen response that became less likely", bound=at_least(0)
+    )
+    length_penalty: float = key(
+        0.05, "rdpo: reward that a token of length is taken to be worth", bound=at_least(0)
+    )
+    discopop_tau: float = key(0.05, "discopop: temperature of its mixture", bound=above(0))
+    divergence: str = key(
+        "reverse_kl", "f-divergence from the reference; reverse_kl is DPO's own",
+        choices=tuple(DIVERGENCES),
+    )  # fmt: skip
+    divergence_alpha: float = key(
+        0.5, "divergence=alpha: towards 0 reverse_kl, towards 1 forward_kl", bound=within("(0, 1)")
+    )
+    ld_alpha: float | None = key(
+        None, "LD-DPO: weight of the tokens beyond the shortest response's length; null: 1",
+        bound=within("[0, 1]"),
+    )  # fmt: skip
+    extra_losses: dict[str, float] = key(
+        {}, "losses added to stage.loss, each with its weight, such as {bco: 0.2}"
+    )
     reference: str | None = frozen_reference_key()
     reference_logprobs: str = key(
         "cached", "cached: one pass before training | live: every step",
@@ -76,18 +75,52 @@ class DpoConfig(StageConfig):
     )  # fmt: skip
 
 
+def losses_of(stage: DpoConfig) -> dict[str, float]:
+    """The losses of a run and their weights, `stage.loss` first."""
+    return {stage.loss: 1.0, **stage.extra_losses}
+
+
+def reads_reference(stage: DpoConfig) -> bool:
+    """Whether any loss of the run compares with a reference."""
+    return any(LOSSES[name].reference for name in losses_of(stage))
+
+
 def problems(config: RunConfig) -> Iterator[str]:
-    """Options that the chosen loss would silently ignore."""
+    """Options that the chosen losses would silently ignore or cannot take."""
     yield from unpaired(config)
     stage = cast(DpoConfig, config.stage)
-    if stage.loss not in LOSS_FACTS:
+    if stage.loss not in LOSSES:
         return  # reported as an unknown choice
-    options = frozenset[str]().union(*(loss.options for loss in LOSS_FACTS.values()))
-    unread = sorted(options - LOSS_FACTS[stage.loss].options)
-    if stage.loss == "unlikelihood":
+    if wrong := list(_wrong_extra_losses(stage)):
+        yield from wrong
+        return
+    chosen = [LOSSES[name] for name in losses_of(stage)]
+    options = frozenset[str]().union(*(loss.options for loss in LOSSES.values()))
+    unread = sorted(options.difference(*(loss.options for loss in chosen)))
+    if not reads_reference(stage):
         unread += ["reference", "reference_logprobs"]
+    losses = " and ".join(losses_of(stage))
     for name, value in changed(stage, unread):
-        yield no_effect(name, value, f"stage.loss={stage.loss}")
+        yield no_effect(name, value, f"stage.loss={losses}")
+    if stage.divergence != "alpha" and "divergence_alpha" not in unread:
+        for name, value in changed(stage, ["divergence_alpha"]):
+            yield no_effect(name, value, f"stage.divergence={stage.divergence}")
+    if "exo" in losses_of(stage) and stage.label_smoothing == 0:
+        yield "stage.label_smoothing=0: exo needs one above 0; its paper takes 0.001"
+
+
+def _wrong_extra_losses(stage: DpoConfig) -> Iterator[str]:
+    for name, weight in stage.extra_losses.items():
+        if name not in LOSSES:
+            yield f"stage.extra_losses: {name} is none of {', '.join(LOSSES)}"
+        elif name == stage.loss:
+            yield f"stage.extra_losses: {name} is stage.loss already"
+        elif (
+            isinstance(weight, bool)
+            or not isinstance(weight, (int, float))
+            or not (0 < weight < math.inf)
+        ):
+            yield f"stage.extra_losses: the weight of {name} must be a number above 0, not {weight}"
 
 
 SPEC = StageSpec(
@@ -95,7 +128,7 @@ SPEC = StageSpec(
     title="DPO",
     method="Direct Preference Optimization",
     trains=True,
-    reference=True,
+    reference=reads_reference,
     paired=True,
     reported=True,
     unit="pair",

@@ -147,7 +147,7 @@ def _win_rates(config: RunConfig, stage: EvaluateConfig) -> Iterator[str]:
 SPEC = StageSpec(
     EvaluateConfig,
     title="Evaluation",
-    reference=True,
+    reference=lambda stage: True,
     reported=True,
     reads=("reward_fn", "judge"),
     reward_optional=True,

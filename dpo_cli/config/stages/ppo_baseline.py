@@ -125,7 +125,8 @@ SPEC = StageSpec(
     PpoConfig,
     title="PPO",
     trains=True,
-    reference=True,
+    takes_labels=True,  # it reads prompts alone
+    reference=lambda stage: True,
     reported=True,
     reads=("reward_fn",),
     unit="prompt",

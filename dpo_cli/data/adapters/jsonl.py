@@ -51,7 +51,8 @@ def parse(row: dict[str, Any], index: int, config: JsonlDataConfig) -> Iterable[
 def _answers(row: dict[str, Any], config: JsonlDataConfig) -> list[tuple[str, Any]]:
     """(column, value) of each response, best first."""
     if config.responses_field is None:
-        fields = (config.chosen_field, config.rejected_field)
+        rejected = None if config.label_field else config.rejected_field
+        fields = (config.chosen_field, rejected)
         return [(field, column(row, field)) for field in fields if field is not None]
     name = config.responses_field
     ranked = as_list(column(row, name), name)
@@ -116,6 +117,11 @@ def _with_tools(prompt: Prompt, row: dict[str, Any], config: JsonlDataConfig) ->
 
 
 def _scores(row: dict[str, Any], config: JsonlDataConfig, count: int) -> tuple[float, ...] | None:
+    if config.label_field is not None:
+        value = column(row, config.label_field)
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise BadRow(f"is {kind(value)}, not true or false, 1 or 0", config.label_field)
+        return (float(value),)
     field = config.scores_field
     if field is None:
         return None

@@ -112,7 +112,7 @@ def _training(run: Run) -> dict[str, Parts]:
 def _using(run: Run) -> dict[str, Parts]:
     """Stages that train nothing."""
     config, shape = run.config, run.facts.shape
-    compares = spec_of(config.stage).reference
+    compares = spec_of(config.stage).reference(config.stage)
     held: Parts = {
         "weights": weights_of(run),
         "reference": float(FLOAT * shape.parameters) if compares else 0.0,

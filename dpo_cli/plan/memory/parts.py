@@ -117,7 +117,7 @@ def reference_of(run: Run, passing: bool = False) -> float:
     passing: during the pass that fills the cache, the only one that loads a named reference.
     """
     stage: Any = run.config.stage
-    if not (spec_of(stage).reference and run.trains):
+    if not (spec_of(stage).reference(stage) and run.trains):
         return 0.0
     cached = getattr(stage, "reference_logprobs", "live") == "cached"
     another = stage.reference is not None or (run.learnt.whole and not cached)
