@@ -47,7 +47,8 @@ def workplace(tmp_path_factory) -> Path:
         {"chosen": turn + c, "rejected": turn + r}
         for turn, (_, c, r) in zip(turns, said, strict=True)
     ]
-    for name, content in (("pairs.jsonl", rows), ("hh.jsonl", hh)):
+    rated = [{"prompt": p, "response": c, "good": i % 2 == 0} for i, (p, c, _) in enumerate(said)]
+    for name, content in (("pairs.jsonl", rows), ("hh.jsonl", hh), ("rated.jsonl", rated)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
     return folder
 
