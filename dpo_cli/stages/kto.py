@@ -19,7 +19,7 @@ from dpo_cli.model.forward import loss_and_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
 from dpo_cli.session import reference
 from dpo_cli.session.balance import balanced
-from dpo_cli.session.models import Loaded, load_policy_and_data, provenance_of
+from dpo_cli.session.models import Loaded, identity_of, load_policy_and_data, provenance_of
 from dpo_cli.session.preview import (
     Preview,
     Row,
@@ -65,7 +65,7 @@ class Labelled:
 def run(session: Session) -> dict[str, Any]:
     """Train on single responses; metrics named as those of pairs."""
     stage = cast(KtoConfig, session.config.stage)
-    loaded = load_policy_and_data(session, beside_its_start(session.config))
+    loaded = load_policy_and_data(session, beside_its_start(session))
     splits = loaded.splits
     train, held_out = labelled(splits.train, splits, stage), labelled(splits.eval, splits, stage)
     for line in balance_lines(train, stage):
@@ -91,17 +91,17 @@ def run(session: Session) -> dict[str, Any]:
         on_eval=sample_writer(session, loaded),
         provenance=provenance_of(
             session,
-            splits,
+            loaded,
             loss=stage.loss,
             beta=stage.beta,
             reference=named or session.config.model.path or session.config.model.hub_id,
         ),
         files=trained_files(session.config, splits),
-        identity={
-            "rows": splits.fingerprint,
-            "labels": hashlib.sha256(train.desirable.tobytes()).hexdigest(),
-            "reference": getattr(reference_of["train"], "key", "live"),
-        },
+        identity=identity_of(
+            loaded,
+            labels=hashlib.sha256(train.desirable.tobytes()).hexdigest(),
+            reference=getattr(reference_of["train"], "key", "live"),
+        ),
     )
     fit(task, session)
     return {"samples": distinct_responses(train.examples), "gradient_steps": plan.steps}
