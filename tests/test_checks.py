@@ -275,4 +275,11 @@ def test_choices_are_those_of_the_code() -> None:
     from dpo_cli.stages import load_stage
 
     assert all(callable(load_stage(name)) for name in STAGES)
-    assert set(REWARD_FN_SCHEMAS) == {*SCORERS, "classifier", "reward_model", "lexicon", "none"}
+    assert set(REWARD_FN_SCHEMAS) == {
+        *SCORERS,
+        "classifier",
+        "reward_model",
+        "lexicon",
+        "python",
+        "none",
+    }

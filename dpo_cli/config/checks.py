@@ -14,6 +14,7 @@ from dpo_cli.config import (
     REWARD_FN_SCHEMAS,
     LexiconRewardFn,
     NoRewardFn,
+    PythonRewardFn,
     RunConfig,
     SentimentDataConfig,
     SentimentRewardFn,
@@ -164,6 +165,8 @@ def _reward_fn(config: RunConfig) -> Iterator[str]:
             "reward_fn=lexicon: has no words; set reward_fn.path=<file of word<TAB>valence>, or "
             "reward_fn.positive=[good,...] reward_fn.negative=[bad,...]"
         )
+    if isinstance(chosen, PythonRewardFn) and not chosen.file:
+        yield "reward_fn=python needs reward_fn.file=<file with reward(prompts, completions)>"
     if chosen.name in ("classifier", "reward_model"):
         path, hub_id = value_at(config, "reward_fn.path"), value_at(config, "reward_fn.hub_id")
         if not (path or hub_id):

@@ -32,6 +32,7 @@ class Fact:
         None  # LOCAL: must exist | LOCAL_OR_HUB: a folder or a hub id | None: no path
     )
     old: str | None = None  # the key's name in earlier versions
+    code: bool = False  # it has foreign code run: only the command line may say so
 
 
 def key(
@@ -42,9 +43,10 @@ def key(
     bound: Bound | None = None,
     path: str | None = None,
     old: str | None = None,
+    code: bool = False,
 ) -> Any:
     """A dataclass field with its facts; a list or dict as default is copied for each instance."""
-    fact = Fact(meaning, tuple(choices), bound, path, old)
+    fact = Fact(meaning, tuple(choices), bound, path, old, code)
     metadata = {"fact": fact}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)

@@ -65,6 +65,16 @@ class LexiconRewardFn(RewardFnConfig):
 
 
 @dataclass
+class PythonRewardFn(RewardFnConfig):
+    """A function of your own: `reward(prompts, completions)` returns one number each."""
+
+    name: str = key("python", "what scores a completion")
+    file: str | None = key(
+        None, "the Python file that defines it, which runs as yourself", path=LOCAL, code=True
+    )
+
+
+@dataclass
 class LengthRewardFn(RewardFnConfig):
     """Number of words: a reward nobody wants, to see length exploitation."""
 
@@ -84,6 +94,7 @@ REWARD_FN_SCHEMAS: dict[str, type[RewardFnConfig]] = {
     "reward_model": RewardModelFn,
     "lexicon": LexiconRewardFn,
     "length": LengthRewardFn,
+    "python": PythonRewardFn,
     "none": NoRewardFn,
 }
 

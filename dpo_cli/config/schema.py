@@ -43,7 +43,7 @@ class ModelConfig:
         None, "set: random weights of this shape (see model=tiny)"
     )
     trust_remote_code: bool = key(
-        False, "run code that comes with the weights; on the command line only"
+        False, "run code that comes with the weights; on the command line only", code=True
     )
     other_base: bool = key(
         False, "use an adapter, or resume, over a base whose content has changed: told, not refused"

@@ -15,6 +15,7 @@ from dpo_cli.config import (
     TrainConfig,
     spec_of,
 )
+from dpo_cli.config.keys import facts
 from dpo_cli.config.stages.base import no_effect
 
 CHOSEN_BY_STAGE = ("reward_fn", "judge")  # groups that only some stages read
@@ -107,7 +108,10 @@ def _alone(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
 
 
 def _trust(config: RunConfig, keys: Sequence[str]) -> list[str]:
-    """Code from the hub runs only if the user typed so, not because a YAML file says it."""
-    if not config.model.trust_remote_code or "model.trust_remote_code" in keys:
-        return []
-    return ["model.trust_remote_code=true: runs foreign code, so write it on the command line"]
+    """Foreign code runs only if the user typed so, not because a YAML file says it."""
+    return [
+        f"{key}={'true' if value is True else value}: runs foreign code, so write it on the "
+        "command line"
+        for key, value, fact in facts(config)
+        if fact.code and value and key not in keys
+    ]

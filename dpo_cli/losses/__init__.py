@@ -21,6 +21,7 @@ from dpo_cli.losses.pairwise import (
     discopop_loss,
     dpop_loss,
     exo_loss,
+    file_loss,
     hinge_loss,
     ipo_loss,
     ipo_sum_loss,
@@ -109,6 +110,7 @@ LOSSES: dict[str, Loss] = {
     "simpo": Loss(simpo_loss, "SimPO", "Simple Preference Optimization", reference=False),
     "cpo": Loss(cpo_loss, "CPO", "Contrastive Preference Optimization", reference=False),
     "orpo": Loss(orpo_loss, "ORPO", "Odds Ratio Preference Optimization", reference=False),
+    "file": Loss(file_loss, "DPO with a loss of its own", "training with a loss of its own"),
     "plackett_luce": Loss(
         plackett_luce_loss, "Plackett-Luce DPO", f"{_DPO} on rankings (Plackett-Luce)", lists=True
     ),

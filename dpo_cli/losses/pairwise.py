@@ -9,6 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from dpo_cli.losses.ranked import RankedLogprobs, difference, log_sigmoid, smoothed_nll
+from dpo_cli.user_code import user_function
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,6 +142,17 @@ def discopop_loss(
     mixed = (logits / discopop_tau).sigmoid()
     # exp(-z) counts only where z is large; elsewhere it must not overflow to inf * 0.
     return -log_sigmoid(logits) * (1.0 - mixed) + (-logits).clamp(max=80.0).exp() * mixed
+
+
+def file_loss(logprobs: RankedLogprobs, beta: float = 0.1, loss_file: str | None = None) -> Tensor:
+    """`loss(logprobs, beta)` of the user's own file: (E, 2) log-probabilities -> (E,)."""
+    assert loss_file is not None  # checked with the configuration
+    own = user_function("stage.loss_file", loss_file, "loss")
+    losses: Tensor = own(logprobs, beta)
+    shape = tuple(getattr(losses, "shape", ()))
+    if shape != (len(logprobs.policy),):
+        raise own.wrong(f"loss() returned shape {shape}, not one loss per pair")
+    return losses
 
 
 def unlikelihood_loss(logprobs: RankedLogprobs, alpha: float = 0.1) -> Tensor:

@@ -14,6 +14,7 @@ from dpo_cli.config import (
     ClassifierRewardFn,
     LexiconRewardFn,
     ModelConfig,
+    PythonRewardFn,
     RewardFnConfig,
     RewardModelFn,
     RunConfig,
@@ -41,6 +42,7 @@ from dpo_cli.rewards.lexicon import from_lists, lexicon, read_lexicon
 from dpo_cli.rewards.scorers import SCORERS, Completed, Scorer, sentiment_log_odds
 from dpo_cli.session.session import Session
 from dpo_cli.train.runtime import Runtime
+from dpo_cli.user_code import UserFunction, user_function
 
 KEY = "reward_fn.path"
 NORMALIZATION = "normalisation"  # the entry of a reward model's dpo_run.json
@@ -64,7 +66,29 @@ def load_scorer(session: Session, config: RewardFnConfig | None = None) -> Score
         return _classifier(session, config)
     if isinstance(config, RewardModelFn):
         return _reward_model(session, config)
+    if isinstance(config, PythonRewardFn):
+        assert config.file is not None  # checked with the configuration
+        return OwnScorer(user_function("reward_fn.file", config.file, "reward"))
     return SCORERS[config.name]
+
+
+@dataclass(frozen=True)
+class OwnScorer:
+    """`reward(prompts, completions)` of the user's file; prompts as their source has them."""
+
+    function: UserFunction
+
+    def __call__(self, rows: Sequence[Completed]) -> list[float]:
+        found = self.function([row.prompt for row in rows], [row.completion for row in rows])
+        try:
+            values = [float(value) for value in found]
+        except (TypeError, ValueError) as error:
+            raise self.function.wrong(f"reward() returned no list of numbers: {error}") from error
+        if len(values) != len(rows):
+            raise self.function.wrong(
+                f"reward() returned {len(values)} numbers for {len(rows)} completions"
+            )
+        return finite(values)
 
 
 def scoring_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -199,7 +223,9 @@ def _normalization(session: Session, config: RewardModelFn) -> Normalization | N
 
 
 def scorer_digest(scorer: Scorer) -> str | None:
-    """sha256 of a scorer's model, whose folder may be overwritten by another training."""
+    """sha256 of a scorer's model or file, which may be overwritten."""
+    if isinstance(scorer, OwnScorer):
+        return scorer.function.digest
     if isinstance(scorer, ClassifierScorer):
         return loaded_digest(scorer.classifier.model)
     return loaded_digest(scorer.model) if isinstance(scorer, RewardModelScorer) else None

@@ -46,6 +46,7 @@ from dpo_cli.stages.preference import (
 )
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
+from dpo_cli.user_code import user_function
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -87,7 +88,9 @@ def run(session: Session) -> dict[str, Any]:
             reference=named or session.config.model.path or session.config.model.hub_id,
         ),
         files=trained_files(session.config, loaded.splits),
-        identity=identity_of(loaded, reference=getattr(reference_of["train"], "key", "live")),
+        identity=identity_of(
+            loaded, reference=getattr(reference_of["train"], "key", "live"), **own_loss(stage)
+        ),
     )
     fit(task, session)
     return {"samples": distinct_responses(train), "gradient_steps": plan.steps}
@@ -103,6 +106,13 @@ def plan(preview: Preview) -> Iterator[Row]:
     yield from data_rows(preview)
     yield from step_rows(preview.config, preview.splits.train)
     yield device_row(preview)
+
+
+def own_loss(stage: DpoConfig) -> dict[str, str]:
+    """The sha256 of the user's own loss, for the run's identity."""
+    if stage.loss_file is None:
+        return {}
+    return {"loss_file": user_function("stage.loss_file", stage.loss_file, "loss").digest}
 
 
 def loss_line(stage: DpoConfig) -> str:

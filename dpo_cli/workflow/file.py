@@ -43,7 +43,10 @@ RESERVED = {
     "hydra.sweep.dir": "each step has a folder of its own",
     "resume": "unfinished steps are always resumed",
     "dry_run": "write it after recipe=",
-    "model.trust_remote_code": "a file may not allow foreign code to run",
+    **dict.fromkeys(
+        ("model.trust_remote_code", "stage.loss_file", "reward_fn.file"),
+        "a file may not allow foreign code to run",
+    ),
 }
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")

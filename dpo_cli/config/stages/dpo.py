@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from dpo_cli.config.keys import above, at_least, key, within
+from dpo_cli.config.keys import LOCAL, above, at_least, key, within
 from dpo_cli.config.stages.base import (
     StageConfig,
     StageSpec,
@@ -65,6 +65,10 @@ class DpoConfig(StageConfig):
         None, "LD-DPO: weight of the tokens beyond the shortest response's length; null: 1",
         bound=within("[0, 1]"),
     )  # fmt: skip
+    loss_file: str | None = key(
+        None, "loss=file: a Python file with loss(logprobs, beta), which runs as yourself",
+        path=LOCAL, code=True,
+    )  # fmt: skip
     extra_losses: dict[str, float] = key(
         {}, "losses added to stage.loss, each with its weight, such as {bco: 0.2}"
     )
@@ -105,6 +109,8 @@ def problems(config: RunConfig) -> Iterator[str]:
     if stage.divergence != "alpha" and "divergence_alpha" not in unread:
         for name, value in changed(stage, ["divergence_alpha"]):
             yield no_effect(name, value, f"stage.divergence={stage.divergence}")
+    if "file" in losses_of(stage) and not stage.loss_file:
+        yield "stage.loss=file needs stage.loss_file=<Python file with loss(logprobs, beta)>"
     if "exo" in losses_of(stage) and stage.label_smoothing == 0:
         yield "stage.label_smoothing=0: exo needs one above 0; its paper takes 0.001"
 
