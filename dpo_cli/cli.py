@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.usage import quick_answer
-from dpo_cli.distributed import launch as elastic
+from dpo_cli.distributed import launch
 from dpo_cli.errors import ConfigError, PeerLost, UserError
 from dpo_cli.report.output import copied_output, go_on_in
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(answer, flush=True)
             code = 0 if answer is not None else dispatch(words)
         except UserError as error:
-            code = report_error(error) if elastic.rank() is None else fail_together(error)
+            code = report_error(error) if launch.rank() is None else fail_together(error)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             code = INTERRUPTED
@@ -55,11 +55,11 @@ def fail_together(error: UserError) -> int:
     """Of many ranks that fail for one reason, the launcher reports it; without ours, the first."""
     if isinstance(error, PeerLost):
         return error.exit_code
-    elastic.record_error(error)
-    if elastic.rank() == 0:
-        if not elastic.launched_by_us():
+    launch.record_error(error)
+    if launch.rank() == 0:
+        if not launch.launched_by_us():
             report_error(error)
-        elastic.release_ranks(error.exit_code)
+        launch.release_ranks(error.exit_code)
     return error.exit_code
 
 
@@ -81,9 +81,9 @@ def dispatch(words: list[str]) -> int:
     # Of libraries' own children too (compilers, launchers): none imports from the current folder.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     quiet_hydra()
-    if elastic.rank() is not None:
-        elastic.end_with_launcher()
-    if elastic.rank():
+    if launch.rank() is not None:
+        launch.end_with_launcher()
+    if launch.rank():
         _let_segments_grow()
         return _run_rank(words)
     if any(word.startswith("recipe=") for word in words):
@@ -154,19 +154,19 @@ def _hydra_main(args: Namespace, extra: Sequence[str] = ()) -> None:
 
 
 def _refuse_ranks(what: str) -> None:
-    if elastic.rank() is not None:
+    if launch.rank() is not None:
         raise ConfigError(f"torchrun: starts one run, not {what}; use dpo-run hardware.devices=")
 
 
 def _run_rank(words: list[str]) -> int:
     """A rank other than the first, which sends it the configuration."""
-    config, code = elastic.receive_config()
+    config, code = launch.receive_config()
     if config is None:
         return code
     go_on_in(Path(config.run_dir))
     from dpo_cli.run import run
 
-    with elastic.process_group(config):
+    with launch.process_group(config):
         run(config, ["dpo-run", *words])
     return 0
 
@@ -178,7 +178,7 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
     from dpo_cli.config.read import prepare
 
     config = prepare(cfg, words)
-    config = config if elastic.rank() is None else elastic.with_launched_ranks(config)
+    config = config if launch.rank() is None else launch.with_launched_ranks(config)
     chosen = config.run_dir or (cfg.hydra.run.dir if cfg.hydra.run.dir != "." else "")
     if not chosen and not spec_of(config.stage).keeps_folder:
         with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch:
@@ -186,9 +186,9 @@ def _run(cfg: DictConfig, words: list[str]) -> int:
     folder = Path(chosen) if chosen else run_folder.default_run_dir(config)
     if config.resume and not chosen:
         raise ConfigError("resume=true: needs the run to resume; give resume=<run folder>")
-    if elastic.rank() is None and elastic.on_several_nodes(config):
+    if launch.rank() is None and launch.on_several_nodes(config):
         go_on_in(folder)
-        return elastic.launch(config, words)  # the first rank checks the folder
+        return launch.launch_ranks(config, words)  # the first rank checks the folder
     try:
         return _start(cfg, config, folder, words)
     except UserError:
@@ -202,7 +202,7 @@ def _start(cfg: DictConfig, config: RunConfig, folder: Path, words: list[str]) -
     from dpo_cli import run_folder
     from dpo_cli.config import spec_of
 
-    leading = elastic.rank() is not None
+    leading = launch.rank() is not None
     run_folder.check_free(folder, config.resume)
     config.run_dir = str(folder)
     config.resume &= not run_folder.is_bare(folder)  # else it never started
@@ -214,19 +214,19 @@ def _start(cfg: DictConfig, config: RunConfig, folder: Path, words: list[str]) -
 
         print_plan(config)
         if leading:
-            elastic.broadcast_config(None)
+            launch.broadcast_config(None)
         return 0
-    if not leading and elastic.is_distributed(config):
+    if not leading and launch.is_distributed(config):
         go_on_in(folder)
-        return elastic.launch(config, words)
+        return launch.launch_ranks(config, words)
     with run_folder.claimed(folder, cfg, config.resume):
         if spec_of(config.stage).keeps_folder:  # else what is printed is all there is
             go_on_in(folder)
         # Importing torch takes seconds, in which another start must find the folder taken.
         from dpo_cli.run import run
     if leading:
-        elastic.broadcast_config(config, environment=environment)
-    with elastic.process_group(config) if leading else nullcontext():
+        launch.broadcast_config(config, environment=environment)
+    with launch.process_group(config) if leading else nullcontext():
         run(config, ["dpo-run", *words])
     return 0
 
@@ -240,7 +240,7 @@ def _let_segments_grow() -> None:
 
 def _sweep(args: Namespace) -> int:
     """Let Hydra run the jobs, then summarize."""
-    from dpo_cli.config import hydra as overrides
+    from dpo_cli.config.hydra import composed, first_job, for_every_option
     from dpo_cli.workflow import sweep
 
     if any(word.startswith("run_dir=") for word in args.overrides):
@@ -248,8 +248,8 @@ def _sweep(args: Namespace) -> int:
         raise ConfigError(f"run_dir: {remedy}")
     resume = any(word.lower() == "resume=true" for word in args.overrides)
     args.overrides = [word for word in args.overrides if not word.startswith("resume=")]
-    cfg = overrides.composed(overrides.first_job(args.overrides), args.config_name)
-    words, args.overrides = args.overrides, overrides.for_every_option(args.overrides)
+    cfg = composed(first_job(args.overrides), args.config_name)
+    words, args.overrides = args.overrides, for_every_option(args.overrides)
     if cfg.dry_run:
         with tempfile.TemporaryDirectory(prefix="dpo-run-") as name:
             with sweep.claimed(name, words):

@@ -37,13 +37,13 @@ def environment(folder: Path, threads: int) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Of this process's Python and of the packages that it can import."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str | None:
@@ -115,7 +115,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 def outcomes_of(report: Path) -> dict[str, tuple[str, str]]:
     """Of pytest's JUnit report: `file::Class::name[parameters]` -> (passed, failure, error or
     skipped; why)."""
-    found = {}
+    outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         # pytest writes the folders of the file, its name and the classes with dots between
         parts = case.get("classname", "").split(".")
@@ -123,5 +123,5 @@ def outcomes_of(report: Path) -> dict[str, tuple[str, str]]:
         name = "::".join([f"{parts[at]}.py", *parts[at + 1 :], case.get("name", "")])
         bad = [(part.tag, part.get("message", "")) for part in case
                if part.tag in ("failure", "error", "skipped")]  # fmt: skip
-        found[name] = bad[0] if bad else ("passed", "")
-    return found
+        outcomes[name] = bad[0] if bad else ("passed", "")
+    return outcomes

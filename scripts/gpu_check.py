@@ -46,19 +46,19 @@ def parser() -> argparse.ArgumentParser:
 
 def numbers(text: str | None, p: argparse.ArgumentParser, option: str) -> set[int]:
     """`1,4-6` -> {1, 4, 5, 6}"""
-    found: set[int] = set()
+    numbers: set[int] = set()
     for part in (text or "").split(","):
         first, _, last = part.strip().partition("-")
         if not part.strip():
             continue
         if not first.isdigit() or not (last or first).isdigit():
             p.error(f"{option} {text}: give numbers such as 1,4-6")
-        found |= set(range(int(first), int(last or first) + 1))
+        numbers |= set(range(int(first), int(last or first) + 1))
     known = {step.number for step in STEPS}
-    if unknown := found - known:
+    if unknown := numbers - known:
         p.error(f"{option}: no step {', '.join(map(str, sorted(unknown)))}; there are 0 to "
                 f"{max(known)} (--list)")  # fmt: skip
-    return found
+    return numbers
 
 
 def listing() -> str:

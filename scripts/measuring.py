@@ -19,7 +19,7 @@ from scripts.common import synchronise
 
 NEVER = -1  # no token is EOS, so that every row is as long
 WHOLE = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # the distribution
-MOST_LIKELY = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+GREEDY = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
 Prompts = Sequence[np.ndarray]
 
 
@@ -35,15 +35,15 @@ def best_seconds(
     """Of one call, the fastest of some groups of calls."""
     for _ in range(min(3, times)):
         work()
-    found = []
+    values = []
     for _ in range(groups):
         synchronise(device)
         began = time.perf_counter()
         for _ in range(times):
             work()
         synchronise(device)
-        found.append((time.perf_counter() - began) / times)
-    return min(found)
+        values.append((time.perf_counter() - began) / times)
+    return min(values)
 
 
 def random_ids(rng: np.random.Generator, vocab: int, length: int) -> np.ndarray:
@@ -61,9 +61,9 @@ def sampled(model: Any, prompts: Prompts, samples: int, new: int, **how: Any) ->
     """`samples` completions of `new` tokens each, as stage=sample draws them."""
     options = SamplingOptions(completions=samples, max_new_tokens=new,
                               batch_size=samples * len(prompts), **how)  # fmt: skip
-    found = [c for row in sample(model, prompts, options, NEVER, 0) for c in row]
-    assert all(len(c.ids) == new for c in found)
-    return found
+    values = [c for row in sample(model, prompts, options, NEVER, 0) for c in row]
+    assert all(len(c.ids) == new for c in values)
+    return values
 
 
 def generated(model: Any, prompts: Prompts, samples: int, new: int, **how: Any) -> Any:
@@ -87,13 +87,13 @@ def generated(model: Any, prompts: Prompts, samples: int, new: int, **how: Any) 
 
 def greedy_sampled(model: Any, prompts: Prompts, new: int) -> list[float]:
     """Log-probability of each prompt's greedy continuation."""
-    found = sampled(model, prompts, 1, new, temperature=0.0)
-    return [float(completion.logprobs.sum()) for completion in found]
+    values = sampled(model, prompts, 1, new, temperature=0.0)
+    return [float(completion.logprobs.sum()) for completion in values]
 
 
 def greedy_generated(model: Any, prompts: Prompts, new: int, **how: Any) -> list[float]:
     """The same of transformers' logits."""
-    out = generated(model, prompts, 1, new, output_logits=True, **how | MOST_LIKELY)
+    out = generated(model, prompts, 1, new, output_logits=True, **how | GREEDY)
     steps = torch.stack(out.logits, 1).float().log_softmax(-1)  # (B, new, V)
-    found: list[float] = steps.max(-1).values.sum(1).tolist()
-    return found
+    values: list[float] = steps.max(-1).values.sum(1).tolist()
+    return values

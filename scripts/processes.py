@@ -68,7 +68,7 @@ class Process:
 
 def marked(mark: str) -> list[int]:
     """Living processes with this mark in their environment; none where there is no /proc."""
-    found = []
+    results = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             ours = mark.encode() in (folder / "environ").read_bytes()
@@ -76,5 +76,5 @@ def marked(mark: str) -> list[int]:
         except OSError:  # ended meanwhile, or another user's
             continue
         if ours and state != "Z":
-            found.append(int(folder.name))
-    return found
+            results.append(int(folder.name))
+    return results

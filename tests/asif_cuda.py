@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_cli.model.attention.products import Call
+from dpo_cli.model.attention.kernels import Call
 from dpo_cli.model.attention.varlen import Cuts, Implementation, _State
 
 GPU = torch.device("cuda", 0)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dpo_cli.cli import main
-from dpo_cli.distributed import launch as elastic
+from dpo_cli.distributed import launch
 from dpo_cli.stages import sft
 
 MOST = 60
@@ -16,7 +16,7 @@ real = sft.sft_loss
 
 def short(model: Any, batch: Any, reduction: str) -> Any:
     out = real(model, batch, reduction)  # it fails late, when the others have gone on
-    if elastic.rank() == 1 and batch.input_ids.numel() > MOST:
+    if launch.rank() == 1 and batch.input_ids.numel() > MOST:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     return out
 

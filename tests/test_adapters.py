@@ -230,7 +230,7 @@ class TestImdb:
     def test_short_review(self) -> None:
         config = ImdbDataConfig(min_prompt_words=3, max_prompt_words=3)
         assert reason(imdb.parse, {"text": "one two three"}, config) == (
-            "text has 3 words, the prompt alone takes 3"
+            "text has 3 words, but the prompt alone 3"
         )
         assert only(imdb.parse({"text": "one two three four"}, 0, config)).responses == (" four",)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asif_cuda import GPU, as_if_cuda
 from dpo_cli.config import ModelConfig
-from dpo_cli.model.attention.registered import prepare, use
+from dpo_cli.model.attention.interface import prepare_layout, use_kernel
 from dpo_cli.model.forward import loss_and_logprobs
 from dpo_cli.model.load import make_ready
 from dpo_cli.run import run
@@ -162,9 +162,9 @@ def test_a_micro_batch_never_waits(waits: Counter[str], family: str) -> None:
     make_ready(model, ModelConfig(), range(96))  # type: ignore[arg-type]
     # varlen has no soft-capping; GPT-J ignores a registered attention
     kernel = {"gemma2": "sdpa", "gptj": "dense"}.get(family, "varlen")
-    use(model, kernel)
+    use_kernel(model, kernel)
     model.to(GPU)
-    row = prepare(packed(examples(4)), kernel).pin_memory()
+    row = prepare_layout(packed(examples(4)), kernel).pin_memory()
     for _ in range(2):  # the first may set things up
         waits.clear()
         with torch.autocast("cuda", torch.bfloat16):

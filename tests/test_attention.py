@@ -5,13 +5,12 @@ import torch
 
 from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.model import forward
-from dpo_cli.model.attention import grouped, probe
-from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import grouped, interface, probe
 from dpo_cli.model.attention.grouped import Group, GroupedLayout
+from dpo_cli.model.attention.interface import Placement, kernel_of, use_kernel
+from dpo_cli.model.attention.kernels import Call
 from dpo_cli.model.attention.layouts import PaddedLayout
 from dpo_cli.model.attention.probe import choose_attention
-from dpo_cli.model.attention.products import Call
-from dpo_cli.model.attention.registered import Placement, kernel_of, use
 from dpo_cli.records import EncodedExample, Segment
 from small_models import (
     FAMILIES,
@@ -73,12 +72,12 @@ def test_the_slow_ways_are_exact_as_well(family, kernel, branches):
     assert_loss_and_gradients_are_the_plain_ones(model, examples(branches))
 
 
-@pytest.mark.parametrize("kept_bytes", [0, 2048])
+@pytest.mark.parametrize("saved_bytes", [0, 2048])
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma2", "mistral"])
-def test_blocks_of_queries_change_nothing(family, kept_bytes, monkeypatch):
+def test_blocks_of_queries_change_nothing(family, saved_bytes, monkeypatch):
     """Neither their size nor whether probabilities are kept or worked out again."""
     monkeypatch.setattr(grouped, "BLOCK", 3)
-    monkeypatch.setattr(grouped, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(grouped, "SAVED_BYTES", saved_bytes)
     model = build(family)
     choose_attention(model, "grouped")
     assert_loss_and_gradients_are_the_plain_ones(model, examples(3))
@@ -104,7 +103,7 @@ def test_examples_of_similar_length_are_grouped():
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_hidden_states_of_rows_that_keep_their_last_tokens(family, kernel):
     model, rows = build(family), examples(4)
-    use(model, kernel)
+    use_kernel(model, kernel)
     batch = packed(rows, keep_last=True)
     with torch.no_grad():
         got = forward.hidden_states(model, batch).index_select(0, batch.last_index)
@@ -176,7 +175,7 @@ def test_gradients_that_are_not_numbers_are_found(monkeypatch):
 
     def spoiled(self, values):
         figures = real(self, values)
-        if attention.kernel_of(self.model) == "sdpa":
+        if interface.kernel_of(self.model) == "sdpa":
             figures.gradients[-1].fill_(float("nan"))
         return figures
 

@@ -12,7 +12,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from bench_workers import SMALL, Record, runner
-from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import interface
 from scripts.bench import profile
 from scripts.bench.workers import matmul as flops
 from scripts.bench.workers.parts import Clocks
@@ -28,9 +28,9 @@ def profiled(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> Ca
 
 
 def test_the_parts_make_up_the_step(profiled: Any, tmp_path: Path) -> None:
-    registered = ALL_ATTENTION_FUNCTIONS[attention.NAME]
+    registered = ALL_ATTENTION_FUNCTIONS[interface.NAME]
     record = profiled(*SMALL, "--steps=3", "--prompt-length=8", "--response-length=4")
-    assert ALL_ATTENTION_FUNCTIONS[attention.NAME] is registered
+    assert ALL_ATTENTION_FUNCTIONS[interface.NAME] is registered
     seconds = {name: part["seconds"]["median"] for name, part in record["parts"].items()}
     assert all(value > 0 for value in seconds.values())
     assert sum(seconds[name] for name in PARTS) == pytest.approx(seconds["step"])

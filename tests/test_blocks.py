@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from dpo_cli.distributed.fsdp import full_tensor, make_mesh, reshard, shard
 from dpo_cli.model import forward
 from dpo_cli.model.adapters.active import adapter_as
-from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import interface
 from dpo_cli.model.blocks import BLOCKS, compile_blocks
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.model.recompute import recompute_blocks
@@ -46,7 +46,7 @@ def graphs(monkeypatch):
 def model_of(family, kernel="varlen"):
     model = build(family, SHAPES[family]).float().train()
     fuse_gelu(model)
-    attention.use(model, kernel)
+    interface.use_kernel(model, kernel)
     return model
 
 
@@ -199,7 +199,7 @@ def test_compiled_blocks_add_nothing_to_what_is_saved_and_sample_eagerly(graphs)
     names = list(model.state_dict())
     compile_blocks(model, refuse)
     assert list(model.state_dict()) == names
-    with torch.no_grad(), attention.attention_as(model.eval(), "sdpa"):
+    with torch.no_grad(), interface.attention_as(model.eval(), "sdpa"):
         model(input_ids=torch.arange(5)[None], use_cache=True)
     assert graphs() == (0, 0)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from dpo_cli.model.adapters.quantize import steady
+from dpo_cli.model.adapters.quantize import match_eval_to_training
 from dpo_cli.report.card import write_model_card
 from small_adapters import plain_logprobs, rows, write_base
 from small_runs import metrics, train
@@ -36,7 +36,9 @@ def test_the_snippet_loads_the_policy_that_was_evaluated(base, tmp_path, kind):
     train(run, "stage=sft", f"model.path={base}", *words)
     code, names = snippet(final, "inputs =")
     assert ("BitsAndBytesConfig" in code) == (kind != "lora")
-    steady(names["model"])  # bitsandbytes cannot repack layers this narrow for a CPU
+    match_eval_to_training(
+        names["model"]
+    )  # bitsandbytes cannot repack layers this narrow for a CPU
     found = plain_logprobs(names["model"], rows(base, tmp_path / "c"))[:, 0]
     tokens = sum(len(e.response_ids[0]) for e in rows(base, tmp_path / "c"))
     last = [row for row in metrics(run) if "eval/loss" in row][-1]

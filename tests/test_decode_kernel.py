@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.skipif(WHY is not None, reason=str(WHY))] + [pytest.ma
 def interpreted(monkeypatch):
     from dpo_cli.model.sampling import static_cache
 
-    monkeypatch.setattr(static_cache, "LEAST_ROWS", 1)
+    monkeypatch.setattr(static_cache, "MIN_ROWS", 1)
     if CUDA:
         return
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # what it imports when it first runs
@@ -77,10 +77,10 @@ def caches(samples, kv_heads, width, lengths):
     (3, 1, 24, (0.3, None, None)), (3, 2, 16, (None, 2.0, 9)), (10, 2, 24, (None, None, 6)),
 ])  # fmt: skip
 def test_it_is_the_attention_in_pytorch(samples, group, width, words, monkeypatch):
-    from dpo_cli.model.attention.products import Call
-    from dpo_cli.model.sampling import kernel as decode_kernel
+    from dpo_cli.model.attention.kernels import Call
+    from dpo_cli.model.sampling import decode_kernel
 
-    monkeypatch.setattr(decode_kernel, "MOST_QUERIES", 16)  # ten samples take two programs
+    monkeypatch.setattr(decode_kernel, "MAX_QUERIES", 16)  # ten samples take two programs
     call, kv_heads, lengths = Call(*words), 2, [1, 13, 5]
     pair = caches(samples, kv_heads, width, lengths)
     for step in range(8):

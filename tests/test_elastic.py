@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from dpo_cli import cli
 from dpo_cli.config import HardwareConfig
-from dpo_cli.distributed import launch as elastic
+from dpo_cli.distributed import launch
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.run import run as start
 from dpo_cli.workflow import sweep
@@ -155,13 +155,14 @@ def test_ranks_out_of_memory_go_on_with_smaller_rows(
     """And end where a process with enough memory does."""
     alone.setattr(os, "environ", os.environ.copy())
     alone.setattr(
-        elastic, "rank_command", lambda: [str(Path(__file__).with_name("rank_short_of_memory.py"))]
+        launch, "rank_command", lambda: [str(Path(__file__).with_name("rank_short_of_memory.py"))]
     )
     words = (*SFT, "train.max_steps=6", "train.micro_batch_tokens=100", "data.eval_rows=0",
              "train.save_every_steps=2", f"cache_dir={tmp_path}")  # fmt: skip
     config = configure(*words, "hardware.devices=2", f"run_dir={tmp_path / 'two'}")
     assert (
-        elastic.launch(config, [*words, "hardware.devices=2", f"run_dir={tmp_path / 'two'}"]) == 0
+        launch.launch_ranks(config, [*words, "hardware.devices=2", f"run_dir={tmp_path / 'two'}"])
+        == 0
     )
     told = capsys.readouterr().err
     assert "out of memory with 100 tokens per row: lowered to 50" in told
@@ -181,29 +182,29 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_a_rank_knows_itself(alone: pytest.MonkeyPatch) -> None:
-    assert elastic.rank() is None
+    assert launch.rank() is None
     alone.setenv("WORLD_SIZE", "1")  # some machines set it for every process
     alone.setenv("RANK", "0")
-    assert elastic.rank() is None
+    assert launch.rank() is None
     alone.setenv("WORLD_SIZE", "2")
-    assert elastic.rank() == 0
+    assert launch.rank() == 0
 
 
 def test_ranks_end_with_the_code_of_the_first(alone: pytest.MonkeyPatch) -> None:
     store = dist.HashStore()
-    alone.setattr(elastic, "_store", lambda: store)
+    alone.setattr(launch, "_store", lambda: store)
     alone.setattr(os, "environ", {**os.environ, "HF_TOKEN": "secret"})
-    elastic.broadcast_config(None, 3, {"SET_BY_HYDRA": "1"})
-    assert b"secret" not in store.get(elastic.CONFIG)
-    assert elastic.receive_config() == (None, 3)
+    launch.broadcast_config(None, 3, {"SET_BY_HYDRA": "1"})
+    assert b"secret" not in store.get(launch.CONFIG)
+    assert launch.receive_config() == (None, 3)
     assert os.environ["SET_BY_HYDRA"] == "1"
 
 
 def test_what_is_wanted(tmp_path: Path) -> None:
     words = (*TINY, f"run_dir={tmp_path}")
-    assert not elastic.is_distributed(configure(*words, "stage=sft"))
-    assert elastic.is_distributed(configure(*words, "stage=sft", "hardware.devices=2"))
-    assert not elastic.is_distributed(configure(*words, "stage=inspect", "hardware.devices=2"))
+    assert not launch.is_distributed(configure(*words, "stage=sft"))
+    assert launch.is_distributed(configure(*words, "stage=sft", "hardware.devices=2"))
+    assert not launch.is_distributed(configure(*words, "stage=inspect", "hardware.devices=2"))
 
 
 def test_nodes_of_slurm_meet_at_the_first(tmp_path: Path, alone: pytest.MonkeyPatch) -> None:
@@ -215,10 +216,10 @@ def test_nodes_of_slurm_meet_at_the_first(tmp_path: Path, alone: pytest.MonkeyPa
     with pytest.raises(
         ConfigError, match=r"hardware.nodes=2 needs a Slurm job.*start on each node: torchrun"
     ):
-        elastic.rendezvous(hardware)
+        launch.rendezvous(hardware)
     alone.setenv("SLURM_JOB_ID", "40017")
     alone.setenv("SLURM_JOB_NODELIST", "n[3-4]")
-    assert elastic.rendezvous(hardware) == {
+    assert launch.rendezvous(hardware) == {
         "rdzv_endpoint": "n3:20017", "run_id": "dpo-run-40017"
     }  # fmt: skip
 
@@ -239,7 +240,7 @@ def test_nodes_leave_the_folder_to_the_first_rank(
     tmp_path: Path, alone: pytest.MonkeyPatch
 ) -> None:
     launched: list[list[str]] = []
-    alone.setattr(elastic, "launch", lambda config, words: launched.append(words) or 0)
+    alone.setattr(launch, "launch_ranks", lambda config, words: launched.append(words) or 0)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "by-the-first-rank").touch()
     words = ["stage=sft", "hardware.nodes=2", f"run_dir={tmp_path / 'used'}"]
@@ -252,29 +253,29 @@ def test_nodes_leave_the_folder_to_the_first_rank(
 def test_the_first_error_is_told_but_a_stop_before_all(
     tmp_path: Path, alone: pytest.MonkeyPatch
 ) -> None:
-    assert elastic.recorded_error(tmp_path) is None
+    assert launch.recorded_error(tmp_path) is None
     for number, error in enumerate([DataError("late"), DataError("first"), DataError("last")]):
         path = tmp_path / str(number) / "error.json"
         path.parent.mkdir()
-        alone.setenv(elastic.ERROR_FILE, str(path))
-        elastic.record_error(error)
+        alone.setenv(launch.ERROR_FILE, str(path))
+        launch.record_error(error)
         os.utime(path, (10 - 5 * (number == 1), 10 - 5 * (number == 1)))
-    found = elastic.recorded_error(tmp_path)
+    found = launch.recorded_error(tmp_path)
     assert (str(found), found.exit_code) == ("first", 3)
     path = tmp_path / "3" / "error.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"message": {"message": "saved", "errorCode": 75}}))
-    assert str(elastic.recorded_error(tmp_path)) == "saved"
+    assert str(launch.recorded_error(tmp_path)) == "saved"
     (tmp_path / "4").mkdir()  # what torch itself writes of an exception
     (tmp_path / "4" / "error.json").write_text('{"message": {"message": "ValueError"}}')
-    assert str(elastic.recorded_error(tmp_path)) == "saved"
+    assert str(launch.recorded_error(tmp_path)) == "saved"
 
 
 def test_ranks_share_the_cores(alone: pytest.MonkeyPatch) -> None:
     alone.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     alone.delenv("OMP_NUM_THREADS", raising=False)
     alone.setattr(os, "environ", dict(os.environ))
-    elastic.limit_threads(HardwareConfig(devices=4))
+    launch.limit_threads(HardwareConfig(devices=4))
     assert os.environ["OMP_NUM_THREADS"] == "4"
-    elastic.limit_threads(HardwareConfig(devices=2))  # someone has said
+    launch.limit_threads(HardwareConfig(devices=2))  # someone has said
     assert os.environ["OMP_NUM_THREADS"] == "4"

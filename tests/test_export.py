@@ -103,7 +103,7 @@ def test_a_base_in_float32_stays_so_but_for_a_quantised_run(base, runs, tmp_path
     train(tmp_path / "b", "stage=export", f"model.path={runs / 'qlora'}", "logger.progress=plain")
     told = " ".join(capsys.readouterr().err.split())
     assert "in bf16" in told
-    assert "it was trained over that base quantized as nf4" in told
+    assert "it was trained on that base quantized as nf4" in told
     assert "close to what was trained, not identical" in told
     assert stored(tmp_path / "b" / "final") == {torch.bfloat16}
 

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.model import forward
 from dpo_cli.model.adapters import lora
+from dpo_cli.model.attention.interface import Placement, use_kernel
 from dpo_cli.model.attention.probe import choose_attention
-from dpo_cli.model.attention.registered import Placement, use
 from dpo_cli.model.dropout import set_dropout
 from dpo_cli.model.rope import cuts_of
 from dpo_cli.model.skeleton import skeleton
@@ -49,7 +49,7 @@ def test_packed_and_padded_rows_are_right_and_train(family):
     assert grads
     assert all(torch.isfinite(grad).all() for grad in grads)
     assert any(grad.norm() > 0 for grad in grads)
-    use(model, "plain")
+    use_kernel(model, "plain")
     padded = forward.token_logprobs(model, batch)
     torch.testing.assert_close(padded, expected, rtol=2e-5, atol=2e-5)
 
@@ -97,7 +97,9 @@ def test_adapters_draw_at_their_own_rate(rate, dora):
     model = build_random("phimoe")
     set_dropout(model, 0.0)
     names = ["q_proj", "o_proj"]
-    lora.put_in(model, LoraConfig(lora_dropout=rate, use_dora=dora, target_modules=names), None)
+    lora.add_adapter(
+        model, LoraConfig(lora_dropout=rate, use_dora=dora, target_modules=names), None
+    )
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:

@@ -82,13 +82,13 @@ def test_a_skipped_test_has_not_passed(tmp_path: Path) -> None:
 def test_a_killed_process_takes_its_children_along(tmp_path: Path) -> None:
     code = "import subprocess, time; subprocess.Popen(['sleep', '60'], start_new_session=True); "
     child = lab.Lab(tmp_path).python("-c", code + "time.sleep(60)")
-    while len(found := processes.marked(child.mark)) < 2:
+    while len(results := processes.marked(child.mark)) < 2:
         assert child.running()
     inner = processes.Process(["sleep", "60"], tmp_path / "log", {processes.MARK: child.mark})
     child.end()
     assert child.wait() == -9
     deadline = time.monotonic() + 5
-    while any(map(_runs, [*found, inner.popen.pid])):  # also one that has a mark of its own
+    while any(map(_runs, [*results, inner.popen.pid])):  # also one that has a mark of its own
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert inner.wait() == -9

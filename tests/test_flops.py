@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dpo_cli.model import forward
-from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import interface
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample, Segment
 from dpo_cli.train import flops, loop
@@ -29,7 +29,7 @@ SHAPES = {
 def model_of(family, options=None, auto=AutoModelForCausalLM, **more):
     config = AutoConfig.for_model(family, **(options or SHAPES[family]), **more)
     model = auto.from_config(config, attn_implementation="eager")
-    attention.use(model, "dense")
+    interface.use_kernel(model, "dense")
     return model
 
 

@@ -167,7 +167,7 @@ def test_best_of_many_samples_stays_finite():
 
 
 def test_best_of_more_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="best of 6 needs at least 6 samples a prompt"):
+    with pytest.raises(ValueError, match="best of 6 needs at least 6 samples per prompt"):
         best_of(np.zeros((2, 5)), 6)
 
 

@@ -219,11 +219,11 @@ def test_a_lead_within_the_error_is_called_so():
     (lead,) = leads(summaries, [1.0])
     assert (lead.first, lead.second, lead.se) == ("a", "b", pytest.approx(0.01 * math.sqrt(2)))
     assert verdicts(summaries, [1.0]) == [
-        "Up to a KL of 1: a is level with b (0.010 ± 0.014 above)."
+        "Up to a KL of 1: a is level with b (0.010 ± 0.014 higher)."
     ]
     unknown = [summarize(name, [row(name, 1, 0.5, reward_se=None)], [1.0]) for name in "ab"]
     assert verdicts(unknown, [1.0]) == [
-        "Up to a KL of 1: a is before b, by 0.000 (its error is unknown)."
+        "Up to a KL of 1: a leads b, by 0.000 (its error is unknown)."
     ]
     assert leads(summaries[:1], [1.0]) == []
 

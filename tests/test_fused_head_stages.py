@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from dpo_cli.logprobs import fused_head
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.session.models import note_head
 from dpo_cli.session.reference import reference_key
 from small_models import build, examples

@@ -10,14 +10,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import small_models
 from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.model import forward
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.attention.probe import choose_attention
-from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.sampling import generate, prefix_cache
 from dpo_cli.model.sampling.decoding import start
 from dpo_cli.model.sampling.draw import BLOCK, draw
 from dpo_cli.model.sampling.generate import SamplingOptions, sample
 from dpo_cli.model.sampling.prefix_cache import Grid
-from dpo_cli.model.sampling.trial import way_of
+from dpo_cli.model.sampling.trial import decoding_mode
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 from small_models import FAMILIES, compute_in_float64
@@ -133,9 +133,9 @@ def assert_the_plain_forwards(model, rows, greedy=False, atol=1e-10):
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gptj"])
 def test_shared_prompts_are_exact(family, completions, temperature, monkeypatch):
     compute_in_float64(monkeypatch)
-    monkeypatch.setattr(prefix_cache, "ROOM", 2)  # the buffers must grow
+    monkeypatch.setattr(prefix_cache, "INITIAL_TOKENS", 2)  # the buffers must grow
     model = ready(family)
-    assert way_of(model, quiet) == "shared"
+    assert decoding_mode(model, quiet) == "shared_prefix"
     options = SamplingOptions(completions, temperature, max_new_tokens=STEPS)
     rows, eos = sample_until_a_common_token(model, options)
     lengths = {len(c.ids) for row in rows for c in row}
@@ -149,7 +149,7 @@ def test_shared_prompts_are_exact(family, completions, temperature, monkeypatch)
 def test_other_families_are_exact_as_well(family, options, monkeypatch):
     compute_in_float64(monkeypatch)
     model = ready(family, options)
-    assert (way_of(model, quiet) == "shared") == (family == "opt")
+    assert (decoding_mode(model, quiet) == "shared_prefix") == (family == "opt")
     options = SamplingOptions(3, max_new_tokens=STEPS)
     assert_the_plain_forwards(model, sample_until_a_common_token(model, options)[0])
 
@@ -168,7 +168,7 @@ def test_a_cache_that_goes_wrong_is_not_used(fault, monkeypatch):
     monkeypatch.setattr(prefix_cache._Layer, "attend", wrong)
     model = ready("llama")
     rows = sample(model, RAGGED, SamplingOptions(2, max_new_tokens=4), -1, 0)
-    assert way_of(model, quiet) != "shared"
+    assert decoding_mode(model, quiet) != "shared_prefix"
     assert_the_plain_forwards(model, rows)
 
 
@@ -191,7 +191,7 @@ def test_kept_logprobs_are_those_of_packed_rows(kind, precision, atol):
 
 def test_a_prompts_keys_are_kept_once_and_leave_with_its_last_row():
     model = build("llama")
-    rows, position, logits = start(model, PROMPTS, 4, PAD, "shared")
+    rows, position, logits = start(model, PROMPTS, 4, PAD, "shared_prefix")
     assert position.tolist() == [0] * 4 + [3] * 4 + [1] * 4 + [2] * 4
     assert logits.shape == (16, 24)
     shapes = lambda: {tuple(x.prompt[0].shape) for x in rows.cache.shared}  # noqa: E731
@@ -220,7 +220,7 @@ def test_looking_for_finished_rows_less_often_changes_nothing(monkeypatch):
     often = sample(model, PROMPTS, options, EOS, PAD)
     eos = int(often[1][0].ids[2])
     often = sample(model, PROMPTS, options, eos, PAD)
-    monkeypatch.setitem(generate.LOOK_EVERY, "cpu", 5)
+    monkeypatch.setitem(generate.SYNC_EVERY, "cpu", 5)
     seldom = sample(model, PROMPTS, options, eos, PAD)
     assert len(often[1][0].ids) < 12
     for a, b in zip((c for r in often for c in r), (c for r in seldom for c in r), strict=True):
@@ -232,7 +232,7 @@ def test_looking_for_finished_rows_less_often_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("call", [1, 3])  # the prefill, the second new token
 def test_logits_that_are_not_finite_stop_it(call, temperature):
     model = build("gpt2")
-    assert way_of(model, quiet) == "shared"  # tried before calls are counted
+    assert decoding_mode(model, quiet) == "shared_prefix"  # tried before calls are counted
     calls = []
 
     def spoil(module, inputs, output):

@@ -185,7 +185,7 @@ def test_the_small_form_of_a_step(
 def test_a_kernel_that_is_wrong_is_seen(
     setup: facts.Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels = import_module("dpo_cli.model.attention.products")
+    kernels = import_module("dpo_cli.model.attention.kernels")
     real = kernels.padded
     monkeypatch.setattr(
         kernels, "padded", lambda q, k, v, mask, call: 1.03 * real(q, k, v, mask, call)

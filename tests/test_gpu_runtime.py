@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from dpo_cli.distributed import launch as elastic
+from dpo_cli.distributed import launch
 from dpo_cli.distributed.ranks import SHARE_GPUS, Ranks
 from dpo_cli.errors import ConfigError
 from dpo_cli.train import runtime
@@ -104,6 +104,6 @@ def test_ranks_that_share_a_gpu_talk_by_gloo(monkeypatch, shared, of_gpus):
         torch.distributed, "init_process_group", lambda backend, **rest: asked.append(backend)
     )
     monkeypatch.setattr(torch.distributed, "PrefixStore", lambda prefix, store: store)
-    config = type("Config", (), {"hardware": elastic.HardwareConfig()})()
-    elastic._join(None, config)
+    config = type("Config", (), {"hardware": launch.HardwareConfig()})()
+    launch._join(None, config)
     assert asked == [f"cpu:gloo,cuda:{of_gpus}"]

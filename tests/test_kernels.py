@@ -8,10 +8,10 @@ from dpo_cli import logprobs
 from dpo_cli.config import DpoConfig
 from dpo_cli.model import forward
 from dpo_cli.model.attention import varlen
-from dpo_cli.model.attention.kernel_check import kernel_error
+from dpo_cli.model.attention.interface import Placement, Seen, prepare_layout, use_kernel
+from dpo_cli.model.attention.kernel_check import kernel_mismatch
+from dpo_cli.model.attention.kernels import Call
 from dpo_cli.model.attention.layouts import LAYOUTS, VarlenLayout
-from dpo_cli.model.attention.products import Call
-from dpo_cli.model.attention.registered import Placement, Seen, prepare, use
 from dpo_cli.records import Segment
 from dpo_cli.stages.dpo import dpo_loss
 from small_models import (
@@ -67,7 +67,7 @@ def emulator(monkeypatch, in_float64):
 @pytest.mark.parametrize("family", VARLEN_FAMILIES)
 def test_varlen_gives_the_plain_loss_and_gradients(emulator, family, branches):
     model = build(family)
-    use(model, "varlen")
+    use_kernel(model, "varlen")
     assert_loss_and_gradients_are_the_plain_ones(model, examples(branches))
 
 
@@ -76,7 +76,7 @@ def test_varlen_gives_the_plain_loss_and_gradients(emulator, family, branches):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_hidden_states_of_rows_that_keep_their_last_tokens(emulator, family, kernel):
     model, rows = build(family), examples(4)
-    use(model, kernel)
+    use_kernel(model, kernel)
     with torch.no_grad():
         got = forward.hidden_states(model, packed(rows, keep_last=True))
         model.set_attn_implementation("eager")
@@ -98,7 +98,7 @@ def test_flex_gives_the_plain_logprobs(in_float64, family, branches):
     """On a CPU FlexAttention has no backward."""
     model, rows = build(family), examples(branches)
     expected = oracle(model, rows)
-    use(model, "flex")
+    use_kernel(model, "flex")
     with torch.no_grad():
         got = forward.token_logprobs(model, packed(rows))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)
@@ -255,7 +255,7 @@ def test_the_best_implementation_that_is_right_is_used(implementations, runs, us
             varlen.Implementation("second", second, grouped=False))  # fmt: skip
     varlen.use(both)
     notes = []
-    error = kernel_error("varlen", ASKED, Placement(note=notes.append))
+    error = kernel_mismatch("varlen", ASKED, Placement(note=notes.append))
     assert len(notes) == told
     if used is None:
         assert "differs by" in error
@@ -281,24 +281,24 @@ class NanGradient(torch.autograd.Function):
 def test_a_kernel_is_held_against_matmuls_before_it_is_used(monkeypatch):
     """Right, aligned top left, a window off by one, not finite, not there."""
     monkeypatch.setattr(varlen, "attend", emulated)
-    assert kernel_error("varlen", ASKED, CPU) is None
-    assert "does not support dropout" in kernel_error("varlen", ASKED, CPU, dropout=0.1)
+    assert kernel_mismatch("varlen", ASKED, CPU) is None
+    assert "does not support dropout" in kernel_mismatch("varlen", ASKED, CPU, dropout=0.1)
 
     def off_by_one(q, k, v, cuts, call):
         window = None if call.window is None else call.window + 1
         return emulated(q, k, v, cuts, Call(call.scaling, None, window))
 
     monkeypatch.setattr(varlen, "attend", off_by_one)
-    assert kernel_error("varlen", ASKED[:2], CPU) is None
-    assert "window=3" in kernel_error("varlen", ASKED, CPU)
+    assert kernel_mismatch("varlen", ASKED[:2], CPU) is None
+    assert "window=3" in kernel_mismatch("varlen", ASKED, CPU)
     monkeypatch.setattr(varlen, "attend", lambda *a: emulated(*a, top_left=True))
-    assert "differs by" in kernel_error("varlen", ASKED, CPU)
+    assert "differs by" in kernel_mismatch("varlen", ASKED, CPU)
     monkeypatch.setattr(varlen, "attend", lambda *a: emulated(*a) * float("nan"))
-    assert "differs by nan%" in kernel_error("varlen", ASKED, CPU)
+    assert "differs by nan%" in kernel_mismatch("varlen", ASKED, CPU)
     monkeypatch.setattr(varlen, "attend", lambda q, *rest: NanGradient.apply(emulated(q, *rest)))
-    assert "differs by nan%" in kernel_error("varlen", ASKED, CPU)
+    assert "differs by nan%" in kernel_mismatch("varlen", ASKED, CPU)
     monkeypatch.undo()
-    assert kernel_error("varlen", ASKED, CPU)  # PyTorch's own, which no CPU has
+    assert kernel_mismatch("varlen", ASKED, CPU)  # PyTorch's own, which no CPU has
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2"])
@@ -310,8 +310,8 @@ def test_a_micro_batch_never_waits_for_the_device(monkeypatch, kernel, family):
         varlen, "attend", lambda q, k, v, cuts, call: q + 0 * (k.sum() + v.sum())
     )  # fmt: skip
     model = build(family).float().to("meta")
-    use(model, kernel)
-    batch = prepare(packed(examples(2)), kernel).to("meta")
+    use_kernel(model, kernel)
+    batch = prepare_layout(packed(examples(2)), kernel).to("meta")
     assert all(x.is_meta for x in (batch.input_ids, *tensors_in(batch.layouts[kernel])))
     reference = torch.zeros(3, 2, device="meta")
     out = dpo_loss(model, batch, lambda row: reference[row.example_ids], DpoConfig())
@@ -327,8 +327,8 @@ def tensors_in(layout):
 def test_layouts_are_made_once_a_row_and_move_with_it(kernel):
     batch = packed(examples(2))
     assert batch.layouts == {}
-    layout = prepare(batch, kernel).layouts[kernel]
-    assert prepare(batch, kernel).layouts[kernel] is layout
+    layout = prepare_layout(batch, kernel).layouts[kernel]
+    assert prepare_layout(batch, kernel).layouts[kernel] is layout
     moved = batch.to("meta")
     assert tensors_in(moved.layouts[kernel])
     assert all(x.is_meta for x in tensors_in(moved.layouts[kernel]))

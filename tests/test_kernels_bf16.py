@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from dpo_cli.model.attention import grouped
-from dpo_cli.model.attention import products as kernels
+from dpo_cli.model.attention import grouped, kernels
 from dpo_cli.model.attention.grouped import GroupedLayout
+from dpo_cli.model.attention.kernels import Call
 from dpo_cli.model.attention.layouts import PaddedLayout
-from dpo_cli.model.attention.products import Call
 from dpo_cli.records import Segment
 
 # 1,050 and 900 tokens: probabilities are worked out again; 350 and 300: kept, three blocks.
@@ -50,7 +49,7 @@ def exactly(q, k, v, call):
 def test_the_lengths_reach_every_path():
     groups = GroupedLayout.build(segments()[0]).groups
     sizes = [group.branch.shape[1] for group in groups]
-    assert [2 * size <= grouped.KEPT_BYTES for size in sizes] == [False, True, True]
+    assert [2 * size <= grouped.SAVED_BYTES for size in sizes] == [False, True, True]
     assert [size > grouped.BLOCK for size in sizes] == [True, True, False]
     assert [group.places is None for group in groups] == [False, False, True]
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from dpo_cli.model.attention import varlen
-from dpo_cli.model.attention.kernel_check import kernel_error
+from dpo_cli.model.attention.interface import Placement, Seen, kernel_of, prepare_layout, use_kernel
+from dpo_cli.model.attention.kernel_check import kernel_mismatch
+from dpo_cli.model.attention.kernels import Call
 from dpo_cli.model.attention.probe import choose_attention
-from dpo_cli.model.attention.products import Call
-from dpo_cli.model.attention.registered import Placement, Seen, kernel_of, prepare, use
 from dpo_cli.model.blocks import compile_blocks
 from small_models import (
     FAMILIES,
@@ -38,20 +38,20 @@ WIDER = {  # heads of 16, the narrowest that FlexAttention takes
 @pytest.mark.parametrize("call", [Call(), Call(scaling=0.2, window=3)], ids=str)
 def test_real_kernels_forward_and_gradients(kernel, heads, call):
     h, kv, width = heads
-    assert kernel_error(kernel, [Seen(call, h, kv, width, width)], CUDA) is None
+    assert kernel_mismatch(kernel, [Seen(call, h, kv, width, width)], CUDA) is None
 
 
 @slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("call", [Call(), Call(scaling=0.2, window=3)], ids=str)
 def test_real_flex_attention_forward_and_gradients(call):
-    assert kernel_error("flex", [Seen(call, 8, 2, 64, 64)], CUDA) is None
+    assert kernel_mismatch("flex", [Seen(call, 8, 2, 64, 64)], CUDA) is None
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("kernel", [pytest.param("flex", marks=slow), "sdpa"])
 def test_real_kernels_with_soft_capping(kernel):
-    assert kernel_error(kernel, [Seen(Call(softcap=2.0), 8, 4, 64, 64)], CUDA) is None
+    assert kernel_mismatch(kernel, [Seen(Call(softcap=2.0), 8, 4, 64, 64)], CUDA) is None
 
 
 @pytest.mark.parametrize("call", [Call(), Call(0.2, 2.0, 3)], ids=str)
@@ -60,7 +60,7 @@ def test_the_flash_attn_package(call):
     everything = varlen.usable()
     varlen.use(tuple(x for x in everything if x.name == "flash-attn 2"))
     try:
-        assert kernel_error("varlen", [Seen(call, 8, 2, 64, 64)], CUDA) is None
+        assert kernel_mismatch("varlen", [Seen(call, 8, 2, 64, 64)], CUDA) is None
     finally:
         varlen.use(everything)
 
@@ -75,8 +75,8 @@ def test_models_in_bf16_stay_near_the_plain_forward(family, kernel):
     model, rows = build(family, WIDER[family]).float(), examples(4)
     values = oracle(model, rows)
     expected = gradients(model, weighted(values, 0, len(values)))
-    use(model.to(CUDA.device), kernel)
-    batch = prepare(packed(rows), kernel).pin_memory().to(CUDA.device)
+    use_kernel(model.to(CUDA.device), kernel)
+    batch = prepare_layout(packed(rows), kernel).pin_memory().to(CUDA.device)
     with torch.autocast(CUDA.device.type, torch.bfloat16):
         loss, got = packed_loss(model, batch)
     found = gradients(model, loss)
@@ -92,7 +92,7 @@ def test_the_fastest_kernel_is_chosen_and_a_micro_batch_never_waits():
     assert notes == []
     assert kernel_of(model) == "varlen"
     model.to(CUDA.device)
-    batch = prepare(packed(examples(4)), "varlen").pin_memory()
+    batch = prepare_layout(packed(examples(4)), "varlen").pin_memory()
     for mode in ("default", "error"):  # the first pass may set libraries up
         torch.cuda.set_sync_debug_mode(mode)
         try:
@@ -115,7 +115,7 @@ def test_blocks_compile_once_and_stay_near_the_eager_ones(family):
         packed(examples(2)[1:]).to(CUDA.device)
     ]
     model = build(family, WIDER[family]).float().to(CUDA.device).train()
-    use(model, "varlen")
+    use_kernel(model, "varlen")
     expected = [figures(model, row) for row in rows]
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

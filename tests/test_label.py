@@ -220,7 +220,9 @@ def test_pairs_that_do_not_say_what_is_finished_are_whole(tmp_path):
 
 
 def test_a_policy_without_another_reference(tmp_path, sft):
-    with pytest.raises(ConfigError, match=r"^stage\.reference=null: \S+ does not say what it was"):
+    with pytest.raises(
+        ConfigError, match=r"^stage\.reference=null: \S+ does not name the reference"
+    ):
         label(tmp_path, ROWS, "stage.by=implicit", f"model.path={sft}")
     with pytest.raises(ConfigError, match=r"^stage\.reference=\S+: is model\.path itself"):
         label(tmp_path, ROWS, "stage.by=implicit", f"model.path={sft}", f"stage.reference={sft}",

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_cli.config import DpoConfig
-from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import interface
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.stages.dpo import dpo_loss
 from small_models import FAMILIES, build, examples, packed
@@ -42,8 +42,8 @@ def step_of(family, layers, times=1):
     """Launches by operator, bytes kept for the backward and tokens of a training step in bf16."""
     model = build(family, FAMILIES[family] | {LAYERS[family]: layers, "head_dim": 8}).float()
     fuse_gelu(model)
-    attention.use(model.train(), "varlen")
-    batch = attention.prepare(packed(examples(2) * times), "varlen")
+    interface.use_kernel(model.train(), "varlen")
+    batch = interface.prepare_layout(packed(examples(2) * times), "varlen")
     reference = torch.zeros(len(batch.example_ids), 2)
     kept = {}
 

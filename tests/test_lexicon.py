@@ -55,7 +55,7 @@ def test_vader(shared):
         (b"good\tnan\n", r"words\.txt:1: not a line"),
         (b"good 1\n", r"words\.txt:1: not a line"),
         (b"\t1\n", r"words\.txt:1: not a line"),
-        (b"\n", r"reward_fn\.path=\S+: has no words"),
+        (b"\n", r"reward_fn\.path=\S+: contains no words"),
         (b"\xff\xfe", r"reward_fn\.path=\S+: cannot be read: "),
     ],
 )
@@ -76,5 +76,5 @@ def test_bad_lists_and_archives(tmp_path):
         read_lexicon(tmp_path / "a.zip")
     with zipfile.ZipFile(tmp_path / "b.zip", "w"):
         pass
-    with pytest.raises(DataError, match=r"^reward_fn\.path=\S+: 0 \.txt files in it"):
+    with pytest.raises(DataError, match=r"^reward_fn\.path=\S+: contains 0 \.txt files"):
         read_lexicon(tmp_path / "b.zip")

@@ -13,8 +13,8 @@ from transformers.models.llama import modeling_llama
 
 from dpo_cli.errors import ConfigError
 from dpo_cli.model import liger
-from dpo_cli.model.attention import registered as attention
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention import interface
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.session import models
 from small_models import build, examples, gradients, packed, packed_loss
@@ -61,7 +61,7 @@ def figures(model):
 def model_of(family):
     model = build(family).float()
     fuse_gelu(model)
-    attention.use(model, "sdpa")
+    interface.use_kernel(model, "sdpa")
     return model
 
 
@@ -127,7 +127,7 @@ import sys
 sys.path.insert(0, "tests")
 import torch
 from dpo_cli.model import liger
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention.interface import Placement
 from test_liger import model_of
 print(liger.replace(model_of(sys.argv[1]), liger.kernels(), Placement()))
 """

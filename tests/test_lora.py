@@ -12,11 +12,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dpo_cli.config import LoraConfig, ModelConfig, OptimConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.adapters import active as adapters
-from dpo_cli.model.adapters import lora
-from dpo_cli.model.adapters import quantize as quantise
-from dpo_cli.model.adapters.active import REFERENCE, TRAINED, Adaptation, adapter_as
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.adapters import lora, quantize
+from dpo_cli.model.adapters.active import REFERENCE, TRAINED, Adaptation, adapter_as, is_adapted
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.digest import model_digest
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs
 from dpo_cli.model.load import load_model, load_tokenizer
@@ -150,7 +148,7 @@ def test_peft_and_transformers_read_what_is_saved(bases, pairs, tmp_path, family
             theirs = plain_logprobs(auto.from_pretrained(folder), pairs)
             torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
     merged = loaded(folder)
-    assert not adapters.is_adapted(merged)
+    assert not is_adapted(merged)
     theirs = peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()
     torch.testing.assert_close(
         packed_logprobs(merged, pairs), plain_logprobs(theirs, pairs), rtol=0, atol=2e-4
@@ -392,11 +390,11 @@ def test_probing_a_quantised_layer_keeps_no_dense_weight():
     kept = []
     hooks = torch.autograd.graph.saved_tensors_hooks
     with hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        out = quantise._dense(layer, x)
+        out = quantize._dense(layer, x)
     assert all(size < 64 * 32 for size in kept)
     weights = torch.randn_like(out)
     found = torch.autograd.grad((out * weights).sum(), (x, layer.bias))
-    plain = torch.nn.functional.linear(x, quantise._weight(layer).float(), layer.bias)
+    plain = torch.nn.functional.linear(x, quantize._weight(layer).float(), layer.bias)
     truth = torch.autograd.grad((plain * weights).sum(), (x, layer.bias))
     for ours, theirs in zip((out, *found), (plain, *truth), strict=True):
         torch.testing.assert_close(ours, theirs)

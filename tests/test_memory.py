@@ -187,7 +187,7 @@ def test_ranks_remember_a_budget_that_attention_limits(monkeypatch):
     budget.restore({"asked": 2048, "tokens": 1024})
     assert budget.tokens == 4096
     budget.limit(2048)
-    assert (budget.asked, budget.tokens) == (2048, 1024)
+    assert (budget.configured, budget.tokens) == (2048, 1024)
 
 
 def test_ranks_do_not_start_again_for_what_smaller_rows_cannot_mend(tmp_path, monkeypatch):

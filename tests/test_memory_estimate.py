@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from dpo_cli.config import HardwareConfig, LoraConfig, OptimConfig
 from dpo_cli.model import forward
 from dpo_cli.model.adapters.casts import leave_casts_to_autocast
-from dpo_cli.model.attention.registered import use
+from dpo_cli.model.attention.interface import use_kernel
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.packing import pack
-from dpo_cli.plan.memory.activations import Numbers, Rows, Trained, block_bytes, kept_bytes
+from dpo_cli.plan.memory.activations import Numbers, Rows, Trained, activation_bytes, block_bytes
 from dpo_cli.plan.memory.shape import shape_of
 from dpo_cli.plan.memory.weights import (
     Sharing,
@@ -28,8 +28,8 @@ from dpo_cli.plan.memory.weights import (
     cast_bytes,
     frozen_bytes,
     gathered_bytes,
-    learning,
     state_bytes,
+    trainable_of,
 )
 from dpo_cli.records import Batch, EncodedExample
 from small_models import FAMILIES
@@ -100,7 +100,7 @@ def test_a_llama_block_of_adapters_by_hand() -> None:
     found = block_bytes(LLAMA, Numbers(2, 2), trained, rows, "varlen")
     assert found == pytest.approx(1000 * token)
     # every second block again in the backward: 16 whole, 16 inputs, the one at work, and the ends
-    kept = kept_bytes(LLAMA, Numbers(2, 2), trained, rows, "varlen", 2)
+    kept = activation_bytes(LLAMA, Numbers(2, 2), trained, rows, "varlen", 2)
     ends = 1000 * 4096 * (4 + 2 * 2)
     assert kept == pytest.approx(17 * 1000 * token + 16 * 1000 * 4096 * 2 + ends)
 
@@ -115,15 +115,15 @@ def test_a_gpt2_block_by_hand() -> None:
 
 def test_weights_and_state_by_hand() -> None:
     """GPT-2: 124,439,808 weights, of which 12 blocks have 7,077,888 in matrices."""
-    full = learning(FULL, HARDWARE, GPT2)
-    assert (full.parameters, full.size, full.whole) == (124_439_808, 4, True)
+    full = trainable_of(FULL, HARDWARE, GPT2)
+    assert (full.parameters, full.size, full.full) == (124_439_808, 4, True)
     for name, size in (("adamw", 8), ("rmsprop", 4), ("adamw8bit", 2 * (1 + 4 / 256))):
         assert state_bytes(OptimConfig(name=name), full) == pytest.approx(size * 124_439_808)
-    half = learning(FULL, HardwareConfig(weights="bf16"), GPT2)
+    half = trainable_of(FULL, HardwareConfig(weights="bf16"), GPT2)
     assert state_bytes(OptimConfig(), half) == 4 * 124_439_808
     assert cast_bytes(full, GPT2, True, Sharing()) == 2 * 12 * 7_077_888
     assert cast_bytes(full, GPT2, False, Sharing()) == 0
-    for other in (half, learning(ADAPTERS, HARDWARE, GPT2)):
+    for other in (half, trainable_of(ADAPTERS, HARDWARE, GPT2)):
         assert cast_bytes(other, GPT2, True, Sharing()) == 0
 
 
@@ -145,12 +145,12 @@ def test_quantised_weights_by_hand() -> None:
 def test_shards() -> None:
     assert Sharing.of(HardwareConfig(devices=8, nodes=2)).shards == 16
     assert Sharing.of(HardwareConfig(devices=8, nodes=2, sharding="hybrid")).shards == 8
-    learnt = learning(FULL, HARDWARE, LLAMA)
+    trainable = trainable_of(FULL, HARDWARE, LLAMA)
     block, root = 218_103_808 + 2 * 4096, 2 * 4096 * 128256 + 4096
-    whole = 2 * (2 * block + root) + 4 * (block + root)
-    assert gathered_bytes(learnt, FULL, LLAMA, half=True) == whole
+    full = 2 * (2 * block + root) + 4 * (block + root)
+    assert gathered_bytes(trainable, FULL, LLAMA, half=True) == full
     nf4 = replace(ADAPTERS, quantization="nf4")
-    assert gathered_bytes(learning(nf4, HARDWARE, LLAMA), nf4, LLAMA, half=True) == 0
+    assert gathered_bytes(trainable_of(nf4, HARDWARE, LLAMA), nf4, LLAMA, half=True) == 0
 
 
 # ---------------------------------------------------------------- what autograd keeps
@@ -215,10 +215,10 @@ def test_activations_are_those_that_autograd_keeps(family: str, half: bool) -> N
     model, shape = built(family)
     batch = batch_of_pairs()
     kernel = "grouped" if shape.packed else "dense"
-    use(model, kernel)
+    use_kernel(model, kernel)
     rows = Rows(batch.input_ids.numel(), 62)
     numbers = Numbers(2 if half else 4, 4)
-    found = kept_bytes(shape, numbers, Trained(True), rows, kernel, 0)
+    found = activation_bytes(shape, numbers, Trained(True), rows, kernel, 0)
     assert found == pytest.approx(saved_bytes(model, batch, half), rel=0.12)
 
 
@@ -232,7 +232,7 @@ def test_activations_of_adapters_are_those_that_autograd_keeps(
 ) -> None:
     model, shape = built(family)
     batch = batch_of_pairs()
-    use(model, "grouped")
+    use_kernel(model, "grouped")
     model.requires_grad_(False)
     names = [linear.name for linear in shape.linears]
     peft = PeftConfig(r=4, target_modules=names, fan_in_fan_out=family == "gpt2", use_dora=dora)
@@ -243,7 +243,7 @@ def test_activations_of_adapters_are_those_that_autograd_keeps(
     leave_casts_to_autocast(model)
     size = 2 if half else 4
     rows = Rows(batch.input_ids.numel(), 62)
-    found = kept_bytes(
+    found = activation_bytes(
         shape, Numbers(size, size), Trained(False, shape.linears, dora=dora), rows, "grouped", 0
     )
     tolerance = 0.08 if dora else 0.05

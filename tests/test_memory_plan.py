@@ -255,9 +255,9 @@ def test_a_run_starts_with_what_was_chosen_and_says_so(tmp_path: Path) -> None:
         config, tmp_path, start_runtime(config.hardware, 0), progress, [],
         choose_tokens=lambda tokenizer, splits: chosen,
     )  # fmt: skip
-    asked = session.budget.asked
+    asked = session.budget.configured
     load_policy_and_data(session)
-    assert session.token_budget == 384 < asked == session.budget.asked
+    assert session.token_budget == 384 < asked == session.budget.configured
     assert "micro-batches: up to 384 tokens at once, estimated at 3.0 of 4.0 GiB" in said[-1]
     session.budget.restore({"asked": asked, "tokens": 200})  # an earlier start ran out
     assert session.token_budget == 200

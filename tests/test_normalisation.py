@@ -18,7 +18,7 @@ from transformers import (
 import small_tokenizers
 from dpo_cli import durable
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import interface
 from dpo_cli.rewards import normalization as normalisation
 from dpo_cli.rewards import scoring
 from dpo_cli.rewards.scorers import Completed
@@ -61,9 +61,9 @@ def test_a_model_trained_by_a_kernel_of_half_precision_is_scored_in_float32(trai
     plain = raw(tmp_path, path)
     rows = texts(" was good.", " was bad and long.", " was", prompt="The film")
     wanted = plain(rows)
-    attention.use(plain.model, "varlen")
+    interface.use_kernel(plain.model, "varlen")
     made = scoring.reward_model_scorer(plain.session, plain.model, plain.encoding.tokenizer)
-    assert attention.kernel_of(made.model) == "sdpa"
+    assert interface.kernel_of(made.model) == "sdpa"
     assert made(rows) == pytest.approx(wanted, abs=1e-5)
 
 

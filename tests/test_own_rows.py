@@ -70,8 +70,8 @@ def test_ranked_lists_are_ordered_by_score(tmp_path, scores, order):
 @pytest.mark.parametrize(
     ("scores", "why"),
     [
-        ((5, 5), "scores are all the same: none is preferred"),
-        ((5, 5, 5), "scores are all the same: none is preferred"),
+        ((5, 5), "scores are all equal, so that no response is preferred"),
+        ((5, 5, 5), "scores are all equal, so that no response is preferred"),
         ((None, 1), "scores is None, not a number"),
         (("9", "10"), "scores is str, not a number"),
         ((float("nan"), 1), "scores is not a finite number"),
@@ -131,7 +131,7 @@ def test_a_system_column_beside_another_system_message(tmp_path):
     _, splits = read(tmp_path, [row | {"system": "Be brief. "}, row | {"system": PIRATE}])
     assert [e.prompt for e in splits.train] == [talk]
     assert splits.drops.summary_lines() == [
-        "dropped 1 of 2 rows: system is another than the system message of the prompt (row 1)"
+        "dropped 1 of 2 rows: system differs from the system message of the prompt (row 1)"
     ]
 
 

@@ -12,7 +12,7 @@ from dpo_cli import packing
 from dpo_cli.durable import file_digest
 from dpo_cli.errors import ConfigError, Preempted
 from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normalizer, policy_loss, value_loss
-from dpo_cli.model.attention.registered import attention_as
+from dpo_cli.model.attention.interface import attention_as
 from dpo_cli.model.sampling import generate
 from dpo_cli.records import EncodedExample
 from dpo_cli.report.console import Progress
@@ -341,7 +341,7 @@ def test_the_grammars_reward_is_for_its_reviews():
 
 def test_too_few_prompts_for_a_rollout(sft, tmp_path):
     words = [word for word in PPO if not word.startswith("train.max_steps")]
-    with pytest.raises(ConfigError, match="distinct prompts are fewer"):
+    with pytest.raises(ConfigError, match="distinct prompts are too few"):
         train(tmp_path / "r", *words, f"model.path={sft}", "data.rows=10")
 
 

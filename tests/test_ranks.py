@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dpo_cli.distributed import checkpoint as sharded
+from dpo_cli.distributed import sharded_checkpoint
 from dpo_cli.distributed.ranks import Ranks
 from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.packing import deal, pack_share
@@ -225,9 +225,9 @@ def test_a_disk_error_of_any_rank_is_one_line(
         raise CheckpointException("save", {1: cause})  # type: ignore[dict-item]
 
     model = torch.nn.Linear(2, 2)
-    monkeypatch.setattr(sharded.dcp, "save", full)
+    monkeypatch.setattr(sharded_checkpoint.dcp, "save", full)
     with pytest.raises(DiskError) as error:
-        sharded.write(tmp_path, model, torch.optim.AdamW(model.parameters()))
+        sharded_checkpoint.write(tmp_path, model, torch.optim.AdamW(model.parameters()))
     assert "rank 1 cannot write its shard: [Errno 27] File too large" in str(error.value)
 
 

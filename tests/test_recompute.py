@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import interface
 from dpo_cli.model.dropout import set_dropout
 from dpo_cli.model.recompute import recompute_blocks
 from small_models import FAMILIES, build, examples, gradients, packed, packed_loss
@@ -21,7 +21,7 @@ LLAMA = {**FAMILIES["llama"], "num_hidden_layers": LAYERS}
 def model_of(family, kernel="grouped", dropout=0.0, layers=LAYERS):
     options = {"gpt2": GPT2 | {"n_layer": layers}, "llama": LLAMA}.get(family, FAMILIES[family])
     model = build(family, options).float()
-    attention.use(model, kernel)
+    interface.use_kernel(model, kernel)
     set_dropout(model, dropout)  # which decides what trains, too
     return model.train()
 
@@ -119,8 +119,8 @@ def test_autocast_is_the_same_in_the_second_forward():
 def test_evaluation_keeps_its_cache_and_runs_once():
     model = model_of("gpt2").eval()
     recompute_blocks(model, 1)
-    attention.use(model, "sdpa")
-    with torch.no_grad(), attention.attention_as(model, "sdpa"):
+    interface.use_kernel(model, "sdpa")
+    with torch.no_grad(), interface.attention_as(model, "sdpa"):
         out = model(input_ids=torch.arange(5)[None], use_cache=True)
     assert out.past_key_values.get_seq_length() == 5
 

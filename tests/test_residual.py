@@ -5,7 +5,7 @@ import torch
 
 from dpo_cli.errors import ConfigError
 from dpo_cli.model import forward
-from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import interface
 from dpo_cli.model.fuse import round_residual
 from small_models import build, examples, gradients, packed, packed_loss
 from small_runs import configure, metrics, train
@@ -23,7 +23,7 @@ def figures(model, half):
 
 def model_of(family):
     model = build(family).float()
-    attention.use(model, "sdpa")
+    interface.use_kernel(model, "sdpa")
     return model
 
 

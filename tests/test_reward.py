@@ -185,7 +185,7 @@ def test_a_response_that_sampling_cut_is_scored_at_its_last_token(sft, tmp_path)
 @pytest.mark.parametrize("option", ["stage.label_smoothing=0.1", "stage.margins=true"])
 def test_options_of_pairs_refuse_lists(sft, tmp_path, option):
     key = option.partition("=")[0]
-    with pytest.raises(DataError, match=rf"^{re.escape(key)}=.*: takes pairs, the rows have 3"):
+    with pytest.raises(DataError, match=rf"^{re.escape(key)}=.*: needs pairs, but the rows have 3"):
         train(tmp_path / "r", *QUICK, f"model.path={sft}", "data.responses=3", option)
 
 

@@ -17,8 +17,8 @@ from transformers import (
 import small_tokenizers
 from dpo_cli.errors import ConfigError
 from dpo_cli.model import reward
+from dpo_cli.model.attention.interface import PACKED, kernel_of
 from dpo_cli.model.attention.probe import choose_attention
-from dpo_cli.model.attention.registered import PACKED, kernel_of
 from dpo_cli.model.load import load_model, load_tokenizer
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample

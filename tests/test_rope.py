@@ -10,13 +10,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import small_tokenizers
 from dpo_cli.errors import ConfigError
 from dpo_cli.model import forward, rope
-from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import interface
+from dpo_cli.model.attention.interface import Placement, kernel_of
 from dpo_cli.model.attention.probe import choose_attention
-from dpo_cli.model.attention.registered import Placement, kernel_of
 from dpo_cli.model.classifier import Classifier
 from dpo_cli.model.reward import rewards
-from dpo_cli.model.sampling import generate
-from dpo_cli.model.sampling import trial as decode_trial
+from dpo_cli.model.sampling import generate, trial
 from dpo_cli.model.sampling.generate import SamplingOptions, sample
 from dpo_cli.packing import pack, pack_all, pack_sorted
 from dpo_cli.records import EncodedExample
@@ -90,7 +89,7 @@ def test_every_way_of_attending(in_float64, kernel):
 def test_the_last_token_counts_for_the_length(in_float64, kernel):
     """Though it predicts nothing and is left out of other rows."""
     model = build("phi3", FAMILIES["phi3"])
-    attention.use(model, kernel)
+    interface.use_kernel(model, kernel)
     prompt, at, beyond = ids(4, CUT - 4, CUT - 3)
     for responses in ((at,), (beyond,), (at, beyond), (beyond, at)):
         rows = [EncodedExample(prompt, responses, 0)]
@@ -100,14 +99,14 @@ def test_the_last_token_counts_for_the_length(in_float64, kernel):
 def test_the_factors_matter_here(in_float64):
     """Or the tests above would hold for rows that are not cut, too."""
     model = build("phi3", FAMILIES["phi3"])
-    attention.use(model, "sdpa")
+    interface.use_kernel(model, "sdpa")
     row = examples(2)
     right = forward.token_logprobs(model, packed(row, cuts=(CUT,)))
     uncut = packed(row)
     with pytest.raises(AssertionError, match="cuts_of"):
         forward.token_logprobs(model, uncut)
     uncut.cuts = (CUT,)  # its segments are cut nowhere
-    uncut.layouts["sdpa"] = attention.LAYOUTS["sdpa"].build(uncut.layout)
+    uncut.layouts["sdpa"] = interface.LAYOUTS["sdpa"].build(uncut.layout)
     assert (forward.token_logprobs(model, uncut) - right).abs().max() > 5e-3
 
 
@@ -142,7 +141,7 @@ def test_rewards(in_float64):
         EncodedExample(e.prompt_ids, tuple(np.maximum(r, 1) for r in e.response_ids), e.row)
         for e in examples(3)
     ]
-    attention.use(model, "sdpa")
+    interface.use_kernel(model, "sdpa")
     got = rewards(model, packed(rows, keep_last=True, cuts=(CUT,)))
     model.set_attn_implementation("eager")
     expected = [model(input_ids=torch.cat(pair)[None]).logits.squeeze() for pair in sequences(rows)]
@@ -165,12 +164,12 @@ def test_a_classifier_of_texts_of_many_lengths():
 
 def test_several_devices_refuse_what_they_would_do_apart():
     prompt, short, long = ids(4, 3, 9)
-    rope.refuse_shared([EncodedExample(prompt, (short,), 0)], (CUT,))
-    rope.refuse_shared([EncodedExample(prompt, (short, long), 0)], ())
+    rope.refuse_beyond_cuts([EncodedExample(prompt, (short,), 0)], (CUT,))
+    rope.refuse_beyond_cuts([EncodedExample(prompt, (short, long), 0)], ())
     with pytest.raises(
         ConfigError, match=r"^row 3 is longer than .* 11 tokens .*data\.max_length=11 .*$"
     ):
-        rope.refuse_shared([EncodedExample(prompt, (short, long), 3)], (CUT,))
+        rope.refuse_beyond_cuts([EncodedExample(prompt, (short, long), 3)], (CUT,))
 
 
 def test_policy_and_reference_are_one_at_first(tmp_path):
@@ -224,13 +223,13 @@ def sampled_greedily(model, prompts, steps, completions=2):
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("way", ["shared", "repeated", "own", "whole"])
+@pytest.mark.parametrize("mode", ["shared_prefix", "repeated", "same_length", "uncached"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_samples_that_grow_beyond_the_original_length(monkeypatch, family, way, static):
+def test_samples_that_grow_beyond_the_original_length(monkeypatch, family, mode, static):
     """Short, about to cross, at the edge, beyond: decoded together, each as if it were alone."""
     model = sharp(build(family, FAMILIES[family]))
-    monkeypatch.setitem(generate.STATIC, "cpu", static and way == "shared")
-    setattr(model, decode_trial.WAY, way)
+    monkeypatch.setitem(generate.STATIC, "cpu", static and mode == "shared_prefix")
+    setattr(model, trial.DECODING_MODE, mode)
     prompts = ids(2, 2, 7, 7, CUT - 1, CUT, CUT + 1, CUT + 4, 3)
     steps = 12
     for prompt, made in zip(prompts, sampled_greedily(model, prompts, steps), strict=True):

@@ -9,7 +9,7 @@ import torch
 
 import small_tokenizers
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import interface
 from dpo_cli.model.rope import cuts_of
 from dpo_cli.model.routers import Routers, _kinds, loss_function
 from dpo_cli.plan.dry_run import plan_rows
@@ -49,7 +49,7 @@ def watched(model, rows, kernel):
     if not _kinds(type(model)):
         pytest.skip("this transformers does not record its routers")
     routers = Routers(model, 0.1)
-    attention.use(model, kernel)
+    interface.use_kernel(model, kernel)
     batch = packed(rows, keep_last=True, cuts=cuts_of(model.config))
     with routers.watched():
         packed_loss(model, batch)

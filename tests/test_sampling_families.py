@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention.registered import attention_as
+from dpo_cli.model.attention.interface import attention_as
 from dpo_cli.model.sampling.generate import SamplingOptions, sample
-from dpo_cli.model.sampling.trial import way_of
+from dpo_cli.model.sampling.trial import decoding_mode
 from families import FAMILIES, VOCABULARY, build, known_here
 
 PROMPTS = [
@@ -74,17 +74,18 @@ def test_samples_are_those_of_plain_forwards(family):
     for ids, prompt in zip(endless[::2], PROMPTS, strict=True):
         assert ids == plain_logprobs(model, prompt, ids).argmax(-1).tolist()
     assert endless[::2] == endless[1::2]
-    assert (way_of(model, quiet) == "whole") == (family in WITHOUT_CACHE)
+    assert (decoding_mode(model, quiet) == "uncached") == (family in WITHOUT_CACHE)
 
 
-def test_what_makes_a_way_slower_is_told_once():
+def test_what_makes_a_decoding_mode_slower_is_told_once():
     model, told = build("mamba"), []
     for _ in range(2):
         sample(model, PROMPTS, SamplingOptions(max_new_tokens=2), 0, 0, note=told.append)
     (line,) = told
     assert line.startswith(
-        "sampling from MambaForCausalLM: prompts of one length at a time, ended samples decoded "
-        "on, which is slower (shared: it keeps more than keys and values; repeated: its logits "
+        "sampling from MambaForCausalLM is slower: only prompts of equal length are decoded "
+        "together, and no row is dropped early (shared_prefix: its cache holds more than keys and "
+        "values; repeated: its logits "
     )
 
 
@@ -98,7 +99,7 @@ def test_a_window_that_the_configuration_hides_is_found_out():
                     note=told.append)  # fmt: skip
     expected = plain_logprobs(model, prompts[0], row[0].ids)
     assert row[0].ids.tolist() == expected.argmax(-1).tolist()
-    assert way_of(model, quiet) == "whole"
+    assert decoding_mode(model, quiet) == "uncached"
     assert len(told) == 1
 
 
@@ -109,6 +110,6 @@ def test_a_model_whose_own_forward_fails_is_refused_in_a_line():
         raise RuntimeError("no kernel for this\nsecond line")
 
     model.model.forward = broken
-    with pytest.raises(ConfigError, match=r"^LlamaForCausalLM cannot be sampled: its own forward "
+    with pytest.raises(ConfigError, match=r"^cannot sample from LlamaForCausalLM: its own forward "
                        r"fails \(no kernel for this\); train.sample_prompts=0 .*$"):  # fmt: skip
         sample(model, PROMPTS, SamplingOptions(), 0, 0, note=quiet)

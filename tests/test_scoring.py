@@ -205,7 +205,9 @@ def test_classifiers_that_cannot_be_used(tmp_path):
     at = lambda path, *words: scorer(  # noqa: E731
         tmp_path, "reward_fn=classifier", f"reward_fn.path={path}", *words
     )
-    with pytest.raises(ConfigError, match=r"^reward_fn\.label=9: no such class; it has LABEL_0, L"):
+    with pytest.raises(
+        ConfigError, match=r"^reward_fn\.label=9: no such class: use one of LABEL_0, L"
+    ):
         at(folder, "reward_fn.label=9")
     shutil.copytree(folder, tmp_path / "policy")
     GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=8, n_embd=8, n_layer=1, n_head=1)
@@ -216,10 +218,15 @@ def test_classifiers_that_cannot_be_used(tmp_path):
     GPT2ForSequenceClassification(
         GPT2Config(vocab_size=512, n_positions=8, n_embd=8, n_layer=1, n_head=1, num_labels=1)
     ).save_pretrained(tmp_path / "one")
-    with pytest.raises(ConfigError, match=r"has one score, no classes: use reward_fn=reward_model"):
+    with pytest.raises(
+        ConfigError, match=r"has a single score instead of classes: use reward_fn=reward_model"
+    ):
         at(tmp_path / "one")
     bert_folder, _ = saved("bert", tmp_path / "bert")
-    with pytest.raises(ConfigError, match=r"^reward_fn\.max_length=2: leaves no room for a text"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^reward_fn\.max_length=2: is too short for the tokenizer's special tokens",
+    ):
         at(bert_folder, "reward_fn.max_length=2")
     with pytest.raises(
         ConfigError, match=r"cannot be loaded from the Hugging Face hub.*reward_fn\.path=<folder>"

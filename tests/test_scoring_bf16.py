@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_cli.model.attention.registered import kernel_of
+from dpo_cli.model.attention.interface import kernel_of
 from dpo_cli.rewards import scoring
 from dpo_cli.rewards.scorers import Completed
 from dpo_cli.train.runtime import Runtime

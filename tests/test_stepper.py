@@ -14,7 +14,7 @@ from dpo_cli.model import forward
 from dpo_cli.model.sampling import generate, static_cache, stepper
 from dpo_cli.model.sampling.generate import SamplingOptions, sample
 from dpo_cli.model.sampling.stepper import Stepper, can_step
-from dpo_cli.model.sampling.trial import way_of
+from dpo_cli.model.sampling.trial import decoding_mode
 from small_models import FAMILIES, compute_in_float64
 from test_generate import (
     EOS,
@@ -32,9 +32,9 @@ from test_generate import (
 def use_static_steps(monkeypatch):
     """On a CPU, with buffers that grow and rows that drop out early."""
     monkeypatch.setitem(generate.STATIC, "cpu", True)
-    monkeypatch.setattr(static_cache, "FIRST_OWN", 4)
-    monkeypatch.setattr(static_cache, "LEAST_ROWS", 1)
-    monkeypatch.setattr(stepper, "LOOK_EVERY", 2)
+    monkeypatch.setattr(static_cache, "INITIAL_TOKENS", 4)
+    monkeypatch.setattr(static_cache, "MIN_ROWS", 1)
+    monkeypatch.setattr(stepper, "SYNC_EVERY", 2)
 
 
 @pytest.fixture
@@ -97,11 +97,11 @@ def test_what_is_kept_of_rows_and_prompts():
     cache.update(new, new + 100, 0)
     going = np.zeros(16, bool)
     going[[1, 7, 14, 15]] = True
-    before, static_cache.LEAST_ROWS = static_cache.LEAST_ROWS, 4
+    before, static_cache.MIN_ROWS = static_cache.MIN_ROWS, 4
     try:
         order = cache.keep(going, used=1)
     finally:
-        static_cache.LEAST_ROWS = before
+        static_cache.MIN_ROWS = before
     assert sorted(order.tolist()) == [1, 7, 14, 15]
     assert cache.shape == (4, 4, 6)
     own, prompt = layer.own[1][:4, 0, 0, 0] - 100, layer.prompt[0][:4, 0, -1, 0]
@@ -196,10 +196,10 @@ class Counted(TorchDispatchMode):
 
 
 def test_a_step_waits_for_nothing_and_launches_one_forward(monkeypatch, static):
-    monkeypatch.setattr(stepper, "LOOK_EVERY", 100)
+    monkeypatch.setattr(stepper, "SYNC_EVERY", 100)
     model = build("llama")
     forwards, step, counted = [], Stepper._step, Counted()
-    assert way_of(model, refuse) == "shared"
+    assert decoding_mode(model, refuse) == "shared_prefix"
     assert can_step(model, refuse)
     model.register_forward_hook(lambda *_: forwards.append(None))
 
@@ -215,8 +215,8 @@ def test_a_step_waits_for_nothing_and_launches_one_forward(monkeypatch, static):
 
 
 def test_the_host_looks_once_in_several_tokens(monkeypatch, static):
-    monkeypatch.setattr(stepper, "LOOK_EVERY", 4)
-    model, looks, look = build("llama"), [], Stepper.look
-    monkeypatch.setattr(Stepper, "look", lambda *words: looks.append(None) or look(*words))
+    monkeypatch.setattr(stepper, "SYNC_EVERY", 4)
+    model, looks, look = build("llama"), [], Stepper.drop_finished
+    monkeypatch.setattr(Stepper, "drop_finished", lambda *words: looks.append(None) or look(*words))
     sample(model, PROMPTS, SamplingOptions(2, max_new_tokens=13), -1, PAD, note=refuse)
     assert len(looks) == 3  # before the tokens 5, 9 and 13

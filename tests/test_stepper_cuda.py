@@ -9,8 +9,8 @@ from peft import LoraConfig
 
 import small_models
 from dpo_cli.model import forward
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.attention.probe import choose_attention
-from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.sampling import stepper
 from dpo_cli.model.sampling.generate import SamplingOptions, sample
 from dpo_cli.model.sampling.graphs import Graphs

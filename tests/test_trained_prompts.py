@@ -200,7 +200,7 @@ def test_an_eval_file_of_training_prompts(tmp_path):
         return load_splits(configure(*data).data, 0)
 
     data = "data=jsonl", f"data.path={path}", f"data.eval_path={path}"
-    with pytest.raises(DataError, match="all 6 held-out prompts are training prompts, too"):
+    with pytest.raises(DataError, match="all 6 held-out prompts are also training"):
         train(tmp_path / "same", "stage=sft", *data, *QUICK)
     (line,) = splits(other).drops.summary_lines()
     assert line == (
@@ -224,5 +224,5 @@ def test_few_short_prompts_may_all_be_known_by_chance():
     generated, own = configure("stage=sft").data, configure(*jsonl(__file__)).data
     refuse_same(generated, splits(MANY - 1))
     for config, count in ((generated, MANY), (own, 1)):
-        with pytest.raises(DataError, match=f"all {count} held-out prompts are training prompts"):
+        with pytest.raises(DataError, match=f"all {count} held-out prompts are also training"):
             refuse_same(config, splits(count))

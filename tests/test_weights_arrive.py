@@ -14,17 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.errors import NonFiniteError
 from dpo_cli.model import digest
-from dpo_cli.model import skeleton as modules_of_skeleton
-from dpo_cli.model.adapters import active as adapters
-from dpo_cli.model.adapters import lora
-from dpo_cli.model.adapters import quantize as quantise
-from dpo_cli.model.adapters.active import Adaptation
+from dpo_cli.model import skeleton as skeleton_module
+from dpo_cli.model.adapters import lora, quantize
+from dpo_cli.model.adapters.active import Adaptation, adapted_layers, adapter_as
+from dpo_cli.model.attention.interface import Placement, kernel_of
 from dpo_cli.model.attention.probe import choose_attention
-from dpo_cli.model.attention.registered import Placement, kernel_of
 from dpo_cli.model.digest import loaded_digest, model_digest
 from dpo_cli.model.load import load_model, load_tokenizer
-from dpo_cli.model.skeleton import ROWS, skeleton
-from dpo_cli.model.stored import hold, stored_dtype, weight_files
+from dpo_cli.model.skeleton import TOKENS, skeleton
+from dpo_cli.model.stored import convert_weights, stored_dtype, weight_files
 from dpo_cli.session import models
 from small_adapters import write_base
 from small_models import FAMILIES, SMALL
@@ -129,7 +127,7 @@ def outcome(model):
 def stirred(model):
     """With an adapter that does something."""
     torch.manual_seed(0)
-    for layer in adapters.layers(model):
+    for layer in adapted_layers(model):
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
     model.set_attn_implementation("eager")
     return model
@@ -138,7 +136,7 @@ def stirred(model):
 @pytest.mark.parametrize("settings", [LORA, QLORA], ids=lambda s: s.name)
 def test_without_pefts_casts_it_is_the_same_to_the_bit(folders, settings):
     model = stirred(loaded(folders[torch.bfloat16], settings, HALF))
-    patched = [x for x in adapters.layers(model) if "_cast_input_dtype" in vars(x)]
+    patched = [x for x in adapted_layers(model) if "_cast_input_dtype" in vars(x)]
     assert len(patched) == 14
     seen = []
     for layer in patched:
@@ -166,7 +164,7 @@ def test_dora_keeps_its_norms_in_float32(folders):
     torch.testing.assert_close(layer.lora_magnitude_vector["default"].weight, norms)
     stirred(model)
     ours = outcome(model)
-    for x in adapters.layers(model):
+    for x in adapted_layers(model):
         vars(x).pop("_cast_input_dtype")
     assert all(torch.equal(a, b) for a, b in zip(ours, outcome(model), strict=True))
 
@@ -175,11 +173,11 @@ def test_dora_keeps_its_norms_in_float32(folders):
 def test_four_bits_are_dequantised_to_what_they_are_multiplied_in(folders, dtype):
     pytest.importorskip("bitsandbytes")
     model = stirred(loaded(folders[dtype], QLORA, HALF))
-    states = [x.weight.quant_state for x in quantise.quantized_layers(model)]
+    states = [x.weight.quant_state for x in quantize.quantized_layers(model)]
     assert {state.dtype for state in states} == {torch.bfloat16}
     assert len(states) == 14
     ours = outcome(model)
-    quantise.multiply_in(model, torch.float32)
+    quantize.dequantize_to(model, torch.float32)
     theirs = outcome(model)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -213,10 +211,10 @@ def test_a_probe_copies_one_layer_of_a_kind_and_few_tokens():
     model = deep(vocab_size=640).to(torch.bfloat16)
     few = skeleton(model, CPU)
     assert len(few.model.layers) == few.config.num_hidden_layers == 2
-    assert few.config.vocab_size == few.get_input_embeddings().weight.shape[0] == ROWS
+    assert few.config.vocab_size == few.get_input_embeddings().weight.shape[0] == TOKENS
     assert {p.dtype for p in few.parameters()} == {torch.float32}
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    assert sum(p.numel() for p in few.parameters()) == layer + 2 * ROWS * 32 + 32
+    assert sum(p.numel() for p in few.parameters()) == layer + 2 * TOKENS * 32 + 32
     first = model.model.layers[0].mlp.up_proj.weight
     assert torch.equal(few.model.layers[0].mlp.up_proj.weight, first.float())
     assert model.config.num_hidden_layers == len(model.model.layers) == 6
@@ -227,14 +225,14 @@ def test_a_probe_copies_one_layer_of_a_kind_and_few_tokens():
 def test_no_weight_is_copied_twice_nor_one_that_is_cut_whole(monkeypatch):
     """On its way, too: 128,256 tokens in float32 are 2 GiB."""
     model, copied = deep(vocab_size=640).to(torch.bfloat16), []
-    real = modules_of_skeleton._exact
+    real = skeleton_module._as_float32
 
     def counted(weight, device):
         made = real(weight, device)
         copied.append(made.numel())
         return made
 
-    monkeypatch.setattr(modules_of_skeleton, "_exact", counted)
+    monkeypatch.setattr(skeleton_module, "_as_float32", counted)
     few = skeleton(model, CPU)
     assert sum(copied) == sum(p.numel() for p in few.parameters())
 
@@ -253,7 +251,7 @@ def test_every_kind_of_layer_is_tried():
     assert few.config.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        assert few(ids, use_cache=False).logits.shape == (1, 20, ROWS)
+        assert few(ids, use_cache=False).logits.shape == (1, 20, TOKENS)
 
 
 def test_whole_is_the_model_itself():
@@ -261,7 +259,7 @@ def test_whole_is_the_model_itself():
     model = deep(layers=3)
     ids = torch.arange(9)[None]
     with torch.no_grad():
-        assert torch.equal(skeleton(model, CPU, whole=True)(ids).logits, model(ids).logits)
+        assert torch.equal(skeleton(model, CPU, complete=True)(ids).logits, model(ids).logits)
 
 
 def test_a_family_that_needs_all_its_layers_is_tried_whole(monkeypatch):
@@ -336,7 +334,7 @@ def test_what_it_is_held_in_and_its_configuration_count(folders):
     folder = folders[torch.bfloat16]
     model = loaded(folder)
     first = loaded_digest(model)
-    hold(model, torch.bfloat16)
+    convert_weights(model, torch.bfloat16)
     rounded = loaded_digest(model)
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
     assert len({first, rounded, loaded_digest(model)}) == 3
@@ -345,7 +343,7 @@ def test_what_it_is_held_in_and_its_configuration_count(folders):
 def test_an_adapter_counts_by_its_values_where_it_is_on(folders):
     folder = folders[torch.bfloat16]
     model = loaded(folder, LORA, Placement())
-    with adapters.adapter_as(model, None):
+    with adapter_as(model, None):
         assert loaded_digest(model) == loaded_digest(loaded(folder))
     new = loaded_digest(model)
     stirred(model)
@@ -370,7 +368,7 @@ def test_a_merged_adapter_is_part_of_the_function(folders, tmp_path):
             shutil.copy(file, target)
         digests.append(loaded_digest(loaded(target)))
         with torch.no_grad():
-            adapters.layers(model)[0].lora_B["default"].weight.mul_(2.0)
+            adapted_layers(model)[0].lora_B["default"].weight.mul_(2.0)
     assert len({*digests, loaded_digest(loaded(folders[torch.bfloat16]))}) == 3
 
 
@@ -410,7 +408,7 @@ from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.model import load
 from dpo_cli.model.adapters import lora
 from dpo_cli.model.adapters.active import Adaptation
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.distributed.fsdp import make_mesh, shard
 from dpo_cli.session.models import _arrived
 from dpo_cli.train.runtime import quiet_libraries

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_cli.config import HardwareConfig, LoraConfig
-from dpo_cli.model.adapters import active as adapters
-from dpo_cli.model.adapters import quantize as quantise
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.adapters import quantize
+from dpo_cli.model.adapters.active import adapted_layers
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.skeleton import skeleton
 from dpo_cli.plan.memory.facts import room
 from gpu_runs import DEVICE
@@ -51,8 +51,8 @@ def test_an_adapter_starts_as_it_does_on_a_cpu(folder, settings):
 def test_casts_and_dtypes_that_are_left_out_change_no_bit(folder, settings):
     model = stirred(loaded(folder, settings, ON))
     ours = outcome(model)
-    quantise.multiply_in(model, torch.float32)
-    for layer in adapters.layers(model):
+    quantize.dequantize_to(model, torch.float32)
+    for layer in adapted_layers(model):
         del layer._cast_input_dtype
     assert all(torch.equal(a, b) for a, b in zip(ours, outcome(model), strict=True))
 
@@ -60,7 +60,7 @@ def test_casts_and_dtypes_that_are_left_out_change_no_bit(folder, settings):
 def test_four_bits_compute_what_dense_weights_of_their_values_do(folder):
     model = stirred(loaded(folder, QLORA, ON))
     ours = outcome(model)
-    with quantise.dequantized(model):
+    with quantize.dequantized(model):
         dense = outcome(model)
     for one, other in zip(ours, dense, strict=True):
         error = (one.float() - other.float()).norm() / other.float().norm()

@@ -213,7 +213,7 @@ def test_no_verdict_is_no_rate(toy, tmp_path, monkeypatch):
 
 def test_the_reference_must_be_known(toy, tmp_path):
     (toy.home / "ref" / "dpo_run.json").unlink()
-    with pytest.raises(ConfigError, match=r"^stage\.opponent=reference: which\? Set stage\.ref"):
+    with pytest.raises(ConfigError, match=r"^stage\.opponent=reference: set stage\.ref"):
         evaluate(toy, tmp_path / "e", f"model.path={toy.home / 'ref'}", "stage.opponent=reference")
 
 
@@ -292,7 +292,7 @@ def check_layout(figure, rows):
     figure.draw_without_rendering()
     (axes,) = figure.axes
     bars = [patch.get_width() for patch in axes.patches]
-    shown = rows[: picture.MOST_BARS]
+    shown = rows[: picture.MAX_BARS]
     assert bars == [r["win_rate"] for r in shown if not math.isnan(r["win_rate"])]
     boxes = [(t.get_text(), t.get_window_extent()) for t in [*figure.texts, *axes.texts]]
     for text, box in boxes:

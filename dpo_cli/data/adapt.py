@@ -20,7 +20,7 @@ def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[
     A column missing from the very first row is treated as a wrong setting, not a bad row.
     """
     parse = ADAPTERS[config.name]
-    kept: list[PreferenceExample] = []
+    examples_of_all: list[PreferenceExample] = []
     for index, row in rows.numbered(config.max_rows, seed):
         drops.read += 1
         try:
@@ -36,19 +36,19 @@ def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[
             if problem := _problem(example):
                 drops.add(problem, index)
             else:
-                kept.append(example)
-    for example in kept:
+                examples_of_all.append(example)
+    for example in examples_of_all:
         note_scores(example, drops)
-    kept = in_one_form(kept)
-    if not kept:
-        why = "; ".join(drops.summary_lines()) or "it is empty"
-        raise DataError(f"{rows.origin}: no row can be used: {why}")
-    return kept
+    examples_of_all = in_one_form(examples_of_all)
+    if not examples_of_all:
+        reasons = "; ".join(drops.summary_lines()) or "it is empty"
+        raise DataError(f"{rows.origin}: no row can be used: {reasons}")
+    return examples_of_all
 
 
 def in_one_form(examples: list[PreferenceExample]) -> list[PreferenceExample]:
-    """Texts beside conversations are messages of the user, too: a row without a system message
-    is written as those with one are."""
+    """If some prompts are conversations, text prompts become user messages: rows with and without
+    a system message have the same form."""
     if all(isinstance(e.prompt, str) for e in examples):
         return examples
     return [
@@ -59,7 +59,7 @@ def in_one_form(examples: list[PreferenceExample]) -> list[PreferenceExample]:
 
 
 def _problem(example: PreferenceExample) -> str | None:
-    """Why an example of any dataset has nothing to learn from, or None."""
+    """Why nothing can be learned from an example, or None."""
     prompt, responses = example.prompt, example.responses
     for place, response in enumerate(responses):
         calls = not isinstance(response, str) and "tool_calls" in response
@@ -74,7 +74,7 @@ def _problem(example: PreferenceExample) -> str | None:
 
 def _is_unicode(part: Prompt | Response) -> bool:
     """False for lone surrogates, which JSON escapes can put into a str."""
-    try:  # not `str`, which would escape those inside a message
+    try:  # not `str`, which would escape lone surrogates inside a message
         json.dumps(part, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return False

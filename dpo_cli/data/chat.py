@@ -21,10 +21,10 @@ from dpo_cli.data.tokens import Piece, TokenizerFacts, encode_pieces, tokenizer_
 from dpo_cli.errors import ConfigError
 from dpo_cli.records import EncodedExample, Message, Prompt, Response
 
-# Private-use characters: no template rewrites them and no real text holds this sequence.
+# Private-use characters: no template rewrites them and no real text contains this sequence.
 ANSWER = "\ue0f3answer\ue0f4"
 THINK = re.compile(r"<(?:think|thinking|reasoning)>")
-CHECKED = ("content", "reasoning_content")  # keys whose texts a rendering must hold
+CHECKED = ("content", "reasoning_content")  # keys whose texts a rendering must contain
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ def chat_format(
     if tokenizer.chat_template is None:
         raise ConfigError(f"the tokenizer has no chat template: {REMEDY}")
     render = render or Renderer(tokenizer)
-    ask: list[Message] = [{"role": "user", "content": "a"}]
+    question: list[Message] = [{"role": "user", "content": "a"}]
     answer: Message = {"role": "assistant", "content": f"  {ANSWER}  "}
     try:
-        asked, opened = render(ask), render(ask, opened=True)
-        before, found, end = render([*ask, answer]).partition(ANSWER)
+        prompt, opened = render(question), render(question, opened=True)
+        before, marker, end = render([*question, answer]).partition(ANSWER)
     except TemplateError as error:
         raise ConfigError(f"the chat template cannot be used ({error}): {REMEDY}") from error
-    if not found:
+    if not marker:
         raise ConfigError(f"the chat template leaves out the assistant's text: {REMEDY}")
     trims = not (before.endswith("  ") and end.startswith("  "))
     if not trims:
@@ -80,7 +80,7 @@ def chat_format(
     gap = gap if gap.isspace() else ""  # otherwise it is the header of the turn
     special = special_pattern(tokenizer)
     ids = _end_ids(tokenizer, facts, end)
-    return ChatFormat(render, asked != opened, gap, end, ids, trims, special)
+    return ChatFormat(render, prompt != opened, gap, end, ids, trims, special)
 
 
 def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
@@ -94,9 +94,9 @@ def _end_ids(
 ) -> tuple[int, ...]:
     """Ids of the template's end of turn up to EOS, or else up to its first special token, such as
     Gemma's `<end_of_turn>`; EOS is appended if it has neither."""
-    whole, bare = (Piece(text, template=True) for text in (end, end.rstrip()))
-    table = encode_pieces(tokenizer, facts, (whole, bare))
-    ids = table[whole] or []
+    complete, bare = (Piece(text, template=True) for text in (end, end.rstrip()))
+    table = encode_pieces(tokenizer, facts, (complete, bare))
+    ids = table[complete] or []
     if facts.eos in ids:
         return tuple(ids[: ids.index(facts.eos) + 1])
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -131,24 +131,24 @@ def chat_row(
     chat: ChatFormat, messages: Sequence[Message], answers: Sequence[Response]
 ) -> WrittenChat:
     """Prompt and responses of a row. Raises BadRow if the template drops or changes a text."""
-    asked = chat_prompt(chat, messages)
-    head = _joined(asked)
-    whole, ends = [], []
+    prompt = chat_prompt(chat, messages)
+    head = _joined(prompt)
+    renderings, ends = [], []
     for place, answer in enumerate(answers):
         field = response_name(place, len(answers))
         message = answer if isinstance(answer, dict) else {"role": "assistant", "content": answer}
         pieces = _rendered(chat, [*messages, message], field)
         _check_held(chat, messages, message, _joined(pieces), field)
-        whole.append(pieces)
+        renderings.append(pieces)
         head = head[: _common(head, _joined(pieces))]
     _check_head(chat, messages, head)
     responses = []
-    for place, pieces in enumerate(whole):
+    for place, pieces in enumerate(renderings):
         text = _joined(pieces)
         last, ids = _end_of(chat, text, response_name(place, len(answers)))
         responses.append(_slice(pieces, len(head), last))
         ends.append(ids)
-    return WrittenChat(_slice(asked, 0, len(head)), responses, ends)
+    return WrittenChat(_slice(prompt, 0, len(head)), responses, ends)
 
 
 def _end_of(chat: ChatFormat, text: str, field: str) -> tuple[int, tuple[int, ...]]:
@@ -243,8 +243,8 @@ def _head(chat: ChatFormat, messages: Sequence[Message], opened: bool) -> str:
     if not opened or chat.opens:
         return chat.render(messages, opened)
     answer: Message = {"role": "assistant", "content": ANSWER}
-    before, found, _ = chat.render([*messages, answer]).rpartition(ANSWER)
-    if not found:
+    before, marker, _ = chat.render([*messages, answer]).rpartition(ANSWER)
+    if not marker:
         raise BadRow("makes the chat template leave out the answer", "prompt")
     return before
 

@@ -132,18 +132,20 @@ def _train_source(config: DataConfig) -> Source:
     return source
 
 
-def _read_splits(config: DataConfig, seed: int, train: Source, held: Source | None) -> Splits:
+def _read_splits(
+    config: DataConfig, seed: int, train: Source, eval_source: Source | None
+) -> Splits:
     """max_rows limits the training rows only; it does not change what is held out."""
     drops = DropReport()
     rows = read_source(train)
-    if held is None and config.eval_rows:
-        kept, chosen = _hold_out_of(rows, config, seed, drops)
-        return Splits(kept, chosen, drops, train.origin, train.revision)
+    if eval_source is None and config.eval_rows:
+        remaining, chosen = _hold_out_of(rows, config, seed, drops)
+        return Splits(remaining, chosen, drops, train.origin, train.revision)
     examples = adapt(rows, config, seed, drops)
-    if held is None:
+    if eval_source is None:
         return Splits(examples, [], drops, train.origin, train.revision)
     eval_drops = DropReport()
-    chosen = adapt(read_source(held), config, seed, eval_drops)
+    chosen = adapt(read_source(eval_source), config, seed, eval_drops)
     both, trained = in_one_form([*examples, *chosen]), len(examples)
     examples, chosen = both[:trained], both[trained:]
     count = _eval_count(config, len(chosen))
@@ -159,28 +161,28 @@ def _hold_out_of(
     rows: Rows, config: DataConfig, seed: int, drops: DropReport
 ) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
     examples = adapt(rows, dataclasses.replace(config, max_rows=None), seed, drops)
-    most = len(examples) if config.max_rows is None else min(config.max_rows, len(examples))
-    count = _eval_count(config, most) or 0
-    if count >= most:
+    limit = len(examples) if config.max_rows is None else min(config.max_rows, len(examples))
+    count = _eval_count(config, limit) or 0
+    if count >= limit:
         raise ConfigError(
             f"data.eval_rows={config.eval_rows} leaves no training rows: {rows.origin} has "
-            f"{most:,} that can be used"
+            f"{limit:,} that can be used"
         )
-    kept, chosen = hold_out(examples, count)
+    remaining, chosen = hold_out(examples, count)
     note_fewer(chosen, count, drops)
-    room = most - len(chosen)
-    if room < len(kept):
-        picked = sorted(random.Random(seed).sample(range(len(kept)), room))
-        kept = [kept[place] for place in picked]
-    return kept, chosen
+    room = limit - len(chosen)
+    if room < len(remaining):
+        picked = sorted(random.Random(seed).sample(range(len(remaining)), room))
+        remaining = [remaining[place] for place in picked]
+    return remaining, chosen
 
 
 def _eval_count(config: DataConfig, rows: int) -> int | None:
     """`data.eval_rows` as a number: below 1 it is a share of the rows."""
-    wanted = config.eval_rows
-    if wanted is None:
+    count = config.eval_rows
+    if count is None:
         return None
-    return round(wanted * rows) if wanted < 1 else int(wanted)
+    return round(count * rows) if count < 1 else int(count)
 
 
 def _encode_splits(
@@ -190,7 +192,7 @@ def _encode_splits(
     config: DataConfig,
     limits: Limits,
 ) -> EncodedSplits:
-    """`eval_file`: the eval rows are numbered in a file of their own."""
+    """eval_file: the eval rows have row numbers of a separate file."""
     drops, eval_drops = splits.drops, DropReport()
     train = encode_examples(splits.train, tokenizer, config, limits, drops)
     held = encode_examples(splits.eval, tokenizer, config, limits, eval_drops)

@@ -24,7 +24,7 @@ from dpo_cli.data.chat import (
 )
 from dpo_cli.data.drops import BadRow, DropReport, response_name
 from dpo_cli.data.limits import Limits
-from dpo_cli.data.notes import Ways, note_texts
+from dpo_cli.data.notes import TextHandling, note_texts
 from dpo_cli.data.template import Renderer
 from dpo_cli.data.tokens import Ids, Piece, TokenizerFacts, encode_pieces, tokenizer_facts
 from dpo_cli.data.trained import prompt_key
@@ -45,7 +45,7 @@ class Encoder:
     limits: Limits
     keep_prompt: str
     special: re.Pattern[str]
-    ways: Ways
+    handling: TextHandling
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,16 @@ def _make_encoder(
     templated = always or (chats and not plain)
     chat = chat_format(tokenizer, facts, Renderer.of(tokenizer, config)) if templated else None
     has_template = tokenizer.chat_template is not None and not plain
-    ways = Ways(config.special_tokens == "parse", always, has_template)
+    handling = TextHandling(config.special_tokens == "parse", always, has_template)
     special = special_pattern(tokenizer)
-    return Encoder(tokenizer, facts, chat, limits, config.keep_prompt, special, ways)
+    return Encoder(tokenizer, facts, chat, limits, config.keep_prompt, special, handling)
 
 
 def without_system(config: DataConfig) -> str:
-    """What else a user may do whose texts became conversations by a column beside them."""
+    """Remedy for texts that became conversations because of a system column."""
     field = getattr(config, "system_field", None)
-    read = f", or data.system_field=null if they are texts with a column {field!r} to leave out"
-    return read if field else ""
+    remedy = f", or data.system_field=null to use the texts without their column {field!r}"
+    return remedy if field else ""
 
 
 def _encode_chunk(
@@ -146,7 +146,7 @@ def _encode_chunk(
         except BadRow as bad:
             drops.add(str(bad), example.row)
             continue
-        note_texts(example, encoder.special, encoder.ways, drops)
+        note_texts(example, encoder.special, encoder.handling, drops)
     table = _ids_of_pieces(written, encoder)
     for w in written:
         try:
@@ -162,7 +162,7 @@ def _ids_of_pieces(written: Sequence[Written], encoder: Encoder) -> dict[Piece, 
 
 def _write(example: PreferenceExample, encoder: Encoder, sampled: bool = False) -> Written:
     prompt, chat = example.prompt, encoder.chat
-    if chat is None or (isinstance(prompt, str) and not encoder.ways.templated):
+    if chat is None or (isinstance(prompt, str) and not encoder.handling.templated):
         start, responses, ends = _write_plain(example, encoder)
     else:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -186,7 +186,7 @@ def _write_plain(
     its end token, which is not added again."""
     start, eos = plain_prompt(example.prompt), encoder.facts.eos
     pieces = [plain_response(example.prompt, response_text(r)) for r in example.responses]
-    if not encoder.ways.parse:
+    if not encoder.handling.parse:
         return [start], [[piece] for piece in pieces], [(eos,)] * len(pieces)
     texts: list[list[Piece]] = []
     ends: list[tuple[int, ...]] = []
@@ -242,7 +242,7 @@ def _fit(
 
 
 def _as_json(prompt: Prompt) -> bytes:
-    """Texts may hold lone surrogates, and messages whatever their file has beside the text."""
+    """Texts may contain lone surrogates, and messages values of any type beside the text."""
     text = json.dumps(prompt, ensure_ascii=False, default=str)
     return text.encode("utf-8", "surrogatepass")
 

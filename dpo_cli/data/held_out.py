@@ -11,7 +11,7 @@ from dpo_cli.data.trained import prompt_text, prompt_words
 from dpo_cli.errors import ConfigError
 from dpo_cli.records import PreferenceExample
 
-ENOUGH = 0.9  # of the examples to hold out; fewer are told
+ENOUGH = 0.9  # of the examples to hold out; if fewer are, a note says so
 
 
 def hold_out(
@@ -19,9 +19,9 @@ def hold_out(
 ) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
     """(train, held out): at most `count` examples held out, no prompt on both sides.
 
-    Prompts are taken in the order of a hash of their content, all examples of one together: no
-    seed and no order of the file moves a prompt, and with another count more or fewer of the same
-    are held out. Nor does a space or line break at its end; prompts of the same words are one.
+    Prompts are held out in the order of a hash of their content, with all their examples, so the
+    choice does not depend on the seed or the order of the file, and a larger count holds out more
+    prompts in addition to the same ones. Prompts that differ only in whitespace count as one.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for place, example in enumerate(examples):
@@ -32,10 +32,10 @@ def hold_out(
             break
         held.update(group)
     if count and not held:
-        most = max(map(len, groups.values()))
+        largest = max(map(len, groups.values()))
         raise ConfigError(
-            f"data.eval_rows={count} is fewer than the first prompt's examples: set "
-            f"data.eval_rows={most} or more"
+            f"data.eval_rows={count} is less than the number of examples of the first prompt: set "
+            f"data.eval_rows={largest} or more"
         )
     train = [e for place, e in enumerate(examples) if place not in held]
     return train, [examples[place] for place in sorted(held)]
@@ -46,12 +46,12 @@ def _place(examples: Sequence[PreferenceExample], group: Sequence[int]) -> bytes
     return min(hashlib.sha256(text.encode()).digest() for text in texts)
 
 
-def note_fewer(held: Sequence[PreferenceExample], asked: int, drops: DropReport) -> None:
-    """Where prompts have many examples each, those of the next one may be far too many."""
-    if len(held) < ENOUGH * asked:
+def note_fewer(held: Sequence[PreferenceExample], requested: int, drops: DropReport) -> None:
+    """Note if far fewer examples are held out than requested, as prompts have many each."""
+    if len(held) < ENOUGH * requested:
         drops.add_note(
-            f"data.eval_rows={asked:,} holds out only {len(held):,} examples: the next prompt has "
-            "more than are left",
+            f"data.eval_rows={requested:,} holds out only {len(held):,} examples: the next prompt "
+            "has too many",
             held[0].row,
         )
 
@@ -59,7 +59,7 @@ def note_fewer(held: Sequence[PreferenceExample], asked: int, drops: DropReport)
 def note_overlap(
     train: Sequence[PreferenceExample], held: Sequence[PreferenceExample], drops: DropReport
 ) -> None:
-    """Of eval rows from a file of their own."""
+    """Note eval rows, from a separate file, whose prompts are training prompts."""
     known = {prompt_words(example.prompt) for example in train}
     for example in held:
         if prompt_words(example.prompt) in known:

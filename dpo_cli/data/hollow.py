@@ -48,8 +48,8 @@ def hollow(messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
             return {key: marked(part) for key, part in value.items()}
         return [marked(part) for part in value] if isinstance(value, list) else value
 
-    kept = UNMARKED
-    return [{k: v if k in kept else marked(v) for k, v in m.items()} for m in messages], texts
+    unmarked = UNMARKED
+    return [{k: v if k in unmarked else marked(v) for k, v in m.items()} for m in messages], texts
 
 
 def _marked_text(text: str, texts: dict[str, str]) -> str:

@@ -11,11 +11,11 @@ from dpo_cli.data.drops import DropReport
 from dpo_cli.records import PreferenceExample, response_text
 
 OPENING, QUOTES = "([{<\u201c\u2018\u00ab", "\"'`"
-MARKS = "-*#\u2022\u2013\u2014$@"  # with which a list, a heading or a number begins
+MARKS = "-*#\u2022\u2013\u2014$@"  # that begin a list, a heading or a number
 
 
 @dataclass(frozen=True)
-class Ways:
+class TextHandling:
     """How texts are encoded. parse: special tokens in texts are parsed; templated: plain prompts
     are rendered by the chat template; has_template: the tokenizer has one."""
 
@@ -25,22 +25,22 @@ class Ways:
 
 
 def note_texts(
-    example: PreferenceExample, special: re.Pattern[str], ways: Ways, drops: DropReport
+    example: PreferenceExample, special: re.Pattern[str], handling: TextHandling, drops: DropReport
 ) -> None:
     """Note special tokens in texts, plain texts for a chat model, and missing separators."""
     prompt = example.prompt
     prompts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
     responses = list(map(response_text, example.responses))
-    found = next((m for text in (*prompts, *responses) if (m := special.search(text))), None)
-    if found and not ways.parse:
+    match = next((m for text in (*prompts, *responses) if (m := special.search(text))), None)
+    if match and not handling.parse:
         drops.add_note(
-            f"special tokens such as {found.group()} in texts are encoded as plain text; if a chat "
+            f"special tokens such as {match.group()} in texts are encoded as plain text; if a chat "
             "template has rendered the texts already, set data.special_tokens=parse",
             example.row,
         )
-    if ways.templated or not isinstance(prompt, str) or found:
+    if handling.templated or not isinstance(prompt, str) or match:
         return
-    if ways.has_template:
+    if handling.has_template:
         drops.add_note(
             "texts are used without the model's chat template; data.chat_template=always renders "
             "prompts as user messages",
@@ -73,5 +73,6 @@ def _lacks_separator(prompt: str, response: str) -> bool:
 
 
 def _unspaced(letter: str) -> bool:
-    """Of Chinese, Japanese, Thai and the like, punctuation included."""
+    """Whether a character belongs to a script without spaces (Chinese, Japanese, Thai, ...),
+    including punctuation."""
     return unicodedata.east_asian_width(letter) in "WF" or "\u0e00" <= letter <= "\u109f"

@@ -67,9 +67,8 @@ class Rows:
     revision: str | None
 
     def numbered(self, max_rows: int | None, seed: int) -> Iterator[tuple[int, Row]]:
-        """(row number, row), in order: all of them, or a seeded sample of `max_rows`.
-
-        A sample, as several public datasets are sorted by label or topic.
+        """(row number, row), in order: all of them, or a seeded sample of `max_rows`, as several
+        public datasets are sorted by label or topic.
         """
         count = len(self.rows)
         if max_rows is None or max_rows >= count:
@@ -120,8 +119,8 @@ def read_source(source: Source) -> Rows:
     if source.saved is not None:
         return Rows(_load_from_disk(source.saved), source.origin, None)
     for path in source.files:  # some, such as those of stage=label, have a checksum beside them
-        if why := mismatch(path):
-            raise DataError(why)
+        if reason := mismatch(path):
+            raise DataError(reason)
     rows = [row for path in source.files for row in read_file(path)]
     return Rows(rows, source.origin, None)
 

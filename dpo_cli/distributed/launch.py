@@ -69,7 +69,7 @@ def rank_command() -> list[str]:
     return ["-P", "-m", "dpo_cli"]
 
 
-def launch(config: RunConfig, overrides: Sequence[str]) -> int:
+def launch_ranks(config: RunConfig, overrides: Sequence[str]) -> int:
     """Start this node's ranks, each with `dpo-run <overrides>`, and wait for them.
 
     Ranks that run out of memory are restarted from the last checkpoint with a smaller token

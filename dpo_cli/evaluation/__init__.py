@@ -1,1 +1,1 @@
-"""Rewards, judges, preference labels, statistics."""
+"""Evaluation of policies: rewards, KL, the optimum, win rates, judges; preference labels."""

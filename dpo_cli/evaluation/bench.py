@@ -1,4 +1,4 @@
-"""What all policies of an evaluation are measured with: prompts, pairs, scorer and reference."""
+"""Shared by all policies of an evaluation: prompts, pairs, scorer and reference."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ from dpo_cli.session.rows import check_lengths
 from dpo_cli.session.session import Session, load_data
 from dpo_cli.session.trained import check_held_out, known_models, shared_rows
 
-TRAINING = "training prompts"  # the word beside figures that are not of held-out prompts
+TRAINING = "training prompts"  # marks figures that are not on held-out prompts
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all policies are measured with.
+    """Shared by all policies of an evaluation.
 
-    reference: None where nothing says what they should be measured against; named: as it was
-    called. examples, prompts: the same prompts as token ids and as their source has them. score:
-    None without a reward. stage: with its max_new_tokens. pairs: held-out rows of at least two
-    responses; training: whether the prompts are rows that were trained on, as far as is known.
-    models: label -> keys of what a model was trained on.
+    reference: None if the KL is not measured; named: its folder or hub id. examples, prompts: the
+    same prompts as token ids and as in their source. score: None without a reward. stage: with its
+    max_new_tokens. pairs: held-out rows with at least two responses; training: whether the prompts
+    are training prompts, as far as known. models: label -> keys of a model's training prompts.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -53,7 +52,7 @@ class Bench:
     models: dict[str, np.ndarray] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
-        """Figures on the prompts themselves."""
+        """Facts on the prompts, for each policy's figures."""
         facts: dict[str, Any] = {"prompts": TRAINING} if self.training else {}
         return facts | {"max_new_tokens": new_tokens(self.stage)}
 
@@ -61,7 +60,7 @@ class Bench:
 def set_up(session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint]) -> Bench:
     """Tokenizer, prompts, scorer and reference, loaded once for all policies.
 
-    Raises DataError where rows that are said to be held out were trained on.
+    Raises DataError if a model was trained on held-out rows.
     """
     first = points[0].source
     tokenizer = load_tokenizer(first)
@@ -96,13 +95,13 @@ def named_reference(
         session.note("no stage.reference: the KL is not measured")
         if stage.reference_samples or stage.optimum:
             raise ConfigError(
-                "stage.reference=null: the optimum is that of a reference; name its folder or hub "
-                "id (these policies do not say what they were trained against)"
+                "stage.reference=null: the optimum needs a reference; set its folder or hub id "
+                "(these policies do not name the one they were trained against)"
             )
     elif stage.temperature != 1.0:
         session.note(
-            f"stage.temperature={stage.temperature:g}: the KL is not measured; it is of the "
-            "policies as they are, at 1.0"
+            f"stage.temperature={stage.temperature:g}: the KL is not measured, as it is defined "
+            "at temperature 1.0"
         )
     return named
 
@@ -111,18 +110,18 @@ def check_prompts(
     session: Session, models: dict[str, np.ndarray], chosen: Sequence[EncodedExample],
     held_out: bool, policies: int,
 ) -> bool:  # fmt: skip
-    """Whether the prompts are training prompts, which is told. Without held-out rows they are
-    taken for it, unless every policy tells what it was trained on and that is none of them."""
+    """Whether the prompts are training prompts, with a note. Without held-out rows they are assumed
+    to be, unless the training prompts of every policy are known and include none of them."""
     if held_out:
         if line := check_held_out(session.config, models, chosen, "held-out prompts"):
             session.note(line)
         return False
-    told = "no rows are held out (data.eval_rows)"
+    without_held_out = "no rows are held out (data.eval_rows)"
     counts = [int(shared_rows(chosen, keys).sum()) for keys in models.values()]
     if len(models) >= policies and not any(counts):
-        session.note(f"{told}, and no policy was trained on any of these prompts")
+        session.note(f"{without_held_out}, and no policy was trained on any of these prompts")
         return False
-    session.note(f"{told}: these are {TRAINING}")
+    session.note(f"{without_held_out}: these are {TRAINING}")
     return True
 
 
@@ -130,16 +129,16 @@ def pairs_of(
     session: Session, stage: EvaluateConfig, splits: EncodedSplits,
     tokenizer: PreTrainedTokenizerFast, context: int,
 ) -> list[EncodedExample]:  # fmt: skip
-    """Rows for preference accuracy: of `stage.pairs`, else the run's own held-out pairs."""
+    """Rows for preference accuracy: `stage.pairs`, otherwise the run's own held-out pairs."""
     if stage.pairs is None:
         paired = all(len(e.response_ids) > 1 for e in splits.eval)
         return splits.eval if paired else []
     config = session.config
-    found = load_encoded(
+    encoded = load_encoded(
         pairs_config(stage.pairs, config.data), tokenizer, context, config.seed,
         Path(config.cache_dir),
     )  # fmt: skip
-    for line in found.drops.summary_lines():
+    for line in encoded.drops.summary_lines():
         session.note(f"stage.pairs: {line}")
-    check_lengths(found.train, 2, "evaluate")
-    return found.train
+    check_lengths(encoded.train, 2, "evaluate")
+    return encoded.train

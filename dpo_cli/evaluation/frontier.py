@@ -1,22 +1,22 @@
 """The best reward that any policy can reach at a given KL to the reference, from its samples.
 
-The policy that maximises E[r] - beta KL(pi || pi_ref) is (arXiv 2305.18290 eq. 4)
+The policy that maximizes E[r] - beta KL(pi || pi_ref) is (arXiv 2305.18290 eq. 4)
 
     pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x)
 
-and with w = exp(r / beta) of N samples of the reference, for each prompt,
+and with w = exp(r / beta) for N samples of the reference, for each prompt,
 
     E*[r] = sum(w r) / sum(w)          KL* = E*[r] / beta - log mean(w).
 
-Both are means over prompts at one common beta: a policy is judged by its means over prompts,
-and Lagrange's multiplier of the mean KL is the same for all of them.
+Both are means over prompts at one common beta: a policy is measured by its means over prompts,
+and the Lagrange multiplier of the mean KL is the same for all of them.
 
-How far to trust it. Prompts are independent, so a standard error over prompts holds the noise
-of sampling within them as well. What it does not hold is bias: log mean(w) is too small on
-average (Jensen), so the curve lies below the true one, by more where few samples carry the
-weight; KL* cannot exceed log N. The effective sample size (sum w)^2 / sum w^2 says how many
-carry it. The curve stops where its mean over prompts falls to `TRUSTED_SAMPLES`; on normal and on
-saturating rewards the bias there was 2 to 3 hundredths of the rewards' standard deviation.
+Accuracy: prompts are independent, so the standard error over prompts includes the sampling noise
+within them. It does not include bias: log mean(w) is too small on average (Jensen), so the curve
+lies below the true one, most where few samples carry the weight; KL* cannot exceed log N. Their
+number is the effective sample size (sum w)^2 / sum w^2. The curve ends where its mean over prompts
+falls to `TRUSTED_SAMPLES`; for normal and for saturating rewards the bias there was .02 to .03 of
+the rewards' standard deviation.
 
 Shapes: P prompts, N samples of each, B betas.
 """
@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TRUSTED_SAMPLES = 10.0  # least mean effective sample size
+TRUSTED_SAMPLES = 10.0  # minimum mean effective sample size
 PER_DECADE = 12  # betas
 WIDEST, NARROWEST = 30.0, 1e-3  # betas of the curve, in standard deviations of the rewards
 
@@ -38,7 +38,7 @@ WIDEST, NARROWEST = 30.0, 1e-3  # betas of the curve, in standard deviations of 
 class Tilted:
     """The reference reweighted by exp(r / beta) at one beta, each (P,).
 
-    value: beta log mean(w), the most that E[r] - beta KL can be. ess: effective sample size.
+    value: beta log mean(w), the maximum of E[r] - beta KL. ess: effective sample size.
     """
 
     reward: np.ndarray
@@ -63,11 +63,11 @@ def tilt(rewards: np.ndarray, beta: float) -> Tilted:
 class Curve:
     """The optimum over betas, from large to small: KL and reward rise along it.
 
-    betas, kl, kl_se, reward, reward_se, ess (mean over prompts), ess_least: (B,).
+    betas, kl, kl_se, reward, reward_se, ess (mean over prompts), ess_least (minimum): (B,).
     values: (B, P), `Tilted.value` of each prompt. R*(KL) = min over beta of beta KL + mean
     value, so their standard error, `value_se` (B,), is that of the reward at a given KL.
-    bias: (B,), how far that reward is off, estimated from halves of the samples: never
-    positive, and rather too small where it is large.
+    bias: (B,), of that reward, estimated from halves of the samples: never positive, and
+    underestimated where it is large.
     reference_reward: mean reward of the reference, the curve's start at KL 0.
     """
 
@@ -88,7 +88,7 @@ class Curve:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of independent values; NaN for a single one."""
+    """Standard error of the mean of independent values; NaN for a single one."""
     n = len(values)
     return float(np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
 
@@ -96,8 +96,8 @@ def standard_error(values: np.ndarray) -> float:
 def optimum_curve(rewards: np.ndarray, floor: float = TRUSTED_SAMPLES) -> Curve:
     """The curve from a KL of about 0 to where the mean effective sample size is `floor`.
 
-    rewards: (P, N), N >= 2, finite. Equal rewards throughout make a curve of one point, KL 0.
-    With `floor` above N only the largest beta is left.
+    rewards: (P, N), N >= 2, finite. If all rewards are equal, the curve is one point at KL 0; with
+    `floor` above N, only the largest beta.
     """
     betas = trusted_betas(rewards, floor)
     rows = [tilt(rewards, beta) for beta in betas]
@@ -115,45 +115,45 @@ def optimum_curve(rewards: np.ndarray, floor: float = TRUSTED_SAMPLES) -> Curve:
     )
 
 
-def _bias(rewards: np.ndarray, whole: Tilted, beta: float) -> float:
-    """The bias goes with 1/N: twice as large on halves, so the difference estimates it."""
+def _bias(rewards: np.ndarray, full: Tilted, beta: float) -> float:
+    """The bias is proportional to 1/N: twice as large on halves, so the difference estimates it."""
     half = rewards.shape[1] // 2
     halves = (rewards[:, :half], rewards[:, half : 2 * half])
     values = [tilt(part, beta).value.mean() for part in halves]
-    return float(np.mean(values) - whole.value.mean())
+    return float(np.mean(values) - full.value.mean())
 
 
 def trusted_betas(rewards: np.ndarray, floor: float) -> list[float]:
-    """A log grid from large to small, up to where the effective sample size is `floor`.
+    """A log grid from large to small, down to where the effective sample size is `floor`.
 
-    It ends earlier where nothing changes any more: only the best samples have weight.
+    It ends earlier if the KL no longer grows, as only the best samples have weight.
     """
     spread = float(np.std(rewards - rewards.mean(1, keepdims=True)))
     if spread <= 1e-12 * max(1.0, float(np.abs(rewards).max())):
         return [1.0]
 
     def facts(beta: float) -> tuple[bool, float]:
-        at = tilt(rewards, beta)
-        return float(at.ess.mean()) >= floor, float(at.kl.mean())
+        tilted = tilt(rewards, beta)
+        return float(tilted.ess.mean()) >= floor, float(tilted.kl.mean())
 
     steps = round(PER_DECADE * math.log10(WIDEST / NARROWEST))
     grid = [float(b) for b in spread * np.geomspace(WIDEST, NARROWEST, steps + 1)]
-    kept = grid[:1]
-    trusted, reached = facts(grid[0])
+    betas = grid[:1]
+    trusted, largest_kl = facts(grid[0])
     for beta in grid[1:] if trusted else ():
         trusted, kl = facts(beta)
         if not trusted:
-            kept.append(_crossing(kept[-1], beta, lambda b: facts(b)[0]))
+            betas.append(_crossing(betas[-1], beta, lambda b: facts(b)[0]))
             break
-        if kl < reached * (1 + 1e-4):
+        if kl < largest_kl * (1 + 1e-4):
             break
-        kept.append(beta)
-        reached = kl
-    return kept
+        betas.append(beta)
+        largest_kl = kl
+    return betas
 
 
 def _crossing(high: float, low: float, trusted: Callable[[float], bool]) -> float:
-    """The smallest trusted beta between a trusted one and one that is not."""
+    """The smallest trusted beta between a trusted and an untrusted one."""
     for _ in range(20):
         middle = math.sqrt(high * low)
         high, low = (middle, low) if trusted(middle) else (high, middle)
@@ -162,16 +162,16 @@ def _crossing(high: float, low: float, trusted: Callable[[float], bool]) -> floa
 
 @dataclass(frozen=True)
 class AtKl:
-    """The optimum at some KL. beyond: the KL lies past the curve's end, whose reward is given:
-    the optimum is at least that (it never falls with the KL), the shortfall too. The largest
-    reward among the samples is no optimum: nothing says that it can be had at that KL."""
+    """The optimum at a given KL. beyond: the KL is past the curve's end, and `reward` is that of
+    the end: a lower bound, as the optimum never falls with the KL. (The largest reward among the
+    samples is no upper bound: it may not be attainable at that KL.)"""
 
     reward: float
     beyond: bool
 
 
 def optimum_reward_at_kl(curve: Curve, kl: float) -> AtKl:
-    """Monotone interpolation, linear in sqrt(KL), in which the curve starts as a line."""
+    """Monotone interpolation, linear in sqrt(KL), in which the curve starts linearly."""
     nodes = np.sqrt(np.concatenate([[0.0], curve.kl]))
     rewards = np.concatenate([[curve.reference_reward], curve.reward])
     place = math.sqrt(max(kl, 0.0))
@@ -182,8 +182,8 @@ def shortfall_error(curve: Curve, rewards: np.ndarray, kls: np.ndarray) -> float
     """Standard error of optimum_reward_at_kl(mean KL) - mean reward, on the same prompts.
 
     rewards, kls: (P,) of a policy, prompts in the curve's order. The shortfall is the mean of
-    value_p + beta KL_p - r_p at the beta of the policy's KL, so what makes some prompts easier
-    than others falls out. NaN beyond the curve.
+    value_p + beta KL_p - r_p at the beta of the policy's KL, so differences in difficulty between
+    prompts cancel. NaN beyond the curve.
     """
     at = math.sqrt(max(float(kls.mean()), 0.0))
     nodes = np.sqrt(curve.kl)
@@ -202,12 +202,11 @@ def best_of(rewards: np.ndarray, n: int) -> np.ndarray:
     """(P, N) -> (P,) unbiased estimates of E[max of n samples].
 
     The mean of the maximum over all subsets of n: sum_i r_(i) C(i-1, n-1) / C(N, n) over the
-    order statistics r_(1) <= ... <= r_(N), the binomials as logarithms. Raises ValueError
-    where n > N.
+    order statistics r_(1) <= ... <= r_(N), the binomials as logarithms. Raises ValueError if n > N.
     """
     samples = rewards.shape[1]
     if not 1 <= n <= samples:
-        raise ValueError(f"best of {n} needs at least {n} samples a prompt, there are {samples}")
+        raise ValueError(f"best of {n} needs at least {n} samples per prompt, not {samples}")
     ranks = range(n, samples + 1)  # the maximum of n cannot rank lower
     logs = [_log_binomial(i - 1, n - 1) - _log_binomial(samples, n) for i in ranks]
     weights = np.exp(logs)
@@ -220,6 +219,6 @@ def _log_binomial(n: int, k: int) -> float:
 
 
 def best_of_kl_bound(n: int) -> float:
-    """log n - (n - 1) / n, at least the KL of best-of-n to the reference (arXiv 2401.01879);
-    equal to it where no two samples have the same reward and none is likely."""
+    """log n - (n - 1) / n, an upper bound of the KL of best-of-n to the reference (arXiv
+    2401.01879); exact if no two samples have the same reward and none is likely."""
     return math.log(n) - (n - 1) / n

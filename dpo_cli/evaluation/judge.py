@@ -1,7 +1,5 @@
-"""A judge says which of two completions of a prompt is better; the policy's comes first.
-
-By reward here; by a language model in `judge_http.py`.
-"""
+"""A judge decides which of two completions of a prompt is better: here by reward, in
+`judge_http.py` by a language model."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from dpo_cli.rewards.scorers import Completed, Scorer
 
 
 class Verdict(StrEnum):
-    """Of the policy's completion. error: no usable answer; unasked: no calls were left."""
+    """On the policy's completion. error: no usable answer; unasked: no calls were left."""
 
     WIN = "win"
     LOSS = "loss"
@@ -34,7 +32,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Decision:
-    """reason: what the judge said, or why it said nothing."""
+    """reason: the judge's answer, or why there is none."""
 
     verdict: Verdict
     reason: str | None = None
@@ -44,19 +42,19 @@ Tick = Callable[[int], None]
 
 
 class Judge(Protocol):
-    """name: what a table of win rates calls it."""
+    """name: its label in tables of win rates."""
 
     @property
     def name(self) -> str: ...
 
     def __call__(self, matches: Sequence[Match], tick: Tick) -> list[Decision]:
-        """A decision a match, in their order; `tick(n)` after every n."""
+        """One decision per match, in order; `tick(n)` after every n."""
         ...
 
 
 @dataclass(frozen=True)
 class RewardJudge:
-    """The higher reward wins, equal ones are a tie; one that is not a number is an error."""
+    """The higher reward wins, equal rewards tie, NaN is an error."""
 
     scorer: Scorer
     name: str

@@ -1,7 +1,7 @@
-"""A language model as the judge: both orders, a cache on disk, bounded calls, several at once.
+"""A language model as the judge: both orders, a cache on disk, a limit on calls, several threads.
 
-Which matches are asked does not depend on the order in which threads end: calls are set
-aside match by match, a block at a time, and retries draw on what is left.
+Which matches are judged does not depend on thread timing: calls are reserved match by match, one
+block at a time, and retries use what is left.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from dpo_cli.evaluation.judge import Decision, Match, Tick, Verdict
 from dpo_cli.evaluation.judge_prompts import Letter, parse_choice, plain, question
 from dpo_cli.evaluation.judge_request import Client, Misread, Unanswered, backoff
 
-BLOCK = 8  # matches a thread, in a block
-SILENT = 5  # questions without any answer at first: the server is down, or another kind
-MISREAD = 1  # times a question is asked again whose answer could not be read
-LONGEST_REASON = 600  # characters of an answer that are kept
+BLOCK = 8  # matches per thread in a block
+SILENT = 5  # initial questions without any answer, after which the run stops
+RETRIES_OF_UNREADABLE = 1  # of a question whose answer could not be parsed
+MAX_REASON = 600  # characters of an answer that are kept
 
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -37,7 +37,7 @@ Y = TypeVar("Y")
 
 @dataclass(frozen=True)
 class Question:
-    """What is sent, the name it is cached under, and the letter of the policy's completion."""
+    """The text to send, its cache key, and the letter of the policy's completion."""
 
     text: str
     key: str
@@ -57,7 +57,7 @@ class Budget:
         self._left, self._lock = calls, threading.Lock()
 
     def take(self, calls: int = 1) -> bool:
-        """All of them or none."""
+        """Reserve that many calls, or none if fewer are left."""
         with self._lock:
             if calls > self._left:
                 return False
@@ -66,7 +66,7 @@ class Budget:
 
 
 class HttpJudge:
-    """One a run: `judge.max_calls` counts over all that it is asked."""
+    """One per run: `judge.max_calls` limits all its calls together."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class HttpJudge:
         seed: int,
         pause: Callable[[float], object] | None = None,
     ) -> None:
-        """pause: how to wait some seconds, for tests; by default a stop of the run ends it."""
+        """pause: replaces waiting in tests; by default a wait ends when the run stops."""
         self._config, self._endpoint, self._seed = config, endpoint, seed
         self._client = Client(endpoint, config.timeout_seconds)
         self._folder = cache_dir / "judge"
@@ -93,7 +93,7 @@ class HttpJudge:
         return f"http={self._config.model}"
 
     def __call__(self, matches: Sequence[Match], tick: Tick) -> list[Decision]:
-        """Raises ConfigError where the server refuses what all requests have in common."""
+        """Raises ConfigError if the server refuses something that all requests have in common."""
         decisions: list[Decision] = []
         size = BLOCK * self._config.parallel
         for first in range(0, len(matches), size):
@@ -104,12 +104,12 @@ class HttpJudge:
         return decisions
 
     def _questions(self, match: Match) -> list[Question]:
-        """In one order or both; none for texts that look the same. Which comes first is a hash."""
+        """Questions in one order or both; none for equal texts. A hash decides the first order."""
         ours, theirs = match.ours.completion, match.theirs.completion
         if ours.strip() == theirs.strip():  # as they are shown
             return []
-        told = json.dumps([self._seed, match.ours.prompt, ours, theirs])
-        second = hashlib.sha256(told.encode()).digest()[0] % 2 == 1
+        content = json.dumps([self._seed, match.ours.prompt, ours, theirs])
+        second = hashlib.sha256(content.encode()).digest()[0] % 2 == 1
         orders = (second, not second) if self._config.both_orders else (second,)
         return [self._question(match, swapped) for swapped in orders]
 
@@ -118,12 +118,12 @@ class HttpJudge:
         a, b = reversed(pair) if swapped else pair
         config = self._config
         text = question(config.task or "dialogue", match.ours.prompt, a, b)
-        asked = json.dumps([self._endpoint.base, config.model, text, config.max_tokens])
-        key = hashlib.sha256(asked.encode()).hexdigest()
+        request = json.dumps([self._endpoint.base, config.model, text, config.max_tokens])
+        key = hashlib.sha256(request.encode()).hexdigest()
         return Question(text, key, "B" if swapped else "A")
 
     def _planned(self, block: Sequence[Sequence[Question]]) -> list[Question]:
-        """Questions to ask: those of matches whose calls are all to be had, each once."""
+        """Questions to ask, each once: those of matches for which enough calls are left."""
         planned: dict[str, Question] = {}
         for questions in block:
             new = {q.key: q for q in questions if q.key not in planned and not self._cached(q.key)}
@@ -134,34 +134,38 @@ class HttpJudge:
     def _ask_all(self, questions: Sequence[Question]) -> None:
         self._faults = {}
         try:
-            for asked, said in in_parallel(self._ask, questions, self._config.parallel):
-                if isinstance(said, Answer):
-                    self._keep(asked.key, said)
+            for question, answer in in_parallel(self._ask, questions, self._config.parallel):
+                if isinstance(answer, Answer):
+                    self._keep(question.key, answer)
                 else:
-                    self._faults[asked.key] = said
-                    self._give_up_on_silence(said)
+                    self._faults[question.key] = answer
+                    self._give_up_on_silence(answer)
         except BaseException:
-            self._stop.set()  # threads at work send nothing more
+            self._stop.set()  # running threads send nothing more
             raise
 
-    def _ask(self, asked: Question) -> Answer | str:
-        """The answer, or why there is none. Its first call was set aside already."""
-        rng, misread = random.Random(asked.key), 0
+    def _ask(self, question: Question) -> Answer | str:
+        """The answer, or why there is none. Its first call is reserved already."""
+        rng, misread = random.Random(question.key), 0
         for tries in range(1, self._config.retries + 2):
             if self._stop.is_set():
                 return "the run was stopped"
             try:
-                return self._answer(asked)
+                return self._answer(question)
             except Unanswered as fault:
                 misread += isinstance(fault, Misread)
-                last = tries > self._config.retries or not fault.again or misread > MISREAD
+                last = (
+                    tries > self._config.retries
+                    or not fault.again
+                    or misread > RETRIES_OF_UNREADABLE
+                )
                 if last or not self._budget.take():
                     return f"{fault} ({tries} {'call' if tries == 1 else 'calls'})"
                 self._pause(max(fault.wait, backoff(tries, rng.random())))
         raise AssertionError("the last try returns")
 
-    def _answer(self, asked: Question) -> Answer:
-        text = self._client.ask(self._config.model, asked.text, self._config.max_tokens)
+    def _answer(self, question: Question) -> Answer:
+        text = self._client.ask(self._config.model, question.text, self._config.max_tokens)
         self._heard = True
         choice = parse_choice(text)
         if choice is None:
@@ -171,12 +175,12 @@ class HttpJudge:
     def _give_up_on_silence(self, reason: str) -> None:
         if not self._heard and len(self._faults) >= SILENT:
             raise ConfigError(
-                f"judge=http: not one answer from {self._endpoint.host}: {reason}; is "
-                "OPENAI_BASE_URL right, and the server up?"
+                f"judge=http: no answer from {self._endpoint.host}: {reason}; check "
+                "OPENAI_BASE_URL and whether the server is running"
             )
 
     def _settled(self, questions: Sequence[Question]) -> Decision:
-        """Verdicts of both orders that disagree are a tie; one without a verdict leaves none."""
+        """The decision on a match: a tie if both orders disagree, none if one has no answer."""
         if not questions:
             return Decision(Verdict.TIE, "the same text")
         answers = [(q, self._known.get(q.key)) for q in questions]
@@ -194,7 +198,7 @@ class HttpJudge:
 
     def _shown(self, text: str) -> str:
         line = " ".join(self._endpoint.hide(plain(text)).split())
-        return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"
+        return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]}…"
 
     def _keep(self, key: str, answer: Answer) -> None:
         self._known[key] = answer
@@ -204,14 +208,14 @@ class HttpJudge:
         write_json(self._folder / f"{key}.json", values | {"answer": answer.text})
 
     def _cached(self, key: str) -> bool:
-        """Whether the answer is known, now or from disk."""
-        if key not in self._known and (found := read_answer(self._folder / f"{key}.json", key)):
-            self._known[key] = found
+        """Whether the answer is in memory or, if so read, on disk."""
+        if key not in self._known and (answer := read_answer(self._folder / f"{key}.json", key)):
+            self._known[key] = answer
         return key in self._known
 
 
 def read_answer(path: Path, key: str) -> Answer | None:
-    """A cached answer; None where the file is absent, torn, or not one of ours."""
+    """A cached answer; None if the file is absent, truncated or invalid."""
     try:
         values = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -225,9 +229,9 @@ def read_answer(path: Path, key: str) -> Answer | None:
 
 
 def in_parallel(work: Callable[[X], Y], items: Sequence[X], threads: int) -> Iterator[tuple[X, Y]]:
-    """(item, work(item)) as they end; raises what `work` raises.
+    """Yield (item, work(item)) as they finish; raises what `work` raises.
 
-    The threads are daemons: a run that is stopped does not wait for a server.
+    Daemon threads: a run that is stopped does not wait for a server.
     """
     todo: queue.SimpleQueue[X] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[X, Future[Y]]] = queue.SimpleQueue()

@@ -1,7 +1,7 @@
-"""What a language model is asked, in the DPO paper's words, and how its answer is read.
+"""The DPO paper's prompts to a language model as judge, and parsing of its answers.
 
-Prompts: arXiv 2305.18290 appendix C.2, summaries as its prompt (C). Completions and answers
-are untrusted: an answer is searched for a letter, and nothing else is done with it.
+Prompts: arXiv 2305.18290 appendix C.2, for summaries its prompt (C). Completions and answers are
+untrusted: an answer is only searched for a letter.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def question(task: str, prompt: Prompt, a: str, b: str) -> str:
 
 
 def readable(prompt: Prompt) -> str:
-    """A prompt without the marks that ask a model to go on; a single turn without its role."""
+    """A prompt without the markers of the next turn; a single turn without its role."""
     if not isinstance(prompt, str):
         if len(prompt) == 1:
             return prompt[0]["content"].strip()
@@ -89,18 +89,18 @@ def readable(prompt: Prompt) -> str:
 
 
 NAMES = ("preferred", "more_helpful", "choice", "winner")
-# Blanks and what a model wraps words in: quotes, markdown, brackets.
+# Whitespace, quotes, markdown and brackets around words.
 _DRESS = r"[\s*_`\"'\u2018-\u201d<>()\[\]{}#-]*"
 _NOUN = rf"{_DRESS}(?:(?:summary|response|continuation)\b)?{_DRESS}"
-_LINE = re.compile(  # the line's last such label; the sentence may stand before it
+_LINE = re.compile(  # the line's last such label; the sentence may precede it
     rf"(?:.*\W)?(?:preferred|more[ _-]helpful|choice|winner){_NOUN}:(.*)", flags=re.IGNORECASE
 )
 _LETTER = re.compile(rf"{_NOUN}([AB]){_DRESS}\.?{_DRESS}", flags=re.IGNORECASE)
 _FENCED = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", flags=re.DOTALL)
 _ESCAPES = re.compile("\x1b\\[[0-9;?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?")
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-LONGEST = 8000  # characters of an answer that are read: its end
-LONGEST_CHOICE = 60  # characters of what stands for the letter
+MAX_ANSWER = 8000  # characters of an answer that are read, from its end
+MAX_CHOICE = 60  # characters of a text that stands for the letter
 
 
 def plain(text: str) -> str:
@@ -109,18 +109,18 @@ def plain(text: str) -> str:
 
 
 def parse_choice(answer: str) -> Letter | None:
-    """The letter an answer decides for; None where it names neither, both, or none clearly.
+    """The letter that an answer chooses; None if it names neither, both, or none clearly.
 
-    A JSON object with one of `NAMES` as a key, else the last line `Preferred: A` or
-    `More helpful: B` (an answer may quote such lines of a completion before its own), else a
-    last line that is the letter alone.
+    Read from a JSON object with one of `NAMES` as a key, else the last line `Preferred: A` or
+    `More helpful: B` (an answer may quote such lines of a completion before its own), else a last
+    line that is only the letter.
     """
-    text = plain(answer[-LONGEST:]).strip()
+    text = plain(answer[-MAX_ANSWER:]).strip()
     fenced = _FENCED.fullmatch(text)
-    found = _json_object(fenced[1] if fenced else text)
-    if found is not None:
-        named = {k.lower().replace(" ", "_"): v for k, v in found.items()}
-        letters = {_letter(named[name]) for name in NAMES if name in named}
+    object = _json_object(fenced[1] if fenced else text)
+    if object is not None:
+        values = {k.lower().replace(" ", "_"): v for k, v in object.items()}
+        letters = {_letter(values[name]) for name in NAMES if name in values}
         return letters.pop() if len(letters) == 1 else None
     lines = text.splitlines()
     for line in reversed(lines):
@@ -130,12 +130,12 @@ def parse_choice(answer: str) -> Letter | None:
 
 
 def _letter(value: Any) -> Letter | None:
-    """Of `A`, `"b".`, `**Summary A**`; not of `A or B`."""
-    short = isinstance(value, str) and len(value) <= LONGEST_CHOICE
-    found = _LETTER.fullmatch(value) if short else None
-    if found is None:
+    """The letter in `A`, `"b".`, `**Summary A**`; None in `A or B`."""
+    short = isinstance(value, str) and len(value) <= MAX_CHOICE
+    match = _LETTER.fullmatch(value) if short else None
+    if match is None:
         return None
-    return "A" if found[1].upper() == "A" else "B"
+    return "A" if match[1].upper() == "A" else "B"
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

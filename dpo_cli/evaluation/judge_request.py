@@ -1,7 +1,7 @@
-"""One question to a chat-completions endpoint, by the standard library alone.
+"""One question to a chat-completions endpoint, with the standard library only.
 
-The server is not trusted: the time of a request is bounded as a whole, its answer in bytes,
-and no redirect is followed, which would carry the key to another host.
+The server is not trusted: the total time of a request and the size of its answer are bounded, and
+no redirect is followed, which would send the key to another host.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dpo_cli.config.endpoint import Endpoint
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.judge_prompts import plain
 
-MOST_BYTES = 2**20  # of an answer
-MOST_SHOWN = 200  # characters of what a server said
-LONGEST_WAIT = 60.0  # seconds, whatever Retry-After says
+MAX_BYTES = 2**20  # of an answer
+MAX_SHOWN = 200  # characters of a server's message
+MAX_WAIT = 60.0  # seconds, also for Retry-After
 FIRST_WAIT = 0.5  # seconds before the first retry; doubled for each further one
-AGAIN = (408, 409, 429)  # and 5xx: worth another try
-ITS_OWN = (413, 422)  # the fault of this question: others may pass
+RETRIABLE = (408, 409, 429)  # and 5xx
+QUESTION_ERRORS = (413, 422)  # caused by this question: others may succeed
 REMEDIES = {
     400: "see judge.model and judge.max_tokens",
     401: "check OPENAI_API_KEY",
@@ -38,7 +38,7 @@ REMEDIES = {
 
 
 class Unanswered(Exception):
-    """No answer. again: may another try help? wait: seconds the server asks for."""
+    """No answer. again: whether to retry; wait: seconds that the server asks for."""
 
     def __init__(self, reason: str, again: bool = True, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -46,7 +46,7 @@ class Unanswered(Exception):
 
 
 class Misread(Unanswered):
-    """An answer, but not one that can be read."""
+    """An answer that cannot be parsed."""
 
 
 class Client:
@@ -57,7 +57,7 @@ class Client:
     def __init__(self, endpoint: Endpoint, timeout: float) -> None:
         self._endpoint, self._timeout = endpoint, timeout
         self._opener = urllib.request.OpenerDirector()
-        for handler in (  # no redirects, no files; proxies of the environment are honoured
+        for handler in (  # no redirects, no files; the environment's proxies apply
             urllib.request.ProxyHandler(), _Http(), _Https(),
             urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler(),
         ):  # fmt: skip
@@ -81,20 +81,20 @@ class Client:
             request.add_unredirected_header("Authorization", f"Bearer {self._endpoint.key}")
         try:
             with self._opener.open(request, timeout=self._timeout) as response:
-                raw: bytes = response.read(MOST_BYTES + 1)
-                missing = response.length  # a read of so many bytes does not tell
+                raw: bytes = response.read(MAX_BYTES + 1)
+                missing = response.length  # a bounded read does not raise IncompleteRead
         except HTTPError as error:
             raise self._refusal(error) from None
         except (OSError, http.client.HTTPException) as error:
             raise self._failure(error) from None
-        if len(raw) > MOST_BYTES:
-            raise Misread(f"an answer of more than {MOST_BYTES:,} bytes")
+        if len(raw) > MAX_BYTES:
+            raise Misread(f"an answer of more than {MAX_BYTES:,} bytes")
         if missing:
-            raise Unanswered("connection failed: the answer breaks off")
+            raise Unanswered("connection failed: the answer is incomplete")
         return raw
 
     def _failure(self, error: Exception) -> Exception:
-        """Of a request that got no status."""
+        """The error of a request without a response."""
         cause = getattr(error, "reason", error)
         if isinstance(cause, ssl.SSLCertVerificationError):
             return ConfigError(
@@ -106,42 +106,42 @@ class Client:
         return Unanswered(f"connection failed: {self._shown(str(cause)) or type(cause).__name__}")
 
     def _refusal(self, error: HTTPError) -> Exception:
-        """Of a request that got another status than success."""
+        """The error of a request with a status other than success."""
         host, status = self._endpoint.host, error.code
         with error:
             said, code = self._said(error)
         if 300 <= status < 400:
             target = self._shown(error.headers.get("Location", "nowhere"))
             return ConfigError(
-                f"OPENAI_BASE_URL: {host} redirects to {target}, which is not followed (the key "
-                "would go along); give the final address"
+                f"OPENAI_BASE_URL: {host} redirects to {target}, which is not followed, as the key "
+                "would be sent there; set the final address"
             )
         line = f"{host} answers {status}{': ' if said else ''}{said}"
-        if code == "insufficient_quota":  # a 429 that no waiting mends
+        if code == "insufficient_quota":  # a 429 that waiting does not help
             return ConfigError(f"judge=http: {line}; the account has no credit left")
-        if status in AGAIN or status >= 500:
+        if status in RETRIABLE or status >= 500:
             return Unanswered(line, wait=retry_after(error.headers.get("Retry-After"), time.time()))
-        if status in ITS_OWN:
+        if status in QUESTION_ERRORS:
             return Unanswered(line, again=False)
         return ConfigError(f"judge=http: {line}; {REMEDIES.get(status, 'check OPENAI_BASE_URL')}")
 
     def _said(self, error: HTTPError) -> tuple[str, str | None]:
-        """The message of an error's body, else how it begins; and its code, where it has one."""
+        """The message in an error's body, or the start of the body; and its code, if any."""
         try:
-            raw = error.read(MOST_BYTES)
+            raw = error.read(MAX_BYTES)
         except (OSError, http.client.HTTPException):
             return "", None
         text = raw.decode("utf-8", errors="replace")
         try:
-            told = json.loads(text)["error"]
-            return self._shown(str(told["message"])), told.get("code")
+            body = json.loads(text)["error"]
+            return self._shown(str(body["message"])), body.get("code")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return self._shown(text), None
 
     def _shown(self, text: str) -> str:
-        """The first words of a server's text, on one line, without the key."""
+        """The start of a server's text, on one line, without the key."""
         line = " ".join(self._endpoint.hide(plain(text)).split())
-        return line if len(line) <= MOST_SHOWN else f"{line[:MOST_SHOWN]}…"
+        return line if len(line) <= MAX_SHOWN else f"{line[:MAX_SHOWN]}…"
 
     def _content(self, raw: bytes) -> str:
         try:
@@ -155,7 +155,7 @@ class Client:
 
 
 def retry_after(value: str | None, now: float) -> float:
-    """Seconds to wait, of a header in seconds or as a date; at most LONGEST_WAIT."""
+    """Seconds to wait by a Retry-After header, in seconds or as a date; at most MAX_WAIT."""
     if value is None:
         return 0.0
     try:
@@ -165,13 +165,13 @@ def retry_after(value: str | None, now: float) -> float:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - now
         except (ValueError, TypeError, OverflowError):
             return 0.0
-    return 0.0 if math.isnan(seconds) else min(max(seconds, 0.0), LONGEST_WAIT)
+    return 0.0 if math.isnan(seconds) else min(max(seconds, 0.0), MAX_WAIT)
 
 
 def backoff(tries: int, draw: float) -> float:
-    """Seconds before another try after `tries`, for a `draw` of [0, 1): requests that failed
-    together should not come again together."""
-    return min(FIRST_WAIT * 2.0 ** (tries - 1), LONGEST_WAIT) * (0.5 + 0.5 * draw)
+    """Seconds before the next try after `tries`. draw: random in [0, 1), so that requests that
+    failed together are not retried together."""
+    return min(FIRST_WAIT * 2.0 ** (tries - 1), MAX_WAIT) * (0.5 + 0.5 * draw)
 
 
 class _Http(urllib.request.HTTPHandler):
@@ -197,7 +197,7 @@ def _timed(kind: Callable[..., http.client.HTTPConnection]) -> Any:
 
 
 class _Response(http.client.HTTPResponse):
-    """Status, headers and body, all before the deadline."""
+    """A response whose status, headers and body must arrive before the deadline."""
 
     def __init__(self, sock: Any, *args: Any, deadline: float, **options: Any) -> None:
         super().__init__(sock, *args, **options)
@@ -206,8 +206,8 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Reads(io.RawIOBase):
-    """A socket's own time-out is one for each read: a server that sends a byte now and then
-    would hold a request for ever."""
+    """Reads before a deadline: a socket's own timeout applies to each read, so a server that sends
+    a byte now and then would hold a request forever."""
 
     def __init__(self, sock: Any, deadline: float) -> None:
         self._sock, self._deadline = sock, deadline

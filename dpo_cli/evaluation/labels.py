@@ -1,4 +1,4 @@
-"""Preference pairs out of scored completions of one prompt."""
+"""Preference pairs from scored completions of one prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Pair:
 
 
 def all_pairs(scores: Sequence[float]) -> list[Pair]:
-    """Every pair, the higher score chosen; equal scores make no pair."""
+    """All pairs with different scores, the higher one chosen."""
     pairs = []
     for a, b in itertools.combinations(range(len(scores)), 2):
         if scores[a] != scores[b]:
@@ -39,5 +39,5 @@ def bradley_terry(
 
 
 def flipped(pairs: Sequence[Pair], rate: float, rng: random.Random) -> list[Pair]:
-    """Each label turned round with probability `rate`."""
+    """Flip each label with probability `rate`."""
     return [Pair(p.rejected, p.chosen) if rng.random() < rate else p for p in pairs]

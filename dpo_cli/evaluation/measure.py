@@ -1,4 +1,4 @@
-"""What an evaluation measures of one policy: reward, KL to the reference, preference accuracy."""
+"""Figures of one policy in an evaluation: reward, KL to the reference, preference accuracy."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def scored(
     """(prompts, completions) rewards of the texts, all scored in one call."""
     rewards = score([
         Completed(prompt, text, completion.finished)
-        for prompt, row, made in zip(prompts, texts, samples, strict=True)
-        for text, completion in zip(row, made, strict=True)
+        for prompt, row, completions in zip(prompts, texts, samples, strict=True)
+        for text, completion in zip(row, completions, strict=True)
     ])  # fmt: skip
     return np.array(rewards, dtype=float).reshape(len(prompts), -1)
 
@@ -77,11 +77,11 @@ def divergences(
     samples: Sequence[Sequence[Completion]],
     tick: Tick,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sequence KL(policy || reference) in nats of each prompt, (P,), two estimates of the same.
+    """Sequence KL(policy || reference) in nats per prompt, (P,), by two estimators, from samples
+    drawn at temperature 1.
 
-    Of samples drawn at temperature 1. First: per-token KL over the vocabulary, summed along
-    each sampled sequence (the paper's). Second: log pi - log pi_ref of the sampled tokens, which
-    has the same mean and a larger error.
+    First: per-token KL over the vocabulary, summed along each sampled sequence (the paper's).
+    Second: log pi - log pi_ref of the sampled tokens, with the same mean and a larger error.
     """
     examples = [
         EncodedExample(e.prompt_ids, tuple(c.ids for c in row), e.row)
@@ -100,9 +100,9 @@ def divergences(
         return prompt_means(kl, row), prompt_means(ratio, row)
 
     def measure() -> None:
-        for row, made in over_rows(session, examples, both, tick=tick):
-            places = row.example_ids.numpy()
-            exact[places], sampled[places] = made
+        for row, means in over_rows(session, examples, both, tick=tick):
+            indices = row.example_ids.numpy()
+            exact[indices], sampled[indices] = means
 
     session.within_memory(measure)
     return exact, sampled
@@ -147,10 +147,10 @@ def preference_accuracy(
             implied = ranked_right(logprobs - other, sizes + other.abs())
             return ranked_right(logprobs, sizes), implied
 
-        made = session.within_memory(
-            lambda: [made for _, made in over_rows(session, rows, both, tick=tick)]
+        results = session.within_memory(
+            lambda: [result for _, result in over_rows(session, rows, both, tick=tick)]
         )
-    for likelihood, implied in made:
+    for likelihood, implied in results:
         shares["likelihood_accuracy"] += likelihood
         shares["accuracy"] += implied
     figures: dict[str, float] = {"pairs": len(rows)}
@@ -163,8 +163,8 @@ def preference_accuracy(
 
 
 def pairs_config(path: str, of_run: DataConfig) -> JsonlDataConfig:
-    """How a file of pairs is read: written and cut as the run's own rows are, with `finished`
-    where the first row has such a list, as stage=label writes it."""
+    """How to read a file of pairs: formatted and truncated like the run's own rows, with `finished`
+    if the first row has such a list, as stage=label writes it."""
     same = {name: getattr(of_run, name) for name in WRITING}
     data = JsonlDataConfig(path=path, eval_rows=0, **same)
     first: dict[str, Any] = next(iter(read_rows(data, "train").rows), {})
@@ -173,8 +173,8 @@ def pairs_config(path: str, of_run: DataConfig) -> JsonlDataConfig:
 
 
 def ranked_right(values: torch.Tensor, sizes: torch.Tensor) -> list[float]:
-    """(E, K) -> of each example 1 where the first is above the last, 1/2 where they are equal
-    within rounding. sizes: (E, K) what the values are differences of."""
+    """(E, K) -> per example 1 if the first value is larger than the last, 1/2 if they are equal
+    within rounding. sizes: (E, K) magnitude of the terms of each value, for the rounding."""
     margins, ends = values[:, 0] - values[:, -1], sizes[:, 0] + sizes[:, -1]
-    found: list[float] = preferences(margins, ends).tolist()
-    return found
+    correct: list[float] = preferences(margins, ends).tolist()
+    return correct

@@ -1,4 +1,4 @@
-"""What the points of a method come to: its reward within a KL, its distance to the optimum."""
+"""Summaries of a method's points: its reward up to a KL, its distance to the optimum."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.
 
 @dataclass(frozen=True)
 class Estimate:
-    """se: over seeds if there are several, else the point's own over prompts; NaN: unknown."""
+    """se: over seeds if there are several, otherwise the point's own over prompts; NaN: unknown."""
 
     reward: float
     se: float
@@ -29,10 +29,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Summary:
-    """One method. within: KL -> the best reward of its points up to it, a mean over seeds.
+    """One method. within: KL -> the best reward of its points up to it, as a mean over seeds.
 
-    shortfall: mean and largest; at_least: some point lies beyond the known optimum, so that
-    they are lower bounds. samples, gradient_steps: of its longest run.
+    shortfall: mean and maximum; at_least: whether they are lower bounds, as some point lies beyond
+    the known optimum. samples, gradient_steps: of its longest run.
     """
 
     name: str
@@ -48,15 +48,15 @@ class Summary:
 
 
 def budgets(kls: Sequence[float]) -> list[float]:
-    """Three KLs to compare methods at, of the ladder 1-2-5, the last near the largest but a
-    tenth of them."""
-    most = float(np.quantile(kls, 0.9, method="lower")) if len(kls) else 1.0
-    end = next((i for i, step in enumerate(LADDER) if step >= 0.8 * most), len(LADDER) - 1)
+    """Three KLs of the 1-2-5 ladder at which to compare methods, the last near the 90th percentile
+    of `kls`."""
+    largest = float(np.quantile(kls, 0.9, method="lower")) if len(kls) else 1.0
+    end = next((i for i, step in enumerate(LADDER) if step >= 0.8 * largest), len(LADDER) - 1)
     return list(LADDER[max(end - 2, 0) : end + 1])
 
 
 def summarize(name: str, rows: Sequence[Row], kls: Sequence[float]) -> Summary:
-    """A method's rows, one or more, at these KLs."""
+    """Summary of a method's rows, at least one, at these KLs."""
     gaps = [float(row["shortfall"]) for row in rows if row.get("shortfall") is not None]
     points = [float(row["kl"]) for row in rows]
     return Summary(
@@ -78,27 +78,30 @@ def _largest(values: Iterable[Any]) -> int | None:
 
 
 def within(rows: Sequence[Row], kl: float) -> Estimate | None:
-    """The best reward at no more than this KL; None where a seed has no such point.
+    """The best reward at no more than this KL; None if a seed has no such point.
 
-    The best of several noisy rewards is a little too high, by more for methods of many points.
+    The best of several noisy rewards is slightly overestimated, more so for methods with many
+    points.
     """
     seeds: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
         seeds[row.get("seed")].append(row)
-    near = [[row for row in own if row["kl"] <= kl] for own in seeds.values()]
-    if not all(near):
+    candidates = [
+        [row for row in rows_of_seed if row["kl"] <= kl] for rows_of_seed in seeds.values()
+    ]
+    if not all(candidates):
         return None
-    found = [max(own, key=lambda row: float(row["reward"])) for own in near]
-    reward, error = mean_and_error([float(row["reward"]) for row in found])
-    own_error = found[0].get("reward_se")
-    if len(found) == 1:
+    best = [max(rows_of_seed, key=lambda row: float(row["reward"])) for rows_of_seed in candidates]
+    reward, error = mean_and_error([float(row["reward"]) for row in best])
+    own_error = best[0].get("reward_se")
+    if len(best) == 1:
         error = math.nan if own_error is None else float(own_error)
     return Estimate(reward, error)
 
 
 @dataclass(frozen=True)
 class Lead:
-    """Of the methods that have points within a KL: the first, and by how much before whom."""
+    """The best and second-best method up to a KL, and their difference."""
 
     kl: float
     first: str
@@ -108,25 +111,25 @@ class Lead:
 
 
 def leads(summaries: Sequence[Summary], kls: Sequence[float]) -> list[Lead]:
-    """Who has the highest reward within each KL, where at least two can be compared."""
-    found = []
+    """The leading method up to each KL with at least two methods."""
+    leading = []
     for kl in kls:
         ranked = sorted(
-            ((s.name, at) for s in summaries if (at := s.within[kl]) is not None),
+            ((s.name, estimate) for s in summaries if (estimate := s.within[kl]) is not None),
             key=lambda pair: -pair[1].reward,
         )
         if len(ranked) > 1:
             (first, a), (second, b) = ranked[:2]
             error = math.hypot(a.se, b.se)
-            found.append(Lead(kl, first, second, a.reward - b.reward, error))
-    return found
+            leading.append(Lead(kl, first, second, a.reward - b.reward, error))
+    return leading
 
 
 def mean_curve(curves: Curves, points: int = 200) -> np.ndarray:
-    """(4, points): KL, mean reward, low, high of several optima, where all of them are known.
+    """(4, points): KL, mean reward, low, high of several optima, up to where all are known.
 
-    curves: (KL, reward, its error) in order, one a seed; of a single one low and high are one
-    error away, else the extremes.
+    curves: (KL, reward, its error) in order, one curve per seed. low and high are the extremes over
+    seeds; with a single one, the mean minus and plus its error.
     """
     end = min(curve[-1][0] for curve in curves)
     kl = np.linspace(0.0, math.sqrt(end), points) ** 2  # steep at 0: like sqrt(KL)
@@ -149,13 +152,13 @@ WITHIN = (
 )
 SHORTFALL = (
     "Shortfall: the optimum's reward at a point's own KL minus the point's, over its points; ≥ "
-    "where the optimum is not known up to that KL. Best-of-n is taken at the bound of its KL. "
+    "if the optimum is not known up to that KL. For best-of-n the KL is its upper bound. "
     "Samples and gradient steps: of the longest run."
 )
 
 
 def optimum_at(curves: Curves, kl: float) -> Estimate | None:
-    """Mean over seeds, None where not all of them reach so far."""
+    """The optimum's reward at a KL, a mean over seeds; None unless all of them reach it."""
     if not curves or any(curve[-1][0] < kl for curve in curves):
         return None
     known = mean_curve(curves)
@@ -172,7 +175,7 @@ def rewards_table(summaries: Sequence[Summary], kls: Sequence[float], curves: Cu
 
 
 def costs_table(summaries: Sequence[Summary]) -> Table:
-    """How far each method stays below the optimum, and what its runs cost."""
+    """Each method's shortfall of the optimum, and the cost of its runs."""
     heads = ["points", "seeds", "KL", "mean\nshortfall", "largest", "samples", "steps"]
     rows = [
         [s.name, s.points, s.seeds, f"{nats(s.kl[0])}-{nats(s.kl[1])}", *_shortfalls(s),

@@ -24,7 +24,7 @@ from dpo_cli.session.session import Session
 
 FILE = "optimum.json"
 ARRAYS = [f.name for f in fields(Curve) if f.name != "reference_reward"]
-# What the optimum depends on -> what is told where it is not the same again.
+# What the optimum depends on -> message if it differs.
 SAME = {
     "prompts": "its prompts differ (data, seed or stage.prompts)",
     "reference": "its stage.reference differs",
@@ -36,7 +36,7 @@ SAME = {
 
 @dataclass(frozen=True)
 class Optimum:
-    """The curve; of this evaluation's own samples also their rewards, (prompts, samples)."""
+    """The curve, and (prompts, samples) rewards if it was measured by this evaluation."""
 
     curve: Curve
     rewards: np.ndarray | None = None
@@ -46,7 +46,7 @@ def identity(
     stage: EvaluateConfig, reward_fn: RewardFnConfig, weights: str | None,
     reference: PreTrainedModel, examples: list[EncodedExample],
 ) -> dict[str, str]:  # fmt: skip
-    """What the optimum depends on, in words and digests: see `SAME`.
+    """What the optimum depends on (see `SAME`), as texts and digests.
 
     weights: digest of the reward's model, if it has one.
     """
@@ -70,7 +70,7 @@ def measure(
 ) -> Optimum:
     """The curve of (P, N) rewards of reference samples, also written to optimum.json."""
     if not np.isfinite(rewards).all():
-        raise DataError(f"reward_fn={session.config.reward_fn.name}: gives rewards not finite")
+        raise DataError(f"reward_fn={session.config.reward_fn.name}: some rewards are not finite")
     curve = frontier.optimum_curve(rewards)
     write_redacted_json(session.run_dir / FILE, {
         "prompts": rewards.shape[0],
@@ -84,18 +84,18 @@ def measure(
     })  # fmt: skip
     session.note(
         f"optimum: known up to a KL of {curve.kl[-1]:.2f}, reward {curve.reward[-1]:.3f} "
-        f"({rewards.shape[1]} samples of the reference a prompt)"
+        f"({rewards.shape[1]} samples of the reference per prompt)"
     )
     return Optimum(curve, rewards)
 
 
 def load(folder: str, made_of: Mapping[str, str]) -> Optimum:
-    """The curve that an earlier evaluation wrote. Raises ConfigError unless it was one of the
-    same prompts, reference, reward and sampling."""
+    """The curve that an earlier evaluation wrote. Raises ConfigError unless it had the same
+    prompts, reference, reward and sampling."""
     path, key = Path(folder) / FILE, f"stage.optimum={folder}"
     if not path.is_file():
         raise ConfigError(
-            f"{key}: has no {FILE}; give the folder of a stage=evaluate run that had "
+            f"{key}: has no {FILE}; give the folder of a stage=evaluate run with "
             "stage.reference_samples"
         )
     try:
@@ -111,7 +111,7 @@ def load(folder: str, made_of: Mapping[str, str]) -> Optimum:
 
 
 def shortfall(optimum: Optimum, rewards: np.ndarray, kls: np.ndarray) -> dict[str, float | bool]:
-    """How far below the optimum a policy is at its own KL. rewards, kls: (P,) of the policy."""
+    """A policy's distance to the optimum at its own KL. rewards, kls: (P,) of the policy."""
     best = frontier.optimum_reward_at_kl(optimum.curve, float(kls.mean()))
     return {
         "optimum_reward_at_kl": best.reward,
@@ -144,18 +144,18 @@ def optimum_rows(curve: Curve) -> list[dict[str, Any]]:
 
 
 def best_of_rows(
-    curve: Curve, rewards: np.ndarray, wanted: list[int], note: Callable[[str], None]
+    curve: Curve, rewards: np.ndarray, sizes: list[int], note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """kl is the bound log n - (n - 1)/n: the true one is at most that."""
+    """Rows of best-of-n; `kl` is the upper bound log n - (n - 1)/n."""
     samples = rewards.shape[1]
-    above = sorted(n for n in set(wanted) if n > samples)
+    above = sorted(n for n in set(sizes) if n > samples)
     if above:
         note(
-            f"stage.best_of: without {', '.join(map(str, above))}, which would take as many "
-            f"stage.reference_samples (now {samples})"
+            f"stage.best_of: {', '.join(map(str, above))} left out, as stage.reference_samples="
+            f"{samples} is lower"
         )
     rows = []
-    for n in sorted({1, *wanted}.difference(above)):
+    for n in sorted({1, *sizes}.difference(above)):
         values = frontier.best_of(rewards, n)
         bound, reward = frontier.best_of_kl_bound(n), float(values.mean())
         best = frontier.optimum_reward_at_kl(curve, bound)

@@ -18,12 +18,13 @@ Point = dict[str, Any]  # a line of points.jsonl
 
 
 def distinct_folders(named: Sequence[str]) -> list[Path]:
-    """In the order in which they were first named."""
+    """The folders in the order in which they are first named."""
     return list({Path(folder).resolve(): Path(folder) for folder in named}.values())
 
 
 def refuse_mixed(folders: Sequence[Path]) -> None:
-    """Rewards of different functions, or of completions of other lengths, have no common axis."""
+    """ConfigError for evaluations with different rewards or token limits, whose rewards cannot be
+    compared."""
     first: tuple[Path, Any] | None = None
     for folder in folders:
         path = folder / "config.yaml"
@@ -43,7 +44,7 @@ def refuse_mixed(folders: Sequence[Path]) -> None:
             if value != first[1][key]:
                 raise ConfigError(
                     f"stage.evaluations: {first[0]} and {folder} differ in {key} "
-                    f"({first[1][key]} against {value}); draw them apart"
+                    f"({first[1][key]} and {value}); plot them separately"
                 )
 
 
@@ -66,17 +67,17 @@ def read_points(folder: Path) -> list[Point]:
 def measured_once(rows: Sequence[Point], note: Callable[[str], None]) -> list[Point]:
     """Keep only the last point of a policy that several evaluations measured."""
     latest: dict[tuple[Any, ...], int] = {}
-    for place, row in enumerate(rows):
-        latest[identity(row) or (place,)] = place
-    kept = [rows[place] for place in sorted(latest.values())]
-    if again := len(rows) - len(kept):
-        points = "point is" if again == 1 else "points are"
-        note(f"{again} {points} dropped: a later evaluation has the same policy")
-    return kept
+    for index, row in enumerate(rows):
+        latest[identity(row) or (index,)] = index
+    distinct = [rows[index] for index in sorted(latest.values())]
+    if duplicates := len(rows) - len(distinct):
+        points = "point is" if duplicates == 1 else "points are"
+        note(f"{duplicates} {points} dropped: a later evaluation has the same policy")
+    return distinct
 
 
 def identity(row: Point) -> tuple[Any, ...] | None:
-    """Of a trained policy: the same in every evaluation. None for other points."""
+    """Identifies a trained policy across evaluations; None for other points."""
     policy = row.get("policy")
     if not policy or row["method"] in (OPTIMUM, BEST_OF):
         return None

@@ -1,4 +1,4 @@
-"""Which policies an evaluation is of: models, runs, their checkpoints, whole sweeps."""
+"""The policies of an evaluation: models, runs, their checkpoints, sweeps."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ POINT_KEYS = (
 
 @dataclass(frozen=True)
 class PolicyPoint:
-    """One policy: a model and what it cost, as points.jsonl says it.
+    """One policy: a model and the cost of its training, as in points.jsonl.
 
-    label: its folder or hub id. setting: what sets it apart from others of its sweep, such as
-    `beta=0.1`. step, gradient_steps, samples: of its training so far; None where unknown.
+    label: its folder or hub id. setting: overrides in which it differs from others of its sweep,
+    such as `beta=0.1`. step, gradient_steps, samples: of its training so far; None if unknown.
     """
 
     label: str
@@ -53,7 +53,7 @@ class PolicyPoint:
 
 
 def find_policies(config: RunConfig, note: Callable[[str], None]) -> list[PolicyPoint]:
-    """The policies of `stage.policies` (default: the model), checkpoints before their run's end.
+    """The policies of `stage.policies` (default: the model), checkpoints before the final model.
 
     Raises ConfigError for a folder that is neither a model nor a finished run nor a sweep.
     """
@@ -73,20 +73,20 @@ def find_policies(config: RunConfig, note: Callable[[str], None]) -> list[Policy
 
 
 def runs_of(folder: Path, key: str, note: Callable[[str], None]) -> list[Path]:
-    """The folder itself, or the run folders of a sweep that ended well."""
+    """The folder itself, or the folders of a sweep's successful runs."""
     jobs = sweep_jobs(folder)
     if not jobs:
         return [folder]
     failed = [str(job["job"]) for job in jobs if job["exit_code"] != 0]
     if failed:
-        note(f"{folder}: without jobs {', '.join(failed)}, which failed")
+        note(f"{folder}: jobs {', '.join(failed)} failed and are left out")
     if len(failed) == len(jobs):
         raise ConfigError(f"{key}={folder}: every job of this sweep failed")
     return [job_folder(folder, job) for job in jobs if job["exit_code"] == 0]
 
 
 def sweep_jobs(folder: Path) -> list[dict[str, Any]]:
-    """What is known of a sweep's jobs, in order; nothing if it is not a sweep's folder."""
+    """The recorded jobs of a sweep, in order; empty if the folder is not a sweep's."""
     jobs = []
     for path in (folder / JOBS).glob("*.json"):
         try:
@@ -98,18 +98,18 @@ def sweep_jobs(folder: Path) -> list[dict[str, Any]]:
 
 
 def job_folder(sweep: Path, job: Mapping[str, Any]) -> Path:
-    """Its run folder, inside the sweep's even if that was moved."""
+    """The job's run folder, inside the sweep's folder even if that was moved."""
     inside = sweep / str(job["job"])
     return inside if inside.is_dir() else Path(job["run_dir"])
 
 
 def setting_of(run: Path) -> str:
-    """`beta=0.1`: the overrides in which the jobs of the run's sweep differ, the seed aside."""
+    """`beta=0.1`: the overrides, other than the seed, in which the sweep's jobs differ."""
     jobs = sweep_jobs(run.parent)
-    own = [job for job in jobs if job_folder(run.parent, job).resolve() == run.resolve()]
-    if not own:
+    jobs_of_run = [job for job in jobs if job_folder(run.parent, job).resolve() == run.resolve()]
+    if not jobs_of_run:
         return ""
-    chosen = own[0]["overrides"]
+    chosen = jobs_of_run[0]["overrides"]
     differing = [
         key
         for key in chosen
@@ -121,7 +121,7 @@ def setting_of(run: Path) -> str:
 def points_of(
     folder: Path, config: RunConfig, stage: EvaluateConfig, key: str
 ) -> list[PolicyPoint]:
-    """The model in `folder`; with `stage.checkpoints` those of its run before it."""
+    """The model in `folder`; with `stage.checkpoints` also the earlier ones of its run."""
     weights = model_folder(str(folder), key)
     run, step = run_of(weights)
     cost = training_cost(run)
@@ -144,7 +144,7 @@ def points_of(
 
 
 def run_of(weights: Path) -> tuple[Path, int | None]:
-    """(run folder, step) of a model folder: of a checkpoint its step, of `final/` None."""
+    """(run folder, step) of a model folder; step is None unless it is a checkpoint."""
     match = STEP_FOLDER.fullmatch(weights.name)
     if match and weights.parent.name == "checkpoints":
         return weights.parent.parent, int(match[1])
@@ -152,13 +152,13 @@ def run_of(weights: Path) -> tuple[Path, int | None]:
 
 
 def training_cost(run: Path) -> dict[str, int]:
-    """{step, gradient_steps, samples} at a run's end, as far as its files say."""
+    """{step, gradient_steps, samples} at a run's end, as far as recorded."""
     cost: dict[str, int] = {}
     metrics, summary = run / "metrics.jsonl", run / "summary.json"
     if metrics.is_file():
         lines = metrics.read_text(encoding="utf-8").split("\n")
         steps = [int(json.loads(line)["step"]) for line in lines if line.endswith("}")]
-        cost["step"] = cost["gradient_steps"] = max(steps, default=0)  # one gradient a step
+        cost["step"] = cost["gradient_steps"] = max(steps, default=0)  # one gradient per step
     if summary.is_file():
         known = json.loads(summary.read_text(encoding="utf-8"))
         names = ("gradient_steps", "samples")
@@ -167,15 +167,15 @@ def training_cost(run: Path) -> dict[str, int]:
 
 
 def _share(cost: Mapping[str, int], name: str, step: int | None) -> int | None:
-    """What was used up to a step: in proportion, a run uses the same at every one."""
+    """The cost up to a step, which grows linearly over a run."""
     if name not in cost or step is None or not cost.get("step"):
         return cost.get(name)
     return round(cost[name] * step / cost["step"])
 
 
 def method_of(provenance: Mapping[str, Any]) -> str:
-    """The stage, or the loss where stage=dpo trained with another than DPO's."""
-    loss = provenance.get("loss", "sigmoid")  # which stage=dpo alone writes
+    """The stage, or the loss if stage=dpo used another one than DPO's."""
+    loss = provenance.get("loss", "sigmoid")  # only stage=dpo writes it
     return str(loss if loss != "sigmoid" else provenance.get("stage") or "policy")
 
 
@@ -186,23 +186,23 @@ def seed_of(run: Path, default: int) -> int:
 
 
 def reference_of(stage: EvaluateConfig, points: Sequence[PolicyPoint]) -> str | None:
-    """`stage.reference`, else the one that the policies were trained against, if any says so.
+    """`stage.reference`, otherwise the reference recorded in the policies' training, if any.
 
-    Raises ConfigError where they were trained against different ones.
+    Raises ConfigError if they were trained against different ones.
     """
     if stage.reference is not None:
         return stage.reference
-    found: dict[str, tuple[str, str]] = {}  # folder -> how a policy names it, that policy
+    references: dict[str, tuple[str, str]] = {}  # folder -> how a policy names it, that policy
     for point in points:
         named = load_provenance(model_folder(point.source.path)).get("reference") \
             if point.source.path else None  # fmt: skip
         if named:
             folder = str(Path(named).resolve()) if Path(named).is_dir() else named
-            found.setdefault(folder, (named, point.label))
-    if len(found) > 1:
-        (first, one), (second, other) = list(found.values())[:2]
+            references.setdefault(folder, (named, point.label))
+    if len(references) > 1:
+        (first, one), (second, other) = list(references.values())[:2]
         raise ConfigError(
             f"stage.reference=null: {one} was trained against {first} but {other} against "
-            f"{second}; name the one to measure the KL to"
+            f"{second}; set stage.reference to the one to measure the KL to"
         )
-    return next(iter(found.values()))[0] if found else None
+    return next(iter(references.values()))[0] if references else None

@@ -28,13 +28,13 @@ from dpo_cli.session.sampling import completion_text, decoded_together, draw_sam
 from dpo_cli.session.session import Session
 from dpo_cli.statistics import win_rate
 
-REFERENCE_TEMPERATURE = 1.0  # that of the distribution the KL is measured to
+REFERENCE_TEMPERATURE = 1.0  # of the distribution to which the KL is measured
 
 
 class Bench(Protocol):
-    """What all policies of an evaluation are measured with: see stages/evaluate.py.
+    """The parts of `evaluation.bench.Bench` that win rates use.
 
-    examples, prompts: the same prompts as token ids and as their source has them.
+    examples, prompts: the same prompts as token ids and as in their source.
     """
 
     @property
@@ -50,16 +50,16 @@ class Bench(Protocol):
 
 
 def win_rates(session: Session, stage: EvaluateConfig, bench: Bench) -> WinRates | None:
-    """To measure policies with; None where the run names no opponent."""
+    """The run's win rates; None without an opponent."""
     if stage.opponent is None:
         return None
     if stage.opponent == "reference" and bench.reference is None:
-        raise ConfigError("stage.opponent=reference: which? Set stage.reference=<folder or hub id>")
+        raise ConfigError("stage.opponent=reference: set stage.reference=<folder or hub id>")
     return WinRates(session, stage, bench, load_judge(session, bench.score))
 
 
 def load_judge(session: Session, scorer: Scorer | None) -> Judge:
-    """The judge that the run names. Raises ConfigError where the environment lacks its address."""
+    """The configured judge. Raises ConfigError if the environment lacks its address."""
     config = session.config
     if isinstance(config.judge, HttpJudgeConfig):
         endpoint = endpoint_from_environment()
@@ -70,12 +70,12 @@ def load_judge(session: Session, scorer: Scorer | None) -> Judge:
 
 @dataclass
 class WinRates:
-    """Policies against one opponent, by one judge, whose calls are bounded for all of them.
+    """Policies against one opponent, by one judge with a common limit on calls.
 
-    The opponent's completions are made once a temperature: `chosen` is each row's first
-    response; `reference` is sampled at temperature 1 whatever the policy's is; another policy
-    is sampled at the policy's. Opponents draw from another seed than policies, so a policy
-    against itself is a coin and not a tie.
+    The opponent's completions: `chosen` is each row's first response; `reference` is sampled at
+    temperature 1, independent of the policy's; another policy is sampled once per temperature.
+    Opponents use another seed than policies, so a policy against itself wins half of the matches
+    instead of tying in all.
     """
 
     session: Session
@@ -86,11 +86,11 @@ class WinRates:
     verdicts: list[dict[str, Any]] = field(default_factory=list)  # of verdicts.jsonl
 
     def measure(self, policy: PreTrainedModel, label: str) -> dict[str, float]:
-        """Every prompt at each of stage.win_temperatures; the files then hold this policy, too.
+        """Judge every prompt at each of stage.win_temperatures.
 
-        Returns `win_rate_t0.7` with its 95% interval, `_low` and `_high`, for each of them;
-        leaves win_rates.json, verdicts.jsonl and plots/win_rates.png.
-        Raises ConfigError where the judge refuses all requests alike.
+        Returns `win_rate_t0.7` with its 95% interval, `_low` and `_high`, for each temperature;
+        adds the policy to win_rates.json, verdicts.jsonl and plots/win_rates.png.
+        Raises ConfigError if the judge refuses something that all requests have in common.
         """
         figures: dict[str, float] = {}
         for temperature in dict.fromkeys(self.stage.win_temperatures):
@@ -107,7 +107,7 @@ class WinRates:
         return figures
 
     def _play(self, ours: Sequence[Completed], label: str, temperature: float) -> dict[str, Any]:
-        """The row of win_rates.json of one policy at one temperature."""
+        """The row of win_rates.json for one policy at one temperature."""
         others = self._others[temperature]
         matches = [Match(a, b) for a, b in zip(ours, others, strict=True)]
         with self.session.progress.phase("judging", len(matches)) as tick:
@@ -133,13 +133,13 @@ class WinRates:
         }  # fmt: skip
 
     def _decide(self, matches: Sequence[Match], tick: Callable[[int], None]) -> list[Decision]:
-        """By the judge: a server is asked by one rank alone, a reward is worked out by all."""
+        """The judge's decisions: only one rank asks a server, a reward is computed by all."""
         if isinstance(self.session.config.judge, HttpJudgeConfig):
             return self.session.ranks.from_first(lambda: self.judge(matches, tick))
         return self.judge(matches, tick)
 
     def _tell(self, decisions: Sequence[Decision]) -> None:
-        """Verdicts that are missing, and why the first of each kind is."""
+        """Note the number of missing verdicts, with the first reason of each kind."""
         for verdict in (Verdict.ERROR, Verdict.UNASKED):
             reasons = [d.reason for d in decisions if d.verdict is verdict]
             if reasons:
@@ -165,7 +165,7 @@ class WinRates:
         return {t: self._sampled(model, t, seed) for t in dict.fromkeys(temperatures)}
 
     def _responses(self) -> list[Completed]:
-        """The first response of each row, whole: not cut as its token ids may be."""
+        """The first response of each row as text, not truncated like its token ids."""
         config, bench = self.session.config, self.bench
         splits = load_splits(config.data, config.seed, bench.tokenizer)
         pairs = list(zip(bench.prompts, (e.row for e in bench.examples), strict=True))
@@ -179,7 +179,7 @@ class WinRates:
         raise AssertionError("prompts of another dataset")
 
     def _sampled(self, model: PreTrainedModel, temperature: float, seed: int) -> list[Completed]:
-        """One completion a prompt."""
+        """One completion per prompt."""
         stage, bench = self.stage, self.bench
         options = SamplingOptions(
             temperature=temperature,

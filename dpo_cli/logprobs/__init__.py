@@ -130,7 +130,7 @@ def fused_loss(
     return loss, logprobs
 
 
-def _whole_examples(counts: Sequence[int], rows: int) -> list[tuple[slice, slice]]:
+def _chunks_of_examples(counts: Sequence[int], rows: int) -> list[tuple[slice, slice]]:
     """(examples, their targets) of each chunk: about `rows` targets, at least one example."""
     chunks = []
     first, start, end = 0, 0, 0
@@ -164,7 +164,7 @@ class _FusedLoss(torch.autograd.Function):
         if together:
             logprobs = target_logprobs(hidden, head, targets)
             loss, every = _with_gradient(loss_of, logprobs, slice(0, len(counts)))
-        for examples, rows in _whole_examples(counts, head.rows_per_chunk()):
+        for examples, rows in _chunks_of_examples(counts, head.rows_per_chunk()):
             if any(needs_grad):
                 logprobs, slopes = _logprobs_and_slopes(hidden[rows], head, targets[rows])
             else:

@@ -83,14 +83,14 @@ def unrounded(device: torch.device, dtype: torch.dtype) -> bool:
 def _gives_float32(device: torch.device, dtype: torch.dtype) -> bool:
     ones = torch.full((16, 16), 1.0 + 2.0**-7, device=device, dtype=dtype)
     try:
-        found = torch.mm(ones, ones, out_dtype=torch.float32)
+        result = torch.mm(ones, ones, out_dtype=torch.float32)
         with torch.autocast(device.type, enabled=False):
-            torch.addmm(found, ones, ones, out_dtype=torch.float32, out=found)
+            torch.addmm(result, ones, ones, out_dtype=torch.float32, out=result)
     except torch.OutOfMemoryError:  # says nothing about the device
         raise
     except (TypeError, RuntimeError):
         return False
-    return bool((found == 32 * (1.0 + 2.0**-7) ** 2).all())  # more digits than bf16 has
+    return bool((result == 32 * (1.0 + 2.0**-7) ** 2).all())  # more digits than bf16 has
 
 
 @cache
@@ -130,18 +130,18 @@ def _difference(shape: Shape) -> str | None:
     logits, targets = logits.to(shape.device), targets.to(shape.device)
     bias = None if bias is None else bias.to(shape.device)
     slopes = torch.full_like(logits, float("nan"), dtype=shape.dtype)
-    given = (logits, targets, shape.vocab, bias, scale, softcap)
-    found = torch.stack([softmax_rows(*given, slopes), softmax_rows(*given)])
+    arguments = (logits, targets, shape.vocab, bias, scale, softcap)
+    logprobs = torch.stack([softmax_rows(*arguments, slopes), softmax_rows(*arguments)])
     exact, exact_slopes = _exactly(logits[:, : shape.vocab], targets, bias, scale, softcap)
-    away = float((found - exact).abs().max())
-    if not away < TOLERANCE:
-        return f"its log-probabilities are {away:.2g} off"
+    difference = float((logprobs - exact).abs().max())
+    if not difference < TOLERANCE:
+        return f"its log-probabilities are {difference:.2g} off"
     if bool(slopes[:, shape.vocab :].count_nonzero()):
         return "its slopes reach beyond the vocabulary"
-    off = (slopes[:, : shape.vocab] - exact_slopes).abs()
+    errors = (slopes[:, : shape.vocab] - exact_slopes).abs()
     rounding = torch.finfo(shape.dtype).eps * exact_slopes.abs()
-    worst = float((off - rounding).max())
-    return None if worst < TOLERANCE else f"its slopes are {worst:.2g} off"
+    largest = float((errors - rounding).max())
+    return None if largest < TOLERANCE else f"its slopes are {largest:.2g} off"
 
 
 def _exactly(

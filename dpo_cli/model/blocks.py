@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from dpo_cli.distributed.fsdp import find_blocks
-from dpo_cli.model.adapters.active import layers
+from dpo_cli.model.adapters.active import adapted_layers
 from dpo_cli.model.attention import varlen
-from dpo_cli.model.attention.registered import PACKED, kernel_of
+from dpo_cli.model.attention.interface import PACKED, kernel_of
 
 Forward = Callable[[Tensor], Any]  # a block's, of all its other arguments
 
@@ -86,20 +86,20 @@ class CompiledBlocks:
         show here rather than within a step."""
         weights = [p for p in trained.parameters() if p.requires_grad] if trained else None
         try:
-            found, truth = (_outcome(f, hidden, weights) for f in (compiled, eager))
+            result, reference = (_outcome(f, hidden, weights) for f in (compiled, eager))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # all of the compiler's
             self._fail(error)
             return
-        away = _distance(found, truth)
+        difference = _distance(result, reference)
         half = hidden.dtype in HALF or torch.is_autocast_enabled(hidden.device.type)
-        if not away < TOLERANCE[half]:
-            self._fail(f"their result or a gradient differs by {away:.1%}")
+        if not difference < TOLERANCE[half]:
+            self._fail(f"their result or a gradient differs by {difference:.1%}")
 
-    def _fail(self, why: object) -> None:
-        why = getattr(why, "inner_exception", why)
-        lines = str(why).strip().splitlines() or [type(why).__name__]
+    def _fail(self, reason: object) -> None:
+        reason = getattr(reason, "inner_exception", reason)
+        lines = str(reason).strip().splitlines() or [type(reason).__name__]
         self.failure = lines[0]
         self.note(f"hardware.compile=blocks: falling back to eager blocks: {self.failure}")
 
@@ -113,8 +113,8 @@ def compile_blocks(model: PreTrainedModel, note: Callable[[str], None]) -> None:
     """
     blocks, kernel = find_blocks(model), kernel_of(model)
     if kernel not in PACKED or not blocks:
-        why = f"attention={kernel}" if blocks else f"a {type(model).__name__}"
-        note(f"hardware.compile=blocks: has no effect with {why}")
+        reason = f"attention={kernel}" if blocks else f"a {type(model).__name__}"
+        note(f"hardware.compile=blocks: has no effect with {reason}")
         return
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, GRAPHS)
@@ -128,7 +128,7 @@ def compile_blocks(model: PreTrainedModel, note: Callable[[str], None]) -> None:
 def _trains(block: torch.nn.Module) -> bool:
     """Whether a block has trained weights that are active: the reference may be the policy with its
     adapters disabled."""
-    switched = layers(block)
+    switched = adapted_layers(block)
     if switched and all(layer._disable_adapters for layer in switched):
         return False
     return any(p.requires_grad for p in block.parameters())
@@ -170,13 +170,13 @@ def _as_is(x: Tensor) -> Tensor:
     return x
 
 
-def _distance(found: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+def _distance(values: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     """The largest relative difference of two tensors, NaN if one is."""
-    norms = [x.float().norm() for x in truth]
-    largest = {x.ndim: torch.zeros_like(norms[0]) for x in truth}
-    for x, norm in zip(truth, norms, strict=True):
+    norms = [x.float().norm() for x in reference]
+    largest = {x.ndim: torch.zeros_like(norms[0]) for x in reference}
+    for x, norm in zip(reference, norms, strict=True):
         largest[x.ndim] = torch.maximum(largest[x.ndim], norm)
     return float(torch.stack([
         (a.float() - b.float()).norm() / (norm + SMALL * largest[b.ndim] + 1e-30)
-        for a, b, norm in zip(found, truth, norms, strict=True)
+        for a, b, norm in zip(values, reference, norms, strict=True)
     ]).max())  # fmt: skip

@@ -19,10 +19,10 @@ from transformers import (
 
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.load import context_length, hf_config, refuse_odd
 from dpo_cli.model.read import read_pretrained
-from dpo_cli.model.rope import apart
+from dpo_cli.model.rope import split_at_cuts
 from dpo_cli.model.source import loading, tokenizer_source
 
 CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of their classes
@@ -30,8 +30,8 @@ CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of t
 
 @dataclass(frozen=True)
 class Classifier:
-    """pad: id for padding, None where rows go one at a time. max_tokens: of a longer text the
-    end is read."""
+    """pad: id of the padding token; None: no padding, one text per forward. max_tokens: the start
+    of longer texts is truncated."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ class Classifier:
 
     def log_odds(self, texts: Sequence[str], label: int) -> Tensor:
         """(len(texts),) float64 log p/(1 - p) of a class; p is a softmax over the classes, or a
-        sigmoid where the model says that several may be true at once."""
+        sigmoid if the model is configured for multi-label classification."""
         logits = self.logits(texts)
         if self.model.config.problem_type == "multi_label_classification":
             return logits[:, label]
@@ -50,28 +50,32 @@ class Classifier:
 
     @torch.no_grad()
     def logits(self, texts: Sequence[str]) -> Tensor:
-        """(len(texts), classes) in float64, computed in float32, equal texts once."""
+        """(len(texts), classes) in float64, computed in float32; duplicate texts only once."""
         ids = [tuple(row) for row in self._encode(texts)]
         distinct = sorted(set(ids), key=len, reverse=True)
         size = 1 if self.pad is None else self.batch_size
-        together = [distinct[i : i + size] for i in range(0, len(distinct), size)]
-        rows = [self._forward(part) for some in together for part in apart(some, self.model.config)]
-        place = {row: i for i, row in enumerate(distinct)}
-        return torch.cat(rows).cpu().double()[[place[row] for row in ids]]
+        batches = [distinct[i : i + size] for i in range(0, len(distinct), size)]
+        rows = [
+            self._forward(part)
+            for batch in batches
+            for part in split_at_cuts(batch, self.model.config)
+        ]
+        index_of = {row: i for i, row in enumerate(distinct)}
+        return torch.cat(rows).cpu().double()[[index_of[row] for row in ids]]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        found = self.tokenizer(
+        token_ids = self.tokenizer(
             list(texts),
             truncation=True,
             max_length=self.max_tokens,
-            split_special_tokens=True,  # a policy must not close the text by writing `</s>`
+            split_special_tokens=True,  # a policy must not end the text by writing `</s>`
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         ).input_ids
-        return [ids or [self._of_nothing()] for ids in found]
+        return [ids or [self._empty_text_token()] for ids in token_ids]
 
-    def _of_nothing(self) -> int:
+    def _empty_text_token(self) -> int:
         """A token for an empty text: a row of padding alone would attend to nothing."""
         known = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.pad, 0)
         return next(i for i in known if i is not None)
@@ -104,67 +108,78 @@ def load_classifier(
         refuse_odd(tokenizer)
     shape = classifier_config(source, tokenizer, key)
     if len(label_names(shape)) < 2:
-        raise ConfigError(f"{key}={where}: has one score, no classes: use reward_fn=reward_model")
+        raise ConfigError(
+            f"{key}={where}: has a single score instead of classes: use reward_fn=reward_model"
+        )
     on = Placement(device)
     model, _ = read_pretrained(AutoModelForSequenceClassification, source, key, on=on)
     if len(tokenizer) > _vocabulary(model):
         raise ConfigError(
-            f"{key}={where}: its tokenizer has {len(tokenizer)} tokens, its embedding "
-            f"{_vocabulary(model)}: the tokenizer is of another model"
+            f"{key}={where}: its tokenizer has {len(tokenizer)} tokens, but its embedding only "
+            f"{_vocabulary(model)}: the tokenizer belongs to another model"
         )
     tokenizer.truncation_side = "left"
     model.config.use_cache = False  # decoders would keep every key and value
     limit = min(max_tokens, readable_tokens(model, tokenizer))
     if limit <= tokenizer.num_special_tokens_to_add():
-        raise ConfigError(f"reward_fn.max_length={max_tokens}: leaves no room for a text")
-    # Float32 whatever the weights are stored in: it is the truth that policies are measured by.
+        raise ConfigError(
+            f"reward_fn.max_length={max_tokens}: is too short for the tokenizer's special tokens "
+            "and a text; increase it"
+        )
+    # Always in float32: policies are measured by these scores.
     model.to(device, torch.float32).eval().requires_grad_(False)  # type: ignore[arg-type]
     return Classifier(model, tokenizer, _padding(model, tokenizer), limit, batch_size)
 
 
 def classifier_config(source: ModelConfig, tokenizer: Any, key: str) -> PretrainedConfig:
-    """Of a sequence classifier; ConfigError for other models, which would get a random head."""
-    found = hf_config(source, tokenizer, key)
-    if not any(name.endswith(CLASSIFIER) for name in found.architectures or ()):
-        is_a = ", ".join(found.architectures or ()) or f"{found.model_type} of no known kind"
+    """A sequence classifier's configuration. ConfigError for other models, which would get a
+    randomly initialized head."""
+    hf = hf_config(source, tokenizer, key)
+    if not any(name.endswith(CLASSIFIER) for name in hf.architectures or ()):
+        kind = ", ".join(hf.architectures or ()) or f"{hf.model_type} without a model class"
         raise ConfigError(
-            f"{key}={source.path or source.hub_id}: is a {is_a}, which scores no text: give a "
-            f"model whose config.json says ...{CLASSIFIER}, such as stage=reward makes"
+            f"{key}={source.path or source.hub_id}: is a {kind}, which cannot score texts: use a "
+            f"model whose config.json names a ...{CLASSIFIER}, such as stage=reward trains"
         )
-    return found
+    return hf
 
 
 def readable_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Most tokens a text may have, special ones included."""
-    most = min(context_length(model), tokenizer.model_max_length)
+    """Maximum number of tokens per text, including special ones."""
+    limit = min(context_length(model), tokenizer.model_max_length)
     for name, part in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(part, torch.nn.Embedding):
-            # RoBERTa counts positions from the one after its padding's
-            taken = 0 if part.padding_idx is None else part.padding_idx + 1
-            most = min(most, part.num_embeddings - taken)
-    return most
+            # RoBERTa's positions start after the padding's index.
+            reserved = 0 if part.padding_idx is None else part.padding_idx + 1
+            limit = min(limit, part.num_embeddings - reserved)
+    return limit
 
 
 def label_names(config: PretrainedConfig) -> list[str]:
-    """Of the classes, by index."""
+    """Names of the classes, by index."""
     named: dict[Any, str] = dict(config.id2label or {})
     return [str(named.get(i, i)) for i in range(cast(int, config.num_labels))]
 
 
-def label_index(config: PretrainedConfig, wanted: str | int | None) -> int:
-    """A class by name or index; null: the one called positive, else the last."""
+def label_index(config: PretrainedConfig, label: str | int | None) -> int:
+    """Index of a class given by name or index; null: the one named positive, else the last."""
     names = label_names(config)
-    if wanted is None:
-        ways = (re.compile("positive", re.IGNORECASE).fullmatch, re.compile("(?i)positive").search)
-        return next((i for way in ways for i, n in enumerate(names) if way(n)), len(names) - 1)
-    wanted = str(wanted)  # a class may be called 2
+    if label is None:
+        patterns = (
+            re.compile("positive", re.IGNORECASE).fullmatch,
+            re.compile("(?i)positive").search,
+        )
+        return next(
+            (i for matches in patterns for i, n in enumerate(names) if matches(n)), len(names) - 1
+        )
+    label = str(label)  # a class may be named 2
     for match in (str, str.casefold):
-        if match(wanted) in (found := [match(name) for name in names]):
-            return found.index(match(wanted))
-    if wanted.isdecimal() and int(wanted) < len(names):
-        return int(wanted)
+        if match(label) in (folded := [match(name) for name in names]):
+            return folded.index(match(label))
+    if label.isdecimal() and int(label) < len(names):
+        return int(label)
     raise ConfigError(
-        f"reward_fn.label={wanted}: no such class; it has {', '.join(names)}: give one or its index"
+        f"reward_fn.label={label}: no such class: use one of {', '.join(names)}, or its index"
     )
 
 
@@ -173,8 +188,8 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 
 def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The configuration's, by which decoders find a text's last token; where it has none, a
-    special token that no text ends with, since such an end would be taken for padding."""
+    """The configuration's padding id, by which decoders find a text's last token; if it has none,
+    that of a special token that no text ends with."""
     config: Any = model.config.get_text_config()
     if config.pad_token_id is None or not 0 <= config.pad_token_id < _vocabulary(model):
         ends = {*tokenizer("a").input_ids, tokenizer.unk_token_id}

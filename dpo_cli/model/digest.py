@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 
 from dpo_cli.distributed.fsdp import full_tensor
 from dpo_cli.distributed.ranks import current
-from dpo_cli.model.adapters import active as adapters
+from dpo_cli.model.adapters.active import function_parts, function_state, scalings
 
 # Configuration entries that do not change what a model computes.
 NOT_THE_FUNCTION = (
     "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache",
 )  # fmt: skip
 PIECE = 2**28  # bytes
-MOST_THREADS = 8
+MAX_THREADS = 8
 FILES = "dpo_files"  # attribute of a loaded model: its `FileDigest`
 
 
@@ -30,7 +30,7 @@ def model_digest(model: PreTrainedModel) -> str:
     """sha256 over the configuration and the names, shapes, dtypes and values of all weights,
     including the active adapters."""
     digest = _of_shape(model)
-    for name, value in sorted(adapters.function_state(model).items()):
+    for name, value in sorted(function_state(model).items()):
         _add(digest, name, value)
     return digest.hexdigest()
 
@@ -44,13 +44,13 @@ def loaded_digest(model: PreTrainedModel) -> str:
     do not prove that a file is unchanged.
     """
     files: FileDigest | None = getattr(model, FILES, None)
-    known = None if files is None else current().from_first(files.value)
-    if known is None:
+    files_digest = None if files is None else current().from_first(files.value)
+    if files_digest is None:
         return model_digest(model)
     digest = _of_shape(model)
-    base, own = adapters.function_parts(model)
-    held = sorted({str(value.dtype) for value in base.values()})
-    digest.update(f"files {known} {held}".encode())
+    base, own = function_parts(model)
+    dtypes = sorted({str(value.dtype) for value in base.values()})
+    digest.update(f"files {files_digest} {dtypes}".encode())
     for name, value in sorted(own.items()):
         _add(digest, name, value)
     return digest.hexdigest()
@@ -70,8 +70,8 @@ class FileDigest:
         self._found: dict[tuple[Path, int], bytes] = {}
         self._whole = False  # whether the files were the same before and after
         self._left = iter(self._pieces)  # `next` is atomic under the GIL
-        # Daemons: a run that fails early does not wait for 16 GB to be read.
-        threads = min(MOST_THREADS, os.cpu_count() or 1, len(self._pieces)) * current().first
+        # Daemon threads: a run that fails early does not wait for 16 GB to be read.
+        threads = min(MAX_THREADS, os.cpu_count() or 1, len(self._pieces)) * current().first
         self._threads = [Thread(target=self._work, daemon=True) for _ in range(threads)]
         for thread in self._threads:
             thread.start()
@@ -97,9 +97,9 @@ class FileDigest:
         if not self._whole or len(self._found) < len(self._pieces):
             return None
         first = self._files[:count]
-        found = [f"{first.index(path)} {start} {self._found[path, start].hex()}"
+        lines = [f"{first.index(path)} {start} {self._found[path, start].hex()}"
                  for path, start in self._pieces if path in first]  # fmt: skip
-        return hashlib.sha256("\n".join(found).encode()).hexdigest()
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _piece(path: Path, start: int) -> bytes:
@@ -132,21 +132,21 @@ def keep_digest(model: PreTrainedModel, files: FileDigest | None) -> None:
 
 def _states(files: Sequence[Path]) -> list[tuple[Any, ...]]:
     """Stats that change when a file is written; unlike mtime, ctime cannot be set back."""
-    found: list[os.stat_result | None] = []
+    stats: list[os.stat_result | None] = []
     for path in files:
         try:
-            found.append(path.stat())
+            stats.append(path.stat())
         except OSError:
-            found.append(None)
+            stats.append(None)
     return [
         (str(path), *((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) if s else ()))
-        for path, s in zip(files, found, strict=True)
+        for path, s in zip(files, stats, strict=True)
     ]
 
 
 def _of_shape(model: PreTrainedModel) -> Any:
     shape = {k: v for k, v in model.config.to_dict().items() if k not in NOT_THE_FUNCTION}
-    if scales := adapters.scalings(model):
+    if scales := scalings(model):
         shape["adapter_scalings"] = scales
     return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
 

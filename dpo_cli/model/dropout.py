@@ -1,4 +1,4 @@
-"""What is random in training: dropout at the configured rates, and nothing else."""
+"""Dropout at the configured rate, with all other random noise of a model turned off."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_cli.model.adapters.active import layers
+from dpo_cli.model.adapters.active import adapted_layers
 
 
 def set_dropout(model: PreTrainedModel, rate: float) -> None:
-    """Dropout would make policy and reference differ at step 0, so the default is none.
+    """Set all dropout rates. The default is 0, as dropout makes policy and reference differ at
+    step 0.
 
-    Families call it attention_dropout, resid_pdrop, layerdrop, ...: all with "drop" in them.
-    Whatever else a family draws in training, such as the jitter of its routers or the experts of
-    Phi-MoE's, is drawn no more: `model.train()` puts such parts into evaluation mode. Not by
-    setting the noise to 0: Phi-MoE routes by it in evaluation, too.
+    Families name the rates attention_dropout, resid_pdrop, layerdrop, ...: all contain "drop".
+    Other noise in training, such as router jitter, is turned off: `model.train()` leaves such
+    modules in evaluation mode. (Setting the noise to 0 would change Phi-MoE, which routes by it in
+    evaluation as well.)
     """
     for part in _places(model):
         if isinstance(part, _DropoutNd):
@@ -32,37 +33,37 @@ def set_dropout(model: PreTrainedModel, rate: float) -> None:
 
 
 def _places(model: PreTrainedModel) -> Iterator[Any]:
-    """Modules and configurations, those inside others, too, each once."""
+    """All modules and configurations, including nested ones, each once."""
     seen: set[int] = set()
-    waiting: list[Any] = [model.config, *model.modules()]
-    while waiting:
-        part = waiting.pop()
+    queue: list[Any] = [model.config, *model.modules()]
+    while queue:
+        part = queue.pop()
         if id(part) in seen:
             continue
         seen.add(id(part))
         yield part
-        waiting += [x for x in vars(part).values() if isinstance(x, PretrainedConfig)]
+        queue += [x for x in vars(part).values() if isinstance(x, PretrainedConfig)]
 
 
 def _train(model: PreTrainedModel, dropout: bool, mode: bool = True) -> PreTrainedModel:
-    """As `model.train(mode)`, but for the parts that would draw what nobody asked for.
+    """Like `model.train(mode)`, but modules with unwanted noise stay in evaluation mode.
 
-    dropout: the model has some; else adapters alone may, whose rate is a key of its own.
+    dropout: whether the model has any; otherwise only adapters may, which have their own rate.
     """
     type(model).train(model, mode)
     if mode:
-        own = {id(part) for layer in layers(model) for part in _adapter(layer)}
+        adapter_parts = {id(part) for layer in adapted_layers(model) for part in _adapter(layer)}
         for part in model.modules():
-            steady = "train" in vars(part)  # this model, and quantized layers on a CPU
-            # Blocks recompute their activations in training mode alone, and draw nothing.
+            pinned = "train" in vars(part)  # this model, and quantized layers on a CPU
+            # Blocks recompute their activations only in training mode, and have no noise.
             block = isinstance(part, GradientCheckpointingLayer)
-            if not (steady or dropout or block or id(part) in own) or _jitters(part):
+            if not (pinned or dropout or block or id(part) in adapter_parts) or _jitters(part):
                 part.training = False
     return model
 
 
 def _adapter(layer: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The parts of a layer's adapter, without the layer under it."""
+    """The modules of a layer's adapter, without its base layer."""
     base = getattr(layer, "base_layer", None)
     under = set() if base is None else {id(part) for part in base.modules()}
     return (part for part in layer.modules() if id(part) not in under)

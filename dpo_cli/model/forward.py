@@ -17,7 +17,7 @@ from dpo_cli.logprobs import (
     sum_by_sequence,
     target_logprobs,
 )
-from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import interface
 from dpo_cli.model.blocks import BLOCKS
 from dpo_cli.model.fuse import RESIDUAL
 from dpo_cli.model.rope import cuts_of
@@ -42,14 +42,14 @@ def backbone(model: PreTrainedModel) -> Any:
 
 def hidden_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     """(T, D) final hidden states of a packed row, without the output layer."""
-    layout, base = attention.layout_for(model, batch), backbone(model)
+    layout, base = interface.layout_for(model, batch), backbone(model)
     return run_unsharded(model, lambda: layout.states(base, batch, model.dtype))
 
 
 def computed_by(model: PreTrainedModel) -> str:
     """What besides the weights affects the rounding of a packed row, for cache keys."""
     return (
-        attention.kernel_of(model)
+        interface.kernel_of(model)
         + " compiled" * hasattr(model, BLOCKS)
         + " rounded" * hasattr(model, RESIDUAL)
         + " by length" * bool(cuts_of(model.config))

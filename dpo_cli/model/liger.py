@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention.interface import Placement
 
 HALF = (torch.bfloat16, torch.float16)
 TOLERANCE = {True: 2e-2, False: 1e-4}  # relative; in half precision, in float32
@@ -38,8 +38,10 @@ def use_liger(model: PreTrainedModel, on: Placement) -> None:
             "hardware.kernels=liger: needs the package liger-kernel, which is not installed; use "
             "hardware.kernels=none"
         )
-    found = replace(model, kernels(), on)
-    on.note(f"hardware.kernels=liger: {', '.join(found) if found else 'nothing fits this model'}")
+    replaced = replace(model, kernels(), on)
+    on.note(
+        f"hardware.kernels=liger: {', '.join(replaced) if replaced else 'nothing fits this model'}"
+    )
 
 
 def kernels() -> dict[str, Callable[..., Any]]:
@@ -125,11 +127,16 @@ def _right(
     trial, width = _trial_of(module)
     trial = trial.to(on.device).requires_grad_()
     for name, forward in candidates:
-        own = partial(type(module).forward, trial)
+        original = partial(type(module).forward, trial)
         try:
             if all(
                 _same(
-                    own, partial(forward, trial), list(trial.parameters()), (TOKENS, width), d, on
+                    original,
+                    partial(forward, trial),
+                    list(trial.parameters()),
+                    (TOKENS, width),
+                    d,
+                    on,
                 )
                 for d in {torch.float32, on.dtype}
             ):
@@ -156,22 +163,22 @@ def _trial_of(module: Any) -> tuple[Any, int]:
 
 
 def _same(
-    own: Callable[..., Any], other: Callable[..., Any], weights: Sequence[Tensor],
+    original: Callable[..., Any], other: Callable[..., Any], weights: Sequence[Tensor],
     shape: tuple[int, ...], dtype: torch.dtype, on: Placement,
 ) -> bool:  # fmt: skip
     """Whether two functions agree in values and in the gradients of input and weights."""
     generator = torch.Generator(on.device).manual_seed(0)
-    given = torch.randn(1, *shape, generator=generator, device=on.device).to(dtype)
+    inputs = torch.randn(1, *shape, generator=generator, device=on.device).to(dtype)
     outcomes = []
-    for function in (own, other):
-        x = given.clone().requires_grad_()
+    for function in (original, other):
+        x = inputs.clone().requires_grad_()
         with torch.autocast(on.device.type, on.dtype, enabled=on.dtype in HALF):
             out = function(x * 1)  # not a leaf: a kernel may write into it
         slope = torch.linspace(-1.0, 1.0, out.numel(), device=out.device).view_as(out)
         grads = torch.autograd.grad((out.float() * slope).sum(), [x, *weights])
         outcomes.append([out.detach().float(), *(g.float() for g in grads)])
-    offs = [(a - b).norm() / b.norm() for a, b in zip(outcomes[1], outcomes[0], strict=True)]
-    return all(float(off) < TOLERANCE[on.dtype in HALF] for off in offs)
+    differences = [(a - b).norm() / b.norm() for a, b in zip(outcomes[1], outcomes[0], strict=True)]
+    return all(float(difference) < TOLERANCE[on.dtype in HALF] for difference in differences)
 
 
 def _replace_rotary(
@@ -179,11 +186,11 @@ def _replace_rotary(
 ) -> dict[str, int]:
     """Replace the function in the family's module, where it is looked up by name."""
     source: Any = sys.modules[type(model).__module__]
-    own = getattr(source, ROTARY, None)
+    original = getattr(source, ROTARY, None)
     config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if own is None or hasattr(own, "replaces"):
-        return {} if own is None else {"rotary embedding": 1}
+    if original is None or hasattr(original, "replaces"):
+        return {} if original is None else {"rotary embedding": 1}
     angles = torch.arange(TOKENS, device=on.device)[:, None] / torch.arange(
         1, width // 2 + 1, device=on.device
     )
@@ -191,22 +198,23 @@ def _replace_rotary(
         f(torch.cat([angles, angles], -1))[None].to(on.dtype) for f in (torch.cos, torch.sin)
     )
 
-    def turned(function: Callable[..., Any], x: Tensor) -> Tensor:  # (1, T, 3, d)
+    def concatenated(function: Callable[..., Any], x: Tensor) -> Tensor:  # (1, T, 3, d)
         q, k = (part.transpose(1, 2) for part in x.split([2, 1], dim=2))
         return torch.cat(function(q, k, cos, sin), dim=1)
 
     try:
         shape = (TOKENS, 3, width)
-        if not _same(partial(turned, own), partial(turned, rotary), [], shape, on.dtype, on):
+        pair = partial(concatenated, original), partial(concatenated, rotary)
+        if not _same(*pair, [], shape, on.dtype, on):
             return {}
     except _failures():
         return {}
 
-    def replaced(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **options: Any) -> Any:
-        usual = not args and not options and q.dim() == 4 and q.device.type == on.device.type
-        function = rotary if usual and cos.shape[-1] == q.shape[-1] else own
+    def guarded(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **options: Any) -> Any:
+        supported = not args and not options and q.dim() == 4 and q.device.type == on.device.type
+        function = rotary if supported and cos.shape[-1] == q.shape[-1] else original
         return function(q, k, cos, sin, *args, **options)
 
-    replaced.replaces = own  # type: ignore[attr-defined]
-    setattr(source, ROTARY, replaced)
+    guarded.replaces = original  # type: ignore[attr-defined]
+    setattr(source, ROTARY, guarded)
     return {"rotary embedding": 1}

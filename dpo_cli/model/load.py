@@ -21,11 +21,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 from dpo_cli.config import LoraConfig, ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.grammar.tokenizer import build_tokenizer
-from dpo_cli.model.adapters import active as adapters
-from dpo_cli.model.adapters.active import Adaptation
-from dpo_cli.model.adapters.base import embedding_rows, takes_out
+from dpo_cli.model.adapters.active import (
+    POLICY_TASK,
+    REWARD_HEAD,
+    REWARD_TASK,
+    Adaptation,
+    full_weight_shapes,
+    round_base,
+)
+from dpo_cli.model.adapters.base import embedding_rows, subtracts_from_base
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.attention.probe import choose_attention, refuse_unavailable
-from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.dropout import set_dropout
 from dpo_cli.model.fuse import fuse_gelu, skip_padding_check
 from dpo_cli.model.read import read_pretrained
@@ -117,23 +123,23 @@ def adapt(
     seed: int,
     key: str = "model.path",
     on: Placement | None = None,
-    task: str = adapters.POLICY_TASK,
+    task: str = POLICY_TASK,
 ) -> None:
     """Freeze a loaded base and add the adapter to train: a new one, that of `config`'s folder, or
-    that of the checkpoint. The base is rounded to the compute dtype of `on`."""
+    that of the checkpoint. Converts the base to the compute dtype of `on`."""
     from dpo_cli.model.adapters import casts, lora  # PEFT is slow to import
 
     origin = origin_of(config, key)
-    made = lora.adapter_config(adaptation.settings, origin, task, key)
-    if on is not None and on.sharded and made.trainable_token_indices:
+    adapter = lora.adapter_config(adaptation.settings, origin, task, key)
+    if on is not None and on.sharded and adapter.trainable_token_indices:
         raise ConfigError(
             f"{key}={config.path}: is an adapter with trainable_token_indices, which cannot be "
             "sharded: use hardware.devices=1, or lora=none to merge it"
         )
-    weights, told = adaptation.weights or origin.adapter, lora.told_by(origin, key)
-    lora.put_in(model, made, weights, seed, told=told)
+    weights = adaptation.weights or origin.adapter
+    lora.add_adapter(model, adapter, weights, seed, prefix=lora.settings_prefix(origin, key))
     if on is not None and on.dtype != torch.float32:
-        adapters.round_base(model, on.dtype)
+        round_base(model, on.dtype)
         casts.leave_casts_to_autocast(model)
 
 
@@ -170,8 +176,8 @@ def gpt2_config(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> GPT2
 
 
 def refuse_reward_model(config: ModelConfig, key: str) -> None:
-    """ConfigError for the adapter of a reward model in place of a policy."""
-    if origin_of(config, key).task == adapters.REWARD_TASK:
+    """ConfigError if the model is the adapter of a reward model."""
+    if origin_of(config, key).task == REWARD_TASK:
         raise ConfigError(
             f"{key}={config.path}: is the adapter of a reward model, not of a policy: use the "
             "model it was trained from"
@@ -179,7 +185,7 @@ def refuse_reward_model(config: ModelConfig, key: str) -> None:
 
 
 def _refuse_classifier(model: PreTrainedModel, config: ModelConfig, key: str) -> None:
-    """ConfigError for a reward model: with tied embeddings no weight of a policy is missing."""
+    """ConfigError for a reward model, which with tied embeddings has all weights of a policy."""
     for name in model.config.architectures or ():
         if name.endswith("ForSequenceClassification"):
             raise ConfigError(
@@ -211,26 +217,26 @@ def hf_config(
     source, options = source_of(config, key)
     check_safetensors(source, key, needed=False)
     with loading(source, key, options):
-        found = cast(PretrainedConfig, AutoConfig.from_pretrained(
+        hf = cast(PretrainedConfig, AutoConfig.from_pretrained(
             source, trust_remote_code=config.trust_remote_code, **options
         ))  # fmt: skip
-        _positions(found)
-        return _with_adapters_head(found, origin_of(config, key))
+        _positions(hf)
+        return _with_adapters_head(hf, origin_of(config, key))
 
 
-def _with_adapters_head(found: PretrainedConfig, origin: Origin) -> PretrainedConfig:
+def _with_adapters_head(hf: PretrainedConfig, origin: Origin) -> PretrainedConfig:
     """The base's configuration with the head that a reward adapter adds."""
-    if origin.adapter is not None and origin.task == adapters.REWARD_TASK:
-        kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(found)]
-        own = adapters.brought(origin.adapter)
-        head = f"{adapters.REWARD_HEAD}.weight"
+    if origin.adapter is not None and origin.task == REWARD_TASK:
+        kind: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(hf)]
+        own = full_weight_shapes(origin.adapter)
+        head = f"{REWARD_HEAD}.weight"
         rows = [shape[0] for name, shape in own.items() if name == head or head not in own]
-        found.architectures, found.num_labels = [kind.__name__], min(rows, default=1)
-    if origin.adapter is not None and adapters.brought(origin.adapter):
+        hf.architectures, hf.num_labels = [kind.__name__], min(rows, default=1)
+    if origin.adapter is not None and full_weight_shapes(origin.adapter):
         with torch.device("meta"):
-            vocab = embedding_rows(AutoModelForCausalLM.from_config(found), origin)
-        found.get_text_config().vocab_size = vocab or found.get_text_config().vocab_size
-    return found
+            vocab = embedding_rows(AutoModelForCausalLM.from_config(hf), origin)
+        hf.get_text_config().vocab_size = vocab or hf.get_text_config().vocab_size
+    return hf
 
 
 def configured_context(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> int:
@@ -256,13 +262,13 @@ def count_trained(
     cannot be adapted."""
     from dpo_cli.model.adapters import lora  # PEFT is slow to import
 
-    task = adapters.POLICY_TASK if auto is AutoModelForCausalLM else adapters.REWARD_TASK
+    task = POLICY_TASK if auto is AutoModelForCausalLM else REWARD_TASK
     model = _without_weights(config, tokenizer, auto, key)
     origin = origin_of(config, key)
-    made = lora.adapter_config(settings, origin, task, key)
-    if takes_out(origin.facts):  # the initialization would need the base's values
-        made.init_lora_weights = True
-    lora.put_in(model, made, None, told=lora.told_by(origin, key))
+    adapter = lora.adapter_config(settings, origin, task, key)
+    if subtracts_from_base(origin.facts):  # the initialization would need the base's values
+        adapter.init_lora_weights = True
+    lora.add_adapter(model, adapter, None, prefix=lora.settings_prefix(origin, key))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -9,21 +9,20 @@ from transformers import AutoConfig, PreTrainedModel
 
 from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.adapters import active as adapters
-from dpo_cli.model.adapters.active import REWARD_HEAD, Adaptation
+from dpo_cli.model.adapters.active import REWARD_HEAD, Adaptation, full_weight_shapes
 from dpo_cli.model.adapters.base import changes_base, fit_embedding
 from dpo_cli.model.adapters.quantize import (
-    multiply_in,
+    dequantize_to,
+    match_eval_to_training,
     quantization_options,
     quantized_layers,
-    steady,
 )
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.base import CONTENT, content_of, refuse_other_base
 from dpo_cli.model.digest import keep_digest
 from dpo_cli.model.source import Origin, check_safetensors, loading, origin_of, source_of
 from dpo_cli.model.stored import (
-    hold,
+    convert_weights,
     parameters_in,
     refuse_larger,
     stored_dtype,
@@ -95,16 +94,16 @@ def _on_meta(auto: Any, source: str, config: ModelConfig, options: dict[str, Any
 def _merged(
     model: PreTrainedModel, origin: Origin, missing: list[str], merge_now: bool, key: str
 ) -> list[str]:
-    """Merge the origin's adapter, if asked; returns the missing weights, which transformers has
-    initialized randomly, but those that the adapter brings."""
+    """Merge the origin's adapter if `merge_now`. Returns the names of missing weights, which
+    transformers has initialized randomly, except those in the adapter's file."""
     if origin.adapter is None:
         return missing
-    brought = adapters.brought(origin.adapter)
+    shapes = full_weight_shapes(origin.adapter)
     if merge_now:
         from dpo_cli.model.adapters.merge import merge  # PEFT is slow to import
 
         merge(model, origin, key)
-    return [name for name in missing if name not in brought]
+    return [name for name in missing if name not in shapes]
 
 
 def _refuse_adapter_inside(model: PreTrainedModel, where: str) -> None:
@@ -130,10 +129,10 @@ def _normalize(
     if merged or adaptation is not None or not on.sharded:
         settings = adaptation.settings if adaptation is not None else None
         trained = [] if settings is None else [*settings.modules_to_save, REWARD_HEAD]
-        hold(model, torch.float32 if settings is None else on.dtype, trained)
+        convert_weights(model, torch.float32 if settings is None else on.dtype, trained)
     plain_outputs(model)
-    steady(model)
-    multiply_in(model, on.dtype)
+    match_eval_to_training(model)
+    dequantize_to(model, on.dtype)
 
 
 def plain_outputs(model: PreTrainedModel) -> None:

@@ -1,8 +1,8 @@
-"""A reward model: a causal language model's body, and one score read at the last token.
+"""A reward model: the backbone of a causal language model and a scalar head at the last token.
 
-It is transformers' own sequence-classification model, so its folder loads anywhere. Where the
-score is read is transformers' rule, too: the rightmost token that is no padding. A response's
-EOS is therefore read unless EOS is also the padding, as it is for GPT-2, which has no other.
+It is transformers' own sequence-classification model, so its folder loads anywhere. As in
+transformers, the score is read at the rightmost token that is not padding: at a response's EOS,
+unless EOS is also the padding token, as for GPT-2, which has no other special token.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from dpo_cli.config import ModelConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.logprobs import promote
 from dpo_cli.model.adapters.active import REWARD_TASK, Adaptation, active_part
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.attention.probe import choose_attention, refuse_unavailable
-from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.forward import hidden_states
 from dpo_cli.model.load import (
     adapt,
@@ -43,7 +43,7 @@ from dpo_cli.model.source import origin_of
 from dpo_cli.packing import pack
 from dpo_cli.records import Batch, EncodedExample
 
-HEAD = "score"  # what decoders call it; encoders' `classifier` reads the first token
+HEAD = "score"  # its name in decoders; encoders' `classifier` reads the first token
 
 
 def load_reward_model(
@@ -54,11 +54,11 @@ def load_reward_model(
     on: Placement | None = None,
     adaptation: Adaptation | None = None,
 ) -> PreTrainedModel:
-    """A reward model on the weights of a policy; or one that is a reward model already.
+    """Load a reward model, or a policy's weights with a new head.
 
-    A new head is drawn by `seed` from N(0, 1/(d + 1)) (arXiv 2009.01325). Sets the padding
-    of configuration and `tokenizer`, by which the last token is found. Otherwise as
-    `load_model`.
+    A new head is drawn with `seed` from N(0, 1/(d + 1)) (arXiv 2009.01325). Sets the padding token
+    of the model's configuration and of `tokenizer`, by which the last token is found. Otherwise
+    like `load_model`.
     """
     refuse_unavailable(config.attention, on)
     with torch.random.fork_rng(devices=[]):
@@ -78,9 +78,9 @@ def load_reward_model(
             )  # fmt: skip
         if new:
             head = score_head(model)
-            drawn = torch.empty(head.weight.shape)  # the same numbers whatever device it is on
-            torch.nn.init.normal_(drawn, std=(head.in_features + 1) ** -0.5)
-            head.weight.data = drawn.to(head.weight.device)
+            weight = torch.empty(head.weight.shape)  # on the CPU: the same values on any device
+            torch.nn.init.normal_(weight, std=(head.in_features + 1) ** -0.5)
+            head.weight.data = weight.to(head.weight.device)
     set_padding(model, config, tokenizer, new, key)
     make_ready(model, config, tokenizer)
     choose_attention(model, config.attention, _plain_reward, _packed_rewards, on, key)
@@ -89,20 +89,20 @@ def load_reward_model(
     return model
 
 
-def check_kind(found: PretrainedConfig, config: ModelConfig, key: str = "model.path") -> None:
-    """ConfigError for a family or a classifier that cannot be a reward model."""
+def check_kind(hf: PretrainedConfig, config: ModelConfig, key: str = "model.path") -> None:
+    """ConfigError for a model that cannot become a reward model."""
     where = f"{key}={config.path or config.hub_id}"
-    known = type(found) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    known = type(hf) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if not (known or config.trust_remote_code):
         raise ConfigError(
-            f"{where}: transformers has no sequence-classification model of the family "
-            f"{found.model_type}, which a reward model is: take weights of another family"
+            f"{where}: transformers has no sequence-classification model for {hf.model_type}, "
+            "which a reward model needs: use weights of another family"
         )
-    classifier = any(n.endswith("ForSequenceClassification") for n in found.architectures or ())
-    if classifier and found.num_labels != 1:
+    classifier = any(n.endswith("ForSequenceClassification") for n in hf.architectures or ())
+    if classifier and hf.num_labels != 1:
         raise ConfigError(
-            f"{where}: is a classifier of {found.num_labels} labels, a reward model has one "
-            "score: give a policy or a reward model"
+            f"{where}: is a classifier with {hf.num_labels} labels, but a reward model has one "
+            "score: use a policy or a reward model"
         )
 
 
@@ -111,8 +111,8 @@ def score_head(model: PreTrainedModel) -> torch.nn.Linear:
     head = active_part(getattr(model, HEAD, None))
     if not isinstance(head, torch.nn.Linear) or head.out_features != 1:
         raise ConfigError(
-            f"stage=reward: {type(model).__name__} has no layer `{HEAD}` with one output: it is "
-            "no decoder that scores its last token; take weights of another family"
+            f"stage=reward: {type(model).__name__} has no layer `{HEAD}` with one output, so it "
+            "does not score its last token: use weights of another family"
         )
     return head
 
@@ -124,26 +124,26 @@ def set_padding(
     new: bool = False,
     key: str = "model.path",
 ) -> None:
-    """One padding token in the configuration, which finds the last token, and the tokenizer.
+    """Set the same padding token in the model's configuration and the tokenizer.
 
-    A reward model keeps the one it was trained with; an adapter's is its tokenizer's, the
-    configuration is that of the base.
+    A reward model keeps the one it was trained with. An adapter's is read from its tokenizer, as
+    the configuration is the base's.
     """
     config: Any = model.config.get_text_config()
-    kept = None if new else config.pad_token_id
+    pad_id = None if new else config.pad_token_id
     if not new and origin_of(source, key).task == REWARD_TASK:
-        kept = tokenizer.pad_token_id
-    if kept is None or kept >= len(tokenizer):
-        kept = padding_id(tokenizer)
-    config.pad_token_id = kept
-    tokenizer.pad_token = cast(str, tokenizer.convert_ids_to_tokens(kept))
-    # Some families freeze the row of the configuration's padding, when they are built: a resumed
-    # run would then train other weights than the one that added the entry.
+        pad_id = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= len(tokenizer):
+        pad_id = padding_id(tokenizer)
+    config.pad_token_id = pad_id
+    tokenizer.pad_token = cast(str, tokenizer.convert_ids_to_tokens(pad_id))
+    # Some families freeze the embedding of the configured padding token when they are built: a
+    # resumed run would then train fewer weights than the run that set the token.
     cast(Any, model.get_input_embeddings()).padding_idx = None
 
 
 def padding_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """A token that no complete response ends with, if the tokenizer has one; else EOS."""
+    """The id of a token that never ends a complete response, if the tokenizer has one; else EOS."""
     named = [
         number
         for number, token in sorted(tokenizer.added_tokens_decoder.items())
@@ -157,24 +157,22 @@ def padding_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def without_padding(
     examples: Sequence[EncodedExample], model: PreTrainedModel
 ) -> list[EncodedExample]:
-    """Responses without padding tokens at their end, which transformers would not read.
-
-    The last token that is left is the one whose hidden state is scored.
-    """
+    """Strip padding tokens from the end of responses, as transformers scores the last token before
+    them."""
     pad = model.config.get_text_config().pad_token_id
-    return [replace(e, response_ids=tuple(_cut(r, pad) for r in e.response_ids)) for e in examples]
+    return [
+        replace(e, response_ids=tuple(_stripped(r, pad) for r in e.response_ids)) for e in examples
+    ]
 
 
-def _cut(ids: np.ndarray, pad: int) -> np.ndarray:
+def _stripped(ids: np.ndarray, pad: int) -> np.ndarray:
     real = np.flatnonzero(ids != pad)
     return ids[: real[-1] + 1 if len(real) else 0]
 
 
 def rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """(S,) the reward of each branch of a row packed with `keep_last`, in float32.
-
-    For examples that went through `without_padding`.
-    """
+    """(S,) float32 reward of each branch of a row that was packed with `keep_last`, of examples
+    from `without_padding`."""
     assert batch.last_index is not None, "pack(..., keep_last=True)"
     last = hidden_states(model, batch).index_select(0, batch.last_index)
     head = score_head(model)
@@ -184,8 +182,8 @@ def rewards(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def round_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """The weights of a frozen model's products in what autocast multiplies in, once and not in
-    every forward: the same rewards. The head, which is read in float32, stays."""
+    """Convert a frozen model's matrices to autocast's dtype once, instead of in every forward, with
+    the same rewards. The head, which is read in float32, is unchanged."""
     head = score_head(model)
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear | Conv1D) and layer is not head:
@@ -195,7 +193,7 @@ def round_products(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _plain_reward(model: PreTrainedModel, prompt: Tensor, response: Tensor) -> Tensor:
-    """The oracle: one sequence, the model's own forward. (1,)"""
+    """(1,) reward of one sequence by the model's own forward, as a reference."""
     logits = model(input_ids=torch.cat([prompt, response])[None], use_cache=False).logits
     return cast(Tensor, logits[0])
 

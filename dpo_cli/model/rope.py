@@ -1,8 +1,8 @@
 """Rotary embeddings whose factors depend on the length of the sequence (longrope).
 
-transformers uses the short or the long factors for a whole forward, by its largest position. So
-sequences of both kinds never share a forward: a row is split at the model's original length (`cuts`
-of `packing.pack`), and each part is a separate forward.
+transformers uses either the short or the long factors for a complete forward, by its largest
+position. Sequences of both kinds therefore never share a forward: a row is split at the model's
+original length (`cuts` of `packing.pack`), and each part is a separate forward.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ SHORT_ORIGINAL = 5  # so that the probe's few tokens are on both sides
 def cuts_of(config: PretrainedConfig) -> tuple[int, ...]:
     """Lengths at which the rotary factors change; empty for most models. (`dynamic` factors change
     only beyond the context.)"""
-    return tuple(sorted({int(found[ORIGINAL]) for found in _dependent(config)}))
+    return tuple(sorted({int(parameters[ORIGINAL]) for parameters in _dependent(config)}))
 
 
 def _dependent(config: PretrainedConfig) -> Iterator[dict[str, Any]]:
     """The rotary parameters that depend on the length; some families have a set per layer type."""
-    whole = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    for found in (whole, *whole.values()):
-        if isinstance(found, dict) and found.get("rope_type") == "longrope":
-            yield found
+    by_layer_type = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    for parameters in (by_layer_type, *by_layer_type.values()):
+        if isinstance(parameters, dict) and parameters.get("rope_type") == "longrope":
+            yield parameters
 
 
-def apart(rows: Sequence[Row], config: PretrainedConfig) -> Iterator[list[Row]]:
+def split_at_cuts(rows: Sequence[Row], config: PretrainedConfig) -> Iterator[list[Row]]:
     """Consecutive rows of token ids that may share a forward, in order."""
     cuts = cuts_of(config)
     for _, part in groupby(rows, key=lambda row: kinds_of(0, [len(row)], cuts)):
@@ -51,28 +51,31 @@ def apart(rows: Sequence[Row], config: PretrainedConfig) -> Iterator[list[Row]]:
 
 
 @dataclass(frozen=True)
-class WayThrough:
-    """On which side of the cuts a text is sampled. crossing: 0, or the length of a prompt whose
-    completion crosses one, and which is decoded beside prompts of that length alone: they all
-    cross at the same token, where nothing in a cache has the right factors any more."""
+class CutCrossing:
+    """The side of the cuts on which a completion starts, and whether it crosses one.
+
+    crossing: 0, or the length of a prompt whose completion crosses a cut. Such prompts are decoded
+    only with prompts of equal length, as all cross at the same token, where the cache becomes
+    invalid because its keys have the other factors.
+    """
 
     kind: int
     crossing: int = 0
 
 
-def way_through(config: PretrainedConfig, prompt: int, steps: int) -> WayThrough:
-    """Of a prompt of so many tokens, and as many more; the last one is never read."""
+def cut_crossing(config: PretrainedConfig, prompt: int, steps: int) -> CutCrossing:
+    """For a prompt of `prompt` tokens and `steps` new ones, the last of which is never read."""
     cuts = cuts_of(config)
     kinds = kinds_of(prompt, [0, max(0, steps - 1)], cuts)
-    return WayThrough(kinds[0], prompt if len(kinds) > 1 else 0)
+    return CutCrossing(kinds[0], prompt if len(kinds) > 1 else 0)
 
 
 @contextmanager
-def cut_short(model: PreTrainedModel) -> Iterator[None]:
-    """Run the body with a short original length, so that a probe covers both factors."""
+def short_original_length(model: PreTrainedModel) -> Iterator[None]:
+    """In the body, the original length is short, so that a probe covers both sets of factors."""
     places = list(_dependent(model.config))
     config = vars(model.config.get_text_config())
-    if places and ORIGINAL in config:  # from where some families take it again and again
+    if places and ORIGINAL in config:  # some families read it here in every forward
         places.append(config)
     before = [place[ORIGINAL] for place in places]
     for place in places:
@@ -115,10 +118,10 @@ class SplitLayout(Layout):
         return torch.cat([layout.spread(weights[tokens]) for tokens, layout in self.parts])
 
     def states(self, base_model: Any, batch: Batch, dtype: torch.dtype) -> Tensor:
-        found = [
+        states = [
             layout.states(base_model, _part(batch, tokens), dtype) for tokens, layout in self.parts
         ]
-        return torch.cat(found).index_select(0, self.place)
+        return torch.cat(states).index_select(0, self.place)
 
 
 def _part(batch: Batch, tokens: Tensor) -> Batch:
@@ -139,7 +142,7 @@ def _from_zero(segments: Sequence[Segment]) -> list[Segment]:
     return moved
 
 
-def refuse_shared(examples: Sequence[EncodedExample], cuts: Sequence[int]) -> None:
+def refuse_beyond_cuts(examples: Sequence[EncodedExample], cuts: Sequence[int]) -> None:
     """ConfigError if ranks, which must run the same forwards, would run different ones."""
     for example in examples:
         lengths = [len(ids) for ids in example.response_ids]

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention.registered import layout_for
+from dpo_cli.model.attention.interface import layout_for
 from dpo_cli.records import Batch
 
 KEY = "train.router_aux_loss_coef"
@@ -110,5 +110,5 @@ def sequences_through(batch: Batch) -> Tensor:
             np.ones(sum(segment.branches)),
         )
     ]  # fmt: skip
-    found = torch.from_numpy(np.concatenate(counts).astype(np.float32))
-    return found.to(batch.input_ids.device)
+    weights = torch.from_numpy(np.concatenate(counts).astype(np.float32))
+    return weights.to(batch.input_ids.device)

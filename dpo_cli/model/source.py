@@ -29,7 +29,7 @@ from dpo_cli.model.vetting import (
 
 HUB_TIMEOUT_SECONDS = 5.0
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-SHARDS = "shards"  # in checkpoints of several ranks, see distributed/checkpoint.py
+SHARDS = "shards"  # in checkpoints of several ranks, see distributed/sharded_checkpoint.py
 PICKLED = ("pytorch_model*.bin", "model*.pt", "*.pth")
 LONGEST_ID = 96  # characters, of the hub
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")  # the oldest have no owner: gpt2

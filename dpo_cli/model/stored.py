@@ -26,17 +26,17 @@ def weight_files(source: str, options: dict[str, Any]) -> list[Path]:
     """The safetensors files that from_pretrained loads from a folder or hub id (which may download
     them); empty if their names are not transformers' own."""
 
-    def found(name: str) -> Path | None:
+    def cached(name: str) -> Path | None:
         path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
         return None if path is None else Path(path)
 
-    single = found(SAFE_WEIGHTS_NAME)
+    single = cached(SAFE_WEIGHTS_NAME)
     if single is not None:
         return [single]
-    index = found(SAFE_WEIGHTS_INDEX_NAME)
+    index = cached(SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         return []
-    return [path for path in map(found, shards(index, source)) if path is not None]
+    return [path for path in map(cached, shards(index, source)) if path is not None]
 
 
 def stored_dtype(files: Sequence[Path]) -> torch.dtype:
@@ -92,10 +92,12 @@ def parameters_in(dtype: torch.dtype) -> Iterator[None]:
         module.register_parameter = real
 
 
-def hold(model: PreTrainedModel, dtype: torch.dtype, trained: Sequence[str] = ()) -> None:
+def convert_weights(
+    model: PreTrainedModel, dtype: torch.dtype, trained: Sequence[str] = ()
+) -> None:
     """Convert floating-point weights to a dtype in place, one by one; those that the family keeps
     in float32, and modules named in `trained`, to float32. Buffers and integers are unchanged."""
-    exact = kept_exact(model)
+    exact = float32_names(model)
     for name, weight in model.named_parameters():
         full = any(part in name for part in exact) or set(trained) & set(name.split("."))
         target = torch.float32 if full else dtype
@@ -103,7 +105,7 @@ def hold(model: PreTrainedModel, dtype: torch.dtype, trained: Sequence[str] = ()
             weight.data = weight.data.to(target)
 
 
-def kept_exact(model: PreTrainedModel) -> tuple[str, ...]:
+def float32_names(model: PreTrainedModel) -> tuple[str, ...]:
     """Substrings of the names of weights that the family always keeps in float32."""
     return tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
 
@@ -111,12 +113,12 @@ def kept_exact(model: PreTrainedModel) -> tuple[str, ...]:
 def refuse_non_finite(family: str, weights: Iterable[tuple[str, Tensor]]) -> None:
     """NonFiniteError naming the first weight with NaN or infinity. Synchronizes with the device
     once, and copies no weight."""
-    named, fine = [], []
+    named, finite = [], []
     for name, weight in weights:
         if weight.is_floating_point() and weight.itemsize > 1 and weight.numel():
             named.append(name)
-            fine.append(torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all())
-    bad = ~torch.stack(fine).cpu() if fine else torch.zeros(0, dtype=torch.bool)
+            finite.append(torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all())
+    bad = ~torch.stack(finite).cpu() if finite else torch.zeros(0, dtype=torch.bool)
     if bad.any():
         raise NonFiniteError(
             f"{family}: its weight {named[int(bad.nonzero()[0])]} is not finite; use other "

@@ -1,1 +1,1 @@
-"""`dry_run=true`: what a run would do, and the memory it would take."""
+"""`dry_run=true`: what a run would do, and the memory it would need."""

@@ -1,5 +1,5 @@
-"""What the memory plan reads beside the configuration: the model's shape, the stage's workload, and
-where it would compute."""
+"""Inputs of the memory plan other than the configuration: the model's shape, the stage's workload
+and the device."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from dpo_cli.train.runtime import Runtime, start_runtime
 
 
 def plan_facts(config: RunConfig) -> Facts | None:
-    """`facts_of` a run, as a dry run of it would find them."""
+    """`facts_of` a run, as in its dry run."""
     return facts_of(Preview(config, planned_runtime(config.hardware, config.seed)))
 
 
 def tokens_chooser(
     config: RunConfig, runtime: Runtime
 ) -> Callable[[PreTrainedTokenizerFast, EncodedSplits], Fitting] | None:
-    """How a run on CUDA chooses the tokens of a micro-batch once its model is loaded; None where
-    the configuration gives them."""
+    """Chooses the tokens per micro-batch of a run on CUDA once its model is loaded; None if they
+    are configured."""
     if not is_open(config, runtime.device.type):
         return None
 
@@ -43,7 +43,7 @@ def tokens_chooser(
         preview = Preview(config, runtime)
         preview.tokenizer, preview.splits = tokenizer, splits
         facts = facts_of(preview)
-        assert facts is not None  # of a stage that trains
+        assert facts is not None  # the stage trains
         return fitting(config, facts, room(config.hardware, runtime.device) + PROGRAM["cuda"])
 
     return choose
@@ -70,8 +70,8 @@ def facts_of(preview: Preview) -> Facts | None:
 
 
 def stored_bytes(model: ModelConfig) -> int:
-    """Bytes per weight in a local folder's files; those of float32 for a model from the hub, which
-    a plan does not fetch, and for one from scratch."""
+    """Bytes per weight in a local folder's files; those of float32 for a model from scratch or from
+    the hub, which a plan does not download."""
     if model.path is None:
         return torch.float32.itemsize
     source, options = source_of(model)
@@ -92,7 +92,7 @@ def scorer_parameters(config: RunConfig) -> int:
 
 
 def planned_runtime(hardware: HardwareConfig, seed: int) -> Runtime:
-    """Where the run will compute: a GPU that is asked for need not be here to be planned for."""
+    """The run's device and precision; a configured GPU need not be present for a plan."""
     if hardware.device != "cuda" or torch.cuda.is_available():
         return start_runtime(hardware, seed)
     precision = "bf16" if hardware.precision == "auto" else hardware.precision

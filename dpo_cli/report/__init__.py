@@ -1,1 +1,1 @@
-"""What a run tells people: progress, metric sinks, curves, the model card, its own files."""
+"""Reports of a run: progress, metric sinks, plots, the model card, report.html, its files."""

@@ -42,8 +42,8 @@ _DPO_PAPER = """\
 
 
 CURVES = "training_curves.png"  # beside the weights, for the card
-MOST_RESULTS = 10
-MOST_SAMPLES = 3  # prompts
+MAX_RESULTS = 10
+MAX_SAMPLES = 3  # prompts
 
 
 def write_model_card(folder: Path, facts: dict[str, Any], run_dir: Path | None = None) -> None:
@@ -74,8 +74,8 @@ def write_model_card(folder: Path, facts: dict[str, Any], run_dir: Path | None =
 
 
 def _as_saved(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts, corrected by the saved files: an adapter's base, which is not always what `model`
-    names, and the reference; learning rates without floating-point noise."""
+    """The facts, corrected from the saved files: an adapter's base, which may differ from `model`,
+    and the reference; learning rates without floating-point noise."""
     config, model = facts.get("config") or {}, facts.get("model") or {}
     reference = load_provenance(folder).get("reference")
     if reference and "reference" in config.get("stage", {}):
@@ -102,7 +102,7 @@ def _round_rates(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _front_matter(facts: Mapping[str, Any]) -> str:
-    """Metadata of the hub, which refuses a base model or a dataset that is no hub id."""
+    """Metadata for the hub, which rejects a base model or dataset that is not a hub id."""
     base, data = _hub_id(facts.get("model")), _hub_id(facts.get("data"))
     fields = {
         "base_model": base,
@@ -122,7 +122,7 @@ def _hub_id(source: Mapping[str, Any] | None) -> str | None:
 
 
 def _method(facts: Mapping[str, Any]) -> str:
-    """How the model was trained: the words of its loss, else of its stage."""
+    """How the model was trained: the text of its loss, otherwise of its stage."""
     stage, spec = facts["stage"], STAGES.get(facts["stage"])
     loss = ((facts.get("config") or {}).get("stage") or {}).get("loss")
     if stage == "dpo" and loss in LOSSES:
@@ -148,7 +148,7 @@ def _body(facts: Mapping[str, Any], run: Folder) -> str:
     ]
     if facts["stage"] == "dpo":
         sections.append("## Citation\n\n" + _fenced(_DPO_PAPER, "bibtex"))
-    # a heading alone: nothing is known for that section
+    # only a heading: nothing is known for that section
     return "\n".join(section for section in sections if not section.endswith("\n\n"))
 
 
@@ -163,7 +163,7 @@ def _results(run: Folder) -> str:
     heads = (Column("Metric"), *(Column(h, True) for h in ("Value", "95% interval", "Before")))
     filled = [place for place in range(4) if any(row[place] for row in rows)]
     columns = [heads[place] for place in filled]
-    cells = [[row[place] for place in filled] for row in rows[:MOST_RESULTS]]
+    cells = [[row[place] for place in filled] for row in rows[:MAX_RESULTS]]
     parts = [Table("", columns, cells).markdown()] if rows else []
     if "overview" in run.pictures:
         alt = markdown_text(without_paths(alt_of("overview", run)))
@@ -172,10 +172,10 @@ def _results(run: Folder) -> str:
 
 
 def _samples(run: Folder) -> str:
-    """Completions of the first prompts, of the last step or of before and after training."""
+    """Completions of the first prompts: of the last step, or before and after training."""
     samples = samples_of(run)
     parts = []
-    for sample in samples.rows[:MOST_SAMPLES] if samples else []:
+    for sample in samples.rows[:MAX_SAMPLES] if samples else []:
         ends = (
             [sample.answers[0], sample.answers[-1]] if len(sample.answers) > 1 else sample.answers
         )

@@ -1,4 +1,4 @@
-"""The code on a model card that loads the model and tries it."""
+"""The code on a model card that loads the model and runs it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def usage(facts: Mapping[str, Any]) -> str:
 
 
 def _adapter_usage(facts: Mapping[str, Any]) -> str:
-    """Loads the base as it was stored in training, and the adapter on top."""
+    """Code that loads the base as in training, and the adapter on top."""
     reward, lora = facts["stage"] == "reward", (facts.get("config") or {}).get("lora") or {}
     bits = _BITS.get(str(lora.get("quantization")), "")
     return _ADAPTER_USAGE.format(

@@ -1,4 +1,4 @@
-"""The jobs of a sweep side by side: for a console, and for a spreadsheet."""
+"""Comparison of a sweep's jobs: for the console, and as a spreadsheet."""
 
 from __future__ import annotations
 

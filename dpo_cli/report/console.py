@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, Self, cast
 
-from rich import progress as bars
+from rich import progress
 from rich.console import Console, NewLine, RenderableType
 from rich.control import Control
 from rich.table import Column
@@ -56,7 +56,7 @@ class _Task:
     done: int
     began: float
     last_line: float  # when a plain line was last printed
-    bar: bars.TaskID | None = None
+    bar: progress.TaskID | None = None
 
 
 class Progress:
@@ -108,7 +108,7 @@ class Progress:
         self._training = self._open(name, total, first_step)
 
     def advance(self, step: int, values: Mapping[str, float]) -> None:
-        """`step` optimizer steps are done; `eval/` metrics get a line of their own."""
+        """`step` optimizer steps are done; `eval/` metrics get a separate line."""
         if self._training is None:
             self.begin(total=None, first_step=step - 1)
         assert self._training is not None
@@ -186,7 +186,7 @@ class _Above(Console):
         super().print(*objects, **options)
 
 
-class _Bars(bars.Progress):
+class _Bars(progress.Progress):
     """Bars with the figures on a line below: beside a bar they do not fit 80 columns."""
 
     figures = ""
@@ -199,11 +199,11 @@ class _Bars(bars.Progress):
 
 def _live_bars(console: Console) -> _Bars:
     return _Bars(
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=40)),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TextColumn("{task.fields[eta]}", markup=False, style="progress.remaining"),
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(bar_width=None, table_column=Column(ratio=1, max_width=40)),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("{task.fields[eta]}", markup=False, style="progress.remaining"),
         console=console,
         refresh_per_second=4,
         # else rich sends what the program prints to a redirected stdout to the terminal

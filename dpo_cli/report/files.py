@@ -1,4 +1,4 @@
-"""The files that record what a run was: configuration, command, versions, samples.
+"""The files that record a run: configuration, command, versions, samples.
 
 Every write replaces a file atomically or appends complete lines, and every text is redacted.
 """
@@ -125,10 +125,10 @@ def drop_rows_after(path: Path, step: int) -> int:
         return 0
     with disk_errors(path):
         *rows, torn = path.read_bytes().split(b"\n")  # not splitlines: text may hold U+2028
-    kept = [row for row in rows if _row_step(row) <= step]
-    removed = len(rows) - len(kept) + bool(torn)
+    remaining = [row for row in rows if _row_step(row) <= step]
+    removed = len(rows) - len(remaining) + bool(torn)
     if removed:
-        write_bytes(path, b"".join(row + b"\n" for row in kept))
+        write_bytes(path, b"".join(row + b"\n" for row in remaining))
     return removed
 
 
@@ -152,7 +152,7 @@ def append_samples(run_dir: Path, step: int, rows: Iterable[Mapping[str, Any]]) 
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that other YAML readers take for a number: PyYAML writes '1e8' bare."""
+    """Quotes texts that other YAML readers parse as numbers: PyYAML writes '1e8' unquoted."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:

@@ -1,4 +1,4 @@
-"""Reward against KL to the reference, as a picture."""
+"""Plot of reward against KL to the reference."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Cloud:
 
 @dataclass(frozen=True)
 class Band:
-    """The optimum, all (n,): its mean over seeds; low, high: the seeds' extremes, or one
-    standard error either way of a single one."""
+    """The optimum, all (n,): its mean over seeds; low, high: the extremes over seeds, or for a
+    single seed the mean minus and plus its standard error."""
 
     kl: np.ndarray
     reward: np.ndarray
@@ -210,7 +210,7 @@ def _draw_best_of(axes: Axes, cloud: Cloud, limit: float) -> None:
     )  # fmt: skip
     for kl, reward, label in zip(cloud.kl, cloud.reward, cloud.labels, strict=True):
         if kl <= 1.05 * limit:
-            # Up and to the left is no policy's place: that is beyond the optimum.
+            # No policy can be above and to the left: that would be beyond the optimum.
             offset, side = ((-7, 5), "right") if kl > 0 else ((8, -3), "left")
             axes.annotate(
                 label, (kl, reward), xytext=offset, textcoords="offset points", fontsize=8,

@@ -1,4 +1,4 @@
-"""Numbers and the names of metrics, as consoles, pages, cards and plots show them.
+"""Format numbers and names of metrics for the console, pages, cards and plots.
 
 Figures of one metric have the same decimals, so that a column lines up; shares are percentages.
 """
@@ -68,7 +68,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def label(metric: str) -> str:
-    """`eval/loss` -> Held-out loss; a name without a label stays as it is."""
+    """`eval/loss` -> Held-out loss; a name without a label is returned unchanged."""
     if metric.startswith("first/"):
         return f"{label(metric.removeprefix('first/'))}, before"
     base = metric.removeprefix("eval/")
@@ -157,14 +157,14 @@ def count(number: int, singular: str, plural: str | None = None) -> str:
 
 
 def interval(metric: str, row: Mapping[str, Any]) -> str:
-    """`57.1% to 69.0%`, of `<metric>_low` and `<metric>_high`; "" where one is missing."""
+    """`57.1% to 69.0%`, from `<metric>_low` and `<metric>_high`; "" if one is missing."""
     low, high = (row.get(f"{metric}_{bound}") for bound in BOUNDS)
     known = is_number(low) and is_number(high)
     return f"{figure(metric, low)} to {figure(metric, high)}" if known else ""
 
 
 def before(metric: str, row: Mapping[str, Any]) -> str:
-    """`50.0% before`, of `first/<metric>`; "" where it is missing."""
+    """`50.0% before`, from `first/<metric>`; "" if it is missing."""
     first = row.get(f"first/{metric}")
     return f"{figure(metric, first)} before" if is_number(first) else ""
 
@@ -175,7 +175,7 @@ def bracketed(text: str) -> str:
 
 
 def brief(value: Any) -> str:
-    """A number to four digits, with thousands apart; "-" for None; other values as text."""
+    """A number to four digits, with thousands separators; "-" for None; other values as text."""
     if value is None:
         return "-"
     if isinstance(value, float):

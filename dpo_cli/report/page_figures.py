@@ -1,4 +1,4 @@
-"""The figures of a run to see first, and its pictures with a description of what they show."""
+"""The main figures of a run, and its pictures with descriptions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dpo_cli.report.numbers import (
 from dpo_cli.report.page_read import Folder, Row
 from dpo_cli.report.page_story import best_point, level_with, path_name, point_name, trained
 
-MOST_TILES = 6
+MAX_TILES = 6
 
 # Of these a report shows the first it has, held-out figures before those of the last steps.
 TILES = (
@@ -33,7 +33,7 @@ TILES = (
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure to see first: its label, its value, and its interval or value before training."""
+    """A main figure: its label, its value, and its interval or value before training."""
 
     label: str
     value: str
@@ -52,19 +52,19 @@ def tiles_of(folder: Folder) -> list[Tile]:
     ]
     if len(trained(folder.points)) > 1:
         tiles = _point_tiles(folder.points) + tiles
-    return tiles[:MOST_TILES]
+    return tiles[:MAX_TILES]
 
 
 def shown_name(folder: Folder, metric: str) -> str | None:
-    """`eval/loss` of a run with held-out rows, else `loss`, which is of the last training batches;
-    None where the run has no such figure."""
+    """`eval/loss` of a run with held-out rows, otherwise `loss`, of the last training batches; None
+    if the run has no such figure."""
     held_out = any(name.startswith("eval/") for name in folder.summary)
     name = f"eval/{metric}" if held_out else metric
     return name if is_number(folder.summary.get(name)) else None
 
 
 def words_of(folder: Folder, name: str) -> str:
-    """The label of a figure; of a run that trains, also whether it is of training batches."""
+    """The label of a figure; in a training run with a mark if it is of training batches."""
     words = label(name)
     spec = STAGES.get(folder.stage)
     training = spec is not None and spec.trains and not name.startswith("eval/")
@@ -109,7 +109,7 @@ def _point_tiles(points: Sequence[Row]) -> list[Tile]:
     return tiles
 
 
-TITLES = {  # the order of a page; a panel alone is in overview.png, too
+TITLES = {  # in the order of a page; single panels are also in overview.png
     "frontier": "Frontier",
     "win_rates": "Win rates",
     "held_out_rewards": "Ranking and calibration",
@@ -132,7 +132,7 @@ class Picture:
     uri: str
     width: int
     height: int
-    narrow: str | None = None  # the URI of the same for the screen of a phone
+    narrow: str | None = None  # the URI of the same picture for a phone's screen
 
 
 def pictures_of(folder: Folder, names: tuple[str, ...] = tuple(TITLES)) -> list[Picture]:

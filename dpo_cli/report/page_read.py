@@ -21,7 +21,7 @@ from dpo_cli.report.files import without_home
 from dpo_cli.report.table import Table
 
 Row = dict[str, Any]
-MOST_ROWS = 5000  # read of a JSON-lines file: more than a report shows
+MAX_ROWS = 5000  # read of a JSON-lines file: more than a report shows
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Folder:
         return str(self.setting("stage.name", self.summary.get("stage", "")))
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """`setting("stage.beta")`; the default where it is not set or null."""
+        """`setting("stage.beta")`; the default if it is not set or null."""
         node: Any = self.config
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
@@ -119,7 +119,7 @@ def _text(path: Path) -> str:
 
 def _rows(path: Path) -> list[Row]:
     """The first objects of a JSON-lines file."""
-    lines = _text(path).split("\n")[:MOST_ROWS]  # not splitlines: text may hold U+2028
+    lines = _text(path).split("\n")[:MAX_ROWS]  # not splitlines: text may hold U+2028
     rows = [_parsed(line, json.loads) for line in lines]
     return _objects(rows)
 
@@ -142,7 +142,7 @@ def _last_step(path: Path) -> int:
 
 
 def _tail(path: Path) -> list[Row]:
-    """The last rows of a JSON-lines file: steps only grow."""
+    """The last rows of a JSON-lines file, whose steps are ascending."""
     rows = [_parsed(line, json.loads) for line in _text(path).split("\n")[-8:]]
     return [row for row in rows if isinstance(row, dict)]
 

@@ -25,7 +25,7 @@ from dpo_cli.report.numbers import (
 from dpo_cli.report.page import run_parts, write_page
 from dpo_cli.report.page_figures import (
     KEY,
-    MOST_TILES,
+    MAX_TILES,
     TILES,
     Picture,
     Tile,
@@ -47,7 +47,7 @@ _DONE = {"run": "ran", "resume": "resumed", "skip": "skipped"}
 
 @dataclass(frozen=True)
 class Step:
-    """A step with all its repeats. folder: of the first; seconds: of all, in any start."""
+    """A step with all its repeats. folder: of the first; seconds: of all, over all starts."""
 
     label: str
     repeats: int
@@ -59,8 +59,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Model:
-    """A column of the comparison. summary: of several repeats the means, `x_se` their
-    standard deviations; folder: of the first."""
+    """A column of the comparison. summary: for several repeats their means, with standard
+    deviations as `x_se`; folder: of the first."""
 
     label: str
     repeats: int
@@ -101,7 +101,7 @@ def write_recipe_report(run_dir: Path, recipe: Mapping[str, Any]) -> Path:
 
 
 def _steps(run_dir: Path, outcomes: Sequence[Row]) -> list[Step]:
-    """The steps in order, the repeats of each together."""
+    """The steps in order, grouped with their repeats."""
     groups: dict[str, list[Row]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome["step"], []).append(outcome)
@@ -134,7 +134,7 @@ def _model(name: str, paths: Sequence[str]) -> Model:
 
 
 def averaged(summaries: Sequence[Row]) -> Row:
-    """Means of the numbers that all have, `x_se` their standard deviations (n - 1)."""
+    """Means of the numbers in all summaries, with standard deviations (n - 1) as `x_se`."""
     if len(summaries) == 1:
         return summaries[0]
     means: Row = {}
@@ -161,7 +161,7 @@ def _of_step(step: Step, table: Table | None) -> Table | None:
 
 
 def _verdict(models: Sequence[Model], folders: Sequence[Folder]) -> str:
-    """The findings of a frontier, else the first compared model against the last."""
+    """The findings of a frontier, otherwise the first compared model against the last."""
     frontiers = [folder for folder in folders if folder.stage == "frontier"]
     if frontiers:
         return verdict_of(frontiers[-1], {})
@@ -185,10 +185,10 @@ def _verdict(models: Sequence[Model], folders: Sequence[Folder]) -> str:
 
 
 def comparable(first: Model, last: Model) -> bool:
-    """Whether figures of one name mean the same for both: SFT's loss is not DPO's, and a policy's
+    """Whether figures with the same name are comparable: SFT's loss is not DPO's, and a policy's
     accuracy is not a reward model's."""
-    ways = [(m.folder.stage, method_of(m.folder)) for m in (first, last)]
-    return first != last and ways[0] == ways[1]
+    methods = [(m.folder.stage, method_of(m.folder)) for m in (first, last)]
+    return first != last and methods[0] == methods[1]
 
 
 def _tiles(models: Sequence[Model], steps: Sequence[Step]) -> list[Tile]:
@@ -207,7 +207,7 @@ def _tiles(models: Sequence[Model], steps: Sequence[Step]) -> list[Tile]:
     seconds = [step.seconds for step in steps if step.seconds is not None]
     ran = "all steps" if len(seconds) == len(steps) else f"{len(seconds)} of {len(steps)} steps"
     time = [Tile("Minutes", minutes(sum(seconds)), ran)] if seconds else []
-    return tiles[: MOST_TILES - len(time)] + time
+    return tiles[: MAX_TILES - len(time)] + time
 
 
 def _key_pictures(folders: Iterable[Folder]) -> list[Picture]:

@@ -1,4 +1,4 @@
-"""Samples of a report: completions side by side, and the matches that a judge decided."""
+"""Samples of a report: completions side by side, and a judge's matches."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dpo_cli.report.numbers import figure, is_number
 from dpo_cli.report.page_read import Folder, Row
 from dpo_cli.report.page_story import path_name, point_name
 
-MOST_CHARACTERS = 600  # of a prompt or a completion
-MOST_REASON = 200  # characters of a judge's reason
-MOST_ROWS = 40
-MOST_ANSWERS = 4  # side by side
-MOST_PROMPTS = 10
+MAX_CHARACTERS = 600  # of a prompt or a completion
+MAX_REASON = 200  # characters of a judge's reason
+MAX_ROWS = 40
+MAX_ANSWERS = 4  # side by side
+MAX_PROMPTS = 10
 MATCH_KEYS = ("prompt", "policy", "opponent", "completion", "other", "verdict", "temperature")
 VERDICTS = {"win": "wins", "loss": "loses", "tie": "ties"}  # others: no verdict
 
@@ -32,7 +32,7 @@ class Text:
         return len(self.shown) < self.length
 
 
-def text(value: Any, most: int = MOST_CHARACTERS) -> Text:
+def text(value: Any, most: int = MAX_CHARACTERS) -> Text:
     """The first `most` characters; line ends as `\\n`, stripped."""
     full = value if isinstance(value, str) else "" if value is None else str(value)
     full = full.replace("\r\n", "\n").strip()
@@ -70,8 +70,8 @@ class Samples:
 
 
 def samples_of(folder: Folder) -> Samples | None:
-    """A judge's matches; else of training, the same prompts before, during and after, and of
-    several policies, their completions side by side."""
+    """A judge's matches; otherwise completions side by side: of the same prompts before, during and
+    after training, or of several policies."""
     if matches := matches_of(folder):
         return matches
     rows = completions_of(folder)
@@ -79,7 +79,7 @@ def samples_of(folder: Folder) -> Samples | None:
     policies = list(dict.fromkeys(str(row["policy"]) for row in rows if "policy" in row))
     if len(policies) > 1:
         names = {str(row.get("policy")): point_name(row) for row in folder.points}
-        chosen = spread(policies, MOST_ANSWERS)
+        chosen = spread(policies, MAX_ANSWERS)
         groups = [
             (names.get(policy) or path_name(policy), first_by_prompt(rows, "policy", policy))
             for policy in chosen
@@ -113,10 +113,10 @@ def first_by_prompt(rows: Sequence[Row], key: str = "", value: Any = None) -> di
     for row in rows:
         prompt, known = _words(row["prompt"]), rows_by_prompt.get(_words(row["prompt"]))
         if key:
-            wanted = (str(row.get(key)) == str(value)) and known is None
+            selected = (str(row.get(key)) == str(value)) and known is None
         else:
-            wanted = known is None or _step(row) > _step(known)
-        if wanted:
+            selected = known is None or _step(row) > _step(known)
+        if selected:
             rows_by_prompt[prompt] = row
     return rows_by_prompt
 
@@ -136,7 +136,7 @@ def side_by_side(title: str, groups: Sequence[tuple[str, dict[str, Row]]]) -> Sa
     shared = [prompt for prompt in first if all(prompt in rows for rows in others)]
     rows = [
         Sample(text(prompt), [_answer(name, rows[prompt]) for name, rows in groups])
-        for prompt in shared[:MOST_PROMPTS]
+        for prompt in shared[:MAX_PROMPTS]
     ]
     note = "The first prompts of the rows, not selected."
     if len(shared) > len(rows):
@@ -145,9 +145,9 @@ def side_by_side(title: str, groups: Sequence[tuple[str, dict[str, Row]]]) -> Sa
 
 
 def _listed(rows: Sequence[Row]) -> Samples | None:
-    samples = [Sample(text(_words(row["prompt"])), [_answer("", row)]) for row in rows[:MOST_ROWS]]
+    samples = [Sample(text(_words(row["prompt"])), [_answer("", row)]) for row in rows[:MAX_ROWS]]
     note = (
-        f"The first {len(samples)} of {len(rows):,}, not selected." if len(rows) > MOST_ROWS else ""
+        f"The first {len(samples)} of {len(rows):,}, not selected." if len(rows) > MAX_ROWS else ""
     )
     return Samples("Completions", note, samples, open=8) if samples else None
 
@@ -160,7 +160,7 @@ def _answer(name: str, row: Row) -> Answer:
 
 
 def matches_of(folder: Folder) -> Samples | None:
-    """The first matches of verdicts.jsonl at each policy's first temperature; None without any."""
+    """The first matches of verdicts.jsonl at each policy's first temperature, or None."""
     rows = [row for row in folder.verdicts if all(key in row for key in MATCH_KEYS)]
     policies = list(dict.fromkeys(str(row["policy"]) for row in rows))
     first = {policy: [r for r in rows if str(r["policy"]) == policy] for policy in policies}
@@ -169,7 +169,7 @@ def matches_of(folder: Folder) -> Samples | None:
     ]
     if not matches:
         return None
-    shown = _in_turn(matches, policies)[:MOST_ROWS]
+    shown = _in_turn(matches, policies)[:MAX_ROWS]
     note = f"The first {len(shown)} of {len(matches):,}, not selected." \
         if len(shown) < len(matches) else ""  # fmt: skip
     opponent = path_name(str(rows[0]["opponent"]))
@@ -191,7 +191,7 @@ def _sample(row: Row) -> Sample:
     verdict = VERDICTS.get(str(row["verdict"]), "no verdict")
     at = f"temperature {figure('temperature', row['temperature'])}"
     ours = f"{path_name(str(row['policy']))}, {at}: {verdict}"
-    reason = str(row.get("reason") or "")[:MOST_REASON]
+    reason = str(row.get("reason") or "")[:MAX_REASON]
     theirs = path_name(str(row["opponent"])) + (f" (judge: {reason})" if reason else "")
     return Sample(
         text(str(row["prompt"])),

@@ -1,4 +1,4 @@
-"""A run in words: its title, and a sentence on what was done and what came of it."""
+"""A run in words: its title, and a sentence on what was done and its result."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from dpo_cli.report.numbers import (
 from dpo_cli.report.page_read import Folder, Row
 
 FEW_FINISHED = 0.9  # a smaller share of finished completions is reported
-MOST_FINDINGS = 4  # sentences of frontier.json
-BASELINES = ("optimum", "best-of-n")  # rows of points.jsonl that are no trained policy
+MAX_FINDINGS = 4  # sentences of frontier.json
+BASELINES = ("optimum", "best-of-n")  # rows of points.jsonl that are not trained policies
 
 
 def title_of(folder: Folder) -> str:
@@ -64,7 +64,7 @@ def data_name(folder: Folder) -> str:
 
 
 def path_name(path: str) -> str:
-    """Of a run's folder or of a model in it, the run's name."""
+    """The run's name, from its folder or that of a model in it."""
     place = PurePath(path)
     if place.parent.name == "checkpoints":
         return f"{place.parent.parent.name} {place.name.replace('-', ' ')}"
@@ -74,7 +74,7 @@ def path_name(path: str) -> str:
 def verdict_of(folder: Folder, data: Mapping[str, Any]) -> str:
     """One sentence in plain words. data: the rows trained on (`train_rows`), if known."""
     if folder.findings:
-        return " ".join(folder.findings[:MOST_FINDINGS])
+        return " ".join(folder.findings[:MAX_FINDINGS])
     if folder.sweep:
         clauses = [count(len(folder.sweep), "job")]
     elif len(trained(folder.points)) > 1 or folder.stage == "frontier":
@@ -101,7 +101,7 @@ def _effort(folder: Folder, data: Mapping[str, Any]) -> str:
 
 
 def _of_training(summary: Row) -> list[str]:
-    """Held-out figures, or those of the last steps where no rows were held out."""
+    """Held-out figures, or those of the last steps if no rows were held out."""
     prefix = "eval/" if {"eval/loss", "eval/score"} & summary.keys() else ""
     where = "held-out" if prefix else "training"
     clauses = []
@@ -144,14 +144,14 @@ def _of_evaluation(folder: Folder) -> list[str]:
 
 
 def _unfinished(summary: Row, *names: str) -> str:
-    """Where many completions were truncated, the figures are of their beginnings."""
+    """A note if many completions were truncated, as the figures are of their beginnings."""
     share = next((summary[name] for name in names if is_number(summary.get(name))), 1.0)
     truncated = share < FEW_FINISHED
     return f"only {figure('finished', share)} of the completions finished with EOS" * truncated
 
 
 def _seen_before(data: Mapping[str, Any]) -> str:
-    """Held-out rows on which the run's initial weights had been trained."""
+    """A note on held-out rows that the run's initial weights had been trained on."""
     seen, rows = data.get("eval_rows_trained_on"), data.get("eval_rows")
     if not (isinstance(seen, int) and isinstance(rows, int)):
         return ""
@@ -159,7 +159,7 @@ def _seen_before(data: Mapping[str, Any]) -> str:
 
 
 def _trained_on(summary: Row) -> str:
-    """How far the prompts were not held out."""
+    """A note on prompts that were not held out."""
     share = summary.get("trained_share")
     if is_number(share):
         return f"{figure('trained_share', share)} of these prompts were trained on"
@@ -177,7 +177,7 @@ def _of_win_rates(rows: Sequence[Row]) -> list[str]:
 
 
 def _bounds(row: Row) -> str:
-    """The interval of a row of win_rates.json, where its bounds have no prefix."""
+    """The interval of a row of win_rates.json, whose bounds have no prefix."""
     return interval("win_rate", {f"win_rate_{bound}": row.get(bound) for bound in BOUNDS})
 
 
@@ -200,7 +200,8 @@ def _of_points(folder: Folder) -> list[str]:
 
 
 def level_with(best: Row, policies: Sequence[Row]) -> Row | None:
-    """The next best where it is within twice the error of their difference, or none is known."""
+    """The next best policy if it is within twice the error of their difference, or the error is
+    unknown."""
     second = best_point([row for row in policies if row is not best])
     if second is None:
         return None

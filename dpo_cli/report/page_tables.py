@@ -1,4 +1,4 @@
-"""The tables of a report: what several runs, policies or jobs came to."""
+"""The tables of a report: results of several runs, policies or jobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpo_cli.report.page_samples import text
 from dpo_cli.report.page_story import BASELINES, path_name
 from dpo_cli.report.table import Column, Measured, Table
 
-MOST_ROWS, MOST_POINTS = 40, 300
+MAX_ROWS, MAX_POINTS = 40, 300
 
 Shown = tuple[str, str, str]  # key of the rows, head, metric of its numbers ("": texts)
 
@@ -44,7 +44,7 @@ POINTS: tuple[Shown, ...] = (
 
 
 def table_of(
-    title: str, caption: str, rows: Sequence[Row], columns: Sequence[Shown], most: int = MOST_ROWS
+    title: str, caption: str, rows: Sequence[Row], columns: Sequence[Shown], most: int = MAX_ROWS
 ) -> Table | None:
     """The columns that some row fills; `x_se` is shown with `x`. None without rows."""
     filled = [column for column in columns if any(row.get(column[0]) is not None for row in rows)]
@@ -78,7 +78,7 @@ def points(folder: Folder) -> Table | None:
 
     rows = sorted(folder.points, key=place)
     caption = "Reward and KL with their standard errors"
-    return table_of("Policies", caption, rows, POINTS, MOST_POINTS)
+    return table_of("Policies", caption, rows, POINTS, MAX_POINTS)
 
 
 def sweep(folder: Folder) -> Table | None:

@@ -22,8 +22,8 @@ from dpo_cli.report.numbers import short_number
 BLUE, ORANGE, INK, GREY = "#0072B2", "#D55E00", "#222222", "#6B6B6B"
 NARROW = "_narrow"  # suffix of a picture drawn again for phones
 ROUNDING = 1e-5  # a relative spread of values below this is rounding noise
-SEPARATOR, LINE = "  ·  ", 0.17  # of a caption's parts; inches of a line of it
-PHONE = 4.6  # inches of it: 442 pixels of CSS, a fifth more than such a screen has
+SEPARATOR, LINE = "  ·  ", 0.17  # between a caption's parts; inches per line
+PHONE = 4.6  # inches: 442 pixels of CSS, a fifth more than a phone's screen has
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def headings(figure: Figure, title: str, caption: str, size: int) -> None:
     """Title and caption, top left."""
     width, height = figure.get_size_inches()
     left = 0.2 / width
-    # parse_math=False: a "$" in a run's name is no formula
+    # parse_math=False: a "$" in a run's name does not start a formula
     figure.text(
         left, 1 - 0.15 / height, title, fontsize=size, fontweight="bold", color=INK, va="top",
         parse_math=False,
@@ -214,7 +214,7 @@ def _draw_line(
         axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
     means = running_mean(values, window)
     axes.plot(steps, means, color=color, linewidth=1.8, solid_capstyle="round")
-    # a point between two gaps is on no line
+    # a point between two gaps is not part of a line
     alone = finite & ~np.append(finite[1:], False) & ~np.insert(finite[:-1], 0, False)
     axes.plot(steps[alone], values[alone], ".", color=color, markersize=6)
     return float(means[finite][-1]) if finite.any() else math.nan
@@ -243,7 +243,7 @@ def _style(axes: Axes, panel: Panel) -> None:
     plain_axes(axes)
     axes.margins(x=0.02, y=0.08)
     low, high = axes.get_ylim()
-    if high - low < ROUNDING * max(abs(low), abs(high)):  # what stayed as it was
+    if high - low < ROUNDING * max(abs(low), abs(high)):  # constant
         axes.set_ylim(low - 0.1 * abs(low), high + 0.1 * abs(high))
     first, last = axes.get_xlim()
     if last - first < 2:  # a single step
@@ -263,7 +263,7 @@ def _style(axes: Axes, panel: Panel) -> None:
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Label the lines at the right edge, spaced apart where they end close together."""
+    """Label the lines at the right edge, with enough space between close labels."""
     ends = sorted((end for end in ends if math.isfinite(end[0])), key=lambda end: end[0])
     bottom, top = axes.get_ylim()
     gap = 12 / (axes.bbox.height / axes.figure.dpi * 72)  # 12 points, as a part of the axes

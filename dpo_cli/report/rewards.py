@@ -1,4 +1,4 @@
-"""A reward model's held-out rewards as a picture: their separation and calibration."""
+"""Plots of a reward model's held-out rewards: their separation and calibration."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Sink(Protocol):
 def open_sinks(
     logger: LoggerConfig, run_dir: Path, resume_step: int, config: dict[str, Any]
 ) -> list[Sink]:
-    """Open every sink that `logger` asks for.
+    """Open every sink that `logger` configures.
 
     resume_step: the optimizer step the run resumes from, 0 for a run from the start.
     Rows logged after it belong to lost work and are removed, from samples.jsonl too.

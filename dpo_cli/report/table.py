@@ -26,7 +26,7 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")  
 
 
 class Measured(NamedTuple):
-    """A figure with its standard error, None where it is unknown."""
+    """A figure with its standard error; None: unknown."""
 
     value: Any
     error: Any = None
@@ -70,7 +70,8 @@ class Table:
         return self.rich()
 
     def rich(self, prose: bool = False) -> rich.table.Table:
-        """For a console, texts taken literally. prose: columns of equal width, rows apart."""
+        """For a console, with texts taken literally. prose: equal column widths, space between
+        rows."""
         cells = self.cells()
         headed = any(column.head for column in self.columns)
         table = rich.table.Table(
@@ -91,21 +92,21 @@ class Table:
         return table
 
     def markdown(self) -> str:
-        """A Markdown table: no cell breaks it, and none is HTML or markup."""
+        """A Markdown table, with HTML, markup and table borders in cells escaped."""
         rule = "".join("---:|" if column.numeric else "---|" for column in self.columns)
         heads = [column.head for column in self.columns]
         lines = [_line(heads), f"|{rule}\n", *map(_line, self.cells())]
         return "".join(lines)
 
     def csv(self) -> str:
-        """All values in full; nothing for None, NaN and infinities, and no cell is a formula."""
+        """All values in full; empty cells for None, NaN and infinities; formulas are escaped."""
         text = io.StringIO()
         rows = [[column.head for column in self.columns], *self.rows]
         csv.writer(text, lineterminator="\n").writerows([_plain(v) for v in row] for row in rows)
         return text.getvalue()
 
     def to_json(self) -> dict[str, Any]:
-        """For `from_json`; of cells that are texts, numbers or None."""
+        """The input of `from_json`; cells must be texts, numbers or None."""
         return asdict(self)
 
     @classmethod
@@ -127,7 +128,7 @@ def summary_table(title: str, rows: Iterable[tuple[str, object]]) -> Table:
 
 
 def markdown_text(value: Any) -> str:
-    """One line of Markdown text: no HTML, no markup, no table border in it."""
+    """Text as one line of Markdown, with HTML, markup and table borders escaped."""
     text = " ".join(printable(brief(value)).split())
     return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(text, quote=False))
 

@@ -1,4 +1,4 @@
-"""Win rates as a picture: one bar per policy and temperature, with its 95% interval."""
+"""Plot of win rates: one bar per policy and temperature, with its 95% interval."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dpo_cli.report.plots import (
     wrapped,
 )
 
-MOST_BARS = 30  # more are in win_rates.json
+MAX_BARS = 30  # more are in win_rates.json
 # Inches: width, and left and right of the bars, for their labels; and of the same for a phone.
 SIZES = {"": (7.0, 1.1, 1.6), NARROW: (PHONE, 0.7, 1.65)}
 BAR, NAME, EDGE = 0.27, 0.30, 0.2  # inches of a bar, of a policy's name, and before that
@@ -49,7 +49,7 @@ def draw_win_rates(run_dir: Path, rows: Sequence[Row]) -> Path:
 
 
 def _picture(name: str, rows: Sequence[Row], width: float, left: float, right: float) -> Figure:
-    shown = rows[:MOST_BARS]
+    shown = rows[:MAX_BARS]
     groups: dict[str, list[Row]] = {}
     for row in shown:
         groups.setdefault(str(row["policy"]), []).append(row)
@@ -59,8 +59,8 @@ def _picture(name: str, rows: Sequence[Row], width: float, left: float, right: f
     figure = new_figure(width, height)
     headings(figure, "Win rate", heading, size=13)
     footer = shorten(name, letters - 20)
-    if len(rows) > MOST_BARS:
-        footer += f"  ·  {MOST_BARS} of {len(rows)} bars; the others are in win_rates.json"
+    if len(rows) > MAX_BARS:
+        footer += f"  ·  {MAX_BARS} of {len(rows)} bars; the others are in win_rates.json"
     footer = wrapped(footer, width)
     figure.text(EDGE / width, 0.1 / height, footer, fontsize=8, color=GREY, parse_math=False)
     axes = figure.add_axes(
@@ -93,7 +93,7 @@ def caption(rows: Sequence[Row]) -> str:
 
 
 def _end(name: str, characters: int = 70) -> str:
-    """At most so many characters of a name, its beginning elided: folders differ at their end."""
+    """A name with its beginning elided to a maximum length: folders differ at their end."""
     return name if len(name) <= characters else f"…{name[1 - characters :]}"
 
 

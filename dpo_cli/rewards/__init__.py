@@ -1,1 +1,1 @@
-"""What scores a completion: reward models, classifiers, word lists, the policy itself."""
+"""Scorers of completions: reward models, classifiers, word lists, the policy itself."""

@@ -1,4 +1,4 @@
-"""Model values of sampled completions: encoded as in training, and packed."""
+"""Values that a model computes for sampled completions, encoded as in training and packed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dpo_cli.data.drops import BadRow, DropReport
 from dpo_cli.data.encode import encode_completed
 from dpo_cli.data.limits import resolve_limits
 from dpo_cli.errors import DataError
-from dpo_cli.model.attention.registered import MOST_TOKENS, kernel_of
+from dpo_cli.model.attention.interface import MAX_TOKENS, kernel_of
 from dpo_cli.model.load import context_length
 from dpo_cli.model.rope import cuts_of
 from dpo_cli.packing import pack_sorted
@@ -25,14 +25,14 @@ from dpo_cli.records import Batch, EncodedExample, Prompt
 from dpo_cli.rewards.scorers import Completed
 from dpo_cli.session.session import Session
 
-MOST_BRANCHES = 16  # completions per copy of their prompt, so that packs stay short
+MAX_BRANCHES = 16  # completions per copy of their prompt, so that packs stay short
 
 
 @dataclass
 class Encoding:
-    """Encodes completions as `model` was trained, truncated as the run's `data` group says.
+    """Encodes completions as in the training of `model`, truncated as the run's `data` group says.
 
-    The first call that truncates anything notes it on the console.
+    The first call that truncates notes it on the console.
     """
 
     session: Session
@@ -41,12 +41,12 @@ class Encoding:
     noted: bool = field(default=False, init=False)
 
     def __call__(self, rows: Sequence[Completed]) -> list[EncodedExample]:
-        config, cuts = self.session.config.data, DropReport(read=len(rows))
+        config, drops = self.session.config.data, DropReport(read=len(rows))
         limits = resolve_limits(config, context_length(self.model))
         config, texts = as_read_by(self.tokenizer, config, rows)
         plain = [(*text, row.finished) for text, row in zip(texts, rows, strict=True)]
-        encoded = encode_completed(plain, self.tokenizer, config, limits, cuts)
-        for line in [] if self.noted else cuts.summary_lines():
+        encoded = encode_completed(plain, self.tokenizer, config, limits, drops)
+        for line in [] if self.noted else drops.summary_lines():
             self.session.note(f"completions: {line}")
             self.noted = True
         return encoded
@@ -57,8 +57,8 @@ def as_read_by(
 ) -> tuple[DataConfig, list[tuple[Prompt, str]]]:
     """The data settings and (prompt, completion) as this tokenizer's model reads them.
 
-    HH's dialogues are messages for a model with a chat template and text for one without: of the
-    scoring model, whatever the sampling model has.
+    HH's dialogues are messages for a scoring model with a chat template and text for one without,
+    independent of the sampling model.
     """
     texts = [(row.prompt, row.completion) for row in rows]
     if config.name != "hh" or config.chat_template != "auto":
@@ -84,19 +84,19 @@ def values_of(
 ) -> list[float]:
     """`compute(packed row) -> (S,)` for examples of one response, in their order.
 
-    A prompt is computed once for its responses, and equal responses get one value: in packs of
-    different lengths theirs would differ by rounding, and look like a preference.
+    A prompt is computed once for its responses, and equal responses get the same value: in packs of
+    different lengths they would differ by rounding, which would look like a preference.
     """
-    budget = min(session.token_budget, MOST_TOKENS.get(kernel_of(model), session.token_budget))
-    cuts = sorted({*session.cuts, *cuts_of(model.config)})  # and those it is compared with
+    budget = min(session.token_budget, MAX_TOKENS.get(kernel_of(model), session.token_budget))
+    cuts = sorted({*session.cuts, *cuts_of(model.config)})  # those of both models of a log-ratio
     values = [0.0] * len(examples)
     for shared, places in _sharing_prompts(examples):
         batches = list(pack_sorted(shared, budget, keep_last, cuts))
-        made = session.ranks.spread(
+        results = session.ranks.spread(
             batches, lambda batch: compute(batch.to(session.runtime.device)).cpu()
         )
-        for batch, found in zip(batches, made, strict=True):
-            ranked = found.view(-1, batch.branches).tolist()
+        for batch, branch_values in zip(batches, results, strict=True):
+            ranked = branch_values.view(-1, batch.branches).tolist()
             for example, row in zip(batch.example_ids.tolist(), ranked, strict=True):
                 for equal, value in zip(places[example], row, strict=True):
                     for i in equal:
@@ -104,13 +104,14 @@ def values_of(
     return values
 
 
-Places = list[list[int]]  # of each response of an example, the rows that have it
+Places = list[list[int]]  # for each response of an example, the rows that have it
 
 
 def _sharing_prompts(
     examples: Sequence[EncodedExample],
 ) -> Iterator[tuple[list[EncodedExample], list[Places]]]:
-    """Examples with all distinct responses of a prompt, for each number of responses."""
+    """Group rows by prompt: one example per prompt with its distinct responses, grouped by their
+    number."""
     prompts: dict[bytes, dict[bytes, list[int]]] = {}
     for i, example in enumerate(examples):
         (response,) = example.response_ids
@@ -119,8 +120,8 @@ def _sharing_prompts(
     by_count: dict[int, list[Places]] = defaultdict(list)
     for responses in prompts.values():
         distinct = list(responses.values())
-        for first in range(0, len(distinct), MOST_BRANCHES):
-            part = distinct[first : first + MOST_BRANCHES]
+        for first in range(0, len(distinct), MAX_BRANCHES):
+            part = distinct[first : first + MAX_BRANCHES]
             by_count[len(part)].append(part)
     for places in by_count.values():
         yield (

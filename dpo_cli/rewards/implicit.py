@@ -1,4 +1,4 @@
-"""The reward that a policy trained with DPO implies (arXiv 2305.18290 eq. 5)."""
+"""The implicit reward of a policy trained with DPO (arXiv 2305.18290 eq. 5)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dpo_cli.session.session import Session
 class ImplicitReward:
     """beta (log pi - log pi_ref) of a completion given its prompt, in nats times beta.
 
-    Without the prompt's log Z, which cancels between two completions.
+    Omits the prompt's log Z, which cancels between two completions.
     """
 
     session: Session
@@ -36,10 +36,10 @@ class ImplicitReward:
 
     def __call__(self, rows: Sequence[Completed]) -> list[float]:
         examples = self.encoding(rows)
-        found = self.session.within_memory(
+        values = self.session.within_memory(
             lambda: values_of(self.session, self.policy, examples, self._logratio)
         )
-        return finite(found)
+        return finite(values)
 
     def _logratio(self, batch: Batch) -> torch.Tensor:
         with self.session.runtime.autocast():
@@ -53,8 +53,8 @@ def implicit_reward(session: Session, stage: LabelConfig) -> Scorer:
     named = stage.reference or base_provenance(source).get("reference")
     if named is None:
         raise ConfigError(
-            f"stage.reference=null: {source.path or source.hub_id} does not say what it was "
-            "trained against; set stage.reference=<folder>"
+            f"stage.reference=null: {source.path or source.hub_id} does not name the reference of "
+            "its training; set stage.reference=<folder>"
         )
     if source.path is not None and Path(named).resolve() == Path(source.path).resolve():
         raise ConfigError(

@@ -11,14 +11,14 @@ from pathlib import Path
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.rewards.scorers import Completed, Scorer
 
-PUNCTUATION = string.punctuation + "“”‘’«»…–—"  # noqa: RUF001 - as texts have them
+PUNCTUATION = string.punctuation + "“”‘’«»…–—"  # noqa: RUF001 - as in typeset texts
 
 
 def lexicon(valences: Mapping[str, float]) -> Scorer:
-    """The scorer of a table of case-folded words: mean valence, 0 where there is no word.
+    """The scorer of a table of case-folded words: mean valence, 0 for a text without words.
 
-    A word is looked up as it stands (emoticons), then without the punctuation around it. One
-    that is not in the table has valence 0; punctuation alone is no word.
+    A word is looked up verbatim (for emoticons), then without the punctuation around it. Words not
+    in the table have valence 0; punctuation alone is not a word.
     """
 
     def score(rows: Sequence[Completed]) -> list[float]:
@@ -28,47 +28,47 @@ def lexicon(valences: Mapping[str, float]) -> Scorer:
 
 
 def mean_valence(text: str, valences: Mapping[str, float]) -> float:
-    found = []
+    values = []
     for word in text.casefold().split():
         bare = word.strip(PUNCTUATION)
         if word in valences:
-            found.append(valences[word])
+            values.append(valences[word])
         elif bare:
-            found.append(valences.get(bare, 0.0))
-    return sum(found) / len(found) if found else 0.0
+            values.append(valences.get(bare, 0.0))
+    return sum(values) / len(values) if values else 0.0
 
 
 def from_lists(positive: Sequence[str], negative: Sequence[str]) -> dict[str, float]:
-    """Valence 1 and -1. Raises ConfigError for no word at all, or one on both sides."""
+    """Valences 1 and -1. Raises ConfigError for empty lists, or a word in both."""
     good, bad = ({word.casefold() for word in words} for words in (positive, negative))
     if not good | bad:
         raise ConfigError(
             "reward_fn=lexicon: no words; set reward_fn.path=<file> or reward_fn.positive=[...]"
         )
     if both := sorted(good & bad):
-        raise ConfigError(f"reward_fn.negative: {both[0]!r} is in reward_fn.positive, too")
+        raise ConfigError(f"reward_fn.negative: {both[0]!r} is also in reward_fn.positive")
     return dict.fromkeys(good, 1.0) | dict.fromkeys(bad, -1.0)
 
 
 def read_lexicon(path: Path) -> dict[str, float]:
-    """Words, case-folded, of lines `word<TAB>valence[<TAB>...]`; VADER's file is one such.
+    """Case-folded words of lines `word<TAB>valence[<TAB>...]`, as in VADER's file.
 
-    Of words that differ in case alone the one in lower case counts, else the first. A `.zip`
-    has one `.txt` file. Raises DataError.
+    Of words that differ only in case the one in lower case counts, otherwise the first. A `.zip`
+    must contain one `.txt` file. Raises DataError.
     """
     try:
         lines = _content(path).decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError, zipfile.BadZipFile) as error:
         raise DataError(f"reward_fn.path={path}: cannot be read: {error}") from error
-    found: dict[str, float] = {}
+    valences: dict[str, float] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
             word, valence = _entry(line, f"{path}:{number}")
-            if word.islower() or word.casefold() not in found:
-                found[word.casefold()] = valence
-    if not found:
-        raise DataError(f"reward_fn.path={path}: has no words")
-    return found
+            if word.islower() or word.casefold() not in valences:
+                valences[word.casefold()] = valence
+    if not valences:
+        raise DataError(f"reward_fn.path={path}: contains no words")
+    return valences
 
 
 def _content(path: Path) -> bytes:
@@ -77,7 +77,9 @@ def _content(path: Path) -> bytes:
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(".txt")]
         if len(names) != 1:
-            raise DataError(f"reward_fn.path={path}: {len(names)} .txt files in it, give one")
+            raise DataError(
+                f"reward_fn.path={path}: contains {len(names)} .txt files instead of one"
+            )
         return archive.read(names[0])
 
 

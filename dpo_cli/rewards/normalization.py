@@ -1,6 +1,6 @@
 """Mean and standard deviation of a reward model on samples of the model it was trained from.
 
-With them the reward has mean 0 and std 1 where PPO starts (arXiv 1909.08593, section 2).
+The reward normalized by them has mean 0 and std 1 where PPO starts (arXiv 1909.08593, section 2).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from dpo_cli.session.session import Session
 
 
 def normalize(session: Session, loaded: Loaded) -> dict[str, float]:
-    """Measure, and write {mean, std, samples} beside the final weights; figures of the run.
+    """Measure, and write {mean, std, samples} beside the final weights; returns the run's figures.
 
-    Nothing is measured, and a note says why, where the run started from no policy.
+    If the run did not start from a policy, nothing is measured, and a note gives the reason.
     """
     stage = cast(RewardConfig, session.config.stage)
     if stage.normalize_prompts == 0:
@@ -56,17 +56,17 @@ def _base(session: Session, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
     """The weights the run started from (not its checkpoint's), if they are a language model's."""
     source = session.config.model
     if source.path is None and source.architecture is not None:
-        why = "random weights"
+        reason = "random weights"
     elif any(n.endswith(CLASSIFIER) for n in hf_config(source, tokenizer).architectures or ()):
-        why = "a reward model"
+        reason = "a reward model"
     else:
-        settings = session.config.lora  # quantized, it takes no more memory than in training
+        settings = session.config.lora  # a quantized base needs no more memory than in training
         adaptation = None if settings.name == "none" else Adaptation(settings)
         model = load(session, source, tokenizer, how=Loading(adaptation=adaptation))
         model.to(session.runtime.device)  # type: ignore[arg-type]
         return model
     session.note(
-        f"rewards are not normalized: the run started from {why}, which cannot be sampled from"
+        f"rewards are not normalized: the run started from {reason}, which cannot be sampled from"
     )
     return None
 
@@ -74,7 +74,7 @@ def _base(session: Session, tokenizer: PreTrainedTokenizerFast) -> PreTrainedMod
 def _samples(
     session: Session, loaded: Loaded, base: PreTrainedModel, stage: RewardConfig
 ) -> list[Completed]:
-    """One completion each of some distinct training prompts."""
+    """One completion for each of some distinct training prompts."""
     prompts = distinct_prompts(loaded.splits.train)
     count = min(stage.normalize_prompts, len(prompts))
     chosen = random.Random(session.config.seed).sample(prompts, count)
@@ -82,10 +82,10 @@ def _samples(
         max_new_tokens=stage.normalize_max_new_tokens, seed=session.config.seed
     )
     with session.progress.phase("sampling to normalize", count) as tick:
-        found = complete(
+        rows = complete(
             session, base, loaded.tokenizer, [e.prompt_ids for e in chosen], options, tick
         )
     return [
         Completed(e.prompt, row[0]["completion"], row[0]["finished"])
-        for e, row in zip(chosen, found, strict=True)
+        for e, row in zip(chosen, rows, strict=True)
     ]

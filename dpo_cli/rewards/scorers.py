@@ -1,7 +1,7 @@
-"""Rewards of a completion: name -> function of completions, for those that need no model.
+"""Rewards that need no model, by name: functions of completions.
 
-A new one is a function here, a line of `SCORERS`, its schema in `config/rewards.py` and
-`conf/reward_fn/x.yaml`; those with a model are in `rewards/scoring.py`.
+To add one: a function here, a line of `SCORERS`, its schema in `config/rewards.py` and
+`conf/reward_fn/x.yaml`. Rewards with a model are in `rewards/scoring.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dpo_cli.records import Prompt
 
 @dataclass(frozen=True)
 class Completed:
-    """A prompt as its source has it, and a sampled completion.
+    """A prompt as in its source, and a sampled completion.
 
     finished: ended with EOS, not truncated.
     """
@@ -26,7 +26,7 @@ class Completed:
 
     @property
     def text(self) -> str:
-        """Prompt and completion as one text; of a chat, the contents of its messages."""
+        """Prompt and completion as one text; a chat as the contents of its messages."""
         return as_text(self.prompt) + self.completion
 
 

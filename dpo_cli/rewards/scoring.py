@@ -1,4 +1,4 @@
-"""The scorer that the `reward_fn` group names."""
+"""The scorer that the `reward_fn` group configures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dpo_cli.config.unread import unread, value_at
 from dpo_cli.data.template import use_template_file
 from dpo_cli.durable.provenance import load_provenance
 from dpo_cli.errors import NonFiniteError
-from dpo_cli.model.attention.registered import kernel_of, use
+from dpo_cli.model.attention.interface import kernel_of, use_kernel
 from dpo_cli.model.classifier import (
     Classifier,
     classifier_config,
@@ -51,9 +51,9 @@ NORMALIZATION = "normalisation"  # the entry of a reward model's dpo_run.json
 def load_scorer(session: Session, config: RewardFnConfig | None = None) -> Scorer:
     """The scorer that `config` (default: the run's reward_fn) names; its model stays loaded.
 
-    A completion's score does not depend on the others of a call, up to rounding (of
+    A completion's score does not depend on the others of a call, up to rounding (in
     `scoring_dtype`); equal completions of a call get equal scores. Ground truths and classifiers
-    score in float32 everywhere. Raises ConfigError or DataError.
+    always score in float32. Raises ConfigError or DataError.
     """
     config = config or session.config.reward_fn
     if isinstance(config, SentimentRewardFn) and config.scale == "log_odds":
@@ -92,8 +92,8 @@ class OwnScorer:
 
 
 def scoring_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """The line of a plan on what rates completions, if anything does. ConfigError for a local
-    model that cannot."""
+    """The plan's line on the reward, if the run uses one. ConfigError for a local model that cannot
+    score."""
     reward = config.reward_fn
     if unread(config, "reward_fn"):
         return
@@ -108,7 +108,7 @@ def scoring_rows(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class ClassifierScorer:
-    """Probability or log-odds of one class, of prompt and completion as one text."""
+    """Probability or log-odds of one class for prompt and completion as one text."""
 
     classifier: Classifier
     label: int
@@ -126,13 +126,13 @@ def _classifier(session: Session, config: ClassifierRewardFn) -> Scorer:
         path=config.path, hub_id=config.hub_id, revision=config.revision,
         other_base=session.config.model.other_base,
     )  # fmt: skip
-    found = load_classifier(
+    classifier = load_classifier(
         source, config.max_length, config.batch_size, session.runtime.device, KEY
     )
-    label = label_index(found.model.config, config.label)
-    name = label_names(found.model.config)[label]
+    label = label_index(classifier.model.config, config.label)
+    name = label_names(classifier.model.config)[label]
     session.note(f"reward_fn=classifier: {config.scale} of class {name!r}")
-    return ClassifierScorer(found, label, config.scale)
+    return ClassifierScorer(classifier, label, config.scale)
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,7 @@ class Normalization:
 class RewardModelScorer:
     """The score at the last token of prompt and completion.
 
-    dtype: what the layers multiply in, under autocast as in training; the head and the score are
-    in float32.
+    dtype: of matrix products, under autocast as in training; the head and the score are in float32.
     """
 
     session: Session
@@ -162,10 +161,10 @@ class RewardModelScorer:
 
     def __call__(self, rows: Sequence[Completed]) -> list[float]:
         examples = without_padding(self.encoding(rows), self.model)
-        found = self.session.within_memory(
+        values = self.session.within_memory(
             lambda: values_of(self.session, self.model, examples, self._rewards, keep_last=True)
         )
-        return finite(self.normalize(found))
+        return finite(self.normalize(values))
 
     def _rewards(self, batch: Batch) -> torch.Tensor:
         half = self.dtype != torch.float32
@@ -174,8 +173,8 @@ class RewardModelScorer:
 
 
 def scoring_dtype(runtime: Runtime) -> torch.dtype:
-    """Bfloat16 on CUDA in a run that computes in it, as the reward model was trained: float32 would
-    take as long as sampling. Else float32."""
+    """bf16 for a run that computes in it on CUDA, as in the reward model's training: float32 would
+    take as long as sampling. Otherwise float32."""
     half = runtime.device.type == "cuda" and runtime.precision == "bf16"
     return torch.bfloat16 if half else torch.float32
 
@@ -189,8 +188,8 @@ def reward_model_scorer(
     """A scorer of a loaded reward model, which is moved to the session's device."""
     model.to(session.runtime.device).eval()  # type: ignore[arg-type]
     dtype = scoring_dtype(session.runtime)
-    if dtype == torch.float32 and kernel_of(model) == "varlen":  # refuses float32
-        use(model, "sdpa")
+    if dtype == torch.float32 and kernel_of(model) == "varlen":  # which does not support float32
+        use_kernel(model, "sdpa")
     encoding = Encoding(session, model, tokenizer)
     return RewardModelScorer(session, model, encoding, normalize or Normalization(), dtype)
 
@@ -198,7 +197,7 @@ def reward_model_scorer(
 def _reward_model(session: Session, config: RewardModelFn) -> Scorer:
     source = ModelConfig(path=config.path, other_base=session.config.model.other_base)
     tokenizer = load_tokenizer(source, KEY)
-    if tokenizer.chat_template is None:  # else it reads what it was trained on
+    if tokenizer.chat_template is None:  # otherwise it has the one of its training
         use_template_file(tokenizer, session.config.data)
     classifier_config(source, tokenizer, KEY)
     on = replace(session.placement, dtype=scoring_dtype(session.runtime))
@@ -215,7 +214,7 @@ def _normalization(session: Session, config: RewardModelFn) -> Normalization | N
     facts = load_provenance(model_folder(config.path, KEY)).get(NORMALIZATION)
     if facts is None:
         session.note(
-            f"reward_fn.normalized=true: {config.path} stores no mean and std "
+            f"reward_fn.normalized=true: {config.path} has no mean and std "
             "(stage.normalize_prompts of stage=reward), so its rewards are not scaled"
         )
         return None
@@ -223,7 +222,7 @@ def _normalization(session: Session, config: RewardModelFn) -> Normalization | N
 
 
 def scorer_digest(scorer: Scorer) -> str | None:
-    """sha256 of a scorer's model or file, which may be overwritten."""
+    """sha256 of a scorer's model or file, which identifies it even if that is overwritten."""
     if isinstance(scorer, OwnScorer):
         return scorer.function.digest
     if isinstance(scorer, ClassifierScorer):
@@ -232,7 +231,7 @@ def scorer_digest(scorer: Scorer) -> str | None:
 
 
 def finite(scores: list[float]) -> list[float]:
-    """The scores themselves; NonFiniteError if one cannot be compared with others."""
+    """The scores, unchanged; NonFiniteError if one is not finite."""
     if not all(map(math.isfinite, scores)):
         raise NonFiniteError("reward_fn: a score is not finite: the model overflows or is damaged")
     return scores

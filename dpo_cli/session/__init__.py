@@ -1,1 +1,1 @@
-"""What every stage works with: the session, its rows, reference, precision and samples."""
+"""Shared by all stages: the session, its rows, reference, precision and samples."""

@@ -15,7 +15,7 @@ from dpo_cli.records import EncodedExample
 from dpo_cli.statistics import share_interval
 
 PERCENTILE = 95  # of response lengths: the longest few would double the work
-MOST_FINISH = 0.9  # a smaller share of finished completions is reported
+MIN_FINISHED = 0.9  # below this share of finished completions a note is printed
 
 Sampling = TypeVar("Sampling", SampleConfig, EvaluateConfig, PpoConfig)
 
@@ -55,13 +55,13 @@ def new_tokens_of(folder: Path, stage: Mapping[str, Any]) -> Any:
 def finished_share(finished: Sequence[bool], prompts: int) -> dict[str, float]:
     """`finished`, the share of completions that finished with EOS, and its 95% interval `_low`,
     `_high` over that many prompts, as the samples of one prompt are not independent."""
-    found = share_interval(sum(finished) / len(finished), prompts)
-    return {"finished": found.value, "finished_low": found.low, "finished_high": found.high}
+    share = share_interval(sum(finished) / len(finished), prompts)
+    return {"finished": share.value, "finished_low": share.low, "finished_high": share.high}
 
 
 def unfinished_line(finished: float, most: int) -> str | None:
     """A note if too few completions finished with EOS."""
-    if finished >= MOST_FINISH:
+    if finished >= MIN_FINISHED:
         return None
     return (
         f"only {finished:.0%} of completions finished with EOS, the others were truncated to "

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import ModelConfig
 from dpo_cli.data.dataset import EncodedSplits
-from dpo_cli.distributed.checkpoint import is_sharded
 from dpo_cli.distributed.fsdp import make_mesh, shard
+from dpo_cli.distributed.sharded_checkpoint import is_sharded
 from dpo_cli.durable.provenance import BASE, load_provenance
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.adapters.active import Adaptation, is_adapted
-from dpo_cli.model.attention.registered import MOST_TOKENS, Placement, kernel_of
+from dpo_cli.model.attention.interface import MAX_TOKENS, Placement, kernel_of
 from dpo_cli.model.base import content_at, content_in
 from dpo_cli.model.blocks import compile_blocks
 from dpo_cli.model.fuse import round_residual
@@ -52,8 +52,8 @@ Read = Callable[
 class Loading:
     """How a model is loaded.
 
-    as_trained: in the precision and with the kernels of the trained weights; without, a reference
-    would not be what the policy was at step 0. before_sharding: applied to the loaded model.
+    as_trained: with the precision and kernels of the trained weights; otherwise a reference would
+    differ from the policy at step 0. before_sharding: applied to the loaded model.
     """
 
     read: Read = load_model
@@ -83,9 +83,9 @@ def load(
     key: str = "model.path",
     how: Loading = Loading(),
 ) -> PreTrainedModel:
-    """A model for this run's device, sharded if the run has several. key: where the user named it.
+    """A model on this run's device, sharded if the run has several. key: the key that names it.
 
-    The session's packed rows stay as short as this model's attention needs.
+    Limits the session's packs to the length that this model's attention supports.
     """
     on = replace(session.placement, sharded=session.ranks.size > 1)
     model = how.read(source, tokenizer, session.config.seed, key, on, how.adaptation)
@@ -93,14 +93,14 @@ def load(
     if how.as_trained:
         use_training_kernels(session, model)
     session.cuts = tuple(sorted({*session.cuts, *cuts_of(model.config)}))
-    if kernel_of(model) in MOST_TOKENS:
-        session.budget.limit(MOST_TOKENS[kernel_of(model)])
-    held = None if is_adapted(model) else torch.float32
+    if kernel_of(model) in MAX_TOKENS:
+        session.budget.limit(MAX_TOKENS[kernel_of(model)])
+    dtype = None if is_adapted(model) else torch.float32
     if how.as_trained:
-        held = hold_as_trained(model, session.config.hardware) or held
+        dtype = hold_as_trained(model, session.config.hardware) or dtype
     note_head(model, session.placement, key)
     if session.ranks.size > 1:
-        shard_weights(session, model, key, held)
+        shard_weights(session, model, key, dtype)
     return model
 
 
@@ -118,10 +118,10 @@ def use_training_kernels(session: Session, model: PreTrainedModel) -> None:
 
 
 def compiles(session: Session) -> bool:
-    """Whether the run compiles its blocks; `auto`: where compiling pays off."""
+    """Whether the run compiles its blocks; `auto`: if compiling pays off."""
     choice, steps = session.config.hardware.compile, session.config.train.max_steps
     if session.config.train.router_aux_loss_coef:
-        return False  # routers are not watched in compiled blocks
+        return False  # router logits cannot be recorded in compiled blocks
     if choice == "auto":
         cuda = session.runtime.device.type == "cuda"
         return cuda and (steps is None or steps >= WORTH_COMPILING)
@@ -129,7 +129,7 @@ def compiles(session: Session) -> bool:
 
 
 def shard_weights(
-    session: Session, model: PreTrainedModel, key: str, held: torch.dtype | None
+    session: Session, model: PreTrainedModel, key: str, dtype: torch.dtype | None
 ) -> None:
     """Shard a loaded model over the ranks. ConfigError for one whose forwards differ by rank.
 
@@ -137,23 +137,23 @@ def shard_weights(
     """
     if kernel_of(model) == "plain":  # as many forwards as a row needs
         raise ConfigError(
-            f"{key}: {type(model).__name__} runs with attention=plain, which several devices "
-            "cannot share: use hardware.devices=1"
+            f"{key}: {type(model).__name__} runs with attention=plain, which does not support "
+            "several devices: use hardware.devices=1"
         )
     hardware = session.config.hardware
     nodes = max(1, session.ranks.size // hardware.devices)
     mesh = make_mesh(session.runtime.device.type, hardware.devices, nodes, hardware.sharding)
-    shard(model, mesh, session.placement.dtype, partial(_arrived, type(model).__name__, held))
+    shard(model, mesh, session.placement.dtype, partial(_arrived, type(model).__name__, dtype))
 
 
 def _arrived(
-    family: str, held: torch.dtype | None, weights: list[tuple[str, torch.nn.Parameter]]
+    family: str, dtype: torch.dtype | None, weights: list[tuple[str, torch.nn.Parameter]]
 ) -> None:
     """Check and convert the weights of a block that is about to be sharded."""
     refuse_non_finite(family, weights)
     for _, weight in weights:
-        if held is not None and weight.is_floating_point():
-            weight.data = weight.data.to(held)
+        if dtype is not None and weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
 
 
 def load_policy_and_data(session: Session, how: Loading = AS_TRAINED) -> Loaded:
@@ -162,11 +162,11 @@ def load_policy_and_data(session: Session, how: Loading = AS_TRAINED) -> Loaded:
     refuse_rounding(config.hardware, session.runtime)
     tokenizer = load_tokenizer(config.model)
     source, saved, adaptation = config.model, session.snapshot, None
-    whole = None if saved is None or is_sharded(saved.folder) else saved.folder
+    folder = None if saved is None or is_sharded(saved.folder) else saved.folder
     if config.lora.name != "none":
-        adaptation = Adaptation(config.lora, whole)
-    elif whole is not None:
-        source = replace(source, path=str(whole))
+        adaptation = Adaptation(config.lora, folder)
+    elif folder is not None:
+        source = replace(source, path=str(folder))
     how = replace(how, adaptation=adaptation, as_trained=True)
     started_from = None if source is config.model else content_at(config.model)
     model = load(session, source, tokenizer, how=how)
@@ -184,7 +184,7 @@ def load_policy_and_data(session: Session, how: Loading = AS_TRAINED) -> Loaded:
         session.note(line)
     if seen := seen_before(config, splits):
         session.data_facts[SEEN] = seen
-    session.settle_tokens(tokenizer, splits)
+    session.choose_budget(tokenizer, splits)
     return Loaded(model, tokenizer, splits, base_provenance(config.model), digest)
 
 
@@ -195,18 +195,18 @@ def load_named(
     key: str = "stage.reference",
     how: Loading = Loading(),
 ) -> PreTrainedModel:
-    """Another model by folder or hub id, for the same token ids as the policy's."""
+    """Another model by folder or hub id. ConfigError if its tokenizer differs from the policy's."""
     source = named_source(session.config.model, named, key)
     if load_tokenizer(source, key).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
-            f"{key}={named}: has another tokenizer than model={session.config.model.name}; its "
-            "log-probabilities would be of other tokens"
+            f"{key}={named}: its tokenizer differs from that of model={session.config.model.name}, "
+            "so its log-probabilities would be of other tokens"
         )
     return load(session, source, tokenizer, key, how)
 
 
 def named_source(config: ModelConfig, named: str, key: str = "stage.reference") -> ModelConfig:
-    """The source of another model, with the other settings of the run's own."""
+    """The source of another model, with the remaining settings of the run's own model."""
     local = model_folder(named, key) if Path(named).is_dir() else None
     return replace(
         config, architecture=None, revision=None, tokenizer=None,
@@ -215,7 +215,7 @@ def named_source(config: ModelConfig, named: str, key: str = "stage.reference") 
 
 
 def provenance_of(session: Session, loaded: Loaded, **own: Any) -> dict[str, Any]:
-    """What is written beside the weights that a run trains; own: of its stage alone."""
+    """Provenance saved beside the trained weights. own: entries of this stage only."""
     config = session.config
     facts = {"stage": config.stage.name, **own, "data": loaded.splits.origin}
     facts |= {"date": config.data.date, **quantized_base(config.lora)}

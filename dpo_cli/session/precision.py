@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.config import HardwareConfig, LoraConfig
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.forward import head_of
 from dpo_cli.train.runtime import Runtime
 
@@ -15,15 +15,15 @@ QUANTIZATION = "quantization"  # key of an adapter's provenance: how its base wa
 
 
 def quantized_base(lora: LoraConfig) -> dict[str, str]:
-    """Provenance of an adapter trained over quantized weights, else empty: the unquantized base
-    with that adapter is another model."""
+    """Provenance of an adapter trained on a quantized base, otherwise empty: on the unquantized
+    base it is another model."""
     kind = lora.quantization if lora.name != "none" else None
     return {QUANTIZATION: kind} if kind else {}
 
 
 def refuse_rounding(hardware: HardwareConfig, runtime: Runtime) -> None:
-    """ConfigError for bfloat16 weights or hidden states where nothing computes in it, before any
-    weights are read."""
+    """ConfigError for bf16 weights or hidden states unless the run computes in bf16; before weights
+    are loaded."""
     for key in ("weights", "residual"):
         if getattr(hardware, key) == "bf16" and runtime.precision != "bf16":
             raise ConfigError(
@@ -33,10 +33,10 @@ def refuse_rounding(hardware: HardwareConfig, runtime: Runtime) -> None:
 
 
 def hold_as_trained(model: PreTrainedModel, hardware: HardwareConfig) -> torch.dtype | None:
-    """Keep float32 master weights; with hardware.weights=bf16 round them once and return the dtype.
+    """Keep float32 master weights; with hardware.weights=bf16, round them and return the dtype.
 
-    Gradients and optimizer state have the same dtype. Buffers stay in float32: rotary frequencies
-    would lose distant positions.
+    Gradients and optimizer state have the same dtype. Buffers stay in float32: rounded rotary
+    frequencies would be wrong at distant positions.
     """
     if hardware.weights != "bf16":
         return None

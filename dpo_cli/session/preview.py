@@ -1,4 +1,4 @@
-"""What a dry run has in place of a session: the configuration, the tokenizer and the rows, but no
+"""A dry run's counterpart of the session: the configuration, the tokenizer and the rows, but no
 weights; and the lines of the plan that several stages share."""
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dpo_cli.config import ModelConfig, RunConfig, spec_of
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.attention.probe import refuse_unavailable
-from dpo_cli.model.attention.registered import Placement
 from dpo_cli.model.load import (
     configured_context,
     count_parameters,
@@ -83,8 +83,8 @@ def source_of(model: ModelConfig) -> str:
 
 
 def trained_model_rows(preview: Preview) -> Iterator[Row]:
-    """`model_rows`, and how many weights an adapter trains. ConfigError for a model that the
-    stage cannot train."""
+    """`model_rows`, and the number of weights that an adapter trains. ConfigError for a model that
+    the stage cannot train."""
     config = preview.config
     refuse_family(preview)
     yield from model_rows(preview)
@@ -94,19 +94,19 @@ def trained_model_rows(preview: Preview) -> Iterator[Row]:
 
 
 def refuse_family(preview: Preview) -> None:
-    """ConfigError for a family that the stage cannot train, as far as its class tells."""
+    """ConfigError for a family that the stage cannot train, judged by its class."""
     config, auto = preview.config, preview.auto
-    found = hf_config(config.model, preview.tokenizer)
+    hf = hf_config(config.model, preview.tokenizer)
     scratch = config.model.path is None and config.model.architecture is not None
     if spec_of(config.stage).reward_head and not scratch:
-        check_kind(found, config.model)
+        check_kind(hf, config.model)
     coefficient = config.train.router_aux_loss_coef
-    if coefficient and type(found) in auto._model_mapping:
-        loss_function(auto._model_mapping[type(found)], coefficient)
+    if coefficient and type(hf) in auto._model_mapping:
+        loss_function(auto._model_mapping[type(hf)], coefficient)
 
 
 def reference_row(named: str | None) -> Row:
-    """Of a stage that trains against a reference."""
+    """The line of a stage that trains against a reference."""
     return "reference", named or "the policy as loaded"
 
 
@@ -123,7 +123,7 @@ def data_rows(preview: Preview) -> Iterator[Row]:
 
 
 def step_rows(config: RunConfig, examples: Sequence[EncodedExample]) -> Iterator[Row]:
-    """Of a stage whose steps take their examples from the rows."""
+    """Lines of a stage whose steps take their examples from the rows."""
     plan, optim = steps_of(config, len(examples)), config.optim
     per_step = sum(e.packed_tokens for e in examples) / len(examples) * plan.batch_size
     count = f"{plan.batch_size} examples{plan.left_out(config.train.epochs)}"

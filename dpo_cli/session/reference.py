@@ -1,8 +1,7 @@
 """The frozen reference, and its log-probabilities: computed once and cached by content.
 
-The key is a digest of the reference's weights, the token ids of every row and the
-precision: a changed row, tokenizer or truncation is a cache miss, and the runs of a beta sweep
-share one pass.
+The key is a digest of the reference's weights, the token ids of every row and the precision: a
+changed row, tokenizer or truncation is a cache miss, and the runs of a beta sweep share one pass.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from dpo_cli.data.dataset import fingerprint
 from dpo_cli.durable import damage, publish_folder
 from dpo_cli.durable.temporary import remove_leftovers
 from dpo_cli.errors import ConfigError, DiskError
-from dpo_cli.model.adapters import active as adapters
+from dpo_cli.model.adapters.active import REFERENCE, adapter_as, is_adapted
 from dpo_cli.model.adapters.base import changes_base
 from dpo_cli.model.base import content_in, refuse_other_base
 from dpo_cli.model.digest import loaded_digest
@@ -48,7 +47,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Reference:
-    """The frozen policy of the log-ratios: a model of its own, or (`shared`) the trained model with
+    """The frozen policy of the log-ratios: a separate model, or (`shared`) the trained model with
     another adapter or none, so that the base weights are in memory once."""
 
     model: PreTrainedModel
@@ -57,7 +56,7 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
-        """The model as the reference, without gradients or dropout, inside the context."""
+        """In the body, the model as the reference, without gradients or dropout."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -65,26 +64,27 @@ class Reference:
                 if not self.shared:
                     yield self.model
                 else:
-                    with adapters.adapter_as(self.model, self.adapter):
+                    with adapter_as(self.model, self.adapter):
                         yield self.model
         finally:
             self.model.train(was_training)
 
     def frozen(self, device: torch.device) -> Reference:
-        """Moved to a device, and frozen if it is a model of its own."""
+        """Move a separate model to a device and freeze it."""
         if not self.shared:
             self.model.to(device).requires_grad_(False)  # type: ignore[arg-type]
         return self
 
     @cached_property
     def digest(self) -> str:
-        """Of the function it computes; a shared base must not be trained."""
+        """Digest of the function it computes; a shared base must not be trained."""
         with self.active() as model:
             return loaded_digest(model)
 
 
 def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
-    """`stage.reference`; the policy itself by default, unless it was tuned against one already."""
+    """`stage.reference`; None for the policy itself. ConfigError if the policy was itself trained
+    against a reference and none is named."""
     named: str | None = cast(Any, config.stage).reference
     kind = {"dpo": "a DPO", "ppo-baseline": "a PPO"}.get(str(loaded.base.get("stage")))
     if named is None and kind:
@@ -99,13 +99,12 @@ def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
 def load_reference(session: Session, loaded: Loaded, named: str | None) -> Reference:
     """The named reference, or the weights the run started from (not the checkpoint's).
 
-    Under an adapter that is trained, they are the trained model's own where the reference is made
-    of the same base.
+    If only adapters differ, the reference shares the trained model's base.
     """
     config, policy = session.config, loaded.model
     origin = reference_origin(config, policy)
     if origin is not None:
-        beside = None if origin.adapter is None else adapters.REFERENCE  # see `keep_start`
+        beside = None if origin.adapter is None else REFERENCE  # see `keep_start`
         return Reference(policy, shared=True, adapter=beside)
     if named is not None:
         return Reference(load_named(session, named, loaded.tokenizer, how=AS_TRAINED))
@@ -113,9 +112,9 @@ def load_reference(session: Session, loaded: Loaded, named: str | None) -> Refer
 
 
 def reference_origin(config: RunConfig, policy: PreTrainedModel) -> Origin | None:
-    """The reference's origin if it differs from the policy by its adapter alone; None if its base
+    """The reference's origin if it differs from the policy only by its adapter; None if its base
     differs."""
-    if not adapters.is_adapted(policy):
+    if not is_adapted(policy):
         return None
     named = cast(Any, config.stage).reference
     source = config.model if named is None else named_source(config.model, named)
@@ -125,7 +124,7 @@ def reference_origin(config: RunConfig, policy: PreTrainedModel) -> Origin | Non
     if _adapter_folder(origin) != _adapter_folder(own) and (
         changes_base(origin) or changes_base(own)
     ):
-        return None  # an adapter of the two makes another base of the folder
+        return None  # one of the adapters changes the base
     return origin
 
 
@@ -134,7 +133,7 @@ def _adapter_folder(origin: Origin) -> Path | None:
 
 
 def keep_start(config: RunConfig, note: Callable[[str], None], policy: PreTrainedModel) -> None:
-    """Load the adapter of such a reference beside the trained one, before weights are sharded."""
+    """Load the adapter of a reference on the same base beside the trained one, before sharding."""
     origin = reference_origin(config, policy)
     if origin is not None and origin.adapter is not None:
         from dpo_cli.model.adapters import lora  # PEFT is slow to import
@@ -145,8 +144,7 @@ def keep_start(config: RunConfig, note: Callable[[str], None], policy: PreTraine
 
 
 def beside_its_start(session: Session) -> Loading:
-    """A policy with the adapter it starts from beside the trained one, where that is the reference
-    (`keep_start`)."""
+    """How to load a policy whose reference may be the adapter it starts from (`keep_start`)."""
     return Loading(before_sharding=partial(keep_start, session.config, session.note))
 
 
@@ -156,7 +154,7 @@ def reference_key(
     examples: Sequence[EncodedExample],
     sums: Sums | None = None,
 ) -> str:
-    """Digest of all that the log-probabilities depend on."""
+    """Digest of everything that the log-probabilities depend on."""
     runtime = session.runtime
     model = reference.model
     head = head_of(model).rounding(runtime.device, session.placement.dtype)
@@ -166,8 +164,8 @@ def reference_key(
 
 
 def cache_key(session: Session, key: str) -> str:
-    """The key in the cache: gathered half-precision weights round more than autocast does. Sharded
-    or not, the run is the same (`key`)."""
+    """The key in the cache, which differs with sharding, as gathered half-precision weights round
+    more than autocast does; `key` identifies the run either way."""
     if session.ranks.size == 1 or session.runtime.precision == "fp32":
         return key
     return hashlib.sha256(f"{key} sharded".encode()).hexdigest()
@@ -187,9 +185,9 @@ def compute(
     values = torch.zeros(len(examples), branches)
     model.to(session.runtime.device)  # type: ignore[arg-type]
     with session.progress.phase(name, len(examples)) as tick:
-        made = over_rows(session, examples, lambda row: compute_row(model, row).cpu(), tick=tick)
-        for row, found in made:
-            values[row.example_ids] = found.view(-1, branches)
+        results = over_rows(session, examples, lambda row: compute_row(model, row).cpu(), tick=tick)
+        for row, logprobs in results:
+            values[row.example_ids] = logprobs.view(-1, branches)
     return values
 
 
@@ -200,14 +198,14 @@ def cached(
     name: str,
     sums: Sums | None = None,
 ) -> tuple[Tensor, str]:
-    """As `compute`, through the cache; and the key."""
+    """`compute` through the cache; returns the values and the key."""
     with reference.active() as model:
         key = reference_key(session, reference, examples, sums)
         folder = Path(session.config.cache_dir) / "reference" / cache_key(session, key)[:32]
-        found = session.ranks.from_first(lambda: read(folder))
-        if found is not None:
+        logprobs = session.ranks.from_first(lambda: read(folder))
+        if logprobs is not None:
             session.note(f"{name}: read from cache {key[:12]}")
-            return found, key
+            return logprobs, key
         values = session.within_memory(lambda: compute(session, model, examples, name, sums))
 
     def write(target: Path) -> None:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from dpo_cli.config import RunConfig
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import DataError
-from dpo_cli.model.attention.registered import prepare
-from dpo_cli.model.rope import refuse_shared
+from dpo_cli.model.attention.interface import prepare_layout
+from dpo_cli.model.rope import refuse_beyond_cuts
 from dpo_cli.model.source import origin_of
 from dpo_cli.packing import pack_all, pack_share, pack_sorted
 from dpo_cli.records import Batch, EncodedExample, LossOutput
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def steps_of(config: RunConfig, rows: int) -> StepPlan:
-    """The steps that `train` makes of so many rows."""
+    """The steps of a number of rows, as `train` configures them."""
     train = config.train
     return plan_steps(
         rows, train.batch_size, train.epochs, train.max_steps, train.shuffle, config.seed
@@ -51,14 +51,14 @@ def begin_training(session: Session, model: PreTrainedModel, steps: int) -> None
 
 
 def trained_line(config: RunConfig, trained: int, frozen: int) -> str:
-    """`1,179,648 weights (LoRA r 16), 124.4M frozen in nf4`; of full training the count alone."""
+    """`1,179,648 weights (LoRA r 16), 124.4M frozen in nf4`; for full training only the count."""
     lora = config.lora
     if lora.name == "none":
         return f"{trained:,} weights"
     own = f"{'DoRA' if lora.use_dora else 'LoRA'} r {lora.r}"
-    made = "of its adapter" if origin_of(config.model).adapter else f"({own})"
+    adapter = "of its adapter" if origin_of(config.model).adapter else f"({own})"
     stored = f" in {lora.quantization}" if lora.quantization else ""
-    return f"{trained:,} weights {made}, {frozen / 1e6:,.1f}M frozen{stored}"
+    return f"{trained:,} weights {adapter}, {frozen / 1e6:,.1f}M frozen{stored}"
 
 
 def _elements(weight: Tensor) -> int:
@@ -70,9 +70,9 @@ def _elements(weight: Tensor) -> int:
 def batches_of(
     session: Session, examples: Sequence[EncodedExample], plan: StepPlan, keep_last: bool = False
 ) -> Callable[[int], list[Batch]]:
-    """step -> its micro-batches, each at most the token budget, ready for the trained model.
+    """step -> its micro-batches, each within the token budget, ready for the trained model.
 
-    A router loss needs the last tokens too.
+    A router loss also needs the last tokens.
     """
     keep_last = keep_last or session.config.train.router_aux_loss_coef > 0
     return lambda step: packed_rows(session, examples, plan.indices(step), keep_last)
@@ -89,9 +89,9 @@ def packed_rows(
     if ranks.size == 1:
         rows = pack_all(examples, indices, budget, keep_last, cuts)
     else:
-        refuse_shared([examples[i] for i in indices], cuts)
+        refuse_beyond_cuts([examples[i] for i in indices], cuts)
         rows = pack_share(examples, indices, budget, ranks.rank, ranks.size, keep_last, cuts)
-    return [prepare(row, session.kernel) for row in rows]
+    return [prepare_layout(row, session.kernel) for row in rows]
 
 
 def over_rows(
@@ -103,7 +103,7 @@ def over_rows(
 ) -> Iterable[tuple[Batch, T]]:
     """Packs of all examples, each with the result of `compute` on the run's device.
 
-    The ranks share the work: results are sent to all of them, with tensors on the CPU.
+    The ranks share the work; results are gathered on all of them, with tensors on the CPU.
     """
 
     left = len(examples)
@@ -111,18 +111,18 @@ def over_rows(
     def computed(row: Batch) -> T:
         nonlocal left
         with session.runtime.autocast():
-            made = compute(row.to(session.runtime.device))
-        done = min(left, len(row.example_ids) * session.ranks.size)  # the other ranks did as many
+            result = compute(row.to(session.runtime.device))
+        done = min(left, len(row.example_ids) * session.ranks.size)  # each other rank did as many
         left -= done
         tick(done)
-        return made
+        return result
 
     rows = pack_sorted(examples, session.token_budget, keep_last, session.cuts)
-    if session.ranks.size == 1:  # lazily, keeping no pack
+    if session.ranks.size == 1:  # lazily, so that no pack is kept
         return ((row, computed(row)) for row in rows)
-    refuse_shared(examples, session.cuts)
-    listed = list(rows)
-    return zip(listed, session.ranks.spread(listed, computed), strict=True)
+    refuse_beyond_cuts(examples, session.cuts)
+    packs = list(rows)
+    return zip(packs, session.ranks.spread(packs, computed), strict=True)
 
 
 def mean_figures(
@@ -130,20 +130,20 @@ def mean_figures(
     examples: Sequence[EncodedExample],
     compute: Callable[[Batch], LossOutput],
 ) -> dict[str, float]:
-    """Mean loss and metrics over all examples; empty without any."""
+    """Mean loss and metrics over all examples; empty without examples."""
     totals, travels = Totals(), session.ranks.size > 1
-    made = over_rows(session, examples, lambda r: compute(r).on_cpu() if travels else compute(r))
-    for _, out in made:
+    results = over_rows(session, examples, lambda r: compute(r).on_cpu() if travels else compute(r))
+    for _, out in results:
         totals.add(out)
     return totals.means() if totals.sums else {}
 
 
 def with_interval(figures: dict[str, float], name: str, count: int) -> dict[str, float]:
-    """The figures, with the 95% interval (`_low`, `_high`) of a share of `count` rows."""
+    """Add the 95% interval (`_low`, `_high`) of the figure `name`, a share of `count` rows."""
     if name not in figures:
         return figures
-    found = share_interval(figures[name], count)
-    return {**figures, f"{name}_low": found.low, f"{name}_high": found.high}
+    share = share_interval(figures[name], count)
+    return {**figures, f"{name}_low": share.low, f"{name}_high": share.high}
 
 
 def keep_responses(examples: Sequence[EncodedExample], count: int) -> list[EncodedExample]:
@@ -161,5 +161,5 @@ def check_lengths(examples: Sequence[EncodedExample], branches: int, stage: str)
         if len(example.response_ids) < branches:
             raise DataError(
                 f"stage={stage}: row {example.row} has {len(example.response_ids)} response(s), "
-                f"{branches} are needed: give chosen and rejected (data.rejected_field=...)"
+                f"but {branches} are needed: give chosen and rejected (data.rejected_field=...)"
             )

@@ -41,7 +41,7 @@ def sample_writer(session: Session, loaded: Loaded) -> Callable[[int], None]:
 def decoded_together(
     session: Session, stage: SampleConfig | EvaluateConfig | PpoConfig
 ) -> int | None:
-    """Sequences decoded at once; None: as many as fit on the GPU."""
+    """Number of sequences decoded together; None: as many as fit on the GPU."""
     if stage.batch_size is None and session.runtime.device.type == "cpu":
         return spec_of(stage).cpu_batch_size
     return stage.batch_size
@@ -50,13 +50,13 @@ def decoded_together(
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """Every token that ends a completion: EOS of the tokenizer and of the model's configurations,
     and the chat template's end-of-turn token."""
-    found = [tokenizer.eos_token_id]
+    candidates = [tokenizer.eos_token_id]
     for config in (model.generation_config, model.config, model.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
-        found += ids if isinstance(ids, list | tuple) else [ids]
+        candidates += ids if isinstance(ids, list | tuple) else [ids]
     if tokenizer.chat_template is not None:
-        found.append(turn_end(tokenizer))
-    return tuple(dict.fromkeys(int(i) for i in found if i is not None))
+        candidates.append(turn_end(tokenizer))
+    return tuple(dict.fromkeys(int(i) for i in candidates if i is not None))
 
 
 def draw_samples(
@@ -72,13 +72,13 @@ def draw_samples(
     assert pad is not None
     ranks = session.ranks
     with session.runtime.autocast(), unsharded(model):
-        mine = sample(
+        own = sample(
             model, prompts, options, ends, pad, tick, (ranks.rank, ranks.size), session.note,
             session.decoding,
         )  # fmt: skip
     if ranks.size == 1:
-        return mine
-    shares = ranks.gather(mine)
+        return own
+    shares = ranks.gather(own)
     return [next((row for row in rows if row), []) for rows in zip(*shares, strict=True)]
 
 
@@ -114,7 +114,7 @@ def text_of(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
 def completion_text(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
     """Sampled ids as the text that continues a prompt, without special tokens.
 
-    Decoded behind an anchor: sentencepiece strips the space at the start of a text.
+    Decoded after an anchor, as sentencepiece strips the space at the start of a text.
     """
     anchor, before = _anchor(tokenizer)
     text = text_of(tokenizer, np.concatenate([anchor, ids]))
@@ -123,6 +123,6 @@ def completion_text(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
 
 @lru_cache(maxsize=8)
 def _anchor(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, str]:
-    """Ids of a text, and the text they decode to."""
+    """Ids of a short text, and the text they decode to."""
     ids = np.array(tokenizer("a", add_special_tokens=False).input_ids, np.int32)
     return ids, text_of(tokenizer, ids)

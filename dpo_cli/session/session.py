@@ -1,4 +1,4 @@
-"""What every stage gets: the run's configuration, devices, sinks and budgets."""
+"""The session that every stage gets: the run's configuration, devices, sinks and budgets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpo_cli.config import RunConfig
 from dpo_cli.data.chat import is_chat
 from dpo_cli.data.dataset import EncodedSplits, load_encoded
 from dpo_cli.distributed.ranks import Ranks
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.sampling.sampled import DecodingLimit
 from dpo_cli.report.console import Progress
 from dpo_cli.report.sinks import Sink
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class Chosen(Protocol):
-    """Tokens of a micro-batch; as text, why so many."""
+    """Tokens per micro-batch; `str()` gives the reason."""
 
     @property
     def tokens(self) -> int: ...
@@ -42,12 +42,12 @@ class Session:
     progress: Progress
     sinks: list[Sink]
     snapshot: Snapshot | None = None
-    # Chooses the tokens of a micro-batch by the rows and the free memory; None: as configured
+    # Chooses the tokens per micro-batch by the rows and the free memory; None: as configured
     choose_tokens: Callable[[PreTrainedTokenizerFast, EncodedSplits], Chosen] | None = None
     data_facts: dict[str, Any] = field(default_factory=dict)  # for the model card
     budget: TokenBudget = field(init=False)
     decoding: DecodingLimit = field(init=False, default_factory=DecodingLimit)
-    # Where its models' rows are cut, by length
+    # Lengths at which the rotary factors of its models change, see model/rope.py
     cuts: tuple[int, ...] = field(init=False, default=())
     kernel: str = field(init=False, repr=False)  # of the trained model, known when it is loaded
 
@@ -63,15 +63,16 @@ class Session:
 
     @property
     def token_budget(self) -> int:
-        """Most tokens of a pack, as of now."""
+        """Current maximum number of tokens per pack."""
         return self.budget.tokens
 
     def within_memory(self, work: Callable[[], T]) -> T:
         """`work()`, a pass without side effects, repeated with smaller packs if memory runs out."""
         return within(self.budget, self.runtime.device, self.note, work)
 
-    def settle_tokens(self, tokenizer: PreTrainedTokenizerFast, splits: EncodedSplits) -> None:
-        """Before the first pass over rows, with the trained model on its device."""
+    def choose_budget(self, tokenizer: PreTrainedTokenizerFast, splits: EncodedSplits) -> None:
+        """Set the token budget; to be called before the first pass over rows, with the trained
+        model on its device."""
         if self.choose_tokens is not None:
             chosen = self.choose_tokens(tokenizer, splits)
             self.note(f"micro-batches: {chosen}")
@@ -99,7 +100,7 @@ class Session:
 def load_data(
     session: Session, context: int, tokenizer: PreTrainedTokenizerFast, announce: bool = True
 ) -> EncodedSplits:
-    """Encoded rows for a model of that context length; `announce` says what was dropped."""
+    """Encoded rows for a model of that context length. announce: note what was dropped."""
     config = session.config
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
     for line in splits.drops.summary_lines() if announce else []:

@@ -1,4 +1,4 @@
-"""Whether held-out rows were trained on, by the policies or the reward model."""
+"""Checks whether the policies or the reward model were trained on held-out rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dpo_cli.model.source import model_folder
 from dpo_cli.records import EncodedExample
 
 BY_CHANCE = ("sentiment", "imdb")  # data whose prompts are the first few words of a text
-MANY = 32  # rows of such data, which are not all in the training rows by chance
-FEW = 0.01  # a share of the rows that two files may have in common without being the same
-NAMED = 3  # models in a message
+MANY = 32  # rows of such data, which are not all among the training rows by chance
+FEW = 0.01  # share of the rows that two different files may have in common
+NAMED = 3  # models per message
 SEEN = "eval_rows_trained_on"  # the fact of a run that `seen_before` counts
 
 
@@ -29,26 +29,26 @@ def trained_files(config: RunConfig, splits: EncodedSplits) -> dict[str, bytes]:
 
 
 def refuse_same(config: DataConfig, splits: EncodedSplits) -> None:
-    """DataError where a run would train on all the prompts that it calls held out."""
+    """DataError if all held-out prompts of a run are training prompts."""
     if config.name in BY_CHANCE and len(splits.eval) < MANY:
         return
     known = {example.key for example in splits.train}
     if splits.eval and all(example.key in known for example in splits.eval):
         raise DataError(
-            f"{splits.origin}: all {len(splits.eval):,} held-out prompts are training prompts, "
-            "too; give other rows (data.eval_path), or hold some out (data.eval_path=null "
+            f"{splits.origin}: all {len(splits.eval):,} held-out prompts are also training "
+            "prompts; give other rows (data.eval_path), or hold some out (data.eval_path=null "
             "data.eval_split=null data.eval_rows=0.1)"
         )
 
 
 def held_out_line(config: RunConfig, splits: EncodedSplits) -> str | None:
-    """What is to be told of the held-out rows of a run that trains: there are none, or the weights
-    that it starts from were trained on some. Raises DataError as `refuse_same` does."""
+    """A note for a training run without held-out rows, or whose initial weights were trained on
+    some of them; None if neither. Raises DataError as `refuse_same` does."""
     refuse_same(config.data, splits)
     if not splits.eval:
         return (
-            "no rows are held out: no figure will tell how the model does on other prompts; "
-            "data.eval_rows takes a count, or a share such as 0.1"
+            "no rows are held out, so nothing is measured on prompts outside the training data; "
+            "set data.eval_rows to a count, or to a share such as 0.1"
         )
     seen = seen_before(config, splits)
     if not seen:
@@ -60,8 +60,8 @@ def held_out_line(config: RunConfig, splits: EncodedSplits) -> str | None:
 
 
 def seen_before(config: RunConfig, splits: EncodedSplits) -> int:
-    """How many of the held-out rows the weights that the run starts from were trained on; prompts
-    that meet by chance are not counted."""
+    """Number of held-out rows that the run's initial weights were trained on; 0 for data whose
+    prompts may coincide by chance."""
     base = trained.read(model_folder(config.model.path)) if config.model.path else None
     if base is None or config.data.name in BY_CHANCE:
         return 0
@@ -69,48 +69,51 @@ def seen_before(config: RunConfig, splits: EncodedSplits) -> int:
 
 
 def known_models(config: RunConfig, policies: Mapping[str, str | None]) -> dict[str, np.ndarray]:
-    """Label -> keys, of the policies (label -> folder) and the reward model that tell them."""
+    """Label -> keys of the training prompts, for the policies (label -> folder) and the reward
+    model that have them saved."""
     named = dict(policies)
     if isinstance(config.reward_fn, RewardModelFn) and config.reward_fn.path:
         named[f"reward_fn.path={config.reward_fn.path}"] = config.reward_fn.path
-    found = {
+    keys_of = {
         label: trained.read(model_folder(path)) for label, path in named.items() if path is not None
     }
-    return {label: keys for label, keys in found.items() if keys is not None}
+    return {label: keys for label, keys in keys_of.items() if keys is not None}
 
 
 def check_held_out(
     config: RunConfig, models: Mapping[str, np.ndarray], rows: Sequence[EncodedExample], what: str
 ) -> str | None:
-    """What is to be told of rows that some model was trained on; None if there are none.
+    """A note on rows that some model was trained on; None if there are none.
 
-    what: `held-out prompts`. Raises DataError unless they are a few, the run allows them, or its
-    prompts are too short to tell a row.
+    what: `held-out prompts`. Raises DataError unless they are few, the run allows them, or its
+    prompts may coincide by chance.
     """
     counts = {label: int(shared_rows(rows, keys).sum()) for label, keys in models.items()}
-    found = [(count, label) for label, count in counts.items() if count]
-    if not found:
+    trained_on = [(count, label) for label, count in counts.items() if count]
+    if not trained_on:
         return None
-    (count, label), *others = found[:NAMED]
+    (count, label), *others = trained_on[:NAMED]
     line = f"{count:,} of the {len(rows):,} {what} were in the training data of {label}"
     line += "".join(f", {count:,} in that of {label}" for count, label in others)
-    line += f", and some in that of {len(found) - NAMED} more models" * (len(found) > NAMED)
+    line += f", and some in that of {len(trained_on) - NAMED} more models" * (
+        len(trained_on) > NAMED
+    )
     few = max(counts.values()) <= FEW * len(rows)
     allowed = getattr(config.stage, "allow_trained", False) or config.data.name in BY_CHANCE
     if not (few or allowed):
         raise DataError(
             f"{line}; use the data settings of that run (data.path, data.eval_rows, "
-            "data.eval_path), or stage.allow_trained=true to measure them all the same"
+            "data.eval_path), or stage.allow_trained=true to evaluate on them anyway"
         )
     return line
 
 
 def shared_rows(rows: Sequence[EncodedExample], keys: np.ndarray) -> np.ndarray:
-    """(rows,) bool"""
+    """(rows,) whether each row's prompt is among the keys."""
     return trained.shared([e.key for e in rows], keys)
 
 
 def trained_share(rows: Sequence[EncodedExample], keys: np.ndarray | None) -> dict[str, Any]:
-    """`trained_share`: how many of the rows the model was trained on, where there are any."""
+    """`trained_share`: the share of the rows that the model was trained on; empty if 0."""
     share = 0.0 if keys is None else float(shared_rows(rows, keys).mean())
     return {"trained_share": share} if share else {}

@@ -1,4 +1,4 @@
-"""How long the texts are that a stage computes on: what an estimate of its memory needs."""
+"""Lengths of the texts that a stage processes, for the memory estimate."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dpo_cli.session.prompts import distinct_prompts
 from dpo_cli.session.rows import steps_of
 
 Lengths = tuple[int, Sequence[int]]  # tokens of a prompt and of each of its responses
-STEPS_READ = 200  # the fullest of them stands for all
+STEPS_READ = 200  # the largest of them stands for all
 
 
 @dataclass(frozen=True)
 class Workload:
-    """lengths: of each example; steps: the examples of each optimizer step, empty where nothing is
-    trained; new_tokens: what a completion may take, 0 where the stage samples none."""
+    """lengths: of each example; steps: the examples of each optimizer step, empty without training;
+    new_tokens: maximum per completion, 0 without sampling."""
 
     lengths: Sequence[Lengths]
     steps: Iterable[Sequence[int]] = ()
@@ -27,7 +27,7 @@ class Workload:
 
 
 def training_workload(config: RunConfig, examples: Sequence[EncodedExample]) -> Workload:
-    """Of a stage whose steps take their examples from the rows."""
+    """The workload of a stage whose steps take their examples from the rows."""
     plan = steps_of(config, len(examples))
     steps = [plan.indices(step) for step in range(min(plan.steps, STEPS_READ))]
     return Workload(lengths_of(examples), steps)
@@ -36,8 +36,8 @@ def training_workload(config: RunConfig, examples: Sequence[EncodedExample]) -> 
 def sampling_workload(
     stage: SampleConfig | EvaluateConfig | PpoConfig, splits: EncodedSplits
 ) -> Workload:
-    """Of a stage that samples from the distinct prompts, as if every completion took all the
-    tokens it may."""
+    """The workload of a stage that samples from the distinct prompts, with completions of maximum
+    length."""
     rows = [*splits.train, *splits.eval]
     new_tokens = stage.max_new_tokens or needed_tokens(rows)
     responses = [new_tokens] * stage.completions

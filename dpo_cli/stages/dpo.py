@@ -131,7 +131,7 @@ def check_branches(examples: Sequence[EncodedExample], stage: DpoConfig) -> None
     check_lengths(examples, 2, "dpo")
     counts = {len(e.response_ids) for e in examples}
     if len(counts) > 1:
-        raise DataError(f"ranked lists must have one length, found {sorted(counts)}")
+        raise DataError(f"ranked lists must have equal lengths, found {sorted(counts)}")
 
 
 def evaluate(
@@ -141,10 +141,10 @@ def evaluate(
     reference_of: ReferenceOf | None,
     stage: DpoConfig,
 ) -> dict[str, float]:
-    """The training metrics on the held-out rows; empty without any."""
+    """The training metrics on the held-out rows; empty without rows."""
     if reference_of is None:
         return {}
-    found = mean_figures(
+    figures = mean_figures(
         session, examples, lambda row: dpo_loss(loaded.model, row, reference_of, stage)
     )
-    return with_interval(found, "rewards/accuracies", len(examples))
+    return with_interval(figures, "rewards/accuracies", len(examples))

@@ -50,9 +50,9 @@ from dpo_cli.session.trained import trained_share
 from dpo_cli.session.workload import Workload, sampling_workload
 
 WIN_RATE = r"win_rate_t[\d.e+-]+"  # without its interval, _low and _high
-ROUND = 128  # completions of a prompt at once, where a GPU's memory decides on prompts
+ROUND = 128  # completions per prompt and round, if GPU memory determines the number of prompts
 NO_REFERENCE = "none: the KL is not measured (stage.reference)"
-A_FEW = 8  # samples kept per policy; of the last one all are
+KEPT_SAMPLES = 8  # saved per policy; all samples of the last one are saved
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -78,13 +78,13 @@ def run(session: Session) -> dict[str, Any]:
             rows.append(point.row(figures))
             write_points(session.run_dir / "points.jsonl", rows)
             drawn = [{**row, "policy": point.label} for row in drawn]
-            samples += drawn if number == len(points) else drawn[:A_FEW]
+            samples += drawn if number == len(points) else drawn[:KEPT_SAMPLES]
             write_rows(session.run_dir / "samples.jsonl", samples)
             if len(points) > 1:
                 session.note(f"{number}/{len(points)}  {brief_line(point, figures)}")
     if len(points) > 1 and "kl" in measured[0]:
         chosen = shlex.quote(f"stage.evaluations=[{session.run_dir}]")
-        session.note(f"to draw them: dpo-run stage=frontier {chosen}")
+        session.note(f"to plot them: dpo-run stage=frontier {chosen}")
     return measured[0] if len(points) == 1 else overview(rows[extra:])
 
 
@@ -109,7 +109,7 @@ def plan(preview: Preview) -> Iterator[Row]:
 
 
 def sampling_rows(config: RunConfig, stage: EvaluateConfig) -> Iterator[Row]:
-    """How many samples each policy draws, and how many requests a judge gets."""
+    """The number of samples per policy and of requests to a judge."""
     yield "samples", f"up to {stage.prompts:,} prompts x {stage.completions:,} per policy"
     if stage.reference_samples:
         yield "", f"{stage.reference_samples:,} per prompt, of the reference"
@@ -129,14 +129,14 @@ def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
 
 
 def load_policy(session: Session, bench: Bench, point: PolicyPoint) -> PreTrainedModel:
-    """The policy's model on the device; the reference's own where they are one."""
+    """The policy's model on the device; the reference's model if they are the same."""
     if bench.reference is not None and is_reference(bench, point):
         return bench.reference
     key = "stage.policies" if cast(EvaluateConfig, session.config.stage).policies else "model.path"
     if load_tokenizer(point.source, key).get_vocab() != bench.tokenizer.get_vocab():
         raise ConfigError(
-            f"{key}={point.label}: has another tokenizer than the first policy; evaluate it in a "
-            "run of its own"
+            f"{key}={point.label}: its tokenizer differs from the first policy's; evaluate it in a "
+            "separate run"
         )
     policy = load(session, point.source, bench.tokenizer, key)
     return policy.to(session.runtime.device).eval()  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ def measure(
 def sample_rows(
     bench: Bench, texts: Sequence[Sequence[str]], rewards: np.ndarray | None
 ) -> list[dict[str, Any]]:
-    """{prompt, completion} of each, and its reward where something gives one."""
+    """{prompt, completion} of each sample, with its reward if there is one."""
     rows = [
         {"prompt": as_text(prompt), "completion": text}
         for prompt, row in zip(bench.prompts, texts, strict=True)
@@ -214,7 +214,7 @@ def draw(
 
 
 def find_optimum(session: Session, stage: EvaluateConfig, bench: Bench) -> Optimum | None:
-    """The optimum from samples of the reference, or of an earlier evaluation."""
+    """The optimum, measured on samples of the reference or read from an earlier evaluation."""
     if (
         bench.reference is None
         or bench.score is None
@@ -235,17 +235,17 @@ def reference_rewards(
     session: Session, stage: EvaluateConfig, bench: Bench, reference: PreTrainedModel
 ) -> np.ndarray:
     """(prompts, stage.reference_samples) rewards, drawn in rounds of at most a decoded batch."""
-    wanted = stage.reference_samples
+    per_prompt = stage.reference_samples
     samples: list[list[Completion]] = [[] for _ in bench.examples]
-    most = decoded_together(session, stage) or ROUND
-    total = len(bench.examples) * -(-wanted // most)
+    round_size = decoded_together(session, stage) or ROUND
+    total = len(bench.examples) * -(-per_prompt // round_size)
     with session.progress.phase("sampling the reference", total) as tick:
-        for number, start in enumerate(range(0, wanted, most)):
-            count = min(most, wanted - start)
-            # Streams of their own: the policies' samples come from the bare seed's.
+        for number, start in enumerate(range(0, per_prompt, round_size)):
+            count = min(round_size, per_prompt - start)
+            # Separate random streams: the policies' samples use the seed itself.
             words = np.random.SeedSequence([session.config.seed, number]).generate_state(1)
-            made = draw(session, bench, reference, stage, count, int(words[0]), tick)
-            samples = [[*row, *more] for row, more in zip(samples, made, strict=True)]
+            drawn = draw(session, bench, reference, stage, count, int(words[0]), tick)
+            samples = [[*row, *new] for row, new in zip(samples, drawn, strict=True)]
     assert bench.score is not None
     texts = texts_of(bench.tokenizer, samples)
     return scored(bench.score, bench.prompts, texts, samples)
@@ -272,13 +272,13 @@ def brief_line(point: PolicyPoint, figures: dict[str, Any]) -> str:
 
 
 def overview(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of several policies: how many, which has the highest reward and its own figures;
-    without a reward how many alone."""
+    """Figures of several policies: their number, and those of the policy with the highest reward;
+    without a reward only their number."""
     if any(row["reward"] is None for row in rows):
         return {"policies": len(rows)}
     best = max(rows, key=lambda row: float(row["reward"]))
     names = ["policy", "setting", "step", "reward", "reward_se", "kl", "kl_se", "shortfall"]
     names += [name for name in best if name.startswith("win_rate_t")]
-    marked = {name: best[name] for name in ("prompts",) if name in best}
-    found = {f"best_{name}": best[name] for name in names if best[name] not in (None, "")}
-    return {"policies": len(rows), **marked, **found}
+    prompts = {name: best[name] for name in ("prompts",) if name in best}
+    best_figures = {f"best_{name}": best[name] for name in names if best[name] not in (None, "")}
+    return {"policies": len(rows), **prompts, **best_figures}

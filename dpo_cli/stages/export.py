@@ -1,4 +1,4 @@
-"""stage=export: the model as one dense Hugging Face folder, and on the hub where asked."""
+"""stage=export: the model as one dense Hugging Face folder, optionally pushed to the hub."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dpo_cli.data.trained import TRAINED_PROMPTS
 from dpo_cli.durable.provenance import PROVENANCE
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.policies import run_of, training_cost
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.classifier import CLASSIFIER
 from dpo_cli.model.load import hf_config, load_tokenizer
 from dpo_cli.model.read import read_pretrained
@@ -42,28 +42,32 @@ from dpo_cli.session.trained import SEEN
 from dpo_cli.train.checkpoint import save_final
 
 MODEL_FACTS = ("name", "hub_id", "revision", "path")
-# Not uploaded: useful only here, and with local paths
+# Not uploaded: contain local paths
 LOCAL = ["MANIFEST.json", PROVENANCE, TRAINED_PROMPTS]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}  # safetensors' names
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Merge in float32 into the unquantized base, then round; the figures count the weights."""
+    """Merge in float32 into the unquantized base, then convert to `stage.dtype`."""
     stage = cast(ExportConfig, session.config.stage)
     source, final = session.config.model, session.run_dir / "final"
     tokenizer = load_tokenizer(source)
     model = load_dense(source, tokenizer, Placement(note=session.note))
     provenance, origin = base_provenance(source), origin_of(source)
-    over = provenance.get(QUANTIZATION) if origin.adapter else None
+    quantization = provenance.get(QUANTIZATION) if origin.adapter else None
     dtype = stage.dtype
     if dtype == "auto":
-        dtype = "bf16" if over else stored_dtype(source)
+        dtype = "bf16" if quantization else stored_dtype(source)
     model.to(DTYPES[dtype])  # type: ignore[arg-type]
-    for line in description(origin, dtype, over):
+    for line in description(origin, dtype, quantization):
         session.note(line)
-    known = model_folder(source.path) / TRAINED_PROMPTS if source.path else None
-    files = {TRAINED_PROMPTS: known.read_bytes()} if known and known.is_file() else {}
+    trained_prompts = model_folder(source.path) / TRAINED_PROMPTS if source.path else None
+    files = (
+        {TRAINED_PROMPTS: trained_prompts.read_bytes()}
+        if trained_prompts and trained_prompts.is_file()
+        else {}
+    )
     save_final(final, model, tokenizer, provenance, files=files)
     chat = tokenizer.chat_template is not None
     trained_in, step = run_of(model_folder(source.path)) if source.path else (None, None)
@@ -85,28 +89,28 @@ def plan(preview: Preview) -> Iterator[Row]:
     yield "export", f"{dtype}, {stage.push_to_hub or 'not on the hub'}"
 
 
-def description(origin: Origin, dtype: str, over: str | None) -> Iterator[str]:
-    """What was exported, for the console. over: how the base was quantized in training."""
+def description(origin: Origin, dtype: str, quantization: str | None) -> Iterator[str]:
+    """What was exported, for the console. quantization: of the base in training."""
     base = origin.base.path or origin.base.hub_id
     if origin.adapter is None:
         yield f"{base} in {dtype}"
         return
     yield f"{origin.adapter} merged into {base} in {dtype}"
-    if over:
+    if quantization:
         yield (
-            f"it was trained over that base quantized as {over} and is merged into the unquantized "
-            "one: close to what was trained, not identical"
+            f"it was trained on that base quantized as {quantization} and is merged into the "
+            "unquantized one: close to the trained model, not identical"
         )
 
 
 def stored_dtype(config: ModelConfig) -> str:
-    """A name of DTYPES: what most numbers of the base's files are stored in."""
+    """The key of `DTYPES` in which most numbers of the base's files are stored."""
     named, pinned = source_of(config)
     folder = Path(named)
     if not folder.is_dir():
         folder = Path(snapshot_download(named, local_files_only=True, **pinned))
     numbers: Counter[str] = Counter()
-    for path in folder.glob("model*.safetensors"):  # beside them may lie an optimiser's
+    for path in folder.glob("model*.safetensors"):  # not an optimizer's file beside them
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
@@ -131,14 +135,14 @@ def load_dense(
 def card_facts(
     session: Session, provenance: dict[str, Any], chat: bool, run: Path | None
 ) -> dict[str, Any]:
-    """How the weights were trained, as far as the folder of their run tells."""
+    """How the weights were trained, read from the folder of their run."""
     source = session.config.model
     stored = read_stored(run)
     settings = ("stage", "lora", "optim", "train", "seed")
     config: dict[str, Any] = {k: stored[k] for k in settings if k in stored}
-    if isinstance(config.get("stage"), dict):  # the card would write the reference's whole path
-        own = {k: v for k, v in config["stage"].items() if k != "reference"}
-        config["stage"] = own | {"trained_against": provenance.get("reference")}
+    if isinstance(config.get("stage"), dict):  # else the card would show the reference's full path
+        stage = {k: v for k, v in config["stage"].items() if k != "reference"}
+        config["stage"] = stage | {"trained_against": provenance.get("reference")}
     data = {k: v for k, v in (stored.get("data") or {}).items() if k in ("name", "hub_id", "path")}
     data = data or ({"name": provenance["data"]} if "data" in provenance else {})
     results = read_object(run / "summary.json", ("stage", "run_dir")) if run else {}
@@ -158,31 +162,31 @@ def card_facts(
 
 
 def base_of(source: ModelConfig) -> dict[str, Any]:
-    """The weights that the chain of runs began with: a hub id, or a folder that is no run's."""
-    found, seen = source, set()
-    while found.path and found.path not in seen:
-        seen.add(found.path)
-        stored = read_stored(run_of(model_folder(found.path))[0]).get("model")
+    """The weights that the chain of runs started from: a hub id, or a folder outside of runs."""
+    model, seen = source, set()
+    while model.path and model.path not in seen:
+        seen.add(model.path)
+        stored = read_stored(run_of(model_folder(model.path))[0]).get("model")
         if not isinstance(stored, dict) or not (stored.get("path") or stored.get("hub_id")):
             break
         if stored.get("path") and not Path(stored["path"]).exists():
             return {k: stored.get(k) for k in MODEL_FACTS} | {"name": Path(stored["path"]).name}
         name, hub_id, revision, path = (stored.get(key) for key in MODEL_FACTS)
-        found = ModelConfig(str(name), path, hub_id, revision)
-    name = Path(found.path).name if found.path else found.name
-    return {k: getattr(found, k) for k in MODEL_FACTS} | {"name": name}
+        model = ModelConfig(str(name), path, hub_id, revision)
+    name = Path(model.path).name if model.path else model.name
+    return {k: getattr(model, k) for k in MODEL_FACTS} | {"name": name}
 
 
 def read_stored(run: Path | None) -> dict[str, Any]:
-    """A run's resolved configuration; nothing of other folders."""
+    """A run's resolved configuration; empty for other folders."""
     path = run / "config.yaml" if run else None
     stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path and path.is_file() else None
     return stored if isinstance(stored, dict) else {}
 
 
 def read_object(path: Path, without: Sequence[str]) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: value for key, value in found.items() if key not in without}
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: value for key, value in values.items() if key not in without}
 
 
 def push(folder: Path, repository: str) -> None:

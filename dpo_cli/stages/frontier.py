@@ -38,7 +38,7 @@ from dpo_cli.report.table import Column, Table
 from dpo_cli.session.preview import Preview, Row
 from dpo_cli.session.session import Session
 
-AT_REFERENCE = 1e-3  # nats: a method that stays below is the reference itself
+AT_REFERENCE = 1e-3  # nats: below this KL a method is the reference itself
 COLUMNS = (
     "method", "seed", "setting", "step", "kl", "reward", "kl_se", "reward_se",
     "optimum_reward_at_kl", "shortfall", "gradient_steps", "samples", "beyond_optimum",
@@ -51,18 +51,18 @@ def run(session: Session) -> dict[str, Any]:
     folders = distinct_folders(stage.evaluations)
     refuse_mixed(folders)
     rows = [row for folder in folders for row in read_points(folder)]
-    unknown = sum(row["kl"] is None for row in rows)
-    unrewarded = sum(row["reward"] is None for row in rows)
-    if unrewarded:
-        session.note(f"{unrewarded} points have no reward and are dropped")
+    without_kl = sum(row["kl"] is None for row in rows)
+    without_reward = sum(row["reward"] is None for row in rows)
+    if without_reward:
+        session.note(f"{without_reward} points have no reward and are dropped")
     rows = [row for row in rows if row["kl"] is not None and row["reward"] is not None]
     if not rows:
         raise DataError(
-            "stage.evaluations: no KL in any of them; evaluate with stage.reference=<folder> and "
-            "stage.temperature=1.0"
+            "stage.evaluations: none of them measured the KL; evaluate with "
+            "stage.reference=<folder> and stage.temperature=1.0"
         )
-    if unknown:
-        session.note(f"{unknown} points have no KL and are dropped")
+    if without_kl:
+        session.note(f"{without_kl} points have no KL and are dropped")
     rows = measured_once(rows, session.note)
     table = [[row.get(name) for name in COLUMNS] for row in redact(rows)]
     write_text(session.run_dir / "frontier.csv", Table("", [*map(Column, COLUMNS)], table).csv())
@@ -84,7 +84,7 @@ def run(session: Session) -> dict[str, Any]:
 
 
 def plan(preview: Preview) -> Iterator[Row]:
-    """The evaluations and their points. ConfigError where they cannot be drawn together."""
+    """The evaluations and their points. ConfigError if they cannot be plotted together."""
     folders = distinct_folders(cast(FrontierConfig, preview.config.stage).evaluations)
     refuse_mixed(folders)
     counts = {folder: len(read_points(folder)) for folder in folders}
@@ -95,24 +95,24 @@ def plan(preview: Preview) -> Iterator[Row]:
 
 
 def by_method(rows: Sequence[Point]) -> dict[str, list[Point]]:
-    """Trained policies by method, in the order they come."""
-    found: dict[str, list[Point]] = defaultdict(list)
+    """Trained policies by method, in order of appearance."""
+    groups: dict[str, list[Point]] = defaultdict(list)
     for row in rows:
         if row["method"] not in (OPTIMUM, BEST_OF):
-            found[str(row["method"])].append(row)
-    return dict(found)
+            groups[str(row["method"])].append(row)
+    return dict(groups)
 
 
 def optimum_curves(rows: Sequence[Point]) -> Curves:
     """One curve per evaluation that measured it, from the reference at KL 0 (best of 1)."""
-    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    by_evaluation: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for row in rows:
         start = row["method"] == BEST_OF and row["setting"] == "n=1"
         if row["method"] == OPTIMUM or start:
             error = row["reward_se"]
             point = (float(row["kl"]), float(row["reward"]), math.nan if error is None else error)
-            found[row["evaluation"]].append(point)
-    return [sorted(curve) for curve in found.values() if len(curve) > 1]
+            by_evaluation[row["evaluation"]].append(point)
+    return [sorted(curve) for curve in by_evaluation.values() if len(curve) > 1]
 
 
 def band(curves: Curves) -> Band:
@@ -121,7 +121,8 @@ def band(curves: Curves) -> Band:
 
 
 def cloud(name: str, rows: Sequence[Point]) -> Cloud:
-    """last: the largest step of its run, which has an evaluation, a seed and a setting."""
+    """Arrays to plot. A point is `last` if it has the largest step of its run, which is identified
+    by evaluation, seed and setting."""
     ends: dict[tuple[Any, ...], float] = {}
     runs = [(row.get("evaluation"), row.get("seed"), row.get("setting")) for row in rows]
     steps = [math.inf if row.get("step") is None else float(row["step"]) for row in rows]
@@ -142,12 +143,12 @@ def cloud(name: str, rows: Sequence[Point]) -> Cloud:
 
 def mean_over_seeds(rows: Sequence[Point]) -> list[Point]:
     """Best-of-n of several evaluations: one point per n, the mean reward."""
-    found: dict[str, list[Point]] = defaultdict(list)
+    groups: dict[str, list[Point]] = defaultdict(list)
     for row in rows:
-        found[str(row["setting"])].append(row)
+        groups[str(row["setting"])].append(row)
     return [
         {**own[0], "reward": sum(row["reward"] for row in own) / len(own), "step": None}
-        for own in found.values()
+        for own in groups.values()
     ]
 
 
@@ -158,11 +159,11 @@ def verdicts(summaries: Sequence[Summary], kls: Sequence[float]) -> list[str]:
     for lead in leads(moved, kls):
         who, by = f"Up to a KL of {lead.kl:g}: {lead.first}", f"{lead.margin:.3f}"
         if not math.isfinite(lead.se):
-            lines.append(f"{who} is before {lead.second}, by {by} (its error is unknown).")
+            lines.append(f"{who} leads {lead.second}, by {by} (its error is unknown).")
         elif lead.margin > 2 * lead.se:
             lines.append(f"{who} leads {lead.second}, by {by} ± {lead.se:.3f}.")
         else:
-            lines.append(f"{who} is level with {lead.second} ({by} ± {lead.se:.3f} above).")
+            lines.append(f"{who} is level with {lead.second} ({by} ± {lead.se:.3f} higher).")
     return lines
 
 
@@ -185,14 +186,14 @@ def report(
 
 
 def figures(summaries: Sequence[Summary]) -> dict[str, Any]:
-    """`<method>/<figure>`: its mean shortfall, its best point, what it cost."""
-    found: dict[str, Any] = {}
+    """`<method>/<figure>`: its mean shortfall, best point and cost."""
+    values: dict[str, Any] = {}
     for s in summaries:
-        known = {
+        facts = {
             "best_reward": s.best["reward"], "best_kl": s.best["kl"],
             "best_setting": s.best.get("setting") or None,
             "mean_shortfall": s.shortfall and s.shortfall[0],
             "samples": s.samples, "gradient_steps": s.gradient_steps,
         }  # fmt: skip
-        found |= {f"{s.name}/{key}": value for key, value in known.items() if value is not None}
-    return found
+        values |= {f"{s.name}/{key}": value for key, value in facts.items() if value is not None}
+    return values

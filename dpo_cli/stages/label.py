@@ -1,4 +1,4 @@
-"""stage=label: preference pairs out of sampled completions, labelled by a reward."""
+"""stage=label: preference pairs from sampled completions, labelled by a reward."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROWS_AT_ONCE = 512  # per call of the scorer: full batches of similar lengths, a
 class Sampled:
     """A row of stage=sample: a prompt and its completions.
 
-    finished: per completion; None if the row does not say, and all count as finished.
+    finished: per completion; None if the row lacks it, and all count as finished.
     """
 
     prompt: Prompt
@@ -62,14 +62,15 @@ def run(session: Session) -> dict[str, Any]:
     implicit = stage.by == "implicit"
     score = implicit_reward(session, stage) if implicit else load_scorer(session)
     figures: dict[str, Any] = {}
-    for name, found in sampled.items():
-        rows = [without_blanks(row) for row in found]
-        if blank := sum(not text.strip() for row in found for text in row.completions):
+    for name, rows_read in sampled.items():
+        rows = [without_blanks(row) for row in rows_read]
+        if blank := sum(not text.strip() for row in rows_read for text in row.completions):
             session.note(f"{name}: {blank} blank {_completions(blank, 'is', 'are')} dropped")
-        if cut := sum(not finished for row in rows for finished in row.finished or ()):
+        if truncated := sum(not finished for row in rows for finished in row.finished or ()):
             session.note(
-                f"{name}: {cut} {_completions(cut, 'was', 'were')} truncated by stage=sample: "
-                "train with data.finished_field=finished, or policies learn to stop there"
+                f"{name}: {truncated} {_completions(truncated, 'was', 'were')} truncated by "
+                "stage=sample: train with data.finished_field=finished, or policies learn to end "
+                "there"
             )
         scores = score_all(session, score, rows, name)
         rng = random.Random(f"{session.config.seed} {name}")
@@ -101,16 +102,16 @@ def _completions(count: int, one: str, several: str) -> str:
 
 
 def without_blanks(row: Sampled) -> Sampled:
-    """Without blank completions, whose pairs data=jsonl would drop."""
-    kept = [i for i, text in enumerate(row.completions) if text.strip()]
-    finished = None if row.finished is None else [row.finished[i] for i in kept]
-    return Sampled(row.prompt, [row.completions[i] for i in kept], finished)
+    """Remove blank completions, whose pairs data=jsonl would drop."""
+    indices = [i for i, text in enumerate(row.completions) if text.strip()]
+    finished = None if row.finished is None else [row.finished[i] for i in indices]
+    return Sampled(row.prompt, [row.completions[i] for i in indices], finished)
 
 
 def score_all(
     session: Session, score: Scorer, rows: Sequence[Sampled], name: str
 ) -> list[list[float]]:
-    """Scores of each row's completions. A row is scored in one call, where equals are equal."""
+    """Scores of each row's completions. A row is scored in one call, so equal texts tie."""
     scores: list[list[float]] = []
     with session.progress.phase(f"scoring ({name})", len(rows)) as tick:
         for first in range(0, len(rows), ROWS_AT_ONCE):
@@ -129,7 +130,7 @@ def is_drawn(stage: LabelConfig) -> bool:
 def label(
     row: Sampled, scores: Sequence[float], stage: LabelConfig, rng: random.Random
 ) -> list[Pair]:
-    """The labelled pairs of one row: of different texts with different scores."""
+    """The labelled pairs of one row: pairs of different texts with different scores."""
     texts = row.completions
     pairs = [p for p in all_pairs(scores) if texts[p.chosen] != texts[p.rejected]]
     if stage.labels == "bradley_terry":
@@ -140,7 +141,7 @@ def label(
 def pair_rows(
     rows: Sequence[Sampled], scores: Sequence[Sequence[float]], labelled: Sequence[Sequence[Pair]]
 ) -> list[dict[str, Any]]:
-    """{prompt, chosen, rejected, scores}, which data=jsonl reads; and finished where known."""
+    """Rows {prompt, chosen, rejected, scores} for data=jsonl, with `finished` if known."""
     return [
         pair_row(row, values, pair)
         for row, values, pairs in zip(rows, scores, labelled, strict=True)
@@ -149,22 +150,22 @@ def pair_rows(
 
 
 def pair_row(row: Sampled, scores: Sequence[float], pair: Pair) -> dict[str, Any]:
-    made: dict[str, Any] = {
+    pair_fields: dict[str, Any] = {
         "prompt": row.prompt,
         "chosen": row.completions[pair.chosen],
         "rejected": row.completions[pair.rejected],
         "scores": [scores[pair.chosen], scores[pair.rejected]],
     }
-    if row.finished is not None:  # data.finished_field: what was cut must not learn to end there
-        made["finished"] = [row.finished[pair.chosen], row.finished[pair.rejected]]
-    return made
+    if row.finished is not None:  # data.finished_field: truncated responses get no EOS
+        pair_fields["finished"] = [row.finished[pair.chosen], row.finished[pair.rejected]]
+    return pair_fields
 
 
 def pair_figures(
     scores: Sequence[Sequence[float]], labelled: Sequence[Sequence[Pair]], drawn: bool
 ) -> dict[str, float]:
-    """pairs; mean_gap: of chosen less rejected score; ties: share of all pairs, which are left
-    out; agreement: share of labels that follow the scores, where labels are drawn."""
+    """pairs; mean_gap: mean of chosen minus rejected score; ties: share of all pairs, which are
+    left out; agreement: share of labels that follow the scores, if labels are random."""
     gaps = [
         values[p.chosen] - values[p.rejected]
         for values, pairs in zip(scores, labelled, strict=True)
@@ -181,9 +182,11 @@ def pair_figures(
 
 def read_rows(path: Path) -> list[Sampled]:
     """Rows of a file that stage=sample wrote. Raises DataError with file and line."""
-    if why := mismatch(path):
-        raise DataError(why)
-    with path.open("rb") as lines:  # text would be split at U+2028, too, which JSON may hold
+    if reason := mismatch(path):
+        raise DataError(reason)
+    with path.open(
+        "rb"
+    ) as lines:  # as text, lines would also split at U+2028, which JSON may contain
         return list(_rows(path, lines))
 
 

@@ -68,7 +68,7 @@ EVAL_SEED = 7_919  # the same random numbers at every evaluation
 
 @dataclass
 class Ppo:
-    """One run. plan: which prompts make which rollout; rollout: the one that is trained on."""
+    """One run. plan: the prompts of each rollout; rollout: the current one."""
 
     session: Session
     stage: PpoConfig
@@ -77,7 +77,7 @@ class Ppo:
     held_out: list[EncodedExample]
     plan: StepPlan
     rollout: Rollout = field(default_factory=lambda: Rollout([], [], {}))
-    noted: bool = False  # that completions are truncated
+    noted: bool = False  # whether truncated completions have been reported
 
     @property
     def minibatch(self) -> int:
@@ -97,9 +97,9 @@ class Ppo:
         return self.plan.steps * self.steps_per_rollout
 
     def before_step(self, step: int) -> dict[str, float]:
-        """A new rollout where one is due."""
-        number, behind = divmod(step, self.steps_per_rollout)
-        if behind:
+        """Start a new rollout if one is due; returns its figures."""
+        number, step_of_rollout = divmod(step, self.steps_per_rollout)
+        if step_of_rollout:
             return {}
         chosen = [self.prompts[i] for i in self.plan.indices(number)]
         seed = int(np.random.SeedSequence([self.session.config.seed, number]).generate_state(1)[0])
@@ -111,7 +111,7 @@ class Ppo:
         return self.rollout.figures
 
     def batches(self, step: int) -> list[Batch]:
-        """Packed rows of one minibatch; every pass over a rollout has its own order."""
+        """Packed rows of one minibatch; every pass over a rollout is shuffled anew."""
         number, within = divmod(step, self.steps_per_rollout)
         epoch, place = divmod(within, self.steps_per_epoch)
         rng = np.random.default_rng([self.session.config.seed, number, epoch])
@@ -120,13 +120,13 @@ class Ppo:
         return packed_rows(self.session, self.rollout.examples, chosen)
 
     def carried(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside weights and optimiser."""
+        """State in a checkpoint beside weights and optimizer."""
         normalizer = self.actors.normalizer
         return {"kl_coef": self.actors.kl.coef, "score": [normalizer.mean, normalizer.std]}
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Roll out, train on the rollout for some epochs, and again."""
+    """Alternate between a rollout and training on it for some epochs."""
     loaded = load_policy_and_data(session, beside_its_start(session))
     reference = reference_path(session.config, loaded)
     ppo = prepare(session, loaded, reference)
@@ -196,7 +196,7 @@ def plan(preview: Preview) -> Iterator[Row]:
 
 
 def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
-    """The step of the longest prompts stands for all."""
+    """The workload, with the largest step: that of the longest prompts."""
     stage = cast(PpoConfig, config.stage)
     sampled = sampling_workload(stage, splits)
     longest = sorted(range(len(sampled.lengths)), key=lambda i: sampled.lengths[i][0])
@@ -219,11 +219,11 @@ def build_actors(session: Session, loaded: Loaded, named: str | None, stage: Ppo
 
 
 def prepare_state(session: Session, ppo: Ppo) -> None:
-    """The score's mean and std and the KL weight: measured, or as the checkpoint has them."""
+    """The score's mean and std and the KL weight, measured or restored from the checkpoint."""
     if session.snapshot is not None:
-        kept = session.snapshot.state["carried"]
-        ppo.actors.kl.coef = kept["kl_coef"]
-        ppo.actors.normalizer = Normalizer(*kept["score"])
+        carried = session.snapshot.state["carried"]
+        ppo.actors.kl.coef = carried["kl_coef"]
+        ppo.actors.normalizer = Normalizer(*carried["score"])
     elif ppo.stage.normalize and ppo.stage.normalize_prompts:
         chosen = ppo.prompts[: ppo.stage.normalize_prompts]
         ppo.actors.normalizer = reference_normalizer(session, ppo.actors, chosen, ppo.stage)
@@ -231,9 +231,9 @@ def prepare_state(session: Session, ppo: Ppo) -> None:
 
 def ppo_loss(actors: Actors, batch: Batch, rollout: Rollout, stage: PpoConfig) -> LossOutput:
     """Clipped policy and value losses, summed over tokens; the step divides by their number."""
-    own = [rollout.tokens[i] for i in batch.places]
+    tokens_of = [rollout.tokens[i] for i in batch.places]
     old, advantages, returns, old_values = (
-        torch.cat([getattr(t, name) for t in own])
+        torch.cat([getattr(t, name) for t in tokens_of])
         for name in ("logprobs", "advantages", "returns", "values")
     )
     hidden = target_states(actors.policy, batch)
@@ -273,7 +273,7 @@ def ppo_loss(actors: Actors, batch: Batch, rollout: Rollout, stage: PpoConfig) -
 def evaluate(ppo: Ppo) -> dict[str, float]:
     """Score and KL on held-out prompts; `loss` is PPO's objective at the initial KL weight.
 
-    Errors are left out where a single prompt has none.
+    Standard errors are left out for a single prompt, which has none.
     """
     if not ppo.held_out:
         return {}
@@ -285,9 +285,9 @@ def evaluate(ppo: Ppo) -> dict[str, float]:
     tokens = session.within_memory(lambda: measure(session, actors, completed, stage))
     kl, error = mean_and_error([float((t.logprobs - t.reference).sum()) for t in tokens])
     score, score_error = mean_and_error(scores.tolist())
-    wanted = float(final_scores(actors, scores, flat, stage).mean())
+    objective = float(final_scores(actors, scores, flat, stage).mean())
     figures = {
-        "loss": stage.kl_coef * kl / stage.completions - wanted,
+        "loss": stage.kl_coef * kl / stage.completions - objective,
         "score": score,
         "score_se": score_error,
         "kl": kl / stage.completions,

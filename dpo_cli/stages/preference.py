@@ -51,8 +51,12 @@ def references(
 
     live: computed in every step, instead of once and cached.
     """
-    own = named is None and session.snapshot is None and not live and not is_adapted(loaded.model)
-    against = Reference(loaded.model) if own else load_reference(session, loaded, named)
+    policy_is_reference = (
+        named is None and session.snapshot is None and not live and not is_adapted(loaded.model)
+    )
+    against = (
+        Reference(loaded.model) if policy_is_reference else load_reference(session, loaded, named)
+    )
     if live:
         against.frozen(session.runtime.device)
         return {name: _live(against, sums) for name, rows in splits.items() if rows}
@@ -168,7 +172,7 @@ def preference_metrics(logprobs: RankedLogprobs, beta: float) -> list[tuple[str,
     size = logprobs.policy.detach().abs()
     if logprobs.reference is not None:
         size = size + logprobs.reference.abs()
-    sizes = size[:, 0] + size[:, -1]  # a list as an index would be copied to the device
+    sizes = size[:, 0] + size[:, -1]  # indexing with a list would copy it to the device
     figures = [
         ("rewards/chosen", beta * chosen),
         ("rewards/rejected", beta * rejected),

@@ -47,8 +47,8 @@ from dpo_cli.train.task import Totals, TrainTask
 
 @dataclass
 class Rows:
-    """The examples of a split, (rows,) margins where they are asked for, and (rows, K) rewards
-    of the model at its latest evaluation."""
+    """The examples of a split, their (rows,) margins with stage.margins, and the model's (rows, K)
+    rewards at its latest evaluation."""
 
     examples: list[EncodedExample]
     margins: Tensor | None
@@ -107,17 +107,17 @@ def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
 
 
 def check_responses(examples: Sequence[EncodedExample], stage: RewardConfig) -> int:
-    """K >= 2, the same for all examples; K = 2 where an option needs pairs."""
+    """The number of responses K >= 2, the same for all examples; 2 if an option needs pairs."""
     check_lengths(examples, 2, "reward")
     counts = {len(e.response_ids) for e in examples}
     if len(counts) > 1:
-        raise DataError(f"ranked lists must have one length, found {sorted(counts)}")
+        raise DataError(f"ranked lists must have equal lengths, found {sorted(counts)}")
     branches = counts.pop()
     for key in ("label_smoothing", "margins"):
         if branches > 2 and getattr(stage, key):
             raise DataError(
-                f"stage.{key}={getattr(stage, key)}: takes pairs, the rows have {branches} "
-                f"responses: remove it"
+                f"stage.{key}={getattr(stage, key)}: needs pairs, but the rows have {branches} "
+                "responses: remove it"
             )
     return branches
 
@@ -127,8 +127,8 @@ def margins_of(examples: Sequence[EncodedExample], device: torch.device) -> Tens
     for example in examples:
         if example.scores is None:
             raise DataError(
-                f"stage.margins=true: row {example.row} has no scores: take data that has them "
-                "(of your own, name their field with data.scores_field) or stage.margins=false"
+                f"stage.margins=true: row {example.row} has no scores: use data with scores (in "
+                "your own rows, data.scores_field names the column), or stage.margins=false"
             )
     scores = np.array([e.scores for e in examples], dtype=np.float64).reshape(-1, 2)
     margins = scores[:, 0] - scores[:, 1]
@@ -141,7 +141,7 @@ def margins_of(examples: Sequence[EncodedExample], device: torch.device) -> Tens
 
 
 def digest(margins: Tensor | None) -> str:
-    """sha256 of the margins: the digest of the rows covers token ids alone."""
+    """sha256 of the margins, as the digest of the rows covers only token ids."""
     return (
         "none" if margins is None else hashlib.sha256(margins.cpu().numpy().tobytes()).hexdigest()
     )
@@ -152,7 +152,7 @@ def loss_output(
 ) -> LossOutput:
     """(S,) rewards of a row's branches -> the summed loss of its examples, and their figures.
 
-    Chosen is the first response, rejected the last. A tie counts as half right.
+    Chosen is the first response, rejected the last. A tie counts as half correct.
     """
     ranked = values.view(-1, batch.branches)
     losses = reward_loss(
@@ -175,7 +175,7 @@ def loss_output(
 def evaluate(
     session: Session, model: PreTrainedModel, rows: Rows, stage: RewardConfig
 ) -> dict[str, float]:
-    """The training figures and the calibration on the held-out rows; empty without any."""
+    """The training figures and the calibration on the held-out rows; empty without rows."""
     if not rows.examples:
         return {}
 
@@ -195,8 +195,8 @@ def evaluate(
 
 def pair_margins(values: Tensor) -> list[float]:
     """(rows, K) rewards -> r_w - r_l of each row."""
-    found: list[float] = (values[:, 0] - values[:, -1]).tolist()
-    return found
+    margins: list[float] = (values[:, 0] - values[:, -1]).tolist()
+    return margins
 
 
 def draw_held_out(

@@ -36,12 +36,12 @@ from dpo_cli.session.sampling import completion_text, decoded_together, draw_sam
 from dpo_cli.session.session import Session
 from dpo_cli.statistics import mean_and_error
 
-FALSE_KL = -3.0  # standard errors below zero at which a mean KL says that something is wrong
+FALSE_KL = -3.0  # a mean KL this many standard errors below zero is reported as wrong
 
 
 @dataclass
 class Actors:
-    """What PPO works with. value_head: (D,) -> (1,), read at the state of each token."""
+    """The models of PPO. value_head: (D,) -> (1,), read at the hidden state of each token."""
 
     policy: PreTrainedModel
     reference: Reference
@@ -54,9 +54,9 @@ class Actors:
 
 @dataclass
 class Tokens:
-    """One prompt's completions, token by token, (n,) each; the last two come by `estimate`.
+    """The n tokens of one prompt's completions, (n,) each; `estimate` fills in the last two.
 
-    On the CPU where they are computed, then on the run's device (`on_device`).
+    Computed on the CPU, then moved to the run's device (`on_device`).
     """
 
     logprobs: Tensor
@@ -82,20 +82,20 @@ def steps_of_rollout(config: RunConfig) -> int:
 
 
 def plan_rollouts(config: RunConfig, prompts: int) -> StepPlan:
-    """Which prompts make which rollout: `train.epochs` over the prompts, or `train.max_steps`."""
+    """The prompts of each rollout, for `train.epochs` over the prompts or `train.max_steps`."""
     train, stage = config.train, cast(PpoConfig, config.stage)
     size = stage.rollout_samples // stage.completions
     rollouts = None if train.max_steps is None else train.max_steps // steps_of_rollout(config)
     if rollouts is None and prompts * train.epochs < size:
         raise ConfigError(
-            f"stage.rollout_samples={stage.rollout_samples}: {prompts} distinct prompts are fewer "
-            "than one rollout takes; lower it, or raise train.epochs"
+            f"stage.rollout_samples={stage.rollout_samples}: {prompts} distinct prompts are too "
+            "few for one rollout; lower it, or raise train.epochs"
         )
     return plan_steps(prompts, size, train.epochs, rollouts, train.shuffle, config.seed)
 
 
 def at_temperature(head: Head, temperature: float) -> Head:
-    """The head whose logits are divided by a temperature, soft-capped ones too."""
+    """The head with its logits, also soft-capped ones, divided by a temperature."""
     softcap = None if head.softcap is None else head.softcap / temperature
     return replace(head, scale=head.scale / temperature, softcap=softcap)
 
@@ -103,8 +103,8 @@ def at_temperature(head: Head, temperature: float) -> Head:
 def values_of(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
     """(N, D) hidden states -> (N,) float32 values."""
     with torch.autocast(hidden.device.type, enabled=False):  # bf16 would round to 3 digits
-        found: Tensor = head(promote(hidden)).squeeze(1)
-    return found
+        values: Tensor = head(promote(hidden)).squeeze(1)
+    return values
 
 
 def draw(
@@ -140,9 +140,9 @@ def reference_normalizer(
     """Mean and standard deviation of the score on one reference sample of each prompt."""
     with actors.reference.active() as model:
         samples = draw(session, actors, model, examples, stage, session.config.seed, 1)
-    found = fit_normalizer(scores_of(actors, examples, samples))
-    session.note(f"reference scores: mean {found.mean:.4g}, std {found.std:.4g}")
-    return found
+    normalizer = fit_normalizer(scores_of(actors, examples, samples))
+    session.note(f"reference scores: mean {normalizer.mean:.4g}, std {normalizer.std:.4g}")
+    return normalizer
 
 
 def roll_out(
@@ -152,9 +152,9 @@ def roll_out(
     stage: PpoConfig,
     seed: int,
 ) -> Rollout:
-    """Sample, score, and one forward of policy and reference over what was sampled.
+    """Sample, score, and run policy and reference on the samples.
 
-    The KL weight is updated afterwards: this rollout's rewards have the one before.
+    The KL weight is updated afterwards: this rollout's rewards use the previous one.
     """
     started = time.perf_counter()
     samples = draw(session, actors, actors.policy, examples, stage, seed)
@@ -172,9 +172,9 @@ def roll_out(
     finished, count = sum(c.finished for c in flat), int(lengths.sum())
     if stage.no_eos_score is not None and not finished:
         session.note(
-            f"no completion ended within stage.max_new_tokens={stage.max_new_tokens}: all have "
-            f"stage.no_eos_score={stage.no_eos_score:g} and nothing is learned from their scores; "
-            "allow more tokens, or use stage.no_eos_score=null"
+            f"no completion ended within stage.max_new_tokens={stage.max_new_tokens}: all get "
+            f"stage.no_eos_score={stage.no_eos_score:g}, so nothing is learned from their scores; "
+            "increase stage.max_new_tokens, or use stage.no_eos_score=null"
         )
     figures |= {
         "score": float(raw.mean()),
@@ -196,12 +196,12 @@ def sequence_kl(session: Session, tokens: Sequence[Tokens], lengths: Tensor) -> 
     logratios = torch.cat([t.logprobs - t.reference for t in tokens])
     kl, error = mean_and_error([float(part.sum()) for part in logratios.split(lengths.tolist())])
     if kl < FALSE_KL * error:
-        session.note(f"KL of {kl:.3f} is below zero: the samples are not the policy's")
+        session.note(f"KL of {kl:.3f} is below zero: the samples do not come from the policy")
     return kl
 
 
 def on_device(tokens: Sequence[Tokens], device: torch.device) -> list[Tokens]:
-    """The tokens on the run's device, in one copy: one per step would make each step wait."""
+    """Move the tokens to the run's device in one copy: a copy per step would block each step."""
     names = [f.name for f in fields(Tokens)]
     columns = torch.stack([torch.cat([getattr(t, name) for t in tokens]) for name in names])
     parts = columns.to(device).split([len(t.logprobs) for t in tokens], dim=1)
@@ -211,7 +211,7 @@ def on_device(tokens: Sequence[Tokens], device: torch.device) -> list[Tokens]:
 def with_samples(
     examples: Sequence[EncodedExample], samples: Sequence[Sequence[Completion]]
 ) -> list[EncodedExample]:
-    """The prompts, with what was sampled as their responses."""
+    """The prompts with their samples as responses."""
     return [
         replace(e, response_ids=tuple(c.ids for c in row), scores=None)
         for e, row in zip(examples, samples, strict=True)
@@ -221,7 +221,7 @@ def with_samples(
 def final_scores(
     actors: Actors, raw: Tensor, samples: Sequence[Completion], stage: PpoConfig
 ) -> Tensor:
-    """(S,) what PPO maximizes: normalized, clipped, and a fixed low score without EOS."""
+    """(S,) scores that PPO maximizes: normalized, clipped, and a fixed low score without EOS."""
     scores = actors.normalizer(raw)
     if stage.score_clip is not None:
         scores = scores.clamp(-stage.score_clip, stage.score_clip)
@@ -244,12 +244,12 @@ def measure(
             reference = states_and_logprobs(model, row, stage)[1]
         return [part.cpu() for part in (logprobs, reference, values)]
 
-    found: dict[int, Tokens] = {}
-    for row, made in over_rows(session, examples, columns):
-        parts = [part.split(row.counts) for part in made]
+    tokens: dict[int, Tokens] = {}
+    for row, results in over_rows(session, examples, columns):
+        parts = [part.split(row.counts) for part in results]
         for index, a, b, c in zip(row.example_ids.tolist(), *parts, strict=True):
-            found[index] = Tokens(a, b, c)
-    return [found[i] for i in range(len(examples))]
+            tokens[index] = Tokens(a, b, c)
+    return [tokens[i] for i in range(len(examples))]
 
 
 def states_and_logprobs(
@@ -264,7 +264,7 @@ def states_and_logprobs(
 def estimate(
     actors: Actors, tokens: list[Tokens], scores: Tensor, lengths: Tensor, stage: PpoConfig
 ) -> dict[str, float]:
-    """Fill in advantages and returns; figures of the critic."""
+    """Fill in advantages and returns; returns figures of the critic."""
     logratios = torch.cat([t.logprobs - t.reference for t in tokens])
     values = torch.cat([t.values for t in tokens])
     rewards = token_rewards(scores, logratios, lengths, actors.kl.coef)

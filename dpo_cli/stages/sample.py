@@ -24,10 +24,8 @@ from dpo_cli.session.workload import Workload, sampling_workload
 
 
 def run(session: Session) -> dict[str, Any]:
-    """A row per prompt and temperature: {prompt, completions, finished, temperature}.
-
-    The figures count what was written.
-    """
+    """Write a row per prompt and temperature: {prompt, completions, finished, temperature}; returns
+    `counts` of them."""
     stage = cast(SampleConfig, session.config.stage)
     tokenizer = load_tokenizer(session.config.model)
     model = load(session, session.config.model, tokenizer)
@@ -41,12 +39,12 @@ def run(session: Session) -> dict[str, Any]:
         if not chosen:
             continue
         prompts = [e.prompt_ids for e in chosen]
-        found = []
+        by_temperature = []
         for options in sampling_options(session, stage):
             at = f" at {options.temperature:g}" * (len(stage.temperatures) > 1)
             with session.progress.phase(f"sampling ({name}{at})", len(prompts)) as tick:
                 rows = complete(session, model, tokenizer, prompts, options, tick)
-            found.append((options.temperature, rows))
+            by_temperature.append((options.temperature, rows))
         write_rows(session.run_dir / f"{name}.jsonl", [
             {
                 "prompt": e.prompt,
@@ -54,9 +52,9 @@ def run(session: Session) -> dict[str, Any]:
                 "finished": [c["finished"] for c in rows[place]],
                 "temperature": temperature,
             }
-            for place, e in enumerate(chosen) for temperature, rows in found
+            for place, e in enumerate(chosen) for temperature, rows in by_temperature
         ])  # fmt: skip
-        flat = [c for _, rows in found for row in rows for c in row]
+        flat = [c for _, rows in by_temperature for row in rows for c in row]
         figures |= {f"{name}_{k}": v for k, v in counts(len(chosen), flat).items()}
         if line := unfinished_line(figures[f"{name}_finished"], new_tokens(stage)):
             session.note(f"{name}: {line}")
@@ -75,7 +73,7 @@ def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
 
 
 def sampling_options(session: Session, stage: SampleConfig) -> list[SamplingOptions]:
-    """One per temperature, each with its own seed; greedy completions are all equal."""
+    """One per temperature, each with its own seed; a single completion if greedy."""
     return [
         SamplingOptions(
             completions=stage.completions if temperature > 0 else 1,

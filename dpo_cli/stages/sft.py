@@ -84,8 +84,8 @@ def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
 
 
 def targets_of(examples: list[EncodedExample], train_on_prompt: bool) -> list[EncodedExample]:
-    """The first response of each example. train_on_prompt: all but the prompt's first token become
-    targets too."""
+    """The first response of each example. train_on_prompt: all but the prompt's first token also
+    become targets."""
     single = keep_responses(examples, 1)
     if not train_on_prompt:
         return single
@@ -113,7 +113,7 @@ def sft_loss(model: PreTrainedModel, batch: Batch, reduction: str) -> LossOutput
 def evaluate(
     session: Session, loaded: Loaded, examples: list[EncodedExample], reduction: str
 ) -> dict[str, float]:
-    """Loss and perplexity of the held-out rows; empty without any."""
+    """Loss and perplexity of the held-out rows; empty without rows."""
     values = mean_figures(session, examples, lambda row: sft_loss(loaded.model, row, reduction))
     if not values:
         return {}

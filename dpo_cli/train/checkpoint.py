@@ -7,8 +7,8 @@
                            optimizer.safetensors optimizer.json rng.safetensors state.json
                            MANIFEST.json   (sha256 and size of each file; world size, run)
 
-A run of several ranks has shards/ (`distributed.checkpoint`) in place of model.safetensors and
-optimizer.safetensors; the folder must be on a shared disk.
+A run of several ranks has shards/ (`distributed.sharded_checkpoint`) in place of model.safetensors
+and optimizer.safetensors; the folder must be on a shared disk.
 
 A save writes `.tmp-step-N-<id>/`, syncs every file, writes the manifest, syncs the folder
 and renames it: a folder named `step-N` is complete or was damaged later, which the
@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.distributed import checkpoint as sharded
+from dpo_cli.distributed import sharded_checkpoint
 from dpo_cli.distributed.fsdp import full_tensor, reshard
 from dpo_cli.distributed.ranks import ALONE, Ranks
 from dpo_cli.durable import damage, publish_folder
@@ -66,12 +66,12 @@ def newest_valid(folder: Path) -> Snapshot:
     skipped: list[str] = []
     for step in reversed(steps_in(folder)):
         candidate = folder / f"step-{step}"
-        why = damage(candidate)
-        if why is None:
+        reason = damage(candidate)
+        if reason is None:
             state = json.loads((candidate / "state.json").read_text())
             _check_layout(candidate, state.get("layout", LAYOUT))
             return Snapshot(candidate, step, state, skipped)
-        skipped.append(f"{candidate.name}: {why}")
+        skipped.append(f"{candidate.name}: {reason}")
     detail = "; ".join(skipped) or "there is none"
     raise CheckpointError(f"{folder}: no valid checkpoint to resume from ({detail})")
 
@@ -108,7 +108,7 @@ def save(
         return publish(folder, step, files, facts)
 
     def write(target: Path) -> None:
-        sharded.write(ranks.from_first(lambda: target), _with(model, heads), optimizer)
+        sharded_checkpoint.write(ranks.from_first(lambda: target), _with(model, heads), optimizer)
         contents.of_generators(state_json(step, state)).write(target)
 
     published = folder / f"step-{step}"
@@ -116,7 +116,9 @@ def save(
     if ranks.first:
         publish_folder(published, write, {"world_size": ranks.size, **(facts or {})})
     else:
-        sharded.write(ranks.from_first(lambda: published), _with(model, heads), optimizer)
+        sharded_checkpoint.write(
+            ranks.from_first(lambda: published), _with(model, heads), optimizer
+        )
     ranks.wait()  # a rank that fails in its next step would end the one still writing
     return published
 
@@ -180,9 +182,9 @@ def prune(folder: Path, step: int, keep: int, protect: int | None) -> None:
     Later steps are damaged folders that a resume skipped; they are removed as well.
     """
     steps = steps_in(folder)
-    kept = {*[s for s in steps if s <= step][-keep:], protect}
+    remaining = {*[s for s in steps if s <= step][-keep:], protect}
     for old in steps:
-        if old not in kept:
+        if old not in remaining:
             shutil.rmtree(folder / f"step-{old}")
 
 
@@ -194,8 +196,8 @@ def restore(
 ) -> None:
     """Restore optimizer state, heads and random generators. The model's weights are restored
     only from a sharded checkpoint; otherwise the caller has loaded them."""
-    if sharded.is_sharded(snapshot.folder):
-        sharded.read(snapshot.folder, _with(model, heads), optimizer)
+    if sharded_checkpoint.is_sharded(snapshot.folder):
+        sharded_checkpoint.read(snapshot.folder, _with(model, heads), optimizer)
         _read_rng(snapshot.folder)
         return
     if heads is not None:
@@ -210,7 +212,7 @@ def restore(
             node = node.setdefault(key, {})
         node[last] = value
     if any(isinstance(weight, DTensor) for weight in model.parameters()):
-        sharded.distribute(state, optimizer)
+        sharded_checkpoint.distribute(state, optimizer)
     else:
         optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
     _read_rng(snapshot.folder)

@@ -91,7 +91,7 @@ def fit(task: TrainTask, session: TrainingSession) -> None:
         _check_identity(snapshot, task, session)
         checkpoint.restore(snapshot, task.model, optimizer, task.heads)
         run.step, run.best = snapshot.step, snapshot.state["best"]
-        run.saves.kept = snapshot.state.get("best_saved", run.best)
+        run.saves.best_saved = snapshot.state.get("best_saved", run.best)
         task.budget.restore(snapshot.state.get("micro_batch_tokens"))
     check_ranks_agree(ranks, task)
     on_policy = task.before_step is not None  # batches do not exist before the step

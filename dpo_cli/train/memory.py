@@ -26,22 +26,22 @@ BUDGET = "micro_batch_tokens.json"  # in the run folder
 class TokenBudget:
     """The maximum of tokens per packed row, shared by all passes of a run.
 
-    asked: as configured or limited by the attention; tokens: what has fit into memory so far.
+    configured: the maximum by configuration and attention; tokens: what has fit into memory so far.
     fixed: out of memory is an error, as with several ranks, where the others would wait.
     """
 
-    asked: int
+    configured: int
     fixed: bool = False
     tokens: int = field(init=False)
     in_use: bool = field(init=False, default=False)  # a pass that packs by the budget is running
     saved: dict[str, int] | None = field(init=False, default=None)  # state of an earlier start
 
     def __post_init__(self) -> None:
-        self.tokens = self.asked
+        self.tokens = self.configured
 
     @property
     def lowered(self) -> bool:
-        return self.tokens < self.asked
+        return self.tokens < self.configured
 
     def can_retry(self, error: RuntimeError) -> bool:
         """Whether to retry with smaller rows."""
@@ -53,12 +53,12 @@ class TokenBudget:
             raise too_large(failed.input_ids.numel()) from error
 
     def limit(self, most: int) -> None:
-        """Lower what is asked for to `most`, independent of memory."""
-        self.asked, self.tokens = min(self.asked, most), min(self.tokens, most)
+        """Lower the configured limit to `most`, independent of memory."""
+        self.configured, self.tokens = min(self.configured, most), min(self.tokens, most)
         self.restore(self.saved)
 
     def start_with(self, tokens: int) -> None:
-        """Start below what is asked for, as more is not expected to fit."""
+        """Start below the configured limit, as more is not expected to fit."""
         self.tokens = min(self.tokens, tokens)
 
     def lower(self, failed: Batch | None, note: Note) -> None:
@@ -75,12 +75,12 @@ class TokenBudget:
 
     def state(self) -> dict[str, int]:
         """For a checkpoint."""
-        return {"asked": self.asked, "tokens": self.tokens}
+        return {"asked": self.configured, "tokens": self.tokens}
 
     def restore(self, state: dict[str, int] | None) -> None:
-        """Take over an earlier start's budget, unless another one is asked for now."""
+        """Take over an earlier start's budget, unless another limit is configured now."""
         self.saved = state
-        if state is not None and state["asked"] == self.asked:
+        if state is not None and state["asked"] == self.configured:
             self.tokens = min(self.tokens, state["tokens"])
 
 
@@ -108,7 +108,7 @@ def halve_budget_for_restart(budget: TokenBudget, run_dir: Path) -> Iterator[Non
         tokens = budget.tokens
         if tokens == 1:
             raise too_large(None) from error
-        write_json(run_dir / BUDGET, {"asked": budget.asked, "tokens": tokens // 2})
+        write_json(run_dir / BUDGET, {"asked": budget.configured, "tokens": tokens // 2})
         raise OutOfMemory(
             f"out of memory with {tokens:,} tokens per row: lowered to {tokens // 2:,}; "
             f"continue with: dpo-run resume={run_dir}", str(run_dir),

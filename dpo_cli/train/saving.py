@@ -74,7 +74,7 @@ def finish(job: Job) -> None:
 class Saves:
     """The checkpoints of a run; leaving its context waits for the pending save.
 
-    kept: the best of the saved steps. The loop's own best does not depend on what was saved.
+    best_saved: the best of the saved steps. The loop's own best does not depend on what was saved.
     """
 
     def __init__(self, task: TrainTask, session: TrainingSession, optimizer: Optimizer) -> None:
@@ -82,7 +82,7 @@ class Saves:
         self.task, self.config, self.runtime = task, config, runtime
         self.note, self.optimizer = session.note, optimizer
         self.run_dir = Path(config.run_dir)
-        self.kept: Best | None = None
+        self.best_saved: Best | None = None
         self.pace = Pace(config.train.save_every_minutes)
         self._host = HostCopy(runtime.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dpo-run-save")
@@ -166,7 +166,7 @@ class Saves:
         began = time.perf_counter()
         self.wait()
         if best is not None and best["step"] == step:
-            self.kept = best
+            self.best_saved = best
         self._unsaved = None
         job = self._job(step, best)
         if self.runtime.ranks.size > 1:
@@ -196,14 +196,15 @@ class Saves:
             self.run_dir, step, state,
             {"config_sha256": _config_digest(self.config), "data": task.identity.get("rows")},
             self._best_file(best), train.keep_checkpoints,
-            None if self.kept is None else int(self.kept["step"]),
+            None if self.best_saved is None else int(self.best_saved["step"]),
         )  # fmt: skip
 
     def _state(self, best: Best | None) -> dict[str, Any]:
         task = self.task
         return {
-            "best": best, "best_saved": self.kept, "steps": task.steps, "identity": task.identity,
-            "carried": task.carried(), "micro_batch_tokens": task.budget.state(),
+            "best": best, "best_saved": self.best_saved, "steps": task.steps,
+            "identity": task.identity, "carried": task.carried(),
+            "micro_batch_tokens": task.budget.state(),
         }  # fmt: skip
 
     def _contents(self, step: int, best: Best | None) -> Contents:
@@ -224,20 +225,23 @@ class Saves:
             finish(job)
 
     def _has_memory(self, state: Contents) -> bool:
-        why = self._host.refusal(state)
-        if why is not None:
-            self._note_once(f"training waits for each save: {why}")
-        return why is None
+        reason = self._host.refusal(state)
+        if reason is not None:
+            self._note_once(f"training waits for each save: {reason}")
+        return reason is None
 
     def _best_file(self, best: Best | None) -> dict[str, Any] | None:
         """best.json: the best step so far, and its checkpoint; `saved`: the best that has one."""
         if best is None:
             return None
-        own: dict[str, Any] = {**best, "metric": self.config.train.best_metric}
-        if self.kept is not None and self.kept["step"] == best["step"]:
-            return own | {"folder": _folder(best)}
-        saved: dict[str, Any] | None = self.kept and {**self.kept, "folder": _folder(self.kept)}
-        return own | {"folder": None, "saved": saved}
+        values: dict[str, Any] = {**best, "metric": self.config.train.best_metric}
+        if self.best_saved is not None and self.best_saved["step"] == best["step"]:
+            return values | {"folder": _folder(best)}
+        saved: dict[str, Any] | None = self.best_saved and {
+            **self.best_saved,
+            "folder": _folder(self.best_saved),
+        }
+        return values | {"folder": None, "saved": saved}
 
     def _write_best(self) -> None:
         if self._unsaved is not None and self.runtime.ranks.first:

@@ -63,8 +63,8 @@ def chosen_sides(
     """The sides to measure, and the table of the search if there was one."""
     searched: list[dict[str, Any]] = []
     if args.candidate:
-        found = named(args.task, args.candidate, args.precision, args.lora)
-        sides = with_candidates(args.task, args.sides, found)
+        candidates = named(args.task, args.candidate, args.precision, args.lora)
+        sides = with_candidates(args.task, args.sides, candidates)
     else:
         best, searched = best_settings(args, job, folder, launch, failures)
         sides = select(sides_of(args.task, best), args.sides)

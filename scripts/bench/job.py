@@ -135,9 +135,9 @@ def highest_of_ranks(value: float) -> float:
 
     if not dist.is_initialized():
         return value
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return max(found)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return max(gathered)
 
 
 def peak_memory_mb(device: str) -> float:

@@ -46,7 +46,7 @@ def save_start(model_folder: str, r: int, folder: Path) -> None:
     with torch.device("meta"):  # in float32, as PEFT rounds A to what is under it
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.to_empty(device="cpu")
-    lora.put_in(model, lora.adapter_config(settings, origin, POLICY_TASK), None, SEED)
+    lora.add_adapter(model, lora.adapter_config(settings, origin, POLICY_TASK), None, SEED)
     lora.save_adapter(model, folder)
 
 

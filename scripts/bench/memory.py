@@ -110,9 +110,9 @@ def main(argv: Sequence[str]) -> int:
     for key, known in (("presets", PRESETS), ("cases", CASES), ("precisions", PRECISIONS)):
         options.refuse_unknown(key, getattr(args, key), list(known))
     with workplace(args, timed=False) as folder:
-        found = measure(args, folder)
+        results = measure(args, folder)
     settings = {key: getattr(args, key) for key in ("batch", "length", "threads", "seed")}
     settings["steps"] = args.warmup + args.steps
-    facts = circumstances({"runs": found}, "bench.py memory", argv)
-    record = {"device": args.device, "settings": settings, "runs": found, **facts}
+    facts = circumstances({"runs": results}, "bench.py memory", argv)
+    record = {"device": args.device, "settings": settings, "runs": results, **facts}
     return PAGE.publish(record, args, f"memory-{args.device}", [run_rows(record)])

@@ -131,8 +131,8 @@ def check(args: argparse.Namespace) -> None:
         args.lr = 1e-5 if (args.device, args.precision) == ("cuda", "bf16") else 1e-4
     if args.length is None:
         args.length = KNOWN[args.lengths_of].kept
-    for why, is_so in refused(args).items():
-        if is_so:
+    for why, applies in argument_problems(args).items():
+        if applies:
             raise SystemExit(why)
     for name in args.candidate:
         settings_of(args.task, name)
@@ -144,10 +144,10 @@ def check(args: argparse.Namespace) -> None:
         raise SystemExit(f"--batch {args.batch}: must be a multiple of --devices {args.devices}")
 
 
-def refused(args: argparse.Namespace) -> dict[str, object]:
-    """What may be wrong -> whether it is."""
+def argument_problems(args: argparse.Namespace) -> dict[str, object]:
+    """Problem of the arguments -> whether it applies."""
     fixed = args.prompt_length or args.response_length
-    found: dict[str, object] = {
+    problems: dict[str, object] = {
         "--lengths, --prompt-length, --response-length: of synthetic pairs; leave out --data": (
             args.data and (fixed or args.lengths_of != "hh")
         ),
@@ -164,8 +164,8 @@ def refused(args: argparse.Namespace) -> dict[str, object]:
         "--also: of training; --task decode has no settings": args.also and args.task == "decode",
     }  # fmt: skip
     for path in (args.data, args.tokenizer, args.trl_python):
-        found[f"{path}: no such file or folder"] = path and not Path(path).exists()
+        problems[f"{path}: no such file or folder"] = path and not Path(path).exists()
     counts = ("warmup", "steps", "rounds", "batch", "threads", "devices", "r")
     low = [f"--{name}" for name in counts if getattr(args, name) < 1]
-    found[f"{', '.join(low)}: must be at least 1"] = low
-    return found
+    problems[f"{', '.join(low)}: must be at least 1"] = low
+    return problems

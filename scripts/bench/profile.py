@@ -62,12 +62,12 @@ def part_facts(job: Job, results: Results) -> dict[str, Record]:
 
 def peak_facts(results: Results) -> dict[str, Record]:
     """Precision -> FLOP/s over the rounds; size and kernel of the fastest."""
-    found = {}
+    fastest_of = {}
     for precision in results["parts"][0]["peaks"]:
         peaks = [result["peaks"][precision] for result in results["parts"]]
         fastest = max(peaks, key=lambda peak: peak["flops_per_second"])
-        found[precision] = fastest | {"flops_per_second": over(peaks, "flops_per_second")}
-    return found
+        fastest_of[precision] = fastest | {"flops_per_second": over(peaks, "flops_per_second")}
+    return fastest_of
 
 
 def heading(record: Record) -> str:
@@ -77,9 +77,9 @@ def heading(record: Record) -> str:
 
 def part_rows(record: Record) -> Rows:
     rows = [["part", "ms a step", "share", "GFLOP", "GFLOP/s", "share of matmul peak"]]
-    whole = record["parts"]["step"]["seconds"]["median"]
+    step_seconds = record["parts"]["step"]["seconds"]["median"]
     for name, part in record["parts"].items():
-        share = f"{part['seconds']['median'] / whole:.0%}" if name != "ours" else ""
+        share = f"{part['seconds']['median'] / step_seconds:.0%}" if name != "ours" else ""
         row = [LABELS[name], page.ranged(part["seconds"], 1e3), share]
         if "flops" in part:
             row += [f"{part['flops'] / 1e9:,.4g}", page.ranged(part["flops_per_second"], 1e-9),

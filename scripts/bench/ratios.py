@@ -17,15 +17,17 @@ def roles_of(job: Job, sides: Sequence[Side], results: Results) -> dict[str, str
     """default, best, best-live -> the side of the others that plays it, where one does. Of
     candidates the fastest is the best: best-live of those with the reference in the loop."""
     peer = PEER[job.task]
-    found = {role: f"{peer}-{role}" for role in STANDARD if f"{peer}-{role}" in results}
+    ratios_by_name = {role: f"{peer}-{role}" for role in STANDARD if f"{peer}-{role}" in results}
     others = [s for s in sides if s.name.startswith(peer) and s.name in results]
-    tried = [s for s in others if s.name not in found.values()]
+    tried = [s for s in others if s.name not in ratios_by_name.values()]
     live = [s for s in tried if job.task == "dpo" and not s.settings.get(CACHED)]
     cached = [s for s in tried if s not in live]
     for role, names in (("best", cached), ("best-live", live)):
-        if names and role not in found:
-            found[role] = max((s.name for s in names), key=lambda name: speed(results, name))
-    return found
+        if names and role not in ratios_by_name:
+            ratios_by_name[role] = max(
+                (s.name for s in names), key=lambda name: speed(results, name)
+            )
+    return ratios_by_name
 
 
 def speed(results: Results, name: str) -> float:
@@ -34,21 +36,23 @@ def speed(results: Results, name: str) -> float:
 
 def ratios(job: Job, roles: dict[str, str], results: Results) -> dict[str, dict[str, float]]:
     """Speed, where more is better, and memory, where less is. Only of sides that were measured."""
-    found: dict[str, dict[str, float]] = {}
+    ratios_by_name: dict[str, dict[str, float]] = {}
     for role in ("default", "best"):
         if "ours" in results and role in roles:
             for key, figure in (("ratio", "per_second"), ("memory_ratio", "peak_memory_mb")):
-                found[f"{key}_vs_trl_{role}"] = ratio(results, "ours", roles[role], figure)
+                ratios_by_name[f"{key}_vs_trl_{role}"] = ratio(results, "ours", roles[role], figure)
     for role in ("default", "best-live"):
         if "ours-live" in results and role in roles:
             key = f"ratio_live_vs_trl_{role.replace('-', '_')}"
-            found[key] = ratio(results, "ours-live", roles[role], "per_second")
+            ratios_by_name[key] = ratio(results, "ours-live", roles[role], "per_second")
     for name in results:
         if name.startswith("ours-") and name != "ours-live" and "best" in roles:
-            found[f"ratio_{name}_vs_trl_best"] = ratio(results, name, roles["best"], "per_second")
+            ratios_by_name[f"ratio_{name}_vs_trl_best"] = ratio(
+                results, name, roles["best"], "per_second"
+            )
     if job.task == "dpo":
-        found |= one_epoch_ratio(job, roles, results)
-    return found
+        ratios_by_name |= one_epoch_ratio(job, roles, results)
+    return ratios_by_name
 
 
 def one_epoch_ratio(

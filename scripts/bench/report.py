@@ -75,13 +75,13 @@ def compared(record: Record) -> str:
     """Within which limits the sides agree, and how closely they do."""
     if record.get("peer_missing"):
         return f"**{record['peer_missing']}: dpo-run alone, compared with nothing.**"
-    found = record["losses_agree"]
-    limits = (f"Losses may differ by {found['allowed']['loss']:g}, log-probabilities by "
-              f"{found['allowed']['logps_relative']:g} of their value.")  # fmt: skip
-    if not found["agree"]:
+    agreement_record = record["losses_agree"]
+    limits = (f"Losses may differ by {agreement_record['allowed']['loss']:g}, log-probabilities by "
+              f"{agreement_record['allowed']['logps_relative']:g} of their value.")  # fmt: skip
+    if not agreement_record["agree"]:
         return f"{limits} **A side differs by more: its figures are left out.**"
-    loss = f"within {found['largest_loss_difference']:.1e}"
-    logps = f"within {found['largest_relative_logps_difference']:.1e} of their value"
+    loss = f"within {agreement_record['largest_loss_difference']:.1e}"
+    logps = f"within {agreement_record['largest_relative_logps_difference']:.1e} of their value"
     parts = {"loss": f"losses {loss}", "rewards/": f"margins of the rewards {loss}",
              "logps/": f"log-probabilities {logps}"}  # fmt: skip
     logged = next(iter(record["sides"].values()))["figures_by_step"]

@@ -63,11 +63,11 @@ def workplace(args: Any, what: str = "", timed: bool = True) -> Iterator[Path]:
 def run_side(side: Side, job: Job, scratch: Path, launch: Launch = PLAIN) -> dict[str, Any]:
     """One side once; or what it answered, where it has been asked exactly this before."""
     files = scratch / "job.json", scratch / "result.json"
-    asked = replace(job, settings=side.settings, scratch=str(scratch / "own")).text()
-    if not (files[1].is_file() and files[0].read_text() == asked):
+    job_text = replace(job, settings=side.settings, scratch=str(scratch / "own")).text()
+    if not (files[1].is_file() and files[0].read_text() == job_text):
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        files[0].write_text(asked)
+        files[0].write_text(job_text)
         launch = replace(launch, devices=job.devices)
         run_worker(side.worker, files, scratch / "own", job.threads, launch)
     result: dict[str, Any] = json.loads(files[1].read_text())
@@ -117,9 +117,9 @@ def run_rounds(
             continue
         results[side.name].append(result)
         tell(f"round {number + 1}/{rounds}  {side.name:14}", job, result)
-    kept = {name: rows for name, rows in results.items() if name not in failed}
-    whole = min(map(len, kept.values()), default=0)
-    return {name: rows[:whole] for name, rows in kept.items()}
+    complete = {name: rows for name, rows in results.items() if name not in failed}
+    rounds_done = min(map(len, complete.values()), default=0)
+    return {name: rows[:rounds_done] for name, rows in complete.items()}
 
 
 def note_failure(side: Side, sides: Sequence[Side], error: Failed, failures: Failures) -> None:

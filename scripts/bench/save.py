@@ -79,7 +79,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def ways_of(args: argparse.Namespace) -> dict[str, Callable[[Path], object]]:
+def methods_of(args: argparse.Namespace) -> dict[str, Callable[[Path], object]]:
     """Name -> what writes into a folder that is not there; `background` writes what `copy` took."""
     model, optimizer = trained(args.layers, args.width, args.vocab, args.device)
     tokenizer = contents.of_tokenizer(build_tokenizer(args.vocab))
@@ -109,20 +109,20 @@ def ways_of(args: argparse.Namespace) -> dict[str, Callable[[Path], object]]:
 
 def measure(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, list[float]], float]:
     """Seconds of each way, and the MB of a checkpoint."""
-    ways = ways_of(args)
-    found: dict[str, list[float]] = {name: [] for name in ways}
+    methods = methods_of(args)
+    seconds_of: dict[str, list[float]] = {name: [] for name in methods}
     size = 0.0
     for turn in range(args.repeats + 1):  # the first is a warm-up
-        for name, write in ways.items():
+        for name, write in methods.items():
             folder = scratch / f"{name}-{turn}"
             seconds = timed(lambda write=write, folder=folder: write(folder))
             if turn:
-                found[name].append(seconds)
+                seconds_of[name].append(seconds)
             if name in ("foreground", "background"):
                 assert damage(folder / "step-1") is None
                 size = sum(p.stat().st_size for p in (folder / "step-1").iterdir()) / 2**20
             shutil.rmtree(folder, ignore_errors=True)  # a copy is in none
-    return found, size
+    return seconds_of, size
 
 
 def steps(scratch: Path, count: int) -> tuple[float, float, float]:
@@ -175,12 +175,12 @@ def main(argv: Sequence[str]) -> int:
         p.error("--repeats: at least 1; --steps: at least 10")
     quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="dpo-run-save-", dir=args.folder) as name:
-        found, size = measure(args, Path(name))
-        plain = statistics.median(found["plain"])
+        seconds_of, size = measure(args, Path(name))
+        plain = statistics.median(seconds_of["plain"])
         rows = [["way", "median s", "lowest", "highest", "MB/s", "times plain"]]
-        for way, seconds in found.items():
+        for method, seconds in seconds_of.items():
             median = statistics.median(seconds)
-            rows.append([way, *(f"{x:.4f}" for x in (median, min(seconds), max(seconds))),
+            rows.append([method, *(f"{x:.4f}" for x in (median, min(seconds), max(seconds))),
                          f"{size / median:,.0f}", f"{median / plain:.1f}"])  # fmt: skip
         print(f"A checkpoint of {size:.1f} MB, {args.repeats} times each:\n")
         print("\n".join(table(rows)))

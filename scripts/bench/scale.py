@@ -49,21 +49,21 @@ class Point:
 def curves_of(args: argparse.Namespace, model: str) -> dict[str, list[Point]]:
     """Each curve changes one size of the same point."""
     middle = Point(model, args.length, args.batch)
-    found = {
+    curves = {
         "lengths": [replace(middle, length=length) for length in args.lengths],
         "batches": [replace(middle, batch=batch) for batch in args.batches],
         "models": [replace(middle, model=model) for model in args.models],
     }
-    return {name: found[name] for name in args.curves}
+    return {name: curves[name] for name in args.curves}
 
 
 def model_shape(model: str) -> Shape:
     if model in PRESETS:
         return PRESETS[model]
-    found = MODEL.fullmatch(model)
-    if found is None:
+    match = MODEL.fullmatch(model)
+    if match is None:
         raise SystemExit(f"--models: no {model}; give LAYERSxWIDTH or one of {', '.join(PRESETS)}")
-    layers, width = map(int, found.groups())
+    layers, width = map(int, match.groups())
     return resized("gpt2", {"layers": layers, "width": width,
                             "heads": max(1, width // HEAD_WIDTH)})[1]  # fmt: skip
 
@@ -77,7 +77,7 @@ def plans_of(
     args: argparse.Namespace, shapes: dict[str, Shape], points: Sequence[Point], folder: Path
 ) -> dict[Point, tuple[Plan, Job]]:
     """A folder a model, whose context holds its longest sequences."""
-    made = {}
+    plans = {}
     for point in points:
         longest = max(p.length for p in points if p.model == point.model)
         here = argparse.Namespace(**vars(args) | {
@@ -88,27 +88,27 @@ def plans_of(
         plan = make_plan(here, shapes[point.model], folder / point.model)
         plan = replace(plan, context=max(plan.shape.context, longest),
                        folder=str(folder / point.model))  # fmt: skip
-        made[point] = plan, make_job(here, plan)
-    return made
+        plans[point] = plan, make_job(here, plan)
+    return plans
 
 
 def measure(
-    made: dict[Point, tuple[Plan, Job]], rounds: int, folder: Path
+    plans: dict[Point, tuple[Plan, Job]], rounds: int, folder: Path
 ) -> dict[Point, list[Record]]:
     """The results of every point in each round."""
-    for plan, job in made.values():
+    for plan, job in plans.values():
         plan.prepare(job.threads)
-    found: dict[Point, list[Record]] = {point: [] for point in made}
+    results: dict[Point, list[Record]] = {point: [] for point in plans}
     for number in range(rounds):
-        for index, (point, (_, job)) in enumerate(made.items()):
+        for index, (point, (_, job)) in enumerate(plans.items()):
             result = run_side(OURS, job, folder / f"{number}-{index}")
             if not all(map(math.isfinite, result["figures"]["loss"])):
                 raise SystemExit(f"{point}: the loss is not finite: {result['figures']['loss']}")
-            found[point].append(result)
+            results[point].append(result)
             say(f"round {number + 1}/{rounds}  {point.model} length {point.length} batch "
                 f"{point.batch}  {result['per_second']:.3f} pairs/s "
                 f"{result['peak_memory_mb']:.0f} MB")  # fmt: skip
-    return found
+    return results
 
 
 def point_facts(point: Point, plan: Plan, results: Sequence[Record]) -> Record:
@@ -217,9 +217,9 @@ def main(argv: Sequence[str]) -> int:
     points = list(dict.fromkeys(point for curve in curves.values() for point in curve))
     shapes = {p.model: shape if p.model == name else model_shape(p.model) for p in points}
     with workplace(args, f"{len(points)} points") as folder:
-        made = plans_of(args, shapes, points, folder)
-        found = measure(made, args.rounds, folder / "rounds")
-        facts = {p: point_facts(p, made[p][0], found[p]) for p in points}
+        plans = plans_of(args, shapes, points, folder)
+        results = measure(plans, args.rounds, folder / "rounds")
+        facts = {p: point_facts(p, plans[p][0], results[p]) for p in points}
     keys = ("batch", "length", "warmup", "steps", "rounds", "lr", "threads", "seed")
     record = {
         "preset": name,
@@ -227,7 +227,7 @@ def main(argv: Sequence[str]) -> int:
         "precision": args.precision,
         "curves": {curve: [facts[p] for p in of_curve] for curve, of_curve in curves.items()},
         "settings": {key: getattr(args, key) for key in keys},
-        **circumstances({str(p): rows for p, rows in found.items()}, "bench.py scale", argv),
+        **circumstances({str(p): rows for p, rows in results.items()}, "bench.py scale", argv),
     }
     tables = [curve_rows(record, curve) for curve in curves]
     return PAGE.publish(record, args, f"scale-{name}-{args.device}", tables)

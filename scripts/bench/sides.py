@@ -170,30 +170,30 @@ def sides_of(task: str, best: Settings) -> list[Side]:
 
 def select(sides: list[Side], words: str | None) -> list[Side]:
     """By name, `trl` for all of the other side, `both` or None for all."""
-    wanted = (words or "both").split(",")
+    names = (words or "both").split(",")
     known = {side.name for side in sides} | {"trl", "both"}
-    if unknown := set(wanted) - known:
+    if unknown := set(names) - known:
         raise SystemExit(f"--sides: no {', '.join(sorted(unknown))}; there are "
                          f"{', '.join(s.name for s in sides)}, trl, both")  # fmt: skip
-    return [s for s in sides if s.name in wanted or "both" in wanted
-            or ("trl" in wanted and s.name.startswith("trl-"))]  # fmt: skip
+    return [s for s in sides if s.name in names or "both" in names
+            or ("trl" in names and s.name.startswith("trl-"))]  # fmt: skip
 
 
-def with_candidates(task: str, words: str | None, found: dict[str, Settings]) -> list[Side]:
+def with_candidates(task: str, words: str | None, candidates: dict[str, Settings]) -> list[Side]:
     """Our side, or the sides that `words` name, and then every candidate, which are `trl`."""
     tried = [replace(best_side(task, settings), name=f"{PEER[task]}-{name}")
-             for name, settings in found.items()]  # fmt: skip
+             for name, settings in candidates.items()]  # fmt: skip
     others = [side for side in sides_of(task, {}) if not side.name.startswith(f"{PEER[task]}-best")]
     named = set((words or "both").replace("both", "ours").split(","))
-    wanted = named - {"trl", *(side.name for side in tried)}
-    return [*(select(others, ",".join(wanted)) if wanted else []), *tried]
+    remaining = named - {"trl", *(side.name for side in tried)}
+    return [*(select(others, ",".join(remaining)) if remaining else []), *tried]
 
 
 def variant(side: Side, words: Sequence[str]) -> Side:
     """dpo-run's side with further settings, under a name that says which."""
     settings = dict(word.split("=", 1) for word in words)
-    told = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
-    return replace(side, name=f"ours-{told}", settings=side.settings | settings)
+    settings_text = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
+    return replace(side, name=f"ours-{settings_text}", settings=side.settings | settings)
 
 
 def best_side(task: str, settings: Settings) -> Side:

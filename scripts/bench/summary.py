@@ -113,10 +113,10 @@ def side_facts(
 def flat(facts: dict[str, Any], tokens: float | None) -> dict[str, float | str | None]:
     """One side's figures, one number each. tokens: of a row, prompt and response."""
 
-    found = {name: facts[key]["median"] for name, key in FIGURES.items() if key in facts}
+    values = {name: facts[key]["median"] for name, key in FIGURES.items() if key in facts}
     if tokens is not None:
-        found["tokens_per_second"] = tokens * found["per_second"]
-    return NOTHING | found
+        values["tokens_per_second"] = tokens * values["per_second"]
+    return NOTHING | values
 
 
 def startup(result: dict[str, Any]) -> float:
@@ -150,17 +150,17 @@ def summary(
     conditions = conditions_of(name, job, plan, len(next(iter(results.values()), [])))
     sides = [side for side in measured.sides if side.name in results]
     roles = roles_of(job, sides, results)
-    found = ratios(job, roles, results)
+    values = ratios(job, roles, results)
     facts = {s.name: side_facts(job, s, results[s.name], measured.work) for s in sides}
     tokens = conditions["data"].get("real_tokens_per_row")
     return {
-        **{key: value["median"] for key, value in found.items()},
+        **{key: value["median"] for key, value in values.items()},
         "task": job.task,
         "unit": UNITS[job.task],
         "lora": {"name": job.lora, "r": job.r} if job.lora != "none" else None,
         "losses_agree": agreement(measured.results, job.precision),
         "peer_missing": measured.peer_missing(job),
-        "ratios": found,
+        "ratios": values,
         "roles": roles,
         "results": {name: flat(of_side, tokens) for name, of_side in facts.items()}
             | {name: NOTHING | {"failure": why} for name, why in measured.failures.items()},

@@ -108,7 +108,7 @@ def changed_inputs(lab: Lab) -> str:
     """Case B4."""
     run = lab.copy(finished_recipe(lab), "changed-recipe")
     done = lab.dpo(words_of(lab), f"run_dir={run}", "vars.beta=0.3")
-    lines = [line for line in done.told.splitlines() if line.startswith("[")]
+    lines = [line for line in done.output.splitlines() if line.startswith("[")]
     again = "dpo: run (again, now stage.beta=0.3" in lines[-1]
     check("sft: skip" in lines[0] and again, f"told: {lines}")
     differs = final_digest(run / "02-dpo") != final_digest(finished_recipe(lab) / "02-dpo")
@@ -119,31 +119,31 @@ def changed_inputs(lab: Lab) -> str:
 def torn_caches(lab: Lab) -> str:
     """Case B6: every file of the caches of log-probabilities and of encoded rows."""
     words = three_steps(lab)
-    truth, cache = lab.whole("caches", *words), lab.folder / "cache"
-    found = sorted(path for path in cache.rglob("*") if path.is_file())
+    truth, cache = lab.uninterrupted("caches", *words), lab.folder / "cache"
+    results = sorted(path for path in cache.rglob("*") if path.is_file())
     kinds = HARMS | {"bit flipped": flip_bit}
-    check(any("reference" in path.parts for path in found), "there is no cache of the reference")
+    check(any("reference" in path.parts for path in results), "there is no cache of the reference")
     saved, bad = lab.copy(cache, "good-cache"), []
     for kind, harm in kinds.items():
         shutil.rmtree(cache)
         shutil.copytree(saved, cache)
-        for path in found:
+        for path in results:
             harm(path)
         run = lab.fresh("cached")
         done = lab.forked(*words, f"run_dir={run}", code=None)
         if done.code or not same_final(run, truth):
             bad.append(f"{kind}: exit {done.code}: {done.last}")
     check(not bad, f"{len(bad)}: {'; '.join(bad[:3])}")
-    return f"{len(found)} files, {', '.join(kinds)}: made again, final sha256 identical"
+    return f"{len(results)} files, {', '.join(kinds)}: made again, final sha256 identical"
 
 
 def older_layout(lab: Lab) -> str:
     """Case B9: a whole checkpoint whose layout is not this dpo-run's."""
     from dpo_cli.durable import replace_json
 
-    run = lab.cut(lab.whole("caches", *three_steps(lab)), "layout")
+    run = lab.cut(lab.uninterrupted("caches", *three_steps(lab)), "layout")
     newest = checkpoint(run, 3)
     state = json.loads((newest / "state.json").read_text())
     replace_json(newest, "state.json", {**state, "layout": 0})
-    lab.forked(f"resume={run}", code=5, told=["layout 0", "model.path="])
+    lab.forked(f"resume={run}", code=5, output=["layout 0", "model.path="])
     return "exit 5, names both layouts and the two ways on"

@@ -109,10 +109,12 @@ def by_tests(number: str) -> Callable[[Lab], str]:
 
     def run(lab: Lab) -> str:
         tests = COVERED[number]
-        outcomes = {n: found for n, found in results(lab).items() if n.partition("[")[0] in tests}
+        outcomes = {
+            n: results for n, results in results(lab).items() if n.partition("[")[0] in tests
+        }
         ran = {name.partition("[")[0] for name in outcomes}
         check(ran == set(tests), f"did not run: {', '.join(set(tests) - ran)}")
-        wrong = [f"{name}: {found}" for name, found in outcomes.items() if found != "passed"]
+        wrong = [f"{name}: {results}" for name, results in outcomes.items() if results != "passed"]
         check(not wrong, f"{len(wrong)} of {len(outcomes)} tests: {'; '.join(wrong[:3])}")
         names = ", ".join(test.rpartition("::")[2] for test in tests)
         return f"{len(outcomes)} tests passed: {names}"

@@ -42,10 +42,10 @@ def falls_back(lab: Lab, harms: Iterable[tuple[str, str, Harm]]) -> str:
         harm(checkpoint(run, 3) / name)
         done, count = lab.forked(f"resume={run}", code=None), count + 1
         of = "" if name == "MANIFEST.json" else name
-        told = f"checkpoint not used: step-3: {of}" in done.told
-        after = "resuming after step 2" in done.told
-        if done.code or not told or not after or not same_final(run, lab.saves()):
-            bad.append(f"{name} {what}: exit {done.code}, told: {told}, step 2: {after}")
+        output = f"checkpoint not used: step-3: {of}" in done.output
+        after = "resuming after step 2" in done.output
+        if done.code or not output or not after or not same_final(run, lab.saves()):
+            bad.append(f"{name} {what}: exit {done.code}, told: {output}, step 2: {after}")
     check(count and not bad, f"{len(bad)} of {count}: {'; '.join(bad[:3])}")
     return f"{count}/{count} fell back to step 2, said which file and why, final sha256 identical"
 
@@ -103,7 +103,7 @@ cp -r "$DISK/run/final" "$OUT.final"
 
 def disk_full(lab: Lab) -> str:
     """Case 10, on a tmpfs of its own in a mount namespace; root or user namespaces are needed."""
-    truth, told = lab.whole("long", *LONG), []
+    truth, output = lab.uninterrupted("long", *LONG), []
     one = sum(path.stat().st_size for path in checkpoint(truth, 6).iterdir())
     for share in (2.15, 2.5, 2.9):
         disk, out = lab.fresh("disk"), lab.folder / "disk-out"
@@ -129,18 +129,18 @@ def disk_full(lab: Lab) -> str:
         resumed = lab.fresh("from-disk")
         shutil.copytree(out.with_suffix(".final"), resumed / "final")
         check(same_final(resumed, truth), "final weights differ")
-        told.append(f"{share}: exit 74 beside {len(kept)} whole")
-    return f"tmpfs of {'; '.join(told)}; resumed with room: 3/3, final sha256 identical"
+        output.append(f"{share}: exit 74 beside {len(kept)} whole")
+    return f"tmpfs of {'; '.join(output)}; resumed with room: 3/3, final sha256 identical"
 
 
 def disk_full_at_the_end(lab: Lab) -> str:
     """Case 11: a finished run that publishes again, its disk full from each operation on."""
     from dpo_cli.durable import damage
 
-    run, found = lab.copy(lab.saves(), "finished"), lab.folder / "operations.json"
+    run, results = lab.copy(lab.saves(), "finished"), lab.folder / "operations.json"
     good = final_digest(run)
-    lab.forked(f"resume={run}", fault=Watch(recorder(found), "final", 1).install)
-    count, bad, codes = len(json.loads(found.read_text())), [], []
+    lab.forked(f"resume={run}", fault=Watch(recorder(results), "final", 1).install)
+    count, bad, codes = len(json.loads(results.read_text())), [], []
     for at in range(count):
         fault = Watch(full_disk(at), "final", call=1)
         codes.append(lab.forked(f"resume={run}", fault=fault.install, code=None).code)

@@ -57,21 +57,21 @@ class Done:
     """How a process ended: its exit code (-N: by signal N), all it printed, wall time."""
 
     code: int
-    told: str
+    output: str
     seconds: float
 
     @property
     def last(self) -> str:
         """Its error line, or the last one, for a table's cell."""
-        lines = self.told.strip().splitlines() or ["nothing printed"]
+        lines = self.output.strip().splitlines() or ["nothing printed"]
         return next((line for line in lines if line.startswith("error:")), lines[-1])[:160]
 
-    def must(self, code: int | None, what: str = "", *told: str) -> Done:
+    def must(self, code: int | None, what: str = "", *output: str) -> Done:
         """Itself; Failed where it ended with another code (None: any), or has not `told` this."""
         name = f"{what}: " if what else ""
         check(code in (None, self.code), f"{name}exit {self.code}: {self.last}")
-        for text in told:
-            check(text in self.told, f"{name}`{text}` not told: {self.told.strip()[-200:]}")
+        for text in output:
+            check(text in self.output, f"{name}`{text}` not told: {self.output.strip()[-200:]}")
         return self
 
 
@@ -116,8 +116,8 @@ class Lab:
     def wait(self, child: Process, seconds: float = 300) -> Done:
         """Its end; whatever still runs after so many seconds is killed and told as code -9."""
         code = child.wait(seconds)
-        told = child.log.read_text(errors="replace")
-        return Done(-signal.SIGKILL if code is None else code, told, child.seconds)
+        output = child.log.read_text(errors="replace")
+        return Done(-signal.SIGKILL if code is None else code, output, child.seconds)
 
     def dpo(self, *words: str, code: int | None = 0, what: str = "") -> Done:
         """`dpo-run <words>`, which must end with this code."""
@@ -125,11 +125,11 @@ class Lab:
 
     def forked(
         self, *words: str, fault: Fault | None = None, code: int | None = 0, what: str = "",
-        told: Sequence[str] = (),
+        output: Sequence[str] = (),
     ) -> Done:  # fmt: skip
         """`dpo-run <words>` in a fork, after `fault()`; how it must end, as in `Done.must`."""
         self.preload()
-        return self._fork(list(words), fault, 120).must(code, what, *told)
+        return self._fork(list(words), fault, 120).must(code, what, *output)
 
     def _fork(self, words: list[str], fault: Fault | None, seconds: float) -> Done:
         out, began = self.folder / "fork.txt", time.monotonic()
@@ -172,30 +172,30 @@ class Lab:
             self.made[name] = run
         return self.made[name]
 
-    def whole(self, name: str, *words: str) -> Path:
+    def uninterrupted(self, name: str, *words: str) -> Path:
         """An uninterrupted run."""
         return self.once(name, words, self.forked)
 
     def saves(self) -> Path:
         """One with checkpoints 2 and 3 of 3."""
-        return self.whole("saves", *SAVES)
+        return self.uninterrupted("saves", *SAVES)
 
     def base(self) -> Path:
         """A policy to start from."""
-        return self.whole("base", *SFT, "train.max_steps=12")
+        return self.uninterrupted("base", *SFT, "train.max_steps=12")
 
     def cut(self, run: Path, name: str, *steps: int) -> Path:
         """Its copy without the final model and without the checkpoints of these steps."""
-        found = self.copy(run, name)
-        shutil.rmtree(found / "final")
+        results = self.copy(run, name)
+        shutil.rmtree(results / "final")
         for step in steps:
-            shutil.rmtree(checkpoint(found, step))
-        return found
+            shutil.rmtree(checkpoint(results, step))
+        return results
 
     def resumes(self, run: Path, truth: Path, *words: str, what: str = "", after: int = -1) -> Done:
         """A resume, which must end well and with the final weights of `truth`, after this step."""
-        told = [f"resuming after step {after} "] if after >= 0 else []
-        done = self.forked(f"resume={run}", *words, what=what or "resume", told=told)
+        output = [f"resuming after step {after} "] if after >= 0 else []
+        done = self.forked(f"resume={run}", *words, what=what or "resume", output=output)
         check(same_final(run, truth), f"{what}: final weights differ".removeprefix(": "))
         return done
 
@@ -218,8 +218,8 @@ def until(seen: Callable[[], object], child: Process, seconds: float = 180) -> N
 
 def _waited(pid: int, deadline: float) -> int:
     while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
+        results, status = os.waitpid(pid, os.WNOHANG)
+        if results:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
@@ -274,5 +274,5 @@ def same_final(run: Path, truth: Path) -> bool:
 
 def steps_of(run: Path) -> list[int]:
     """Published checkpoints."""
-    found = (run / "checkpoints").glob("step-*")
-    return sorted(int(path.name.removeprefix("step-")) for path in found)
+    results = (run / "checkpoints").glob("step-*")
+    return sorted(int(path.name.removeprefix("step-")) for path in results)

@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line, flush=True)
             lines.append(line)
             failures += not passed
-    told = f"{len(args.cases) - failures} of {len(args.cases)} rows pass"
-    print(f"\n{told}", flush=True)
+    output = f"{len(args.cases) - failures} of {len(args.cases)} rows pass"
+    print(f"\n{output}", flush=True)
     if args.out:
-        args.out.write_text("\n".join([*lines, "", told, ""]), encoding="utf-8")
+        args.out.write_text("\n".join([*lines, "", output, ""]), encoding="utf-8")
     return int(failures > 0)

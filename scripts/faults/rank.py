@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from dpo_cli.cli import main
-from dpo_cli.distributed import launch as elastic
+from dpo_cli.distributed import launch
 
 HOW = "DPO_RUN_FAULT"
 
@@ -23,7 +23,7 @@ def spoil() -> None:
     real = loop._train_step
 
     def train_step(run: Any) -> dict[str, float]:
-        if run.step == 2 and elastic.rank() == 1:
+        if run.step == 2 and launch.rank() == 1:
             print(f"fault at {time.time():.3f}", file=sys.stderr, flush=True)
             if os.environ[HOW] == "raise":
                 raise ValueError("injected into rank 1")
@@ -41,7 +41,7 @@ def never_answers() -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "launch":
         os.environ[HOW] = sys.argv[2]
-        elastic.rank_command = lambda: [__file__]
+        launch.rank_command = lambda: [__file__]
         main(sys.argv[3:])
     else:
         spoil()

@@ -24,15 +24,15 @@ def two_ranks(lab: Lab) -> Path:
 
 def children(pid: int) -> list[int]:
     """Of a process, in the order they were started."""
-    found = []
+    results = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             number, _, rest = stat.read_text().partition(" ")
         except OSError:  # it has ended
             continue
         if int(rest.rpartition(")")[2].split()[1]) == pid:
-            found.append(int(number))
-    return sorted(found)
+            results.append(int(number))
+    return sorted(results)
 
 
 def killed_rank(lab: Lab) -> str:
@@ -57,11 +57,11 @@ def failing(lab: Lab, how: str, run: Path, seconds: float, *words: str) -> tuple
     child = lab.python(SCRIPT, "launch", how, *FORTY, *words, f"run_dir={run}")
     done = lab.wait(child, seconds)
     ended = time.time()
-    found = re.search(r"fault at ([\d.]+)", done.told)  # on time.time()'s clock
-    check(found, f"the fault was never reached: {done.told.strip()[-200:]}")
+    results = re.search(r"fault at ([\d.]+)", done.output)  # on time.time()'s clock
+    check(results, f"the fault was never reached: {done.output.strip()[-200:]}")
     check(done.code not in (0, -9), f"exit {done.code}: {done.last}")
-    assert found
-    return done, ended - float(found[1])
+    assert results
+    return done, ended - float(results[1])
 
 
 def raising_rank(lab: Lab) -> str:
@@ -79,8 +79,8 @@ def hanging_rank(lab: Lab) -> str:
     done, took = failing(lab, "hang", run, 150, "hardware.timeout_seconds=20")
     check(took < 40, f"exit {done.code}, but {took:.0f} s after the fault")
     done.must(None, "stack of the rank that hangs", "never_answers")
-    stacks = len(re.findall(r"stacks of rank \d", done.told))
-    threads = len(re.findall(r"(?m)^(?:Current thread|Thread) 0x", done.told))
+    stacks = len(re.findall(r"stacks of rank \d", done.output))
+    threads = len(re.findall(r"(?m)^(?:Current thread|Thread) 0x", done.output))
     check(stacks == 2, f"stacks of {stacks} ranks")
     return f"exit {done.code} {took:.0f} s after the hang, stacks of 2 ranks, {threads} threads"
 

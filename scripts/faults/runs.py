@@ -33,27 +33,27 @@ LONG = (*SFT, "train.max_steps=400", "train.save_every_steps=0", "train.eval_eve
 
 def settings(lab: Lab) -> Path:
     """A DPO run of three steps, each saved."""
-    return lab.whole("settings", *OVER, "stage=dpo", f"model.path={lab.base()}",
+    return lab.uninterrupted("settings", *OVER, "stage=dpo", f"model.path={lab.base()}",
                      "train.max_steps=3", "train.save_every_steps=1")  # fmt: skip
 
 
 def every_step(lab: Lab) -> str:
     """Case 4: 48 rows, 16 a step: an epoch ends after steps 2 or 3 (8 rows are held out)."""
-    told = []
+    output = []
     for stage in ("sft", "dpo"):
         words = (*EPOCHS, f"stage={stage}", f"model.path={lab.base()}")
-        truth = lab.whole(f"epochs-{stage}", *words)
+        truth = lab.uninterrupted(f"epochs-{stage}", *words)
         steps = steps_of(truth)
         for step in steps[:-1]:
             run = lab.cut(truth, "again", *(later for later in steps if later > step))
             lab.resumes(run, truth, what=f"{stage} after step {step}", after=step)
-        told.append(f"{stage} {len(steps) - 1}/{len(steps) - 1}")
-    return f"resumed after every step: {', '.join(told)} identical"
+        output.append(f"{stage} {len(steps) - 1}/{len(steps) - 1}")
+    return f"resumed after every step: {', '.join(output)} identical"
 
 
 def signals(lab: Lab) -> str:
     """Case 14: real processes, told to stop while they train."""
-    told = []
+    output = []
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         run = lab.fresh("signalled")
         child = lab.start(*LONG, f"run_dir={run}")
@@ -64,9 +64,9 @@ def signals(lab: Lab) -> str:
         took = time.monotonic() - sent
         check(not (run / "final").exists(), f"{number.name}: a final model was published")
         (step,) = steps_of(run)
-        lab.resumes(run, lab.whole("signals", *LONG), what=f"{number.name}: resume")
-        told.append(f"{number.name} after step {step} in {took:.1f} s")
-    return f"saved and exit 75: {', '.join(told)}; resumed, final sha256 identical"
+        lab.resumes(run, lab.uninterrupted("signals", *LONG), what=f"{number.name}: resume")
+        output.append(f"{number.name} after step {step} in {took:.1f} s")
+    return f"saved and exit 75: {', '.join(output)}; resumed, final sha256 identical"
 
 
 def mid_step(lab: Lab) -> str:
@@ -86,7 +86,7 @@ def mid_step(lab: Lab) -> str:
     lab.forked(*words, f"run_dir={run}", fault=fault, code=75)
     check(not (run / "final").exists(), "a half-trained model was published as final")
     check(steps_of(run) == [1], f"saved {steps_of(run)}, not the step that was under way")
-    lab.resumes(run, lab.whole("mid-step", *words))
+    lab.resumes(run, lab.uninterrupted("mid-step", *words))
     return "the step was finished and saved, exit 75, no final/; resumed identical"
 
 
@@ -148,11 +148,11 @@ def stale_lock(lab: Lab) -> str:
     pid = child.popen.pid
     check((run / ".lock").read_text() == str(pid), "no lock was left")
     words = (*LONG, "train.max_steps=2", f"run_dir={run}", "resume=true")
-    done = lab.forked(*words, code=None, told=[f"process {pid}"])
+    done = lab.forked(*words, code=None, output=[f"process {pid}"])
     check(done.code in (0, 2), f"exit {done.code}: {done.last}")
     again = lab.forked(f"resume={run}", "train.log_every_steps=50")
-    check(f"process {pid}" not in again.told, "told again, though the lock was clean")
-    return f"{next(line for line in done.told.splitlines() if str(pid) in line)[-120:]}"
+    check(f"process {pid}" not in again.output, "told again, though the lock was clean")
+    return f"{next(line for line in done.output.splitlines() if str(pid) in line)[-120:]}"
 
 
 def used_folder(lab: Lab) -> str:
@@ -163,7 +163,7 @@ def used_folder(lab: Lab) -> str:
         return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
 
     before = times()
-    lab.forked(*SAVES, f"run_dir={run}", code=2, told=["is not empty"])
+    lab.forked(*SAVES, f"run_dir={run}", code=2, output=["is not empty"])
     check(before == times(), "files of the used folder were touched")
     lab.forked(*SAVES, f"run_dir={run}", "resume=true", what="resume=true")
     return "refused with exit 2, no file touched; with resume=true it goes on"
@@ -171,16 +171,16 @@ def used_folder(lab: Lab) -> str:
 
 def other_settings(lab: Lab) -> str:
     """Case 20."""
-    told = []
+    output = []
     for change in ("seed=1", "train.shuffle=false", "data.rows=47", "stage.beta=0.7",
                    "data.max_length=64"):  # fmt: skip
         key, _, value = change.partition("=")
         done = lab.forked(f"resume={lab.copy(settings(lab), 'changed')}", change, code=2,
-                          what=change, told=[f"{key}: "])  # fmt: skip
-        shown = f"-> {value}" in done.told.replace("False", "false")
+                          what=change, output=[f"{key}: "])  # fmt: skip
+        shown = f"-> {value}" in done.output.replace("False", "false")
         check(shown, f"{change}: exit {done.code}: {done.last}")
-        told.append(key)
-    return f"exit 2 with `key: old -> new` for {', '.join(told)}"
+        output.append(key)
+    return f"exit 2 with `key: old -> new` for {', '.join(output)}"
 
 
 def other_rate(lab: Lab) -> str:
@@ -200,7 +200,7 @@ def own_reference(lab: Lab) -> str:
     """Case 22."""
     tuned = checkpoint(settings(lab), 3)
     again = (*OVER, "stage=dpo", f"model.path={tuned}", "train.max_steps=1")
-    lab.forked(*again, f"run_dir={lab.fresh('own')}", code=2, told=["stage.reference="])
+    lab.forked(*again, f"run_dir={lab.fresh('own')}", code=2, output=["stage.reference="])
     named = lab.fresh("named")
     lab.forked(*again, f"stage.reference={lab.base()}", f"run_dir={named}", what="named")
     ratio = next(r["logratios/chosen"] for r in metrics_of(named) if "logratios/chosen" in r)

@@ -28,16 +28,16 @@ def loops(lab: Lab) -> dict[str, tuple[str, ...]]:
 
 def kill_loop(lab: Lab) -> str:
     """Case 1: fresh processes, killed at random moments after the first save."""
-    told = []
+    output = []
     for name, words in loops(lab).items():
         slug = name.partition(" ")[0]
-        truth = lab.whole(f"loop-{slug}", *words)
+        truth = lab.uninterrupted(f"loop-{slug}", *words)
         kills = killed_until_done(lab, slug, words)
         run = lab.folder / f"killed-{slug}"
         check(same_final(run, truth), f"{name}: after {kills} kills the final weights differ")
         check(kills >= lab.kills, f"{name}: ended after {kills} kills of {lab.kills}")
-        told.append(f"{name} {kills}")
-    return f"kills, each resumed: {', '.join(told)}; final sha256 identical"
+        output.append(f"{name} {kills}")
+    return f"kills, each resumed: {', '.join(output)}; final sha256 identical"
 
 
 def killed_until_done(lab: Lab, name: str, words: tuple[str, ...]) -> int:
@@ -68,11 +68,11 @@ def killed_until_done(lab: Lab, name: str, words: tuple[str, ...]) -> int:
 
 def operations(lab: Lab, scope: str, call: int = 2) -> list[Operation]:
     """What a save does, in order."""
-    found, run = lab.folder / "operations.json", lab.fresh("traced")
-    found.unlink(missing_ok=True)
-    trace = Watch(recorder(found), scope, call)
+    results, run = lab.folder / "operations.json", lab.fresh("traced")
+    results.unlink(missing_ok=True)
+    trace = Watch(recorder(results), scope, call)
     lab.forked(*SAVES, f"run_dir={run}", fault=trace.install, what="the traced run")
-    return [tuple(entry) for entry in json.loads(found.read_text())]
+    return [tuple(entry) for entry in json.loads(results.read_text())]
 
 
 def every_operation(lab: Lab, scope: str, half: bool = False) -> str:
@@ -132,7 +132,7 @@ def killed_in_a_prune(lab: Lab) -> str:
         fault = Watch(killer(at), "prune", call=3)
         lab.forked(*SAVES, f"run_dir={run}", fault=fault.install, code=-9, what=f"operation {at}")
         resumed = lab.forked(f"resume={run}", code=None)
-        from_newest = "resuming after step 3" in resumed.told
+        from_newest = "resuming after step 3" in resumed.output
         if resumed.code or not from_newest or not same_final(run, lab.saves()):
             bad.append(f"{ops[at][0]} {Path(ops[at][1]).name}: exit {resumed.code}")
     check(not bad and ops, f"{len(bad)} of {len(ops)}: {'; '.join(bad[:3])}")

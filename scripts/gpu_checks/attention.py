@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dpo_cli.model.attention import products as kernels
+from dpo_cli.model.attention import kernels
+from dpo_cli.model.attention.interface import PACKED
+from dpo_cli.model.attention.kernels import Call
 from dpo_cli.model.attention.layouts import LAYOUTS
-from dpo_cli.model.attention.products import Call
-from dpo_cli.model.attention.registered import PACKED
 from dpo_cli.records import Segment
 from scripts.gpu_checks.facts import Fact, Setup
 
@@ -59,9 +59,9 @@ def difference(
     ]
     weights = torch.randn(1, rows, heads[0], heads[2], generator=generator, device=device)
     layout = LAYOUTS[kernel].build(segments).to(device)
-    found = outcome(lambda q, k, v: layout.attend(q, k, v, call), leaves, weights, dtype)
+    result = outcome(lambda q, k, v: layout.attend(q, k, v, call), leaves, weights, dtype)
     exact = outcome(lambda q, k, v: plain(q, k, v, segments, call), leaves, weights, torch.float64)
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(result, exact, strict=True))
 
 
 def outcome(

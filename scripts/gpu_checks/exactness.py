@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpo_cli.config import DpoConfig
 from dpo_cli.model import forward
+from dpo_cli.model.attention.interface import Placement, kernel_of, prepare_layout
 from dpo_cli.model.attention.probe import choose_attention
-from dpo_cli.model.attention.registered import Placement, kernel_of, prepare
 from dpo_cli.model.fuse import fuse_gelu
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
@@ -40,13 +40,13 @@ def check(setup: Setup) -> Iterator[Fact]:
     fuse_gelu(model)
     choose_attention(model, "auto", on=Placement(device, torch.bfloat16, print))
     yield "attention", kernel_of(model)
-    found = packed(model, rows, device)
-    yield "first DPO loss", found["loss"]
+    values = packed(model, rows, device)
+    yield "first DPO loss", values["loss"]
     yield "peak memory, GiB", peak(device)
     grads = {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
     del model
-    expected = plainly(exact, rows)
-    pairs = list(zip(found["logprobs"], expected, strict=True))
+    expected = plain_logprobs(exact, rows)
+    pairs = list(zip(values["logprobs"], expected, strict=True))
     away = torch.cat([(a - b).abs() for a, b in pairs])
     yield "log-probability, largest difference of a token", float(away.max())
     yield "log-probability, mean difference of a token", float(away.mean())
@@ -64,7 +64,7 @@ def random_gpt2(shape: dict[str, int], device: torch.device) -> Any:
 def packed(model: Any, rows: Sequence[EncodedExample], device: torch.device) -> dict[str, Any]:
     """One step as stage=dpo makes it, with gradients: its mean loss, and log-probabilities of
     the tokens of each response."""
-    batch = prepare(pack(rows, range(len(rows))), kernel_of(model)).to(device)
+    batch = prepare_layout(pack(rows, range(len(rows))), kernel_of(model)).to(device)
     stage = DpoConfig(beta=BETA)
     with torch.autocast(device.type, torch.bfloat16):
         with torch.no_grad():
@@ -76,10 +76,10 @@ def packed(model: Any, rows: Sequence[EncodedExample], device: torch.device) -> 
     return {"loss": out.loss_sum.item() / len(rows), "logprobs": parts}
 
 
-def plainly(model: Any, rows: Sequence[EncodedExample]) -> list[Tensor]:
+def plain_logprobs(model: Any, rows: Sequence[EncodedExample]) -> list[Tensor]:
     """The same of the model's own forward, a response at a time; gradients of the same loss by
     hand: policy = reference, so d loss / d log p is -beta/2 of the chosen, +beta/2 of the other."""
-    found = []
+    values = []
     for example in rows:
         for ids, sign in zip(example.response_ids, (-1.0, 1.0), strict=True):
             prompt = len(example.prompt_ids)
@@ -87,14 +87,14 @@ def plainly(model: Any, rows: Sequence[EncodedExample]) -> list[Tensor]:
             logits = model(input_ids=row, use_cache=False).logits[0, prompt - 1 : -1]
             logprobs = logits.log_softmax(-1).gather(1, row[0, prompt:, None]).squeeze(1)
             (sign * BETA / 2 / len(rows) * logprobs.sum()).backward()
-            found.append(logprobs.detach())
-    return found
+            values.append(logprobs.detach())
+    return values
 
 
-def gradient_facts(found: dict[str, Tensor], exact: dict[str, Tensor]) -> Iterator[Fact]:
+def gradient_facts(values: dict[str, Tensor], exact: dict[str, Tensor]) -> Iterator[Fact]:
     """Of all weights together, and of the matrix that is furthest away."""
-    assert found.keys() == exact.keys()
-    away = {n: (float((found[n] - exact[n]).norm()), float(exact[n].norm())) for n in exact}
+    assert values.keys() == exact.keys()
+    away = {n: (float((values[n] - exact[n]).norm()), float(exact[n].norm())) for n in exact}
     total = [sum(x * x for x in norms) for norms in zip(*away.values(), strict=True)]
     yield "gradients, relative difference", (total[0] / total[1]) ** 0.5
     relative = {n: away[n][0] / away[n][1] for n in exact if exact[n].ndim > 1}

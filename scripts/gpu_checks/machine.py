@@ -25,18 +25,18 @@ print(json.dumps(found))
 """
 
 
-def look(wanted: str) -> dict[str, Any]:
+def inspect_machine(requested: str) -> dict[str, Any]:
     """{device: cuda or cpu, and what is known of the machine}"""
     host = {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "system": system()}
-    if wanted == "cpu":
+    if requested == "cpu":
         return {"device": "cpu", **host}
     done = subprocess.run(
         [sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=120, check=False
     )
     if done.returncode:
         return {"device": "cpu", "why": (done.stderr.strip().splitlines() or ["?"])[-1], **host}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return {**found, **driver(), **host} if found["device"] == "cuda" else {**found, **host}
+    facts: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**facts, **driver(), **host} if facts["device"] == "cuda" else {**facts, **host}
 
 
 def driver() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_cli.model.attention.registered import use
+from dpo_cli.model.attention.interface import use_kernel
 from dpo_cli.model.fuse import fuse_gelu
 from scripts.gpu_checks.exactness import LARGE, SMALL, random_gpt2
 from scripts.gpu_checks.facts import Fact, Setup
@@ -40,7 +40,7 @@ def check(setup: Setup) -> Iterator[Fact]:
         yield from agreement(model, kernel, prompts_of(model, GREEDY, longest), min(new, GREEDY))
         for rows, count, beside in FEW_ROWS if setup.small else ROWS:
             prompts, what = prompts_of(model, count, longest), f"{rows} rows of {count} prompts"
-            use(model, kernel)
+            use_kernel(model, kernel)
             ours = seconds(setup, lambda: sampled(model, prompts, rows // count, new))  # noqa: B023
             yield f"ours, {what}, ms a token", ours / new * 1e3
             yield f"ours, {what}, tokens/s", rows * new / ours
@@ -69,7 +69,7 @@ def seconds(setup: Setup, work: Callable[[], object]) -> float:
 
 def agreement(model: Any, kernel: str, prompts: Prompts, new: int) -> Iterator[Fact]:
     """Greedy continuations: the log-probabilities that the two give them."""
-    use(model, kernel)
+    use_kernel(model, kernel)
     found = greedy_sampled(model, prompts, new)
     model.set_attn_implementation("sdpa")
     best = greedy_generated(model, prompts, new)

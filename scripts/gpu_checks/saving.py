@@ -17,7 +17,7 @@ import torch
 
 from dpo_cli.config import ModelConfig, RunConfig
 from dpo_cli.grammar.tokenizer import build_tokenizer
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.load import load_model, load_tokenizer
 from dpo_cli.plan.dry_run import plan_tables
 from dpo_cli.run import run

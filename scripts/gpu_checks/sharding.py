@@ -14,9 +14,9 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_cli.config import DpoConfig, OptimConfig
-from dpo_cli.distributed import checkpoint as sharded
+from dpo_cli.distributed import sharded_checkpoint
 from dpo_cli.distributed.fsdp import full_tensor, make_mesh, reshard, shard, unsharded
-from dpo_cli.model.attention.registered import kernel_of, prepare, use
+from dpo_cli.model.attention.interface import kernel_of, prepare_layout, use_kernel
 from dpo_cli.packing import pack
 from dpo_cli.records import EncodedExample
 from dpo_cli.stages.dpo import dpo_loss
@@ -69,7 +69,7 @@ def join(backend: str) -> None:
 def build(kernel: str) -> Any:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    use(model.train(), kernel)
+    use_kernel(model.train(), kernel)
     return model
 
 
@@ -77,7 +77,7 @@ def train(model: Any, rows: list[EncodedExample], device: str) -> tuple[list[Any
     """(mean loss, gradient norm) of each step, and the optimiser."""
     optimizer, figures = build_optimizer(model, OptimConfig(lr=RATE), RATE), []
     for _ in range(STEPS):
-        batch = prepare(pack(rows, range(len(rows))), kernel_of(model)).to(device)
+        batch = prepare_layout(pack(rows, range(len(rows))), kernel_of(model)).to(device)
         reference = torch.zeros(len(rows), 2, device=device)
         with torch.autocast(device, torch.bfloat16):
             out = dpo_loss(model, batch, lambda _: reference, DpoConfig())  # noqa: B023
@@ -98,10 +98,10 @@ def restored(setup: Setup, model: Any, optimizer: Any) -> float:
     reshard(model)
     before = {n: full_tensor(p.detach()).clone() for n, p in model.named_parameters()}
     folder = setup.folder("sharded")
-    sharded.write(folder, model, optimizer)
+    sharded_checkpoint.write(folder, model, optimizer)
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
-    sharded.read(folder, model, optimizer)
+    sharded_checkpoint.read(folder, model, optimizer)
     after = {n: full_tensor(p.detach()) for n, p in model.named_parameters()}
     return max(float((after[n] - before[n]).abs().max()) for n in before)

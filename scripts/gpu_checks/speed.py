@@ -145,8 +145,8 @@ def record_of(setup: Setup, *words: str) -> dict[str, Any]:
     if failed and failed[0]["why"].startswith(NO_TRL):
         raise Skip(failed[0]["why"])
     if code or failed or not record.get("results"):
-        whys = "; ".join(f"{one['name']}: {one['why']}" for one in failed) or f"code {code}"
-        raise RuntimeError(f"bench.py: {whys}; its output is in the log")
+        reasons = "; ".join(f"{one['name']}: {one['why']}" for one in failed) or f"code {code}"
+        raise RuntimeError(f"bench.py: {reasons}; its output is in the log")
     return record
 
 

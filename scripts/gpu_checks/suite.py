@@ -41,8 +41,8 @@ def check(setup: Setup) -> Iterator[Fact]:
         assert pytest.stdout is not None
         for line in pytest.stdout:  # as it comes: a suite that is killed has told its failures
             print(line, end="", flush=True)
-            if found := FAILED.search(line):
-                yield f"seen to fail: {Path(found[1] or found[2]).name}", True
+            if result := FAILED.search(line):
+                yield f"seen to fail: {Path(result[1] or result[2]).name}", True
     yield "exit code", pytest.returncode
     yield from counts(report)
 
@@ -55,10 +55,10 @@ def config_without_timeout(setup: Setup) -> Path:
 
 def counts(report: Path) -> Iterator[Fact]:
     """passed, failed, skipped, and the names of those that failed."""
-    found = outcomes_of(report)
-    failed = {name: why for name, (how, why) in found.items() if how in ("failure", "error")}
-    skipped = Counter(why for how, why in found.values() if how == "skipped")
-    yield "passed", len(found) - len(failed) - skipped.total()
+    result = outcomes_of(report)
+    failed = {name: why for name, (how, why) in result.items() if how in ("failure", "error")}
+    skipped = Counter(why for how, why in result.values() if how == "skipped")
+    yield "passed", len(result) - len(failed) - skipped.total()
     yield "failed", len(failed)
     yield "skipped", skipped.total()
     for reason, count in sorted(skipped.items()):

@@ -24,6 +24,6 @@ def parse(row: dict[str, Any], index: int, config: ImdbDataConfig) -> Iterable[P
     count = low + int.from_bytes(digest[:8], "little") % (high - low + 1)
     words = list(re.finditer(r"\S+", review))
     if len(words) <= count:
-        raise BadRow(f"has {len(words)} words, the prompt alone takes {count}", config.text_field)
+        raise BadRow(f"has {len(words)} words, but the prompt alone {count}", config.text_field)
     end = words[count - 1].end()
     yield PreferenceExample(review[:end], (review[end:],), index)

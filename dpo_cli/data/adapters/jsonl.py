@@ -39,7 +39,9 @@ def parse(row: dict[str, Any], index: int, config: JsonlDataConfig) -> Iterable[
     finished = _finished(row, config.finished_field, len(split))
     if scores is not None and config.responses_field is not None:
         if len(scores) > 1 and len(set(scores)) == 1:
-            raise BadRow("are all the same: none is preferred", str(config.scores_field))
+            raise BadRow(
+                "are all equal, so that no response is preferred", str(config.scores_field)
+            )
         order = list(np.argsort(-np.array(scores), kind="stable"))
         responses = tuple(responses[place] for place in order)
         finished = None if finished is None else tuple(finished[place] for place in order)
@@ -91,29 +93,29 @@ def _agreed(prompt: Prompt, before: list[Message], field: str) -> Prompt:
 
 
 def _with_system(prompt: Prompt, row: dict[str, Any], config: JsonlDataConfig) -> Prompt:
-    """The prompt behind the system message of a column of its own, where the row has one."""
+    """The prompt preceded by the system message of a separate column, if the row has one."""
     name = config.system_field
     value = None if name is None else row.get(name)
     if value is None or (isinstance(value, str) and not value.strip()):
         return prompt
-    said: Message = {"role": "system", "content": as_text(value, str(name))}
+    message: Message = {"role": "system", "content": as_text(value, str(name))}
     if isinstance(prompt, str):
-        return [said, {"role": "user", "content": prompt}]
+        return [message, {"role": "user", "content": prompt}]
     if prompt[0]["role"] not in ("system", "developer"):
-        return [said, *prompt]
+        return [message, *prompt]
     if prompt[0]["content"].strip() != value.strip():
-        raise BadRow("is another than the system message of the prompt", str(name))
+        raise BadRow("differs from the system message of the prompt", str(name))
     return prompt
 
 
 def _with_tools(prompt: Prompt, row: dict[str, Any], config: JsonlDataConfig) -> Prompt:
     name = config.tools_field
-    found = None if name is None else tools(row.get(name), name)
-    if found is None:
+    functions = None if name is None else tools(row.get(name), name)
+    if functions is None:
         return prompt
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    return [prompt[0] | {TOOLS: found}, *prompt[1:]]
+    return [prompt[0] | {TOOLS: functions}, *prompt[1:]]
 
 
 def _scores(row: dict[str, Any], config: JsonlDataConfig, count: int) -> tuple[float, ...] | None:

@@ -46,13 +46,13 @@ def _message(message: Any, field: str) -> Message:
     # Chat templates write roles verbatim, so that others could contain special tokens.
     if message.get("role") not in ROLES:
         raise BadRow(f"has a message whose role is not one of {', '.join(ROLES)}", field)
-    kept = {key: _filled(value) for key, value in message.items() if value not in EMPTY}
-    if "tool_calls" in kept:
-        calls = kept["tool_calls"]
+    filled = {key: _filled(value) for key, value in message.items() if value not in EMPTY}
+    if "tool_calls" in filled:
+        calls = filled["tool_calls"]
         if not isinstance(calls, list):
             raise BadRow(f"has {kind(calls)} instead of a list of tool calls", field)
-        kept["tool_calls"] = [_tool_call(call, field) for call in calls]
-    return kept | {"content": _content(message, field)}
+        filled["tool_calls"] = [_tool_call(call, field) for call in calls]
+    return filled | {"content": _content(message, field)}
 
 
 def _filled(value: Any) -> Any:
@@ -77,11 +77,11 @@ def _content(message: dict[str, Any], field: str) -> str:
 def _part(part: Any, field: str) -> str:
     if isinstance(part, str):
         return part
-    found = part.get("text") if isinstance(part, dict) else None
-    if not isinstance(found, str) or part.get("type", "text") != "text":
-        what = part.get("type") if isinstance(part, dict) else kind(part)
-        raise BadRow(f"has a message with a part of type {what}; only text is supported", field)
-    return found
+    text = part.get("text") if isinstance(part, dict) else None
+    if not isinstance(text, str) or part.get("type", "text") != "text":
+        type_ = part.get("type") if isinstance(part, dict) else kind(part)
+        raise BadRow(f"has a message with a part of type {type_}; only text is supported", field)
+    return text
 
 
 def _tool_call(call: Any, field: str) -> dict[str, Any]:
@@ -110,14 +110,14 @@ def tools(value: Any, field: str) -> list[Message] | None:
             raise BadRow("is not valid JSON", field) from error
     if value in EMPTY:
         return None
-    found = _filled(value)
-    named = isinstance(found, list) and all(
+    functions = _filled(value)
+    named = isinstance(functions, list) and all(
         isinstance(tool, dict) and isinstance(tool.get("function", tool), dict)
-        and isinstance(tool.get("function", tool).get("name"), str) for tool in found
+        and isinstance(tool.get("function", tool).get("name"), str) for tool in functions
     )  # fmt: skip
     if not named:
         raise BadRow("is not a list of functions with names", field)
-    return list(found)
+    return list(functions)
 
 
 def prompt_messages(value: list[Message], field: str) -> list[Message]:

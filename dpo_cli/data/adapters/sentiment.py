@@ -34,7 +34,7 @@ def generate(
 
 def _example(config: SentimentDataConfig, seed: int, split: str, row: int) -> PreferenceExample:
     assert config.responses is not None  # config/read.py sets it by stage
-    rng = random.Random(f"{seed} {split} {row}")  # a string seed is hashed: streams stay apart
+    rng = random.Random(f"{seed} {split} {row}")  # a string seed is hashed: independent streams
     count = rng.randint(config.min_prompt_words, config.max_prompt_words)
     words = sample_review(rng).split()
     while len(words) <= count:

@@ -1,6 +1,6 @@
 """Which adapter of a model is active, without importing PEFT, which takes a second.
 
-Adapted layers are PEFT's, with one entry per adapter, by name (`lora.put_in`).
+Adapted layers are PEFT's, with one entry per adapter, by name (`lora.add_adapter`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.config import LoraConfig
 from dpo_cli.model.source import ADAPTER_WEIGHTS
-from dpo_cli.model.stored import kept_exact
+from dpo_cli.model.stored import float32_names
 
 TRAINED, REFERENCE = "default", "reference"  # names of adapters in memory, not in files
 POLICY_TASK, REWARD_TASK = "CAUSAL_LM", "SEQ_CLS"  # PEFT's task types
@@ -27,7 +27,11 @@ PREFIX = "base_model.model."  # of the names in adapter files
 PARTS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
          "trainable_tokens_delta", "modules_to_save"}  # fmt: skip
 
-AROUND = ("base_layer", "original_module", "token_adapter")  # PEFT's names for the base's own parts
+WRAPPERS = (
+    "base_layer",
+    "original_module",
+    "token_adapter",
+)  # PEFT's names for the base's own parts
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,12 @@ class Adaptation:
     weights: Path | None = None
 
 
-def layers(model: torch.nn.Module) -> list[Any]:
+def adapted_layers(model: torch.nn.Module) -> list[Any]:
     """The modules of a model with adapters or fully trained copies (modules_to_save)."""
-    return [m for m in model.modules() if is_layer(m)]
+    return [m for m in model.modules() if is_adapted_layer(m)]
 
 
-def is_layer(module: torch.nn.Module) -> bool:
+def is_adapted_layer(module: torch.nn.Module) -> bool:
     return hasattr(module, "_get_available_adapters")
 
 
@@ -66,7 +70,7 @@ def adapter_as(model: PreTrainedModel, name: str | None) -> Iterator[None]:
 
     PEFT's own switch also changes `requires_grad`, which FSDP and the optimizer have read already.
     """
-    switched = layers(model)
+    switched = adapted_layers(model)
     before = [(layer._disable_adapters, layer._active_adapter) for layer in switched]
     for layer in switched:
         layer._disable_adapters = name not in layer._get_available_adapters()
@@ -92,30 +96,30 @@ def function_parts(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str,
     if not is_adapted(model):
         return model.state_dict(), {}
     base: dict[str, Tensor] = {}
-    own: dict[str, Tensor] = {}
-    on = {
+    adapter: dict[str, Tensor] = {}
+    active = {
         place: None if layer._disable_adapters else layer.active_adapters[0]
-        for place, layer in model.named_modules() if is_layer(layer)
+        for place, layer in model.named_modules() if is_adapted_layer(layer)
     }  # fmt: skip
     for key, value in model.state_dict().items():
         parts = key.split(".")
-        at = next((i for i, part in enumerate(parts) if part in PARTS), None)
-        if at is None:
-            plain = [p for p in parts if p not in AROUND]
-            base[".".join(plain)] = value
-        elif parts[at + 1] == on[".".join(parts[:at])]:
-            mine = parts[:at] if parts[at] == "modules_to_save" else parts[: at + 1]
-            own[".".join(mine + parts[at + 2 :])] = value
-    return base, own
+        index = next((i for i, part in enumerate(parts) if part in PARTS), None)
+        if index is None:
+            name = [p for p in parts if p not in WRAPPERS]
+            base[".".join(name)] = value
+        elif parts[index + 1] == active[".".join(parts[:index])]:
+            name = parts[:index] if parts[index] == "modules_to_save" else parts[: index + 1]
+            adapter[".".join(name + parts[index + 2 :])] = value
+    return base, adapter
 
 
 def scalings(model: PreTrainedModel) -> list[Any]:
     """What the weights do not contain: each active adapter's scaling and trained token indices."""
-    on = [(layer, layer.active_adapters[0]) for layer in layers(model)
+    enabled = [(layer, layer.active_adapters[0]) for layer in adapted_layers(model)
           if not layer._disable_adapters]  # fmt: skip
-    factors = [layer.scaling[name] for layer, name in on if hasattr(layer, "scaling")]
+    factors = [layer.scaling[name] for layer, name in enabled if hasattr(layer, "scaling")]
     return factors + [
-        layer.token_indices[name] for layer, name in on
+        layer.token_indices[name] for layer, name in enabled
         if isinstance(getattr(layer, "token_indices", None), dict)
     ]  # fmt: skip
 
@@ -126,11 +130,11 @@ def round_base(model: PreTrainedModel, dtype: torch.dtype) -> None:
     Adapters, modules_to_save, buffers (rotary frequencies) and weights that the family keeps in
     float32 are unchanged.
     """
-    kept = {id(p) for layer in layers(model) for p in _own_parameters(layer)}
-    exact = kept_exact(model)
+    adapter_weights = {id(p) for layer in adapted_layers(model) for p in _own_parameters(layer)}
+    names = float32_names(model)
     for name, weight in model.named_parameters():
-        own = id(weight) in kept or any(part in name for part in exact)
-        if not own and weight.dtype == torch.float32:
+        unchanged = id(weight) in adapter_weights or any(part in name for part in names)
+        if not unchanged and weight.dtype == torch.float32:
             weight.data = weight.data.to(dtype)
 
 
@@ -141,7 +145,7 @@ def _own_parameters(layer: Any) -> Iterator[torch.nn.Parameter]:
             yield from part.parameters()
 
 
-def brought(folder: Path) -> dict[str, tuple[int, ...]]:
+def full_weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of full weights in an adapter's file, such as a reward model's score."""
     with safe_open(folder / ADAPTER_WEIGHTS, "pt") as file:
         names = [name for name in file.keys() if not PARTS & set(name.split("."))]  # noqa: SIM118

@@ -8,38 +8,38 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
-from dpo_cli.model.adapters.active import brought
+from dpo_cli.model.adapters.active import full_weight_shapes
 from dpo_cli.model.source import Origin
 
 # PEFT recomputes these from the base whenever such an adapter is added.
-TAKEN_OUT = ("pissa", "olora", "loftq")
+SUBTRACTING = ("pissa", "olora", "loftq")
 
 
-def start_of(facts: dict[str, Any]) -> str:
+def initialization_of(facts: dict[str, Any]) -> str:
     """How the adapter's weights were initialized; "" for the default."""
     start = facts.get("init_lora_weights")
     return start.lower() if isinstance(start, str) else ""
 
 
-def takes_out(facts: dict[str, Any]) -> bool:
+def subtracts_from_base(facts: dict[str, Any]) -> bool:
     """Whether adding the adapter changes the base."""
-    return start_of(facts).startswith(TAKEN_OUT)
+    return initialization_of(facts).startswith(SUBTRACTING)
 
 
 def changes_base(origin: Origin) -> bool:
     """Whether the base under the adapter differs from the base's own folder."""
     if origin.adapter is None:
         return False
-    return takes_out(origin.facts) or bool(replaced(origin.adapter, origin.facts))
+    return subtracts_from_base(origin.facts) or bool(replaced_shapes(origin.adapter, origin.facts))
 
 
-def replaced(folder: Path, facts: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def replaced_shapes(folder: Path, facts: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of base weights that the adapter's file replaces (not modules_to_save, which
     are kept beside the base's)."""
     beside = facts.get("modules_to_save") or ()
     return {
         name: shape
-        for name, shape in brought(folder).items()
+        for name, shape in full_weight_shapes(folder).items()
         if not any(f".{module}." in f".{name}" for module in beside)
     }
 
@@ -56,7 +56,7 @@ def embedding_rows(model: PreTrainedModel, origin: Origin) -> int | None:
     """Number of embedding or output rows in the adapter's file; None if it has neither."""
     if origin.adapter is None:
         return None
-    shapes = brought(origin.adapter)
+    shapes = full_weight_shapes(origin.adapter)
     ends = [x for x in (model.get_input_embeddings(), model.get_output_embeddings()) if x]
     for name, part in model.named_modules():
         if any(part is end for end in ends):

@@ -13,12 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.model.adapters.active import layers
+from dpo_cli.model.adapters.active import adapted_layers
 from dpo_cli.model.stored import HALF
 
 
 @contextmanager
-def drawn_in_float32() -> Iterator[None]:
+def initialized_in_float32() -> Iterator[None]:
     """Keep PEFT from rounding new adapters, and DoRA's norms, to the dtype of the base."""
     layer: Any = BaseTunerLayer
     real = layer._get_base_layer_device_and_dtype
@@ -40,7 +40,7 @@ def leave_casts_to_autocast(model: PreTrainedModel) -> None:
 
     Without autocast PEFT still casts, as it does for DoRA, whose norm uses the input's dtype.
     """
-    for layer in layers(model):
+    for layer in adapted_layers(model):
         if isinstance(layer, LoraLayer):
             cast(Any, layer)._cast_input_dtype = partial(_cast_without_autocast, layer)
 

@@ -7,7 +7,7 @@ import warnings
 import peft
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.adapters.base import TAKEN_OUT, start_of
+from dpo_cli.model.adapters.base import SUBTRACTING, initialization_of
 from dpo_cli.model.source import Origin, loading
 
 SUPPORTED = {  # settings of an adapter that can be trained further
@@ -15,7 +15,7 @@ SUPPORTED = {  # settings of an adapter that can be trained further
     "lora_dropout", "init_lora_weights", "exclude_modules", "fan_in_fan_out",
     "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "target_parameters",
     "trainable_token_indices", "lora_bias", "ensure_weight_tying",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",  # of a start
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",  # initial only
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
     "revision", "inference_mode", "runtime_config",
 }  # fmt: skip
@@ -23,12 +23,12 @@ CONVERT = (
     "convert it where it was trained, by PEFT's save_pretrained(..., "
     "path_initial_model_for_weight_conversion=...)"
 )
-LOST = {  # initializations that changed the base by something the folder does not contain
+IRREPRODUCIBLE = {  # initializations that changed the base by something the folder does not contain
     "corda": "CorDA changed its base by covariances of training data",
     "lora_ga": "LoRA-GA changed its base by gradients of training data",
     "pissa_niter": "PiSSA's fast start changed its base by a random projection",
 }
-STARTS = ("", "gaussian", "orthogonal", "eva", *TAKEN_OUT)  # that can be trained further
+TRAINABLE = ("", "gaussian", "orthogonal", "eva", *SUBTRACTING)  # that can be trained further
 BY_INPUT = ("XLORA", "POLY", "SHADOW")  # whose weights depend on the input
 
 
@@ -49,7 +49,9 @@ def trainable_config(origin: Origin, key: str) -> peft.LoraConfig:
             f"{where}: is an adapter of type {kind_of(config)}, but only LoRA adapters can be "
             f"trained further: {remedy}"
         )
-    names = ["init_lora_weights"] * (start_of(origin.facts) not in STARTS) + unusual(config)
+    names = unusual(config)
+    if initialization_of(origin.facts) not in TRAINABLE:
+        names = ["init_lora_weights", *names]
     if names:
         given = ", ".join(f"{name}={getattr(config, name)}" for name in names)
         raise ConfigError(f"{where}: has {given}, which training does not support: {remedy}")
@@ -83,9 +85,10 @@ def refuse_unmergeable(config: peft.PeftConfig, origin: Origin, key: str) -> Non
             f"{where}: is an adapter of type {kind}, {why} instead of weights, which can neither "
             "be merged nor trained here; use its base model, or a LoRA adapter"
         )
-    for start, lost in LOST.items():
-        if start_of(origin.facts).startswith(start):
+    initialization = initialization_of(origin.facts)
+    for name, change in IRREPRODUCIBLE.items():
+        if initialization.startswith(name):
             raise ConfigError(
-                f"{where}: init_lora_weights={start_of(origin.facts)}: {lost}, which its folder "
-                f"does not contain: {CONVERT}"
+                f"{where}: init_lora_weights={initialization}: {change}, which its folder does not "
+                f"contain: {CONVERT}"
             )

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from dpo_cli.device_memory import ran_out
 from dpo_cli.errors import ConfigError, UserError
-from dpo_cli.model.adapters.active import TRAINED, layers
-from dpo_cli.model.adapters.casts import drawn_in_float32
+from dpo_cli.model.adapters.active import TRAINED, adapted_layers
+from dpo_cli.model.adapters.casts import initialized_in_float32
 from dpo_cli.model.adapters.kinds import (
     config_of,
     kind_of,
@@ -42,43 +42,43 @@ def merge(model: PreTrainedModel, origin: Origin, key: str) -> None:
     refuse_unmergeable(config, origin, key)
     config.inference_mode, config.task_type = True, None
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    tried = tied or unusual(config)
+    compare = tied or unusual(config)
     where = f"{key}={origin.adapter}: its {kind_of(config)} adapter"
-    base = _logits(model) if tried else None
+    base = _logits(model) if compare else None
     refuse_unfit(config, model, f"{key}={origin.adapter}: its ")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wrapped = _wrapped(model, config, origin.adapter)
-            before = _logits(model) if tried else None
-            _part_tied(model)
+            before = _logits(model) if compare else None
+            _split_tied(model)
             wrapped.merge_and_unload(safe_merge=True)  # ValueError: not finite
     except Exception as error:  # of a hostile configuration PEFT raises any kind
         if isinstance(error, UserError) or (isinstance(error, RuntimeError) and ran_out(error)):
             raise
         raise ConfigError(f"{where} cannot be merged: {one_line(error)}") from error
-    if layers(model):
+    if adapted_layers(model):
         raise ConfigError(f"{where} cannot be merged: PEFT leaves it in the model")
     if before is not None and base is not None:
-        _refuse_another(base, before, _logits(model), where)
+        _refuse_difference(base, before, _logits(model), where)
     _untie(model)
     model.requires_grad_(True)
 
 
 def _wrapped(model: PreTrainedModel, config: peft.PeftConfig, folder: Path) -> Any:
-    with torch.random.fork_rng(devices=[]), drawn_in_float32():
-        torch.manual_seed(0)  # projections that some kinds draw by a seed of their own
+    with torch.random.fork_rng(devices=[]), initialized_in_float32():
+        torch.manual_seed(0)  # for projections that some types draw again when loaded
         wrapped = peft.PeftModel(model, config, TRAINED)
-        found = wrapped.load_adapter(
+        result = wrapped.load_adapter(
             str(folder), TRAINED, is_trainable=False, torch_device=str(model.device)
         )
     wrapped.eval()
-    lacking = unread(wrapped, found.missing_keys, found.missing_keys)
-    refuse_other_weights(model, folder, lacking, found.unexpected_keys)
+    missing = unread(wrapped, result.missing_keys, result.missing_keys)
+    refuse_other_weights(model, folder, missing, result.unexpected_keys)
     return wrapped
 
 
-def _part_tied(model: PreTrainedModel) -> None:
+def _split_tied(model: PreTrainedModel) -> None:
     """Split a weight shared by embedding and output layer if only one of them is adapted: PEFT
     would merge into both."""
     ends: Any = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -103,13 +103,13 @@ def _logits(model: PreTrainedModel) -> Tensor:
     return cast(Tensor, model(input_ids=ids, use_cache=False).logits.float())
 
 
-def _refuse_another(base: Tensor, before: Tensor, after: Tensor, where: str) -> None:
+def _refuse_difference(base: Tensor, before: Tensor, after: Tensor, where: str) -> None:
     """ConfigError if the merged logits differ: PEFT silently merges some types incorrectly."""
-    most = float((before - base).abs().max()) + 1e-3 * float(before.abs().max())
-    away = float((after - before).abs().max())
-    if not away <= TOLERANCE * most:
+    effect = float((before - base).abs().max()) + 1e-3 * float(before.abs().max())
+    difference = float((after - before).abs().max())
+    if not difference <= TOLERANCE * effect:
         raise ConfigError(
-            f"{where} cannot be merged: the logits of the merged weights differ by {away:.3g}"
+            f"{where} cannot be merged: the logits of the merged weights differ by {difference:.3g}"
         )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention.interface import Placement
 
 QUANTIZED = ("Linear4bit", "Linear8bitLt")
 
@@ -41,7 +41,7 @@ def quantization_options(kind: str | None, on: Placement) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": str(on.device)}}
 
 
-def steady(model: PreTrainedModel) -> None:
+def match_eval_to_training(model: PreTrainedModel) -> None:
     """Make quantized layers on a CPU compute the same in training and evaluation.
 
     On a CPU, bitsandbytes permanently repacks 4-bit weights in evaluation, which breaks gradients,
@@ -50,10 +50,10 @@ def steady(model: PreTrainedModel) -> None:
     for layer in quantized_layers(model):
         layer.support_avx512bf16_for_cpu = False
         if layer.weight.device.type == "cpu" and type(layer).__name__ == "Linear8bitLt":
-            layer.training, layer.train = True, partial(_as_it_is, layer)
+            layer.training, layer.train = True, partial(_ignore_mode, layer)
 
 
-def multiply_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def dequantize_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Dequantize 4-bit weights directly to the dtype they are multiplied in. bitsandbytes uses the
     dtype they were quantized from and casts: twice the memory traffic for the same numbers."""
     for layer in quantized_layers(model):
@@ -61,7 +61,7 @@ def multiply_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
             state.dtype = dtype
 
 
-def _as_it_is(layer: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+def _ignore_mode(layer: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
     return layer
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from dpo_cli.logprobs import promoted
-from dpo_cli.model.attention import products as kernels
+from dpo_cli.model.attention import kernels
+from dpo_cli.model.attention.kernels import Call
 from dpo_cli.model.attention.layout import Layout, grid_of, visible
-from dpo_cli.model.attention.products import Call
 from dpo_cli.records import Segment
 
 SIMILAR = 0.75  # minimum length of a group's examples relative to its longest
 BLOCK = 128  # queries
-KEPT_BYTES = 2048  # of probabilities per query and head; for longer rows they are recomputed
+SAVED_BYTES = 2048  # of probabilities per query and head; for longer rows they are recomputed
 
 
 @dataclass
@@ -125,7 +125,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Group], call: Call
     ) -> Tensor:
         out = q.new_empty(*q.shape[:2], v.shape[2])
-        kept: list[Tensor] = []
+        saved: list[Tensor] = []
         keep = any(ctx.needs_input_grad)
         for group in groups:
             work = _Work(group, q, k, v, call)
@@ -133,17 +133,17 @@ class _Attention(torch.autograd.Function):
             for queries in work.blocks():
                 probabilities = work.probabilities(queries)
                 parts.append(work.per_query(probabilities @ work.v[:, : queries.stop]))
-                if keep and work.keeps:
-                    kept.append(probabilities)
+                if keep and work.saves:
+                    saved.append(probabilities)
             group.put(out, torch.cat(parts, dim=2))
-        ctx.save_for_backward(q, k, v, *kept)
+        ctx.save_for_backward(q, k, v, *saved)
         ctx.groups, ctx.call = groups, call
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, *saved = ctx.saved_tensors
-        kept = iter(saved)
+        probabilities = iter(saved)
         outs = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
         for group in ctx.groups:
             work = _Work(group, q, k, v, ctx.call)
@@ -152,7 +152,7 @@ class _Attention(torch.autograd.Function):
             dk, dv = work.sums_over_blocks()
             for queries in work.blocks():
                 keys = slice(0, queries.stop)
-                p = next(kept) if work.keeps else work.probabilities(queries)
+                p = next(probabilities) if work.saves else work.probabilities(queries)
                 g = work.per_key_head(grad[:, :, queries])
                 dv[:, keys] += p.transpose(1, 2) @ g
                 dp = g @ work.v[:, keys].transpose(1, 2)
@@ -176,7 +176,7 @@ class _Work:
         self.k, self.v = (group.take(x).flatten(0, 1) for x in (k, v))  # (E * H_kv, L, d)
         self.scale = q.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         self.mask = group.mask(call.window, q.dtype)
-        self.keeps = self.length * q.element_size() <= KEPT_BYTES
+        self.saves = self.length * q.element_size() <= SAVED_BYTES
 
     def blocks(self) -> Iterator[slice]:
         for start in range(0, self.length, BLOCK):

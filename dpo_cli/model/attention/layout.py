@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_cli.model.attention.products import Call
+from dpo_cli.model.attention.kernels import Call
 from dpo_cli.records import Batch, Segment
 
 

@@ -1,6 +1,6 @@
 """Attention layouts: the ways in which the tokens of a packed row can attend to each other.
 
-Four use the attention function registered with transformers (`registered.py`); the dense mask and
+Four use the attention function registered with transformers (`interface.py`); the dense mask and
 the plain forward are for models that do not call it.
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_cli.model.attention import products as kernels
-from dpo_cli.model.attention import varlen
+from dpo_cli.model.attention import kernels, varlen
 from dpo_cli.model.attention.grouped import GroupedLayout
+from dpo_cli.model.attention.kernels import Call
 from dpo_cli.model.attention.layout import (
     Layout,
     Span,
@@ -26,7 +26,6 @@ from dpo_cli.model.attention.layout import (
     token_maps,
     visible,
 )
-from dpo_cli.model.attention.products import Call
 from dpo_cli.records import Batch, Segment
 
 SIMILAR = 0.75  # PlainLayout: minimum length of a forward's sequences relative to its longest

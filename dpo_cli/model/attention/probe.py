@@ -17,12 +17,11 @@ from dpo_cli.errors import ConfigError, NonFiniteError
 from dpo_cli.logprobs import logits_of
 from dpo_cli.model import forward
 from dpo_cli.model.adapters.quantize import dense_weights, dequantized
-from dpo_cli.model.attention import products as kernels
-from dpo_cli.model.attention import registered as attention
-from dpo_cli.model.attention.kernel_check import HALF, kernel_error, largest
-from dpo_cli.model.attention.registered import MOST_TOKENS, PACKED, Placement, Seen, short_windows
-from dpo_cli.model.rope import cut_short, cuts_of
-from dpo_cli.model.skeleton import TRIED, smallest
+from dpo_cli.model.attention import interface, kernels
+from dpo_cli.model.attention.interface import MAX_TOKENS, PACKED, Placement, Seen, short_windows
+from dpo_cli.model.attention.kernel_check import HALF, kernel_mismatch, largest
+from dpo_cli.model.rope import cuts_of, short_original_length
+from dpo_cli.model.skeleton import PROBE_ERRORS, smallest_copy
 from dpo_cli.model.stored import refuse_non_finite
 from dpo_cli.model.vetting import one_line
 from dpo_cli.packing import pack
@@ -30,8 +29,6 @@ from dpo_cli.records import EncodedExample
 
 VALUE_TOLERANCE = 2e-3  # nats, on random tokens in float32
 GRADIENT_TOLERANCE = 1e-2  # relative, of any vector of weights
-SHORT_WINDOW = 3  # so that the probe's few tokens reach beyond it
-WINDOWS = ("sliding_window", "attention_chunk_size")
 
 # (model, prompt ids, response ids) -> values by the model's own forward, one sequence
 Plain = Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
@@ -46,11 +43,11 @@ def _packed_logprobs(model: PreTrainedModel, examples: Sequence[EncodedExample])
 
 
 def refuse_unavailable(choice: str, on: Placement | None) -> None:
-    """ConfigError for a kernel that this machine or precision lacks; before weights are read."""
+    """ConfigError for a kernel that this machine or precision cannot run; before weights load."""
     on = on or Placement()
-    why = kernels.lacking(choice, on.device, on.dtype)
-    if why is not None:
-        raise ConfigError(f"model.attention={choice}: {why}; or use model.attention=auto")
+    reason = kernels.lacking(choice, on.device, on.dtype)
+    if reason is not None:
+        raise ConfigError(f"model.attention={choice}: {reason}; or use model.attention=auto")
 
 
 def choose_attention(
@@ -78,18 +75,18 @@ def choose_attention(
     if not on.sharded:  # sharded weights are checked as they are moved to the device
         refuse_non_finite(type(model).__name__, dense_weights(model))
     reasons: dict[str, str] = {}
-    few = smallest(model.eval(), on.device, plain_values)
-    with dequantized(few), _Trial(few, plain_values, packed_values).begin() as trial:
+    copied = smallest_copy(model.eval(), on.device, plain_values)
+    with dequantized(copied), _Trial(copied, plain_values, packed_values).begin() as trial:
         for kernel in _order(choice, on):
-            why = trial.refuted(kernel, on)
-            if why is None:
+            reason = trial.mismatch(kernel, on)
+            if reason is None:
                 break
-            reasons[kernel] = why
-    details = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+            reasons[kernel] = reason
+    details = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     family = type(model).__name__
     if len(reasons) == len(_order(choice, on)):
         raise ConfigError(f"model.attention={choice}: {family} cannot be used ({details})")
-    attention.use(model, kernel)
+    interface.use_kernel(model, kernel)
     if reasons:
         on.note(f"{key}: {family} runs with attention={kernel}{_cost(kernel)} ({details})")
 
@@ -105,9 +102,9 @@ def _order(choice: str, on: Placement) -> tuple[str, ...]:
 
 
 def _cost(kernel: str) -> str:
-    if kernel not in MOST_TOKENS:
+    if kernel not in MAX_TOKENS:
         return ""
-    return f", slower than packed, at most {MOST_TOKENS[kernel]:,} tokens per micro-batch"
+    return f", slower than packed, at most {MAX_TOKENS[kernel]:,} tokens per micro-batch"
 
 
 @dataclass(frozen=True)
@@ -130,18 +127,18 @@ class _Trial:
 
     @contextmanager
     def begin(self) -> Iterator[_Trial]:
-        with short_windows(self.model), cut_short(self.model), torch.enable_grad():
+        with short_windows(self.model), short_original_length(self.model), torch.enable_grad():
             self.model.set_attn_implementation("eager")
-            self.truth = self._truth()
+            self.truth = self._plain_figures()
             _refuse_overflow(self.model, self.truth.values)
             self._refuse_non_causal()
             self.interface = self._packed(self.exact)
             yield self
 
-    def _truth(self) -> _Figures:
+    def _plain_figures(self) -> _Figures:
         try:
-            return self._figures(self._plainly())
-        except (*TRIED, ArithmeticError) as error:  # ArithmeticError: sizes of 0 that divide
+            return self._figures(self._plain_values())
+        except (*PROBE_ERRORS, ArithmeticError) as error:  # ArithmeticError: division by size 0
             if isinstance(error, RuntimeError) and ran_out(error):
                 raise
             raise ConfigError(
@@ -149,16 +146,16 @@ class _Trial:
                 "its config.json, or use another model.path"
             ) from error
 
-    def refuted(self, kernel: str, on: Placement) -> str | None:
+    def mismatch(self, kernel: str, on: Placement) -> str | None:
         """Why a kernel cannot be used, or None."""
         cuda = on.device.type == "cuda"
         if kernel in PACKED and (self.interface is not None or (kernel == self.exact and not cuda)):
             return self.interface
         if kernel in PACKED and cuda:
-            return kernel_error(kernel, self.seen, on, attention_dropout(self.model))
+            return kernel_mismatch(kernel, self.seen, on, attention_dropout(self.model))
         return self._packed(kernel)
 
-    def _plainly(self) -> Tensor:
+    def _plain_values(self) -> Tensor:
         device = self.model.device
         return torch.cat([
             self.plain(self.model, *(torch.tensor(x, device=device).long() for x in (p, r)))
@@ -185,15 +182,15 @@ class _Trial:
         if kernel == "dense" and getattr(self.model.config.get_text_config(), "window_size", None):
             return "its windows count rows"  # GPT-Neo's windows are buffers of fixed size
         try:
-            attention.use(self.model, kernel)
-            with attention.recording() as seen:
-                found = self._figures(self.packed(self.model, self._examples()))
-        except TRIED as error:
+            interface.use_kernel(self.model, kernel)
+            with interface.recording_calls() as seen:
+                figures = self._figures(self.packed(self.model, self._examples()))
+        except PROBE_ERRORS as error:
             return (str(error).strip().splitlines() or [type(error).__name__])[0]
         if kernel in PACKED and not seen:
             return "it ignores the registered attention"
         self.seen = self.seen or list(dict.fromkeys(seen))
-        return _difference(found, self.truth)
+        return _difference(figures, self.truth)
 
     def _figures(self, values: Tensor) -> _Figures:
         weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -202,8 +199,8 @@ class _Trial:
         # Norms and biases lie in every layer and cost no memory.
         vectors = [p for p in weights if p.ndim == 1] or [min(weights, key=torch.numel)]
         weighted = values * torch.linspace(1.0, 2.0, len(values)).to(values)
-        found = torch.autograd.grad(weighted.sum(), vectors, allow_unused=True)
-        pairs = zip(found, vectors, strict=True)
+        gradients = torch.autograd.grad(weighted.sum(), vectors, allow_unused=True)
+        pairs = zip(gradients, vectors, strict=True)
         return _Figures(
             values.detach(), [torch.zeros_like(p) if g is None else g for g, p in pairs]
         )
@@ -211,7 +208,7 @@ class _Trial:
     def _examples(self) -> list[EncodedExample]:
         vocab = self.model.config.get_text_config().vocab_size
         ids = np.random.default_rng(0).integers(0, vocab, 17).astype(np.int32)
-        return [  # of 7, 6, 2 and 6 tokens: PlainLayout pads, too
+        return [  # of 7, 6, 2 and 6 tokens, so that PlainLayout also pads
             EncodedExample(ids[:3], (ids[3:7], ids[7:10]), 0),
             EncodedExample(ids[10:11], (ids[11:12], ids[12:17]), 1),
         ]
@@ -226,14 +223,14 @@ def _refuse_overflow(model: PreTrainedModel, values: Tensor) -> None:
         )
 
 
-def _difference(found: _Figures, truth: _Figures) -> str | None:
+def _difference(packed: _Figures, plain: _Figures) -> str | None:
     """How a packed row differs from the plain forward beyond rounding, or None."""
-    error = float((found.values - truth.values).abs().max())  # NaN if any is
+    error = float((packed.values - plain.values).abs().max())  # NaN if any is
     if not error < VALUE_TOLERANCE:
         return f"its values differ from the plain forward's by {error:.2g}"
-    pairs = list(zip(found.gradients, truth.gradients, strict=True))
+    pairs = list(zip(packed.gradients, plain.gradients, strict=True))
     # Some gradients, such as a key bias's, are zero up to rounding.
-    floor = 1e-3 * largest(g.norm() for g in truth.gradients)
+    floor = 1e-3 * largest(g.norm() for g in plain.gradients)
     worst = largest((a - b).norm() / (b.norm() + floor) for a, b in pairs)
     if not worst < GRADIENT_TOLERANCE:
         return f"its gradients differ from the plain forward's by {worst:.1%}"

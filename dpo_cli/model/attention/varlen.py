@@ -1,6 +1,6 @@
 """Variable-length FlashAttention: the installed implementations, best first.
 
-A loaded model's probe (`kernel_check.kernel_error`) rejects implementations with other results.
+A loaded model's probe (`kernel_check.kernel_mismatch`) rejects implementations with other results.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dpo_cli.model.attention.products import Call
+from dpo_cli.model.attention.kernels import Call
 
 HOPPER = 9  # major compute capability required by FlashAttention 3
 LOCAL_KERNELS = "LOCAL_KERNELS"  # of the package `kernels`: repository=folder:repository=folder
@@ -138,10 +138,10 @@ def adapt_torch(function: Callable[..., Any]) -> Varlen:
 
 def _flash(module: str, name: str) -> Iterator[Implementation]:
     try:
-        found = importlib.import_module(module)
+        library = importlib.import_module(module)
     except (ImportError, OSError):  # OSError: built for another CUDA
         return
-    yield Implementation(name, adapt_flash(found.flash_attn_varlen_func))
+    yield Implementation(name, adapt_flash(library.flash_attn_varlen_func))
 
 
 def _hub(name: str) -> Iterator[Implementation]:
@@ -153,10 +153,10 @@ def _hub(name: str) -> Iterator[Implementation]:
         return
     try:
         library: Any = importlib.import_module("kernels")
-        found = library.get_local_kernel(Path(folder))
+        kernel = library.get_local_kernel(Path(folder))
     except (ImportError, OSError, TypeError, ValueError):
         return
-    yield Implementation(f"the hub's {name}", adapt_flash(found.flash_attn_varlen_func))
+    yield Implementation(f"the hub's {name}", adapt_flash(kernel.flash_attn_varlen_func))
 
 
 def adapt_flash(function: Callable[..., Any]) -> Varlen:

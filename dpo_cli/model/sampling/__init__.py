@@ -1,1 +1,1 @@
-"""Sampling: which way of decoding is right for a model, and the fast ones."""
+"""Sampling: decoding modes, and which of them reproduces a model's plain forward."""

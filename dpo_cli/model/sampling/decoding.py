@@ -1,7 +1,7 @@
-"""Rows of a batch that are decoded together, a token a step.
+"""Rows of a batch that are decoded together, one token per step.
 
-Prompts of any lengths are prefilled once, padded on the left; a model whose padding leaks into
-what it keeps, or whose cache cannot be indexed by rows, gets prompts of one length instead.
+Prompts of any length are prefilled once, padded on the left. A model whose states are affected by
+padding, or whose cache cannot be indexed by row, gets prompts of equal length instead.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dpo_cli.errors import NonFiniteError
-from dpo_cli.model.attention.registered import attention_as, cached_attention
+from dpo_cli.model.attention.interface import attention_as, cached_attention
 from dpo_cli.model.sampling import prefix_cache
 from dpo_cli.model.sampling.prefix_cache import PrefixCache
-from dpo_cli.model.sampling.unpadded import ONE_LENGTH
+from dpo_cli.model.sampling.unpadded import SAME_LENGTH_MODES
 
-PREFILL_TOKENS = 32768  # of prompts at once
+PREFILL_TOKENS = 32768  # prompt tokens per prefill
 
 
 class Past(Protocol):
     def inputs(self) -> dict[str, Any]:
-        """What the model is given of the past when the next token comes."""
+        """The model's cache arguments for the next token."""
 
 
 class Rows(Protocol):
-    """Live rows of a batch, and the attention to decode them with."""
+    """The unfinished rows of a batch, and the attention to decode them with."""
 
     attention: str
 
     def advance(self, model: PreTrainedModel, tokens: Tensor, position: Tensor) -> Tensor:
-        """The next logits, (R, V), of rows whose new tokens, (R,), have these positions, (R,)."""
+        """The next logits (R, V), given each row's new token (R,) and its position (R,)."""
 
-    def keep(self, going: np.ndarray) -> np.ndarray:
-        """Rows where `going`, (R,), stay, others may; returns which row is now at each place."""
+    def keep(self, unfinished: np.ndarray) -> np.ndarray:
+        """Keep rows where `unfinished` (R,) is true; others may be dropped. Returns the former
+        index of the row that is now at each index."""
 
 
 class SharedRows:
@@ -47,13 +48,13 @@ class SharedRows:
     attention = prefix_cache.NAME
 
     def __init__(self, prefilled: DynamicCache, mask: Tensor, samples: int) -> None:
-        assert prefix_cache.can_share(prefilled), "it keeps more than keys and values"
+        assert prefix_cache.can_share(prefilled), "its cache holds more than keys and values"
         self.cache = PrefixCache(prefilled, mask, samples)
         self.one = mask.new_ones(1, 1)
 
     def inputs(self) -> dict[str, Any]:
-        # Without a mask some families look for padding among the tokens, which waits for the
-        # device. Nothing else reads it: no mask is made for a registered attention.
+        # Without a mask some families search the tokens for padding, which synchronizes with the
+        # device. Nothing else reads it: transformers builds no mask for a registered attention.
         mask = self.one.expand(len(self.cache.prompt_of), self.cache.get_seq_length() + 1)
         return {
             "past_key_values": self.cache, "prefix_cache": self.cache, "attention_mask": mask
@@ -62,19 +63,19 @@ class SharedRows:
     def advance(self, model: PreTrainedModel, tokens: Tensor, position: Tensor) -> Tensor:
         return advance(model, self, tokens, position)
 
-    def keep(self, going: np.ndarray) -> np.ndarray:
-        return self.cache.keep(going)
+    def keep(self, unfinished: np.ndarray) -> np.ndarray:
+        return self.cache.keep(unfinished)
 
 
 class RepeatedRows:
-    """Each sample has a copy of what its prompt left: keys and values, recurrent states."""
+    """Each sample has a copy of its prompt's cache: keys and values, recurrent states."""
 
     def __init__(self, prefilled: DynamicCache, mask: Tensor, samples: int, attention: str) -> None:
         self.attention, self.cache, self.mask = attention, prefilled, mask
         self._take(torch.arange(len(mask), device=mask.device).repeat_interleave(samples))
 
     def _take(self, rows: Tensor) -> None:
-        # Layers of linear attention can neither be repeated nor selected, but reordered.
+        # Linear-attention layers support only reorder_cache, not repeating or selecting rows.
         self.cache.reorder_cache(cast(torch.LongTensor, rows))
         self.mask = self.mask[rows]
 
@@ -85,8 +86,8 @@ class RepeatedRows:
     def advance(self, model: PreTrainedModel, tokens: Tensor, position: Tensor) -> Tensor:
         return advance(model, self, tokens, position)
 
-    def keep(self, going: np.ndarray) -> np.ndarray:
-        order = np.flatnonzero(going)
+    def keep(self, unfinished: np.ndarray) -> np.ndarray:
+        order = np.flatnonzero(unfinished)
         self._take(torch.from_numpy(order).to(self.mask.device))
         return order
 
@@ -95,8 +96,8 @@ def prefill(
     model: PreTrainedModel, prompts: Sequence[np.ndarray], pad_id: int,
     most_tokens: int = PREFILL_TOKENS,
 ) -> Iterator[tuple[int, DynamicCache, Tensor, Tensor]]:  # fmt: skip
-    """(first, cache, mask, logits) of P prompts at a time from the first-th on: their keys and
-    values, the (P, C) mask with 0 at the padding on the left, and the next logits (P, V)."""
+    """Yield (first, cache, mask, logits) per group of P prompts, starting at index `first`: keys
+    and values, the (P, C) mask (0 at the padding on the left), and the next logits (P, V)."""
     size = max(1, most_tokens // max(len(p) for p in prompts))
     with attention_as(model, cached_attention(model)):
         for first in range(0, len(prompts), size):
@@ -115,23 +116,29 @@ def refuse_non_finite(logits: Tensor) -> None:
 
 
 def start(
-    model: PreTrainedModel, prompts: Sequence[np.ndarray], samples: int, pad_id: int, way: str
+    model: PreTrainedModel, prompts: Sequence[np.ndarray], samples: int, pad_id: int, mode: str
 ) -> tuple[Rows, Tensor, Tensor]:
-    """Prefill; returns the rows, each one's last position (R,) and its next logits (R, V).
+    """Prefill; returns the rows, the position of each one's last token (R,), and its next logits
+    (R, V).
 
-    way: "shared", "repeated", or one of `ONE_LENGTH`, for which all prompts have one length.
+    mode: "shared_prefix", "repeated", or one of `SAME_LENGTH_MODES`, which need prompts of equal
+    length.
     """
     rows: Rows
-    if way in ONE_LENGTH:
+    if mode in SAME_LENGTH_MODES:
         ids, mask = left_pad(prompts, pad_id, model.device)
         assert bool(mask.all())
         with attention_as(model, cached_attention(model)):
-            made = ONE_LENGTH[way](model, ids.repeat_interleave(samples, 0))
-        refuse_non_finite(made.logits)
-        return made, (mask.sum(1) - 1).repeat_interleave(samples), made.logits
+            same_length_rows = SAME_LENGTH_MODES[mode](model, ids.repeat_interleave(samples, 0))
+        refuse_non_finite(same_length_rows.logits)
+        return (
+            same_length_rows,
+            (mask.sum(1) - 1).repeat_interleave(samples),
+            same_length_rows.logits,
+        )
     ((_, cache, mask, logits),) = prefill(model, prompts, pad_id, sys.maxsize)
     refuse_non_finite(logits)
-    if way == "shared":
+    if mode == "shared_prefix":
         rows = SharedRows(cache, mask, samples)
     else:
         rows = RepeatedRows(cache, mask, samples, cached_attention(model))
@@ -140,7 +147,7 @@ def start(
 
 
 def advance(model: PreTrainedModel, rows: Past, tokens: Tensor, position: Tensor) -> Tensor:
-    """The next logits, (R, V), of rows whose new tokens, (R,), have these positions, (R,)."""
+    """The next logits (R, V), given each row's new token (R,) and its position (R,)."""
     out = model(
         input_ids=tokens[:, None], position_ids=position[:, None], use_cache=True, **rows.inputs()
     )

@@ -1,4 +1,4 @@
-"""Drawing the next token, with few passes over (rows, vocabulary)."""
+"""Draw the next token with few passes over (rows, vocabulary)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 from dpo_cli.logprobs import promote
 
-BLOCK = 256  # about the root of a vocabulary: blocks are summed, then one is looked into
+BLOCK = 256  # about the square root of a vocabulary: first a block is drawn, then a token in it
 EPS = torch.finfo(torch.float64).eps
 
 
 def draw(
     logits: Tensor, temperature: float, top_p: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """(B, V) logits -> (B,) tokens and (B,) their log-probabilities as sampled.
+    """(B, V) logits -> (B,) tokens and their (B,) log-probabilities as sampled.
 
-    temperature 0 is greedy. Of logits that are not finite the log-probabilities are not either.
+    temperature 0 is greedy. Non-finite logits give non-finite log-probabilities.
     """
     logits = promote(logits)
     if temperature == 0.0:
@@ -30,7 +30,7 @@ def draw(
 
 
 def _nucleus(p: Tensor, top_p: float) -> Tensor:
-    """The fewest tokens that hold `top_p` of the mass (Holtzman et al. 2020, section 3.1)."""
+    """Keep the smallest set of tokens with mass `top_p` (Holtzman et al. 2020, section 3.1)."""
     ordered, index = p.sort(-1, descending=True)
     before = ordered.cumsum(-1) - ordered  # mass ahead of each token
     ordered = ordered.masked_fill(before >= top_p, 0.0)
@@ -38,28 +38,29 @@ def _nucleus(p: Tensor, top_p: float) -> Tensor:
 
 
 def _choose(p: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, V) weights -> (B, 1) indices drawn in proportion, from one random number a row.
+    """(B, V) weights -> (B, 1) indices drawn in proportion, from one random number per row.
 
     `torch.multinomial` takes V random numbers a row, a third of a step of GPT-2 on a CPU.
     """
     rows, vocab = p.shape
     blocks = vocab // BLOCK
-    whole, rest = p.split([blocks * BLOCK, vocab - blocks * BLOCK], -1)
+    full_blocks, rest = p.split([blocks * BLOCK, vocab - blocks * BLOCK], -1)
     sums = torch.cat([
-        whole.unflatten(1, (blocks, BLOCK)).sum(-1), rest.sum(-1, keepdim=True)
+        full_blocks.unflatten(1, (blocks, BLOCK)).sum(-1), rest.sum(-1, keepdim=True)
     ], 1)  # fmt: skip
     uniform = torch.rand(rows, 1, dtype=torch.float64, device=p.device, generator=generator)
     block, uniform = _invert(sums, uniform)
     index = block * BLOCK + torch.arange(BLOCK, device=p.device)
     inside = p.gather(1, index.clamp_max(vocab - 1)).masked_fill(index >= vocab, 0.0)
     chosen = block * BLOCK + _invert(inside, uniform)[0]
-    return chosen.clamp_max(vocab - 1)  # NaN must not index beyond
+    return chosen.clamp_max(vocab - 1)  # NaN must not index out of range
 
 
 def _invert(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of the weight, (B, n), that holds each number of [0, 1), and how far inside it is.
+    """Inverse CDF of the (B, n) weights at each number in [0, 1): the index, and the relative
+    position within that weight.
 
-    Float32 edges would favor tokens: a vocabulary's tail has steps below its rounding.
+    A float32 CDF would be biased: steps in a vocabulary's tail are smaller than its rounding.
     """
     edges = weights.double().cumsum(-1)
     target = uniform.clamp_max(1.0 - EPS) * edges[:, -1:]  # below the last edge after rounding

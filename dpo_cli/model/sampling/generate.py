@@ -1,4 +1,4 @@
-"""Sampling: a prompt's samples share its keys and values; finished rows drop out."""
+"""Sampling: a prompt's samples share its keys and values; finished rows are dropped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_cli.device_memory import free_memory, ran_out
 from dpo_cli.errors import ConfigError
 from dpo_cli.logprobs import promoted
 from dpo_cli.model import rope
-from dpo_cli.model.attention.registered import attention_as
+from dpo_cli.model.attention.interface import attention_as
 from dpo_cli.model.sampling.decoding import start
 from dpo_cli.model.sampling.draw import draw
 from dpo_cli.model.sampling.sampled import (
@@ -28,14 +28,14 @@ from dpo_cli.model.sampling.sampled import (
     ended_by,
 )
 from dpo_cli.model.sampling.stepper import Stepper, can_step, has_kernel
-from dpo_cli.model.sampling.trial import Note, way_of
-from dpo_cli.model.sampling.unpadded import ONE_LENGTH
+from dpo_cli.model.sampling.trial import Note, decoding_mode
+from dpo_cli.model.sampling.unpadded import SAME_LENGTH_MODES
 
-LOOK_EVERY = {"cpu": 1, "cuda": 4}  # steps; a look for finished rows makes the host wait
-STATIC = {"cpu": False, "cuda": True}  # steps of static shape, which CUDA graphs can record
-MOST_ROWS = 512  # decoded together on a GPU where nothing else is asked for
-KEYS_SHARE = 0.3  # of a GPU's memory, for the keys and values of those rows
-LOGITS_ALIVE = 6  # float32 copies of (R, V) while a token is drawn
+SYNC_EVERY = {"cpu": 1, "cuda": 4}  # steps between checks for finished rows, which block the host
+STATIC = {"cpu": False, "cuda": True}  # steps of static shape, which CUDA graphs can capture
+MAX_ROWS = 512  # decoded together on a GPU if no batch size is configured
+KV_CACHE_SHARE = 0.3  # of a GPU's memory, for the keys and values of those rows
+LIVE_LOGITS = 6  # float32 copies of (R, V) while a token is drawn
 
 Decode = Callable[[Sequence[np.ndarray], int, int], list[Completion]]  # prompts, steps, seed
 
@@ -54,49 +54,53 @@ def sample(
 ) -> list[list[Completion]]:
     """`options.completions` samples for each prompt, in the order of the prompts.
 
-    ends: the tokens that end a completion. share: (rank, ranks); only each ranks-th batch is
-    sampled then, the other prompts get none.
-    Where a prompt leaves less than max_new_tokens of the context, its completions end there,
-    whichever prompts are decoded beside it. Where memory runs out, fewer are decoded together, and
-    `limit` is lowered. note: is told of that, and of a model that must be decoded in a slower way.
+    ends: the tokens that end a completion. share: (rank, ranks); this rank samples every ranks-th
+    batch, and prompts of other batches get no completions.
+    A completion ends at the model's context length, independent of the other prompts of its batch.
+    If memory runs out, smaller batches are decoded and `limit` is lowered. note: receives a line
+    about that, and about a model that can only be decoded in a slower mode.
 
-    Raises ConfigError where memory runs out with a single prompt: not an error of memory, which
-    would lower the token budget of the pass that samples.
+    Raises ConfigError if memory runs out with a single prompt: an out-of-memory error would lower
+    the token budget of the pass that samples.
     """
     results: list[list[Completion]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rooms = [room_for(model, prompts[i], options.max_new_tokens) for i in order]
-    together = options.batch_size or rows_that_fit(model, prompts, options, share[1])
-    per_batch = max(1, together // options.completions)
+    token_limits = [max_new_tokens(model, prompts[i], options.max_new_tokens) for i in order]
+    batch_size = options.batch_size or rows_that_fit(model, prompts, options, share[1])
+    per_batch = max(1, batch_size // options.completions)
     was_training = model.training
     model.eval()
-    with _casting_once(model):
-        way = way_of(model, note)
-        alone = way in ONE_LENGTH
-        alike = [
-            (room, len(prompts[i]) * alone, rope.way_through(model.config, len(prompts[i]), room))
-            for room, i in zip(rooms, order, strict=True)
+    with _casting_weights_once(model):
+        mode = decoding_mode(model, note)
+        same_length = mode in SAME_LENGTH_MODES
+        groups = [
+            (
+                steps,
+                len(prompts[i]) * same_length,
+                rope.cut_crossing(model.config, len(prompts[i]), steps),
+            )
+            for steps, i in zip(token_limits, order, strict=True)
         ]
         longest = max((len(p) for p in prompts), default=1)
-        decoder = _decoder(model, options, ends, pad_id, note, longest, way)
-        decode = _WithinMemory(
+        decoder = _decoder(model, options, ends, pad_id, note, longest, mode)
+        decode = _MemoryGuard(
             decoder, model.device, options.completions, limit or DecodingLimit(), note
         )
-        for first, last in islice(_batches(alike, per_batch), share[0], None, share[1]):
+        for first, last in islice(_batches(groups, per_batch), share[0], None, share[1]):
             batch = [prompts[i] for i in order[first:last]]
-            rows = decode(batch, rooms[first], options.seed * 1_000_003 + first)
-            for place, i in enumerate(order[first:last]):
+            rows = decode(batch, token_limits[first], options.seed * 1_000_003 + first)
+            for number, i in enumerate(order[first:last]):
                 n = options.completions
-                results[i] = rows[place * n : (place + 1) * n]
+                results[i] = rows[number * n : (number + 1) * n]
             tick(last - first)
     model.train(was_training)
     return results
 
 
 @contextmanager
-def _casting_once(model: PreTrainedModel) -> Iterator[None]:
-    """In autocast a frozen weight is cast in every forward: the cast is kept, until the outermost
-    autocast ends, only of weights that want a gradient. So let them, where none is taken."""
+def _casting_weights_once(model: PreTrainedModel) -> Iterator[None]:
+    """Cast frozen weights once instead of in every forward: autocast caches the cast only of
+    weights that require a gradient, so they do in the body, where none is computed."""
     device = model.device.type
     frozen = [p for p in model.parameters() if p.dtype == torch.float32 and not p.requires_grad]
     frozen = frozen if torch.is_autocast_enabled(device) else []
@@ -111,28 +115,30 @@ def _casting_once(model: PreTrainedModel) -> Iterator[None]:
 
 def _decoder(
     model: PreTrainedModel, options: SamplingOptions, ends: Ends, pad_id: int, note: Note,
-    longest: int, way: str,
+    longest: int, mode: str,
 ) -> Decode:  # fmt: skip
-    """The fastest way of decoding that is right for the model; way: of those without graphs."""
+    """The fastest decoder that is right for the model. mode: for decoding without CUDA graphs."""
 
-    def plainly(prompts: Sequence[np.ndarray], steps: int, seed: int) -> list[Completion]:
+    def decode_dynamically(
+        prompts: Sequence[np.ndarray], steps: int, seed: int
+    ) -> list[Completion]:
         generator = torch.Generator(model.device).manual_seed(seed)
-        return _decode(model, prompts, options, steps, ends, pad_id, way, generator)
+        return _decode(model, prompts, options, steps, ends, pad_id, mode, generator)
 
-    if way != "shared" or not STATIC[model.device.type] or not can_step(model, note):
-        return plainly
+    if mode != "shared_prefix" or not STATIC[model.device.type] or not can_step(model, note):
+        return decode_dynamically
     record, kernel = model.device.type == "cuda", has_kernel(model, note)
     stepper = Stepper(model, options, ends, pad_id, record, note, kernel, longest)
 
     def decode(prompts: Sequence[np.ndarray], steps: int, seed: int) -> list[Completion]:
-        crosses = rope.way_through(model.config, len(prompts[0]), steps).crossing
-        return (plainly if crosses else stepper.decode)(prompts, steps, seed)
+        crosses = rope.cut_crossing(model.config, len(prompts[0]), steps).crossing
+        return (decode_dynamically if crosses else stepper.decode)(prompts, steps, seed)
 
     return decode
 
 
-class _WithinMemory:
-    """Decodes batches; where memory runs out, that one and later ones in smaller parts."""
+class _MemoryGuard:
+    """Decodes batches; if memory runs out, splits that batch and later ones."""
 
     def __init__(
         self,
@@ -146,13 +152,13 @@ class _WithinMemory:
         self.limit, self.note = limit, note
 
     def __call__(self, prompts: Sequence[np.ndarray], steps: int, seed: int) -> list[Completion]:
-        made: list[Completion] = []
+        completions: list[Completion] = []
         start = 0
         while start < len(prompts):
-            most = max(1, self.limit.sequences // self.completions)
-            part = prompts[start : start + most]
+            max_prompts = max(1, self.limit.sequences // self.completions)
+            part = prompts[start : start + max_prompts]
             try:
-                made += self.decode(part, steps, seed + start)
+                completions += self.decode(part, steps, seed + start)
                 start += len(part)
                 continue
             except RuntimeError as error:
@@ -166,7 +172,7 @@ class _WithinMemory:
                 f"out of memory with {len(part)} prompts sampled together: from now on at most "
                 f"{len(part) // 2} (stage.batch_size={self.limit.sequences})"
             )
-        return made
+        return completions
 
     def too_large(self, prompt: np.ndarray) -> ConfigError:
         return ConfigError(
@@ -179,47 +185,49 @@ class _WithinMemory:
 def rows_that_fit(
     model: PreTrainedModel, prompts: Sequence[np.ndarray], options: SamplingOptions, ranks: int
 ) -> int:
-    """Sequences to decode together where the configuration names no number: a power of two
-    whose keys, values and logits take a part of the GPU's whole memory, of what is free or
-    not, so that a run draws the same each time; not more than a rank's share."""
+    """Default number of sequences to decode together: a power of two whose keys, values and logits
+    take a fixed share of the GPU's total memory (free or not, so that a repeated run draws the same
+    samples), at most a rank's share of all sequences."""
     if model.device.type != "cuda":
-        return SamplingOptions.batch_size or MOST_ROWS
+        return SamplingOptions.batch_size or MAX_ROWS
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1  # Mamba, RWKV: none
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     half = torch.is_autocast_enabled("cuda") or model.dtype != torch.float32
-    column = 2 * config.num_hidden_layers * kept * width * (2 if half else 4)
+    column = 2 * config.num_hidden_layers * kv_heads * width * (2 if half else 4)
     longest = max((len(p) for p in prompts), default=1)
     row = column * (longest / options.completions + options.max_new_tokens)
-    row += LOGITS_ALIVE * 4 * config.vocab_size
-    room = KEYS_SHARE * torch.cuda.mem_get_info(model.device)[1]
+    row += LIVE_LOGITS * 4 * config.vocab_size
+    room = KV_CACHE_SHARE * torch.cuda.mem_get_info(model.device)[1]
     total = len(prompts) * options.completions
-    rows = MOST_ROWS
+    rows = MAX_ROWS
     while rows > 1 and (rows * row > room or (ranks > 1 and rows // 2 * ranks >= total)):
         rows //= 2
     return rows
 
 
-def _batches(kinds: Sequence[Any], size: int) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) of at most `size` neighbors of the same kind."""
+def _batches(groups: Sequence[Any], size: int) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of at most `size` consecutive prompts of the same group."""
     first = 0
-    while first < len(kinds):
-        near = kinds[first : first + size]
-        last = first + next((n for n, kind in enumerate(near) if kind != near[0]), len(near))
+    while first < len(groups):
+        neighbors = groups[first : first + size]
+        last = first + next(
+            (n for n, group in enumerate(neighbors) if group != neighbors[0]), len(neighbors)
+        )
         yield first, last
         first = last
 
 
-def room_for(model: PreTrainedModel, prompt: np.ndarray, wanted: int) -> int:
-    """New tokens that fit behind a prompt, at most `wanted`."""
+def max_new_tokens(model: PreTrainedModel, prompt: np.ndarray, limit: int) -> int:
+    """Number of new tokens that fit into the context after a prompt, at most `limit`."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", 2**20)
     if len(prompt) >= context:
         raise ConfigError(
             f"a prompt of {len(prompt)} tokens fills the model's context of {context}: lower "
             "data.max_length and data.max_prompt_length"
         )
-    return min(wanted, context - len(prompt))
+    return min(limit, context - len(prompt))
 
 
 def _decode(
@@ -229,11 +237,11 @@ def _decode(
     steps: int,
     ends: Ends,
     pad_id: int,
-    way: str,
+    mode: str,
     generator: torch.Generator,
 ) -> list[Completion]:
     """Decode one batch of prompts; returns prompts x completions rows, prompt-major."""
-    rows, position, logits = start(model, prompts, options.completions, pad_id, way)
+    rows, position, logits = start(model, prompts, options.completions, pad_id, mode)
     total = len(position)
     sampled = Sampled(total, steps, promoted(logits.dtype), model.device)
     alive = torch.arange(len(position), device=model.device)  # original row of each live row
@@ -246,19 +254,19 @@ def _decode(
             ended |= ended_by(chosen, ends)
             if step + 1 == steps:
                 break
-            if (step + 1) % LOOK_EVERY[model.device.type] == 0:
-                going = ~ended.cpu().numpy()
-                if not going.any():
+            if (step + 1) % SYNC_EVERY[model.device.type] == 0:
+                unfinished = ~ended.cpu().numpy()
+                if not unfinished.any():
                     break
-                if not going.all():
-                    order = torch.from_numpy(rows.keep(going)).to(model.device)
+                if not unfinished.all():
+                    order = torch.from_numpy(rows.keep(unfinished)).to(model.device)
                     alive, ended, position, chosen = (
                         x[order] for x in (alive, ended, position, chosen)
                     )
-            if len(prompts[0]) + step in cuts:  # of all rows; no cache is right beyond it
+            if len(prompts[0]) + step in cuts:  # the same for all rows; the cache is now invalid
                 ids = sampled.tokens[alive, : step + 1]
                 texts = _texts(prompts, options.completions, ids, alive)
-                rows, position, logits = start(model, texts, 1, pad_id, way)
+                rows, position, logits = start(model, texts, 1, pad_id, mode)
                 continue
             position = position + 1
             logits = rows.advance(model, chosen, position)
@@ -268,7 +276,7 @@ def _decode(
 def _texts(
     prompts: Sequence[np.ndarray], completions: int, tokens: torch.Tensor, rows: torch.Tensor
 ) -> list[np.ndarray]:
-    """The prompts of some rows, (R,), with their tokens, (R, n), behind them."""
+    """The prompts of some rows (R,), each followed by its tokens (R, n)."""
     return [
         np.concatenate([prompts[row // completions], ids])
         for row, ids in zip(rows.tolist(), tokens.cpu().numpy(), strict=True)

@@ -1,4 +1,4 @@
-"""CUDA graphs of a step: recorded once for each shape, then launched as a whole."""
+"""CUDA graphs of a decoding step: captured once per shape, then replayed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 class Graphs:
-    """Runs a step of device work, which reads and writes the same tensors each time.
+    """Runs a step of device work that reads and writes the same tensors each time.
 
-    The first run of a shape is an ordinary one, in which libraries prepare themselves; the
-    second is recorded. A step that waits for the device or allocates pinned memory cannot be:
-    RuntimeError.
+    The first run of a shape is eager, as libraries initialize themselves in it; the second is
+    captured. RuntimeError for a step that cannot be captured, because it synchronizes with the
+    device or allocates pinned memory.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -34,15 +34,15 @@ class Graphs:
         self.recorded[shape].replay()
 
     def forget(self) -> None:
-        """Before tensors that recorded steps read or write are freed."""
+        """To be called before tensors that captured steps read or write are freed."""
         self.prepared.clear()
         self.recorded.clear()
 
     def _record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)  # or each replay would draw the same
+        graph.register_generator_state(self.generator)  # else each replay would draw the same
         torch.cuda.synchronize(self.generator.device)
-        # Not torch.cuda.graph, which empties the allocator's cache before every recording.
+        # Not torch.cuda.graph, which empties the allocator's cache before every capture.
         try:
             with torch.cuda.stream(self.stream):
                 # Other threads (data, checkpoints) may use the device meanwhile.
@@ -50,21 +50,20 @@ class Graphs:
                 try:
                     step()
                 except BaseException:
-                    with suppress(RuntimeError):  # CUDA refuses to end it well
+                    with suppress(RuntimeError):  # CUDA reports the invalidated capture
                         graph.capture_end()
                     raise
                 graph.capture_end()
         except BaseException:
-            self._abandon()  # on the caller's stream: that of the recording may not take work
+            self._abandon()  # on the caller's stream: the capture stream cannot take work now
             raise
         return graph
 
     def _abandon(self) -> None:
-        """Clean up behind a recording that an error broke, so that what follows is not broken, too.
+        """Clean up after a failed capture, so that later device work does not fail as well.
 
-        PyTorch leaves the device's generators recording, for good: the next draw of any random
-        number would raise. A recording that ends resets them; should it not, new states with the
-        same numbers to come take their place.
+        PyTorch leaves the device's generators in capture mode: the next random draw would raise.
+        Another capture that succeeds resets them; if it fails too, they get clones of their states.
         """
         device = self.generator.device
         with suppress(RuntimeError):
@@ -78,7 +77,7 @@ class Graphs:
             generator.graphsafe_set_state(generator.clone_state())
 
     def _record_anything(self) -> None:
-        """A recording that ends."""
+        """A trivial capture that succeeds."""
         device = self.generator.device
         number, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
@@ -91,13 +90,13 @@ class Graphs:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """To record on: the same each time, as cuBLAS keeps memory for every stream it has seen."""
+    """The capture stream: always the same, as cuBLAS keeps a workspace for every stream."""
     return torch.cuda.Stream(device)
 
 
 @contextmanager
 def refusing_to_wait(device: torch.device) -> Iterator[None]:
-    """RuntimeError from what would wait for the device: it cannot be recorded."""
+    """In the body, operations that synchronize with the device raise RuntimeError."""
     if device.type != "cuda":
         yield
         return

@@ -1,10 +1,10 @@
-"""Attention of a new token a row, where all samples of a prompt share its keys and values.
+"""Attention of one new token per row, where all samples of a prompt share its keys and values.
 
-The prompt's part is one product with the samples of a prompt as rows of a matrix, so its keys
-are read once a prompt and not once a sample; the sample's own part lies in buffers that are
-written in place (Hydragen, https://arxiv.org/abs/2402.05099, but with one softmax).
-Notation: P prompts of C columns, left-padded; R live rows, M the most of a prompt; H query and
-H_kv key heads, G = H / H_kv; t own tokens of each row, the new one among them.
+The prompt's part is one matrix product with all samples of the prompt, so its keys are read once
+per prompt rather than once per sample; each sample's own tokens are in buffers that are written in
+place (Hydragen, https://arxiv.org/abs/2402.05099, but with one softmax).
+Notation: P prompts of C columns, left-padded; R live rows, at most M per prompt; H query and H_kv
+key heads, G = H / H_kv; t own tokens of each row, including the new one.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from dpo_cli.logprobs import promote, promoted
-from dpo_cli.model.attention.products import Call
+from dpo_cli.model.attention.kernels import Call
 
 NAME = "dpo_decode"
-ROOM = 64  # own tokens that the buffers hold at first
+INITIAL_TOKENS = 64  # initial capacity of the buffers for own tokens
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells of P prompts x M samples. cells: (R,) that of each row; None: row r's is r."""
+    """P prompts x M samples. cells: (R,) index prompt * M + sample of each row; None: row r has
+    cell r."""
 
     prompts: int
     samples: int
@@ -35,7 +36,7 @@ class Grid:
 
     @classmethod
     def of(cls, prompt_of: np.ndarray, device: torch.device) -> Self:
-        """prompt_of: (R,) each row's prompt, 0 .. P-1, all of them there."""
+        """prompt_of: (R,) each row's prompt, 0 .. P-1, each at least once."""
         counts = np.bincount(prompt_of)
         by_prompt = np.argsort(prompt_of, kind="stable")
         rank = np.empty_like(prompt_of)
@@ -47,7 +48,7 @@ class Grid:
         return cls(len(counts), samples, torch.from_numpy(cells).to(device))
 
     def spread(self, rows: Tensor) -> Tensor:
-        """(R, H_kv, G, n) -> (P, H_kv, M G, n), zero where no row is."""
+        """(R, H_kv, G, n) -> (P, H_kv, M G, n), zero in cells without a row."""
         if self.cells is not None:
             empty = rows.new_zeros(self.prompts * self.samples, *rows.shape[1:])
             rows = empty.index_copy_(0, self.cells, rows)
@@ -60,24 +61,26 @@ class Grid:
 
 
 class _Layer(DynamicLayer):
-    """Keys and values: `prompt` (P, H_kv, <= C, d) once a prompt, `own` (>= R, H_kv, >= t, d)."""
+    """Keys and values: `prompt` (P, H_kv, <= C, d) once per prompt, `own` (>= R, H_kv, >= t, d)."""
 
     def __init__(self, prefilled: DynamicLayer, columns: int, rows: int) -> None:
         super().__init__()
         keys, values = prefilled.keys, prefilled.values
         assert keys is not None and values is not None
-        # On a CPU small products are faster in float32 than in bf16, and exact.
+        # On a CPU, small products are faster in float32 than in bf16, and exact.
         wide = values.dtype if values.is_cuda else promoted(values.dtype)
         self.prompt = keys.to(wide), values.to(wide)
         self.columns = columns
-        self.own = tuple(x.new_empty(rows, x.shape[1], ROOM, x.shape[3]) for x in self.prompt)
+        self.own = tuple(
+            x.new_empty(rows, x.shape[1], INITIAL_TOKENS, x.shape[3]) for x in self.prompt
+        )
         self.length = 0  # t
         self.latest: Tensor | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store a token of each live row, (R, H_kv, 1, d); returns them as they came."""
+        """Store a token of each live row, (R, H_kv, 1, d); returns the arguments unchanged."""
         rows = len(key_states)
         if self.length == self.own[0].shape[2]:
             self.own = tuple(torch.cat([x[:rows], torch.empty_like(x[:rows])], 2) for x in self.own)
@@ -100,14 +103,14 @@ class _Layer(DynamicLayer):
         reach = self.length if call.window is None else call.window
         first_own = max(0, self.length - reach)
         first = 0 if call.window is None else max(0, self.columns + self.length - reach)
-        kept = first - (self.columns - self.prompt[0].shape[2])
-        assert kept >= 0, "the prefill dropped keys that a query sees"
-        prompt_keys, prompt_values = (x[:, :, kept:] for x in self.prompt)
+        first_kept = first - (self.columns - self.prompt[0].shape[2])
+        assert first_kept >= 0, "the prefill dropped keys inside a query's window"
+        prompt_keys, prompt_values = (x[:, :, first_kept:] for x in self.prompt)
         own_keys, own_values = (x[:rows, :, first_own : self.length] for x in self.own)
-        to_prompt = capped(grid.spread(q) @ prompt_keys.transpose(-1, -2), call.softcap)
+        to_prompt = soft_capped(grid.spread(q) @ prompt_keys.transpose(-1, -2), call.softcap)
         if bias is not None:
             to_prompt = to_prompt + bias[..., first:]
-        to_own = capped(q @ own_keys.transpose(-1, -2), call.softcap)
+        to_own = soft_capped(q @ own_keys.transpose(-1, -2), call.softcap)
         scores = promote(torch.cat([grid.gather(to_prompt), to_own], -1))
         weights = scores.softmax(-1).to(q.dtype)  # one over both parts
         to_prompt, to_own = weights.tensor_split([prompt_keys.shape[2]], -1)
@@ -118,12 +121,12 @@ class _Layer(DynamicLayer):
         for x in self.own:
             x[holes, :, : self.length] = x[movers, :, : self.length]
 
-    def keep_prompts(self, kept: Tensor) -> None:
+    def keep_prompts(self, indices: Tensor) -> None:
         keys, values = self.prompt
-        self.prompt = keys.index_select(0, kept), values.index_select(0, kept)
+        self.prompt = keys.index_select(0, indices), values.index_select(0, indices)
 
 
-def capped(scores: Tensor, softcap: float | None) -> Tensor:
+def soft_capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(promote(scores) / softcap)
 
 
@@ -134,7 +137,7 @@ def can_share(prefilled: DynamicCache) -> bool:
 
 
 class PrefixCache(Cache):
-    """What a prefill of P prompts left, for `samples` rows of each, prompt-major at first.
+    """The cache of P prefilled prompts, for `samples` rows of each, initially prompt-major.
 
     mask: (P, C), 0 at the padding on the left.
     """
@@ -162,17 +165,18 @@ class PrefixCache(Cache):
 
     def attend(self, query: Tensor, key: Tensor, call: Call) -> Tensor:
         layer = self.current
-        assert layer is not None and key is layer.latest, "it keeps keys in its own way"
+        assert layer is not None and key is layer.latest, "it transforms keys after caching them"
         with torch.autocast(query.device.type, enabled=False):
             return layer.attend(query, self.grid, self.bias, call)
 
-    def keep(self, going: np.ndarray) -> np.ndarray:
-        """Only rows where `going`, (R,), stay; returns which row is now at each place.
+    def keep(self, unfinished: np.ndarray) -> np.ndarray:
+        """Drop all rows but those where `unfinished` (R,) is true. Returns the former index of the
+        row that is now at each index.
 
-        The last rows move into the places of finished ones: the others' keys stay in place.
+        The last rows are moved into the gaps, so that the keys of the others stay in place.
         """
-        left = int(going.sum())
-        holes, movers = np.flatnonzero(~going[:left]), left + np.flatnonzero(going[left:])
+        left = int(unfinished.sum())
+        holes, movers = np.flatnonzero(~unfinished[:left]), left + np.flatnonzero(unfinished[left:])
         order = np.arange(left)
         order[holes] = movers
         self._each_layer("fill", holes, movers)
@@ -204,8 +208,8 @@ def prefix_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q (R, H, 1, d), k and v (R, H_kv, 1, d)."""
-    assert prefix_cache is not None, "the model drops what its attention is told"
-    assert attention_mask is None, "it has a mask of its own"
+    assert prefix_cache is not None, "it does not pass keyword arguments on to its attention"
+    assert attention_mask is None, "it builds its own attention mask"
     assert kwargs.get("s_aux") is None, "it has attention sinks"
     assert not dropout, "sampling runs in evaluation mode"
     out = prefix_cache.attend(query, key, Call(scaling, softcap, sliding_window))

@@ -1,8 +1,8 @@
 """The prefix cache with shapes that do not change from token to token, for CUDA graphs.
 
-Buffers are allocated once; how much of them is filled is a tensor on the device and reaches the
-attention as a mask, so that one recorded step serves every token. Dropping finished rows halves
-the shapes, so that few are recorded.
+Buffers are allocated once; the number of filled columns is a tensor on the device and reaches the
+attention as a mask, so that one captured step serves every token. Dropping finished rows halves the
+shapes, so that few are captured.
 Notation as in `prefix_cache`: P prompts of C columns, R rows, M samples per prompt, N own columns.
 """
 
@@ -20,16 +20,16 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from dpo_cli.logprobs import promote, promoted
-from dpo_cli.model.attention.products import Call
-from dpo_cli.model.sampling.prefix_cache import Grid, capped
+from dpo_cli.model.attention.kernels import Call
+from dpo_cli.model.sampling.prefix_cache import Grid, soft_capped
 
-LEAST_ROWS = 16  # fewer rows take no less time: reading the weights takes longest
-FIRST_OWN = 64  # own columns that a step reads at first; then twice as many, and again
+MIN_ROWS = 16  # fewer rows are not faster: reading the weights dominates
+INITIAL_TOKENS = 64  # own columns that the first steps read, doubled whenever they are full
 
 
 @dataclass(frozen=True)
 class Room:
-    """What the buffers hold. columns: of a prompt; tokens: of a row, behind its prompt."""
+    """The size of the buffers. columns: per prompt; tokens: per row, after its prompt."""
 
     prompts: int
     samples: int
@@ -48,29 +48,30 @@ class Room:
         )
 
     def grown(self, other: Room, longest: int) -> Room:
-        """For both, with columns to spare up to the longest prompt: later prompts are longer, and
-        each change of the buffers records all steps anew."""
+        """Room for both, with spare columns up to the longest prompt: later prompts are longer, and
+        after each reallocation all steps are captured again."""
         return replace(
             other,
             prompts=max(self.prompts, other.prompts),
-            columns=max(self.columns, min(doubled(other.columns), longest)),
+            columns=max(self.columns, min(next_power(other.columns), longest)),
             tokens=max(self.tokens, -(-other.tokens // 16) * 16),
         )
 
 
-def doubled(count: int) -> int:
-    """The next of 64, 128, 256, ..."""
-    return max(FIRST_OWN, 1 << (count - 1).bit_length())
+def next_power(count: int) -> int:
+    """The smallest of 64, 128, 256, ... that is at least `count`."""
+    return max(INITIAL_TOKENS, 1 << (count - 1).bit_length())
 
 
 class _Layer(DynamicLayer):
-    """Keys and values, each `prompt` (P, H_kv, C, d) and `own` (R, H_kv, N, d) at most."""
+    """Keys and values, each `prompt` (P, H_kv, C, d) and `own` (R, H_kv, N, d), at the size of
+    `room`."""
 
     def __init__(self, like: DynamicLayer, room: Room, cache: StaticCache) -> None:
         super().__init__()
         keys, values = cast(Tensor, like.keys), cast(Tensor, like.values)
         wide = values.dtype if values.is_cuda else promoted(values.dtype)
-        # Zeros, as what is masked is still multiplied: NaN in fresh memory would spread.
+        # Zeros, as masked values are still multiplied: NaN in uninitialized memory would spread.
         self.prompt, self.own = (
             tuple(
                 x.new_zeros(rows, x.shape[1], columns, x.shape[3], dtype=wide)
@@ -78,11 +79,11 @@ class _Layer(DynamicLayer):
             )
             for rows, columns in ((room.prompts, room.columns), (room.rows, room.tokens))
         )
-        self.cache = proxy(cache)  # in a circle its gigabytes would wait for the collector
+        self.cache = proxy(cache)  # a reference cycle would keep gigabytes until collected
         self.latest: Tensor | None = None
 
     def fill_prompts(self, first: int, prefilled: DynamicLayer) -> None:
-        """Put prompts' keys and values at the right end of their columns."""
+        """Write prompts' keys and values, aligned to the right of their columns."""
         for buffer, new in zip(self.prompt, (prefilled.keys, prefilled.values), strict=True):
             new = cast(Tensor, new)
             buffer[first : first + len(new), :, buffer.shape[2] - new.shape[2] :] = new
@@ -90,10 +91,10 @@ class _Layer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store a token of each row, (R, H_kv, 1, d); returns them as they came."""
+        """Store a token of each row, (R, H_kv, 1, d); returns the arguments unchanged."""
         self.latest, column = key_states, self.cache.column
         if self.cache.kernel:
-            from dpo_cli.model.sampling import kernel as decode_kernel  # imports Triton
+            from dpo_cli.model.sampling import decode_kernel  # imports Triton
 
             decode_kernel.store(self.own, (key_states, value_states), column)
             return key_states, value_states
@@ -108,7 +109,7 @@ class _Layer(DynamicLayer):
         """q (R, H, 1, d) -> (R, H, d)"""
         cache, (rows, heads) = self.cache, query.shape[:2]
         if cache.kernel:
-            from dpo_cli.model.sampling import kernel as decode_kernel  # imports Triton
+            from dpo_cli.model.sampling import decode_kernel  # imports Triton
 
             return decode_kernel.attend(
                 query, self.prompt, tuple(x[:rows] for x in self.own), cache.cells[:rows],
@@ -120,8 +121,8 @@ class _Layer(DynamicLayer):
         scale = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
         q = (query * scale).to(own_keys.dtype).reshape(rows, own_keys.shape[1], -1, query.shape[-1])
         grid, (prompt_mask, own_mask) = cache.grid, cache.masks(call.window)
-        to_prompt = capped(grid.spread(q) @ prompt_keys.transpose(-1, -2), call.softcap)
-        to_own = capped(q @ own_keys.transpose(-1, -2), call.softcap)
+        to_prompt = soft_capped(grid.spread(q) @ prompt_keys.transpose(-1, -2), call.softcap)
+        to_own = soft_capped(q @ own_keys.transpose(-1, -2), call.softcap)
         to_prompt = to_prompt.masked_fill(prompt_mask, float("-inf"))
         to_own = to_own.masked_fill(own_mask, float("-inf"))
         scores = promote(torch.cat([grid.gather(to_prompt), to_own], -1))
@@ -131,7 +132,7 @@ class _Layer(DynamicLayer):
         return out.reshape(rows, heads, -1)
 
     def move(self, prompts: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], used: int) -> None:
-        """Prompts and rows at the second indices go to the places of the first."""
+        """Copy prompts and rows from the second indices of each pair to the first."""
         for x in self.prompt:
             x[prompts[0]] = x[prompts[1]]
         for x in self.own:
@@ -139,7 +140,7 @@ class _Layer(DynamicLayer):
 
 
 class StaticCache(Cache):
-    """Keys and values of at most `room`, of which `prompts` and `rows` are in use.
+    """Keys and values in buffers of size `room`, of which `prompts` and `rows` are in use.
 
     column: (1,) the own column of the next token. first: (P,) each prompt's first column.
     """
@@ -157,12 +158,12 @@ class StaticCache(Cache):
         )
         self.one = torch.ones(1, 1, dtype=torch.long, device=self.device)
         self.prompts = self.rows = 0
-        self.own_columns = min(FIRST_OWN, room.tokens)
+        self.own_columns = min(INITIAL_TOKENS, room.tokens)
         self.current: _Layer | None = None
         self._masks: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def begin(self, lengths: Sequence[int]) -> None:
-        """For a batch of prompts of these lengths, whose keys come by `fill_prompts`."""
+        """Start a batch of prompts of these lengths; `fill_prompts` then writes their keys."""
         self.prompts, samples = len(lengths), self.room.samples
         self.rows = self.prompts * samples
         self.prompt_of = np.repeat(np.arange(self.prompts), samples)
@@ -171,20 +172,20 @@ class StaticCache(Cache):
         self.first[: self.prompts] = first.to(self.device)
         self._place(np.arange(self.rows))
         self.column.zero_()
-        self.own_columns = min(FIRST_OWN, self.room.tokens)
+        self.own_columns = min(INITIAL_TOKENS, self.room.tokens)
 
     def fill_prompts(self, first: int, prefilled: DynamicCache) -> None:
         for layer, new in zip(self.static, prefilled.layers, strict=True):
             layer.fill_prompts(first, cast(DynamicLayer, new))
 
     def inputs(self) -> dict[str, Any]:
-        """For the model's forward. Of the mask only its being there counts: see `SharedRows`."""
+        """Arguments of the model's forward. The mask's values are not read: see `SharedRows`."""
         mask = self.one.expand(self.rows, self.get_seq_length() + 1)
         return {"past_key_values": self, "prefix_cache": self, "attention_mask": mask}
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """What a recorded step is good for."""
+        """The shape for which a step is captured."""
         return self.prompts, self.rows, 0 if self.kernel else self.own_columns
 
     @property
@@ -193,14 +194,14 @@ class StaticCache(Cache):
         return Grid(self.prompts, samples, None if samples == 1 else self.cells[: self.rows])
 
     def see(self, tokens: int) -> None:
-        """Steps read at least so many own columns from now on."""
-        self.own_columns = min(doubled(tokens), self.room.tokens)
+        """From now on, steps read at least this many own columns."""
+        self.own_columns = min(next_power(tokens), self.room.tokens)
 
     def begin_step(self) -> None:
         self._masks = {}
 
     def masks(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """What a new token does not see: (P, 1, 1, C) of the prompts, (N,) of its row's own."""
+        """Columns hidden from a new token: (P, 1, 1, C) of the prompts, (N,) of its row's own."""
         if window not in self._masks:
             columns = torch.arange(self.room.columns, device=self.device)
             own = torch.arange(self.own_columns, device=self.device)
@@ -220,32 +221,33 @@ class StaticCache(Cache):
 
     def attend(self, query: Tensor, key: Tensor, call: Call) -> Tensor:
         layer = self.current
-        assert layer is not None and key is layer.latest, "it keeps keys in its own way"
+        assert layer is not None and key is layer.latest, "it transforms keys after caching them"
         with torch.autocast(query.device.type, enabled=False):
             return layer.attend(query, call)
 
-    def room_for(self, going: np.ndarray) -> int:
-        """Rows that are left if they are halved as often as those `going`, (R,), fit."""
-        return halved(self.rows, max(int(going.sum()), LEAST_ROWS))
+    def rows_for(self, unfinished: np.ndarray) -> int:
+        """The number of rows after halving as often as the `unfinished` (R,) ones still fit."""
+        return halved(self.rows, max(int(unfinished.sum()), MIN_ROWS))
 
-    def keep(self, going: np.ndarray, used: int) -> np.ndarray:
-        """Halve the rows, as often as those `going`, (R,), fit; finished ones fill them up.
+    def keep(self, unfinished: np.ndarray, used: int) -> np.ndarray:
+        """Halve the rows as often as the `unfinished` (R,) ones still fit; finished ones fill up.
 
-        used: own columns that hold tokens. Returns which row is now at each place.
+        used: number of own columns with tokens. Returns the former index of the row that is now at
+        each index.
         """
-        rows = self.room_for(going)
-        order, holes, movers = _compacted(going, rows)
+        rows = self.rows_for(unfinished)
+        order, holes, movers = _compacted(unfinished, rows)
         prompt_of, self.sample_of = self.prompt_of[order], self.sample_of[order]
-        if self.room.samples == 1:  # row r stays that of prompt r
+        if self.room.samples == 1:  # row r remains the row of prompt r
             self.prompts, self.prompt_of = rows, np.arange(rows)
             prompt_holes, prompt_movers = holes, movers
         else:
             needed = np.zeros(self.prompts, bool)
             needed[prompt_of] = True
             prompts = halved(self.prompts, int(needed.sum()))
-            kept, prompt_holes, prompt_movers = _compacted(needed, prompts)
+            kept_prompts, prompt_holes, prompt_movers = _compacted(needed, prompts)
             place = np.empty(self.prompts, np.int64)
-            place[kept] = np.arange(prompts)
+            place[kept_prompts] = np.arange(prompts)
             self.prompts, self.prompt_of = prompts, place[prompt_of]
         self.rows = rows
         to = [
@@ -273,13 +275,14 @@ def halved(count: int, least: int) -> int:
 
 
 def _compacted(needed: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`size` of the places with all that are needed, the last ones moved into gaps.
+    """Select `size` entries, including all that are needed, and move the last ones into gaps.
 
-    Returns which is now at each place, the gaps, and what moved into them.
+    Returns the former index of the entry now at each index, the gaps, and the former indices of the
+    entries that fill them.
     """
-    kept = needed.copy()
-    kept[np.flatnonzero(~needed)[: size - int(needed.sum())]] = True
-    holes, movers = np.flatnonzero(~kept[:size]), size + np.flatnonzero(kept[size:])
+    selected = needed.copy()
+    selected[np.flatnonzero(~needed)[: size - int(needed.sum())]] = True
+    holes, movers = np.flatnonzero(~selected[:size]), size + np.flatnonzero(selected[size:])
     order = np.arange(size)
     order[holes] = movers
     return order, holes, movers

@@ -1,4 +1,4 @@
-"""Which way of decoding is right for a model, found by trying it against the plain forward."""
+"""The decoding mode of a model: the fastest one that reproduces its plain forward in a trial."""
 
 from __future__ import annotations
 
@@ -12,102 +12,111 @@ from transformers import PreTrainedModel
 
 from dpo_cli.device_memory import ran_out
 from dpo_cli.errors import ConfigError
-from dpo_cli.model.attention.registered import (
+from dpo_cli.model.attention.interface import (
     PACKED,
     attention_as,
     cached_attention,
     kernel_of,
     short_windows,
 )
-from dpo_cli.model.sampling.decoding import ONE_LENGTH, refuse_non_finite, start
+from dpo_cli.model.sampling.decoding import SAME_LENGTH_MODES, refuse_non_finite, start
+from dpo_cli.model.skeleton import PROBE_ERRORS
 
 Note = Callable[[str], None]
-Trial = tuple[Sequence[np.ndarray], np.ndarray]  # prompts, and tokens behind each of them
+Trial = tuple[Sequence[np.ndarray], np.ndarray]  # prompts, and tokens that follow each of them
 
-WAY = "dpo_decoding"  # the attribute of a model that names its way
-# Fastest first, and what the later ones cost.
-WAYS = {
-    "shared": "",
-    "repeated": "the keys of a prompt are copied",
-    "own": "prompts of one length at a time, ended samples decoded on",
-    "whole": "prompts of one length at a time, each token by a forward of the whole text",
+DECODING_MODE = "dpo_decoding"  # attribute of a model: its decoding mode
+# Fastest first, with the cost of the later ones.
+DECODING_MODES = {
+    "shared_prefix": "",
+    "repeated": "prompt keys and values are copied per sample",
+    "same_length": "only prompts of equal length are decoded together, and no row is dropped early",
+    "uncached": "only prompts of equal length are decoded together, with a full forward per token",
 }
-# Of what another prompt changes in the logits, by half precision: there a right cache is .03 to
-# .06 away at 36 layers, a broken one .6 and more.
-AGREEMENT = {False: 0.02, True: 0.25}
+# Maximum difference, in units of the effect of another prompt; by half precision, where a correct
+# cache differs by .03 to .06 at 36 layers and a broken one by .6 or more.
+TOLERANCE = {False: 0.02, True: 0.25}
 HALF = (torch.bfloat16, torch.float16)
-REFUSED = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-GOING = np.array([True, False, True, True, False, True])  # after half of the trial's tokens
+UNFINISHED = np.array([True, False, True, True, False, True])  # after half of the trial's tokens
 
 
-def way_of(model: PreTrainedModel, note: Note) -> str:
-    """The fastest way in which the model's decoding is that of its plain forward, tried once a
-    model; what makes it a slow one is noted. ConfigError where even that forward fails."""
-    if not hasattr(model, WAY):
-        whys: dict[str, str] = {}
+def decoding_mode(model: PreTrainedModel, note: Note) -> str:
+    """The fastest mode whose logits are those of the model's plain forward, tried once per model.
+
+    note: receives the reasons against faster modes. ConfigError if the plain forward fails.
+    """
+    if not hasattr(model, DECODING_MODE):
+        reasons: dict[str, str] = {}
         with torch.autocast(model.device.type, enabled=False), short_windows(model):
-            way = next(way for way in WAYS if not _refuted(model, way, whys))
-        setattr(model, WAY, way)
-        if whys:
-            told = "; ".join(whys.values()) if len(whys) == 1 else "; ".join(
-                f"{way}: {why}" for way, why in whys.items()
-            )  # fmt: skip
-            note(f"sampling from {type(model).__name__}: {WAYS[way]}, which is slower ({told})")
-    return str(getattr(model, WAY))
+            for mode in DECODING_MODES:
+                reason = _rejection(model, mode)
+                if reason is None:
+                    break
+                reasons[mode] = reason
+        setattr(model, DECODING_MODE, mode)
+        if reasons:
+            details = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            _note_slower(model, DECODING_MODES[mode], details, note)
+    return str(getattr(model, DECODING_MODE))
 
 
-def _refuted(model: PreTrainedModel, way: str, whys: dict[str, str]) -> bool:
-    """Whether a way is wrong, or cannot be gone; then `whys` tells the reason."""
-    why: str | None = None
-    if way == "shared" and kernel_of(model) not in PACKED:
-        why = f"its attention is {kernel_of(model)}"
-    elif way != "whole":
-        why = why_not(model, partial(_teacher_forced, model, way=way))
-    if why is not None:
-        whys[way] = why
-    return why is not None
+def _note_slower(model: PreTrainedModel, cost: str, reason: str, note: Note) -> None:
+    note(f"sampling from {type(model).__name__} is slower: {cost} ({reason})")
 
 
-def tried_once(
-    model: PreTrainedModel, name: str, why_not: Callable[[PreTrainedModel], str | None],
-    note: Note, otherwise: str,
+def _rejection(model: PreTrainedModel, mode: str) -> str | None:
+    """Why a decoding mode cannot be used, or None."""
+    if mode == "uncached":
+        return None
+    if mode == "shared_prefix" and kernel_of(model) not in PACKED:
+        return f"its attention is {kernel_of(model)}"
+    return mismatch(model, partial(_teacher_forced, model, mode=mode))
+
+
+def passes_once(
+    model: PreTrainedModel, name: str, mismatch: Callable[[PreTrainedModel], str | None],
+    note: Note, cost: str,
 ) -> bool:  # fmt: skip
-    """Whether a way of decoding is right for a model: found once, and said if it is not."""
+    """Whether `mismatch` finds none, computed once per model; else a note says what it costs.
+
+    name: attribute of the model for the result.
+    """
     if not hasattr(model, name):
-        why = why_not(model)
-        setattr(model, name, why)
-        if why is not None:
-            note(f"sampling from {type(model).__name__}: {otherwise}, which is slower ({why})")
+        reason = mismatch(model)
+        setattr(model, name, reason)
+        if reason is not None:
+            _note_slower(model, cost, reason, note)
     return getattr(model, name) is None
 
 
 @torch.no_grad()
-def why_not(model: PreTrainedModel, decode: Callable[[Trial, Tensor], Tensor]) -> str | None:
-    """What sets a way of decoding apart from the model's plain forward, in the caller's precision.
+def mismatch(model: PreTrainedModel, decode: Callable[[Trial, Tensor], Tensor]) -> str | None:
+    """How a decoding mode's logits differ from the model's plain forward, or None.
 
-    Two samples of three random prompts, one padded, decoded with the same tokens. Against the
-    difference that another prompt makes: of untrained weights it is tiny.
-    decode: (trial, plain logits) -> (len(tokens), R, V) logits; what is not decoded, as in plain.
+    Decodes two samples of three random prompts, one of them padded, with the same tokens, in the
+    caller's precision. The difference is relative to the effect of another prompt, which is tiny
+    for untrained weights.
+    decode: (trial, plain logits) -> (len(tokens), R, V) logits; plain ones where rows were dropped.
     """
     vocab = model.config.get_text_config().vocab_size
     ids = np.random.default_rng(0).integers(0, vocab, 16)
     trial = (ids[:5], ids[5:10], ids[10:12]), ids[12:]
     plain = _plain(model, trial)
     try:
-        found = decode(trial, plain)
-    except REFUSED as error:
+        logits = decode(trial, plain)
+    except PROBE_ERRORS as error:
         if isinstance(error, RuntimeError) and ran_out(error):
             raise
         return first_line(error)
-    effect = (plain[:, 0] - plain[:, 2]).norm()  # the first two prompts, of one length
-    away = float((found - plain).norm() / effect)
-    if away < AGREEMENT[in_half(model)]:
+    effect = (plain[:, 0] - plain[:, 2]).norm()  # of the first two prompts, which are equally long
+    difference = float((logits - plain).norm() / effect)
+    if difference < TOLERANCE[in_half_precision(model)]:
         return None
-    return f"its logits would be off by {away:.2g} of what another prompt changes"
+    return f"its logits would differ by {difference:.2g} of the effect of another prompt"
 
 
-def in_half(model: PreTrainedModel) -> bool:
-    """Whether its products are computed in half precision, as the caller has set it."""
+def in_half_precision(model: PreTrainedModel) -> bool:
+    """Whether matrix products are in half precision, by the weights or the caller's autocast."""
     return model.dtype in HALF or torch.is_autocast_enabled(model.device.type)
 
 
@@ -116,52 +125,53 @@ def first_line(error: Exception) -> str:
 
 
 def _plain(model: PreTrainedModel, trial: Trial) -> Tensor:
-    """(len(tokens), R, V) logits behind each token by forwards of whole rows, without a cache."""
+    """(len(tokens), R, V) logits after each token, by forwards without a cache."""
     prompts, tokens = trial
-    found = []
+    columns = []
     with attention_as(model, cached_attention(model)):
         for prompt in prompts:
             ids = torch.from_numpy(np.concatenate([prompt, tokens])).to(model.device)
             try:
                 logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prompt) :]
-            except REFUSED as error:
+            except PROBE_ERRORS as error:
                 if isinstance(error, RuntimeError) and ran_out(error):
                     raise
                 raise ConfigError(
-                    f"{type(model).__name__} cannot be sampled: its own forward fails "
+                    f"cannot sample from {type(model).__name__}: its own forward fails "
                     f"({first_line(error)}); train.sample_prompts=0 trains without samples"
                 ) from error
             refuse_non_finite(logits)
-            found += [logits, logits]
-    return torch.stack(found, 1).double()
+            columns += [logits, logits]
+    return torch.stack(columns, 1).double()
 
 
-def _groups(prompts: Sequence[np.ndarray], way: str) -> Iterator[tuple[int, int]]:
-    """(first, last + 1) of prompts that are decoded together."""
-    if way not in ONE_LENGTH:
+def _groups(prompts: Sequence[np.ndarray], mode: str) -> Iterator[tuple[int, int]]:
+    """(first, last + 1) of prompts that a mode can decode together."""
+    if mode not in SAME_LENGTH_MODES:
         yield 0, len(prompts)
         return
     yield 0, 2
     yield 2, 3
 
 
-def _teacher_forced(model: PreTrainedModel, trial: Trial, plain: Tensor, way: str) -> Tensor:
-    """`plain` with what two samples a prompt give, some of which are dropped on the way."""
+def _teacher_forced(model: PreTrainedModel, trial: Trial, plain: Tensor, mode: str) -> Tensor:
+    """`plain`, overwritten with the logits of two samples per prompt, some of which are dropped
+    halfway."""
     prompts, tokens = trial
-    found = plain.clone()
-    for first, last in _groups(prompts, way):
-        rows, position, _ = start(model, prompts[first:last], 2, 0, way)
+    decoded = plain.clone()
+    for first, last in _groups(prompts, mode):
+        rows, position, _ = start(model, prompts[first:last], 2, 0, mode)
         alive = np.arange(2 * first, 2 * last)
         with attention_as(model, rows.attention):
             for number, token in enumerate(tokens):
                 if number == len(tokens) // 2:
-                    order = rows.keep(GOING[alive])
+                    order = rows.keep(UNFINISHED[alive])
                     alive, position = (
                         alive[order],
                         position[torch.from_numpy(order).to(position.device)],
                     )
-                same = torch.full_like(position, int(token))
+                column = torch.full_like(position, int(token))
                 position = position + 1
-                logits = rows.advance(model, same, position)
-                found[number, torch.from_numpy(alive).to(found.device)] = logits.double()
-    return found
+                logits = rows.advance(model, column, position)
+                decoded[number, torch.from_numpy(alive).to(decoded.device)] = logits.double()
+    return decoded

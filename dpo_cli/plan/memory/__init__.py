@@ -1,1 +1,1 @@
-"""How much memory a run takes, worked out before it starts; `dry_run=true` prints it."""
+"""The memory estimate of a run before it starts, as `dry_run=true` prints it."""

@@ -14,9 +14,9 @@ from dpo_cli.plan.memory.estimate import estimate
 from dpo_cli.plan.memory.facts import Facts
 from dpo_cli.plan.memory.parts import token_budget
 
-LEAST_TOKENS = 512  # of a micro-batch: smaller matrices are too slow
+MIN_TOKENS = 512  # per micro-batch: smaller matrices are too slow
 RANKS = (2, 4, 8)  # devices of a node
-ROUNDED = "rounds most small updates away"
+ROUNDED = "small updates are lost to rounding"
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Advice:
 
 
 def advise(config: RunConfig, facts: Facts, capacity: float) -> list[Advice]:
-    """The single changes that make the run fit, mildest first; else the best pair of changes,
-    which may not fit either; nothing where no change is known."""
+    """The single changes that make the run fit, mildest first; otherwise the best pair of changes,
+    which may not fit either; empty if no change is known."""
     changes = [change for change in candidates(config, facts) if _allowed(change, config)]
     singles = [_try(change, config, facts, capacity) for change in changes]
     if fitting := [advice for advice in singles if advice.fits]:
         return _mildest(fitting)
-    # By the harsher of the two, so that no pair is taken where a milder one would do.
+    # Ordered by the harsher of the two, so that the mildest pair comes first.
     places = sorted(combinations(range(len(changes)), 2), key=lambda pair: pair[::-1])
     pairs = [
         _try(both, config, facts, capacity)
@@ -75,9 +75,9 @@ def candidates(config: RunConfig, facts: Facts) -> Iterator[Change]:
 
 
 def _tokens(config: RunConfig, facts: Facts) -> Iterator[Change]:
-    """Half as many tokens, and again, as long as an example fits."""
+    """Halve the tokens repeatedly, as long as the longest example fits."""
     tokens = min(token_budget(config, facts.device), facts.texts.step) // 2
-    while tokens >= max(LEAST_TOKENS, facts.texts.longest):
+    while tokens >= max(MIN_TOKENS, facts.texts.longest):
         yield _set("train", "micro_batch_tokens", tokens)
         tokens //= 2
 
@@ -118,7 +118,7 @@ def _set(group: str, key: str, value: Any) -> Change:
 
 
 def _choose(group: str, name: str, **keys: Any) -> Change:
-    """Another option of a group; keys: what its YAML sets beside the name."""
+    """Another option of a group. keys: values that its YAML sets beside the name."""
 
     def apply(config: RunConfig) -> RunConfig:
         return replace(config, **{group: replace(getattr(config, group), name=name, **keys)})
@@ -127,7 +127,7 @@ def _choose(group: str, name: str, **keys: Any) -> Change:
 
 
 def _key(change: Change) -> str:
-    """Changes of one key exclude each other."""
+    """The key of a change: two changes of one key exclude each other."""
     return change.words.partition("=")[0]
 
 
@@ -151,7 +151,7 @@ def _try(change: Change, config: RunConfig, facts: Facts, capacity: float) -> Ad
 
 
 def _mildest(fitting: Sequence[Advice]) -> list[Advice]:
-    """Of the values of one number that fit, the first: half the tokens, not a quarter as well."""
+    """Keep the first fitting value per key: half the tokens, but not also a quarter."""
     mildest: list[Advice] = []
     for advice in fitting:
         key = _key(advice.change)

@@ -1,4 +1,4 @@
-"""How many tokens per micro-batch fit on a device, if the configuration does not say."""
+"""The number of tokens per micro-batch that fits on a device, if it is not configured."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from dpo_cli.plan.memory.estimate import estimate
 from dpo_cli.plan.memory.facts import Facts
 from dpo_cli.train.runtime import MICRO_BATCH_TOKENS
 
-SHARE = 0.9  # of the memory; the rest is for what the estimate does not know
+SHARE = 0.9  # of the memory; the rest is a margin for the estimate's error
 STEP = 256  # tokens
-LEAST = 512  # smaller matrices are too slow; a step that runs out of memory halves it anyway
+LEAST = 512  # tokens: smaller matrices are too slow; a step that runs out of memory halves it
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """tokens: of a micro-batch; needed: bytes that the estimate gives them; room: bytes there
-    are."""
+    """tokens: per micro-batch; needed: their estimated bytes; room: available bytes."""
 
     tokens: int
     needed: float
     room: float
 
     def __str__(self) -> str:
-        why = f"the most that fits in {SHARE:.0%} of it"
+        reason = f"the maximum that fits in {SHARE:.0%} of it"
         if self.needed > SHARE * self.room:
-            why = "the minimum"
+            reason = "the minimum"
         elif self.tokens >= MICRO_BATCH_TOKENS["cuda"]:
-            why = "the default maximum"
+            reason = "the default maximum"
         return (
             f"up to {self.tokens:,} tokens at once, estimated at {self.needed / 2**30:.1f} of "
-            f"{self.room / 2**30:.1f} GiB: {why}"
+            f"{self.room / 2**30:.1f} GiB: {reason}"
         )
 
 
@@ -42,9 +41,9 @@ def is_open(config: RunConfig, device: str) -> bool:
 
 
 def fitting(config: RunConfig, facts: Facts, room: float) -> Fitting:
-    """The most tokens, up to the default, whose estimate leaves a tenth of the room free.
+    """The maximum number of tokens, up to the default, whose estimate leaves 10% of `room` free.
 
-    Starting there costs nothing; starting too high costs a failed step for each halving.
+    Starting too high would cost a failed step per halving.
     """
 
     def needed(tokens: int) -> float:
@@ -52,7 +51,7 @@ def fitting(config: RunConfig, facts: Facts, room: float) -> Fitting:
 
     least = -(-max(LEAST, facts.texts.longest) // STEP)
     most = max(least, MICRO_BATCH_TOKENS[facts.device] // STEP)
-    while least < most:  # bisection: least fits, or nothing is known to
+    while least < most:  # bisection: `least` fits, or is the minimum
         middle = (least + most + 1) // 2
         if needed(middle * STEP) <= SHARE * room:
             least = middle

@@ -1,6 +1,6 @@
-"""Memory of one device at each moment of a run, and so its peak.
+"""Memory of one device at each moment of a run, and its peak.
 
-Parts that are never allocated at once are not added: rollouts need a cache of keys and values,
+Parts that are never allocated at the same time are not added: rollouts need a KV cache, training
 steps need gradients and activations.
 """
 
@@ -34,8 +34,8 @@ SAMPLING, SCORING, REFERENCE = "sampling", "scoring a micro-batch", "the referen
 LOADING = "loading"
 # Beside tensors. cpu: Python with its libraries; cuda: the context, kernels, workspaces.
 PROGRAM = {"cpu": 600 * 2**20, "cuda": 900 * 2**20}
-SLACK = {"cpu": 0.10, "cuda": 0.05}  # of the rest: what an allocator holds unused
-ONEDNN = 100 * 2**20  # of a CPU's bf16 matrix products, which lay out their operands anew
+SLACK = {"cpu": 0.10, "cuda": 0.05}  # of the rest: held unused by the allocator
+ONEDNN = 100 * 2**20  # for bf16 matrix products on a CPU, which reorder their operands
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Estimate:
 
     @property
     def moment(self) -> str:
-        """The peak."""
+        """The moment with the peak."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
@@ -59,16 +59,16 @@ class Estimate:
 
 
 def estimate(config: RunConfig, facts: Facts) -> Estimate:
-    """Of a run that trains, samples or evaluates. Pure: reads nothing but its arguments."""
+    """The memory of a run that trains, samples or evaluates. A pure function."""
     run = Run(config, facts)
     moments = _training(run) if spec_of(config.stage).trains else _using(run)
     return Estimate({name: {**parts, **_around(parts, facts)} for name, parts in moments.items()})
 
 
 def saved_bytes(config: RunConfig, facts: Facts) -> float:
-    """What a checkpoint holds, and so the host memory that a copy of the state takes."""
-    learnt = Run(config, facts).learnt
-    return learnt.size * learnt.parameters + state_bytes(config.optim, learnt)
+    """Size of a checkpoint, which is also the host memory of a copy of the state."""
+    trainable = Run(config, facts).trainable
+    return trainable.size * trainable.parameters + state_bytes(config.optim, trainable)
 
 
 def _around(parts: Parts, facts: Facts) -> Parts:
@@ -79,30 +79,30 @@ def _around(parts: Parts, facts: Facts) -> Parts:
 
 
 def _training(run: Run) -> dict[str, Parts]:
-    config, facts, learnt = run.config, run.facts, run.learnt
+    config, facts, trainable = run.config, run.facts, run.trainable
     shards = run.sharing.shards
     held: Parts = {
         "weights": weights_of(run),
-        "optimizer state": state_bytes(config.optim, learnt) / shards,
+        "optimizer state": state_bytes(config.optim, trainable) / shards,
         "reference": reference_of(run) / shards,
         "reward model": float(FLOAT * facts.scorer),
     }
-    gradients = {"gradients": learnt.size * learnt.parameters / shards}
-    # In a step of one micro-batch gradients replace activations.
-    meanwhile = gradients if run.step > run.rows.tokens else {}
-    kept = {**held, **activations_of(run), **meanwhile}
+    gradients = {"gradients": trainable.size * trainable.parameters / shards}
+    # With one micro-batch per step, gradients replace activations as these are freed.
+    accumulated = gradients if run.step > run.rows.tokens else {}
+    in_use = {**held, **activations_of(run), **accumulated}
     working = working_bytes(facts.shape, run.numbers, run.rows)
     moments: dict[str, Parts] = {
-        BACKWARD: {**kept, "working memory": working, **head_gradient(run)},
+        BACKWARD: {**in_use, "working memory": working, **head_gradient(run)},
         BACKWARD_END: {**held, **gradients, "working memory": embedding_gradient(run)},
     }
     if not spec_of(config.stage).reward_head:
-        moments[HEAD] = {**kept, **output_layer(run)}
+        moments[HEAD] = {**in_use, **output_layer(run)}
     if sequences := sequences_of(config):
         moments[SAMPLING] = {**held, **sampling_of(run, sequences)}
-    if named := reference_of(run, passing=True):
+    if reference := reference_of(run, passing=True):
         moments[REFERENCE] = {
-            "weights": weights_of(run), "reference": named / shards, **forward_of(run)
+            "weights": weights_of(run), "reference": reference / shards, **forward_of(run)
         }  # fmt: skip
     if facts.device == "cpu":
         moments[LOADING] = {"weights": loading_bytes(run)}
@@ -110,7 +110,7 @@ def _training(run: Run) -> dict[str, Parts]:
 
 
 def _using(run: Run) -> dict[str, Parts]:
-    """Stages that train nothing."""
+    """Moments of a stage that does not train."""
     config, shape = run.config, run.facts.shape
     compares = spec_of(config.stage).reference(config.stage)
     held: Parts = {

@@ -17,10 +17,10 @@ MEMINFO = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class Texts:
-    """Lengths in tokens. step: packed, of the fullest step, over all devices; longest: packed,
-    of one example; typical: of the example a token is in, on average; keys: as in `Rows`;
-    scored: share of tokens that are targets; prompt: the longest; new: what a completion may
-    take, of a stage that samples."""
+    """Lengths in tokens. step: packed, of the largest step, over all devices; longest: packed, of
+    the longest example; typical: of an average token's example; keys: as in `Rows`; scored: share
+    of tokens that are targets; prompt: of the longest prompt; new: maximum per completion, 0
+    without sampling."""
 
     step: int
     longest: int
@@ -33,9 +33,9 @@ class Texts:
 
 @dataclass(frozen=True)
 class Facts:
-    """What an estimate needs beside the configuration. device: cpu | cuda; half: whether it
-    computes in bf16; scorer: float32 weights of a reward model or classifier; stored: bytes of
-    a weight in the model's files."""
+    """Inputs of an estimate other than the configuration. device: cpu | cuda; half: whether it
+    computes in bf16; scorer: number of (float32) weights of a reward model or classifier; stored:
+    bytes per weight in the model's files."""
 
     shape: Shape
     texts: Texts
@@ -46,7 +46,8 @@ class Facts:
 
 
 def texts_of(lengths: Sequence[Lengths], steps: Iterable[Sequence[int]]) -> Texts:
-    """Of packed rows, whose prompts come once. steps: the examples of each optimizer step."""
+    """Lengths of packed rows, which contain each prompt once. steps: the examples of each optimizer
+    step."""
     sizes = [prompt + sum(responses) for prompt, responses in lengths]
     keys = sum(prompt * len(responses) + sum(responses) for prompt, responses in lengths)
     total = sum(sizes)
@@ -61,7 +62,7 @@ def texts_of(lengths: Sequence[Lengths], steps: Iterable[Sequence[int]]) -> Text
 
 
 def capacity(hardware: HardwareConfig, device: str) -> float | None:
-    """Bytes of one device: `hardware.memory_gb` (GiB), else as detected; None if unknown.
+    """Bytes of one device: `hardware.memory_gb` (GiB), otherwise detected; None if unknown.
 
     Processes on a CPU share its memory.
     """
@@ -82,5 +83,5 @@ def room(hardware: HardwareConfig, device: torch.device) -> float:
     """Bytes of a CUDA device that this process holds or could allocate, without its context; at
     most `hardware.memory_gb`."""
     free, _ = torch.cuda.mem_get_info(device)
-    found = float(free + torch.cuda.memory_reserved(device))
-    return found if hardware.memory_gb is None else min(found, hardware.memory_gb * 2**30)
+    available = float(free + torch.cuda.memory_reserved(device))
+    return available if hardware.memory_gb is None else min(available, hardware.memory_gb * 2**30)

@@ -1,4 +1,4 @@
-"""The sizes that decide a model's memory, counted on a model on the meta device."""
+"""The sizes that determine a model's memory, counted on the meta device."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Linear:
 class Block:
     """One decoder layer.
 
-    linears: its matrices. norms: width summed over PyTorch's own layer norms, written_norms
-    over those that a family writes out in Python, which keep more; head_norms: over those of
-    queries and keys. readers: how many times the block reads its hidden state through a norm
-    (twice; once where attention and MLP share it). parameters: all its weights.
+    linears: its matrices. norms: total width of PyTorch's layer norms; written_norms: of norms
+    written in Python, which save more; head_norms: of norms of queries and keys. readers: number of
+    norms that read the hidden state (two; one if attention and MLP share it). parameters: number of
+    weights.
     """
 
     linears: tuple[Linear, ...]
@@ -49,9 +49,9 @@ class Block:
 class Shape:
     """A causal language model.
 
-    parameters: all weights, tied ones once. matrices: of the output layer alone, `head`.
-    inner: width of the MLP. gated: whether it multiplies two of that width. packed: whether
-    its attention goes through transformers' interface; else a dense mask is used.
+    parameters: number of weights, tied ones once. head: weights of the output layer. inner: width
+    of the MLP. gated: whether it multiplies two activations of that width. packed: whether its
+    attention uses transformers' interface; otherwise it gets a dense mask.
     """
 
     parameters: int
@@ -91,7 +91,7 @@ class Shape:
 
 
 def shape_of(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Shape:
-    """Count a model of that configuration; no weights are allocated."""
+    """Count the weights of a configuration's model, without allocating any."""
     with torch.device("meta"):
         model = auto.from_config(config)
     text = config.get_text_config()
@@ -104,8 +104,8 @@ def shape_of(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Shap
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     blocks = max(_lists(model, layers), key=_parameters)
     layers = len(blocks)
-    biggest = max(blocks, key=_parameters)
-    block = _block(biggest, {"heads": heads, "kv_heads": kv_heads}, head_dim)
+    largest = max(blocks, key=_parameters)
+    block = _block(largest, {"heads": heads, "kv_heads": kv_heads}, head_dim)
     inner, gated = _mlp(text, block.linears, hidden)
     return Shape(
         parameters=_parameters(model), layers=layers, hidden=hidden, inner=inner, gated=gated,
@@ -116,7 +116,7 @@ def shape_of(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Shap
 
 
 def _lists(model: Any, layers: int) -> list[torch.nn.ModuleList]:
-    """Of the model's layers; all of it as one layer where there is none of that length."""
+    """Lists of the model's layers; the complete model as one layer if no list has that length."""
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == layers]
     return lists or [torch.nn.ModuleList([model.base_model])]
 
@@ -126,16 +126,16 @@ def _parameters(module: torch.nn.Module) -> int:
 
 
 def _linears(model: torch.nn.Module, skip: torch.nn.Module | None = None) -> list[Linear]:
-    """Matrices without `skip` and a reward's score, which is too small to matter."""
-    found = []
+    """All matrices except `skip` and a reward model's score, which is negligible."""
+    linears = []
     for name, module in model.named_modules():
         if module is skip or name.rpartition(".")[2] == "score":
             continue
         if isinstance(module, torch.nn.Linear):
-            found.append(Linear(name, module.in_features, module.out_features))
+            linears.append(Linear(name, module.in_features, module.out_features))
         elif isinstance(module, Conv1D):  # GPT-2: (inputs, outputs)
-            found.append(Linear(name, *module.weight.shape))
-    return found
+            linears.append(Linear(name, *module.weight.shape))
+    return linears
 
 
 def _block(layer: torch.nn.Module, heads: dict[str, int], head_dim: int) -> Block:
@@ -161,5 +161,5 @@ def _mlp(text: Any, linears: Sequence[Linear], hidden: int) -> tuple[int, bool]:
     up = [x for x in linears if x.inputs == hidden and x.outputs in (inner, 2 * inner)]
     if up:
         return int(inner), sum(x.outputs for x in up) == 2 * inner
-    chosen = int(getattr(text, "num_experts_per_tok", None) or 1)  # experts are no linear layers
+    chosen = int(getattr(text, "num_experts_per_tok", None) or 1)  # experts are not Linear modules
     return int(getattr(text, "moe_intermediate_size", None) or inner) * chosen, True

@@ -27,7 +27,7 @@ def memory_rows(config: RunConfig, facts: Facts, capacity: float | None) -> list
 
 
 def copy_rows(config: RunConfig, facts: Facts) -> list[Row]:
-    """Host memory beside the estimate, which a run takes only if there is plenty of it."""
+    """Host memory for checkpoints, used only if twice as much is free; not in the estimate."""
     hardware = config.hardware
     if not spec_of(config.stage).trains or hardware.devices * hardware.nodes > 1:
         return []
@@ -36,16 +36,16 @@ def copy_rows(config: RunConfig, facts: Facts) -> list[Row]:
     return [("checkpoints", line)]
 
 
-def _advice(found: Sequence[Advice]) -> list[Row]:
-    if not found:
-        return [("", "no setting is known that makes it smaller")]
-    if not found[0].fits:
-        best = found[0]
+def _advice(remedies: Sequence[Advice]) -> list[Row]:
+    if not remedies:
+        return [("", "no setting is known that would reduce it")]
+    if not remedies[0].fits:
+        best = remedies[0]
         smallest = f"{best.change.words}: still {gib(best.total)}"
         return [("remedy", "no two changes make it fit; the closest is"), ("", smallest)]
-    pair = " " in found[0].change.words
+    pair = " " in remedies[0].change.words
     first = "no single change makes it fit, but this pair" if pair else "any one of these"
-    return [("remedy", first), *(("", _line(advice)) for advice in found)]
+    return [("remedy", first), *(("", _line(advice)) for advice in remedies)]
 
 
 def _line(advice: Advice) -> str:

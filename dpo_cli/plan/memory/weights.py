@@ -17,7 +17,7 @@ STATES_8BIT = 2 * (1 + FLOAT / 256)  # bytes: two of 8 bits, a float32 scale for
 
 @dataclass(frozen=True)
 class Sharing:
-    """FSDP over ranks. shards: into how many weights, gradients and state are split."""
+    """FSDP over ranks. shards: number of parts of weights, gradients and optimizer state."""
 
     shards: int = 1
 
@@ -28,35 +28,35 @@ class Sharing:
 
 
 @dataclass(frozen=True)
-class Learning:
-    """What a run trains. whole: every weight, else adapters on `adapted` matrices. parameters:
-    how many weights learn; size: bytes of one."""
+class Trainable:
+    """What a run trains. full: all weights, otherwise adapters on `adapted` matrices. parameters:
+    number of trained weights; size: bytes per weight."""
 
-    whole: bool
+    full: bool
     parameters: int
     size: int
     adapted: tuple[Linear, ...] = ()
 
 
-def learning(lora: LoraConfig, hardware: HardwareConfig, shape: Shape) -> Learning:
+def trainable_of(lora: LoraConfig, hardware: HardwareConfig, shape: Shape) -> Trainable:
     if lora.name == "none":
         size = HALF if hardware.weights == "bf16" else FLOAT
-        return Learning(True, shape.parameters, size)
+        return Trainable(True, shape.parameters, size)
     adapted = tuple(shape.targets(lora.target_modules))
-    return Learning(False, adapter_parameters(lora, shape), FLOAT, adapted)
+    return Trainable(False, adapter_parameters(lora, shape), FLOAT, adapted)
 
 
 def adapter_parameters(lora: LoraConfig, shape: Shape) -> int:
-    """Weights that learn beside a frozen base: r (in + out) a matrix, with DoRA also its
-    magnitudes, and `modules_to_save` whole."""
+    """Number of trained weights beside a frozen base: r (in + out) per matrix, with DoRA also its
+    magnitudes, and all of `modules_to_save`."""
     adapted = shape.targets(lora.target_modules)
     low_rank = sum(lora.r * (x.inputs + x.outputs) + lora.use_dora * x.outputs for x in adapted)
     return low_rank + sum(x.weights for x in shape.targets(lora.modules_to_save))
 
 
 def frozen_bytes(lora: LoraConfig, shape: Shape, half: bool) -> float:
-    """The base under an adapter. half: computed and so stored in bf16. Embeddings, norms and the
-    output layer are never quantized."""
+    """The base under an adapter. half: computed in, and therefore stored in, bf16. Embeddings,
+    norms and the output layer are never quantized."""
     size = HALF if half else FLOAT
     if lora.quantization is None:
         return float(size * shape.parameters)
@@ -66,28 +66,28 @@ def frozen_bytes(lora: LoraConfig, shape: Shape, half: bool) -> float:
     return quantized + size * (shape.parameters - matrices)
 
 
-def state_bytes(optim: OptimConfig, learnt: Learning) -> float:
+def state_bytes(optim: OptimConfig, trainable: Trainable) -> float:
     if optim.name == "adamw8bit":
-        return STATES_8BIT * learnt.parameters
-    return float(STATES[optim.name] * learnt.size * learnt.parameters)
+        return STATES_8BIT * trainable.parameters
+    return float(STATES[optim.name] * trainable.size * trainable.parameters)
 
 
-def cast_bytes(learnt: Learning, shape: Shape, half: bool, sharing: Sharing) -> float:
-    """Half-precision copies of float32 weights, which autocast keeps until the backward has
-    used them. FSDP casts what it gathers, a block at a time."""
-    if not (half and learnt.whole and learnt.size == FLOAT) or sharing.shards > 1:
+def cast_bytes(trainable: Trainable, shape: Shape, half: bool, sharing: Sharing) -> float:
+    """Half-precision copies of float32 weights, which autocast caches until the backward has used
+    them. FSDP casts the weights that it gathers, one block at a time."""
+    if not (half and trainable.full and trainable.size == FLOAT) or sharing.shards > 1:
         return 0.0
     return float(HALF * sum(x.weights for x in shape.linears))
 
 
-def gathered_bytes(learnt: Learning, lora: LoraConfig, shape: Shape, half: bool) -> float:
-    """What FSDP has whole at its peak: the root's weights, and those of two blocks, one at
-    work and the next, in the dtype they compute in; of what learns, their float32 gradients."""
+def gathered_bytes(trainable: Trainable, lora: LoraConfig, shape: Shape, half: bool) -> float:
+    """Unsharded weights at FSDP's peak: the root's, and those of the current and the next block, in
+    their compute dtype; and float32 gradients of trained ones."""
     size = HALF if half else FLOAT
-    whole = shape.block.parameters + shape.root_parameters
-    gradients = FLOAT * whole if learnt.whole else 0
-    quantized = lora.name != "none" and lora.quantization is not None  # a copy on every rank
-    weights = 0 if quantized else size * (whole + shape.block.parameters)
+    full = shape.block.parameters + shape.root_parameters
+    gradients = FLOAT * full if trainable.full else 0
+    quantized = lora.name != "none" and lora.quantization is not None  # replicated on every rank
+    weights = 0 if quantized else size * (full + shape.block.parameters)
     return float(weights + gradients)
 
 

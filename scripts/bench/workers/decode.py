@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_cli.config import HardwareConfig, ModelConfig
-from dpo_cli.model.attention.registered import Placement
+from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.load import load_model, load_tokenizer
 from dpo_cli.train.runtime import start_runtime
 from scripts.bench.job import Job, Window, work

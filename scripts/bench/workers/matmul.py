@@ -17,24 +17,24 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def matmul_peaks(device: str) -> dict[str, dict[str, Any]]:
     """Precision -> the fastest product of two square matrices: its FLOP/s, size and kernel."""
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for precision, dtype in DTYPES.items():
         tried = [
             {"flops_per_second": speed(kernel, size, dtype, device), "size": size, "kernel": name}
             for size in SIZES[device]
             for name, kernel in kernels(device).items()
         ]
-        found[precision] = max(tried, key=lambda one: one["flops_per_second"])
-    return found
+        results[precision] = max(tried, key=lambda one: one["flops_per_second"])
+    return results
 
 
 def kernels(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """PyTorch's own choice; on a CPU oneDNN as well, which it passes over in float32."""
-    found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"matmul": torch.matmul}
+    results: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"matmul": torch.matmul}
     if device == "cpu" and torch.backends.mkldnn.is_available():
         linear = torch.ops.mkldnn._linear_pointwise
-        found["oneDNN"] = lambda a, b: linear(a, b, None, "none", [], "")
-    return found
+        results["oneDNN"] = lambda a, b: linear(a, b, None, "none", [], "")
+    return results
 
 
 def speed(

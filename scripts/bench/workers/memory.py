@@ -43,11 +43,11 @@ def measure(job: Job) -> dict[str, Any]:
     run_dir.mkdir(parents=True)
     before = resident_mb("VmRSS") if job.device == "cpu" else 0.0
     stage(Session(config, run_dir, runtime, Progress("off"), []))
-    found = estimate(config, facts)
+    estimated = estimate(config, facts)
     return {
-        "estimated_mb": compared(found, job.device) / 2**20,
-        "moment": found.moment,
-        "parts_mb": {name: size / 2**20 for name, size in found.parts.items()},
+        "estimated_mb": compared(estimated, job.device) / 2**20,
+        "moment": estimated.moment,
+        "parts_mb": {name: size / 2**20 for name, size in estimated.parts.items()},
         # A tiny run may fit into what importing has freed: not less than can be told apart.
         "peak_memory_mb": max(1.0, peak_memory_mb(job.device) - before),
         "device_name": torch.cuda.get_device_name() if job.device == "cuda" else None,
@@ -57,8 +57,8 @@ def measure(job: Job) -> dict[str, Any]:
     }
 
 
-def compared(found: Estimate, device: str) -> float:
-    return found.total - sum(found.parts[name] for name in NOT_TENSORS[device])
+def compared(estimated: Estimate, device: str) -> float:
+    return estimated.total - sum(estimated.parts[name] for name in NOT_TENSORS[device])
 
 
 if __name__ == "__main__":

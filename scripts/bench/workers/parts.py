@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dpo_cli.model import forward
-from dpo_cli.model.attention import registered as attention
+from dpo_cli.model.attention import interface
 from dpo_cli.records import Batch
 from dpo_cli.stages import dpo
 from dpo_cli.train import loop
@@ -131,13 +131,13 @@ def watched(clocks: Clocks) -> Iterator[None]:
         (torch.Tensor, "backward", lambda f: around("backward", f)),
         (loop, "take_step", lambda f: around("optimiser", f)),
     ]
-    registered = ALL_ATTENTION_FUNCTIONS[attention.NAME]
+    registered = ALL_ATTENTION_FUNCTIONS[interface.NAME]
     with ExitStack() as stack:
         for owner, name, wrap in places:
             changed = mock.patch.object(owner, name, wrap(getattr(owner, name)))
             stack.enter_context(changed)
-        AttentionInterface.register(attention.NAME, clocks.around_attention(registered))
-        stack.callback(AttentionInterface.register, attention.NAME, registered)
+        AttentionInterface.register(interface.NAME, clocks.around_attention(registered))
+        stack.callback(AttentionInterface.register, interface.NAME, registered)
         yield
 
 

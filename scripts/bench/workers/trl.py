@@ -89,8 +89,8 @@ def dpo_trainer(job: Job, **common: Any) -> Any:
     rows = datasets.Dataset.from_json(job.ids, cache_dir=f"{job.scratch}/rows")
     args = trl.DPOConfig(**arguments(job))
     trainer = DpoOnIds(args=args, train_dataset=rows.rename_columns(names), **common)
-    wanted, does = (getattr(of, "padding_free", False) for of in (args, trainer))
-    assert wanted == does, f"TRL {trl.__version__} pads all the same"
+    configured, does = (getattr(of, "padding_free", False) for of in (args, trainer))
+    assert configured == does, f"TRL {trl.__version__} pads all the same"
     return trainer
 
 

@@ -1,4 +1,4 @@
-"""Which way of decoding is taken, what is told of a slower one, and what memory allows."""
+"""Which decoding mode is used, what is told of a slower one, and what memory allows."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_static_cache_that_goes_wrong_is_not_used(fault, monkeypatch, static):
     options = SamplingOptions(2, max_new_tokens=4)
     rows = [sample(model, RAGGED, options, -1, 0, note=told.append) for _ in range(2)][1]
     assert len(told) == 1
-    assert "no CUDA graphs are used, which is slower (its logits would be off by" in told[0]
+    assert "is slower: no CUDA graphs are used (its logits would differ by" in told[0]
     assert_the_plain_forwards(model, rows)
 
 
@@ -73,8 +73,8 @@ def test_refusals_are_told_once_and_why():
     model, told = build("gptj"), []
     for _ in range(2):
         sample(model, PROMPTS, SamplingOptions(2, max_new_tokens=2), EOS, PAD, note=told.append)
-    assert told == ["sampling from GPTJForCausalLM: the keys of a prompt are copied, which is "
-                    "slower (its attention is dense)"]  # fmt: skip
+    assert told == ["sampling from GPTJForCausalLM is slower: prompt keys and values are copied "
+                    "per sample (shared_prefix: its attention is dense)"]  # fmt: skip
 
 
 @pytest.mark.parametrize("way", ["dynamic", "static"])

@@ -1,8 +1,8 @@
-"""Attention of one new token per row as one Triton kernel, two where prompts have many samples.
+"""Attention of one new token per row as one Triton kernel, or two if prompts have several samples.
 
-It reads the columns that are filled and no others: how many there are is read on the device, so
-one recorded step serves every token. `static_cache` holds the same in PyTorch's operations.
-Notation as there; a program computes for all G query heads of a key head.
+It reads only the columns that are filled; their number is read on the device, so one captured step
+serves every token. `static_cache` has the same in PyTorch operations. Notation as there; a program
+computes all G query heads of a key head.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_cli.model.attention.products import Call
+from dpo_cli.model.attention.kernels import Call
 
-MOST_QUERIES = 64  # of a program: more samples of a prompt are dealt out over programs
+MAX_QUERIES = 64  # per program: further samples of a prompt go to other programs
 
 
 @triton.jit
@@ -24,9 +24,8 @@ def _span(  # type: ignore[no-untyped-def]
     queries, most, total, acc, keys, values, first, last, width,
     softcap: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One softmax goes on over columns first .. last - 1, whose first lies at `keys`, `values`.
-
-    Every block has a column that is seen: it begins with one.
+    """Continue an online softmax over columns first .. last - 1; `keys` and `values` point to
+    column 0. Every block has at least one visible column, its first.
     """
     column, at = tl.arange(0, BLOCK), tl.arange(0, D)
     for start in range(first, last, BLOCK):
@@ -54,7 +53,7 @@ def _prompts(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, softcap: tl.constexpr,
     Q: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program per prompt, key head and Q of its queries: their part of the softmax."""
+    """One program per prompt, key head and Q queries: the prompt's part of their softmax."""
     prompt, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     at, number = tl.arange(0, D), tl.program_id(1) * Q + tl.arange(0, Q)
     sample, member = number // GROUP, head * GROUP + number % GROUP
@@ -87,7 +86,7 @@ def _rows(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, WITH_PROMPT: tl.constexpr, softcap: tl.constexpr,
     Q: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program per row and key head: its own tokens, behind the prompt's part."""
+    """One program per row and key head: the row's own tokens, after the prompt's part."""
     row, head = tl.program_id(0), tl.program_id(1)
     at, number = tl.arange(0, D), tl.arange(0, Q)
     inside = (number < GROUP)[:, None] & (at < width)[None, :]
@@ -121,8 +120,10 @@ def _rows(  # type: ignore[no-untyped-def]
         q, most, total, acc, keys + base, values + base, oldest, newest + 1, width,
         softcap, D, BLOCK,
     )  # fmt: skip
-    found = acc / total[:, None]
-    tl.store(out + to[:, None] * width + at[None, :], found.to(out.dtype.element_ty), mask=inside)
+    normalized = acc / total[:, None]
+    tl.store(
+        out + to[:, None] * width + at[None, :], normalized.to(out.dtype.element_ty), mask=inside
+    )
 
 
 @triton.jit
@@ -140,7 +141,7 @@ def _store(  # type: ignore[no-untyped-def]
 
 
 def store(own: tuple[Tensor, ...], new: tuple[Tensor, Tensor], column: Tensor) -> None:
-    """Write a token's keys and values, (R, H_kv, 1, d) each, to their column of `own`."""
+    """Write a token's keys and values, (R, H_kv, 1, d) each, to column `column` of `own`."""
     keys, values = own
     _refuse(keys.shape != values.shape or any(x.stride(3) != 1 for x in new))
     rows, heads, _, width = new[0].shape
@@ -150,9 +151,9 @@ def store(own: tuple[Tensor, ...], new: tuple[Tensor, Tensor], column: Tensor) -
     )  # fmt: skip
 
 
-def _refuse(unknown: bool) -> None:
-    if unknown:
-        raise RuntimeError("keys and values that the kernel does not know")
+def _refuse(unsupported: bool) -> None:
+    if unsupported:
+        raise RuntimeError("the kernel does not support these shapes or strides")
 
 
 def attend(
@@ -161,9 +162,9 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """q (R, H, 1, d) -> (R, H, d). prompt: keys and values (P, H_kv, C, d), own (R, H_kv, N, d).
 
-    cells: (R,) prompt * M + sample. rows_of: (P, M) the row of each, -1 where none is; None
+    cells: (R,) prompt * M + sample. rows_of: (P, M) the row of each cell, -1 if none; None
     reads a prompt's keys once per row. first: (P,) each prompt's first column. column: (1,) the
-    new token's own column. RuntimeError for shapes that it does not know.
+    new token's own column. RuntimeError for unsupported shapes.
     """
     rows, heads, _, width = query.shape
     keys, values = own
@@ -180,7 +181,7 @@ def attend(
     if rows_of is not None:
         partial = torch.empty(rows, heads, width, dtype=torch.float32, device=query.device)
         sums = torch.empty(rows, heads, 2, dtype=torch.float32, device=query.device)
-        most = _block_of(samples * group, MOST_QUERIES)
+        most = _block_of(samples * group, MAX_QUERIES)
         grid = len(rows_of) * key_heads, triton.cdiv(samples * group, most)
         _prompts[grid](
             query, rows_of, *prompt, first, column, partial, sums,
@@ -192,7 +193,7 @@ def attend(
         query, cells, *prompt, *own, first, column, partial, sums, out,
         scale, samples, key_heads, columns, keys.shape[2], width, *strides,
         GROUP=group, WITH_PROMPT=rows_of is None, softcap=softcap,
-        Q=_block_of(group, MOST_QUERIES * 2), D=d, BLOCK=block,
+        Q=_block_of(group, MAX_QUERIES * 2), D=d, BLOCK=block,
     )  # fmt: skip
     return out
 

@@ -17,29 +17,31 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from dpo_cli.model.attention.kernels import Call
 from dpo_cli.model.attention.layout import Layout
 from dpo_cli.model.attention.layouts import LAYOUTS
-from dpo_cli.model.attention.products import Call
 from dpo_cli.model.rope import SplitLayout, cuts_of
 from dpo_cli.records import Batch
 
 NAME = "dpo_packed"
 PACKED = ("grouped", "varlen", "flex", "sdpa")  # kernels that need the registered function
 KERNEL = "dpo_kernel"  # attribute of a model: the name of its kernel
-# Most tokens of a micro-batch where memory grows faster than they do: eager attention keeps
-# (heads, T, T) scores a layer; a plain forward repeats prompts.
-MOST_TOKENS = {"dense": 2048, "plain": 8192}
+# Maximum tokens per micro-batch of kernels whose memory grows faster than linearly: eager attention
+# saves (heads, T, T) scores per layer; a plain forward repeats prompts.
+MAX_TOKENS = {"dense": 2048, "plain": 8192}
 
-SHORT_WINDOW = 3  # so that the few tokens of a trial reach beyond it
+SHORT_WINDOW = 3  # shorter than the few tokens of a trial
 WINDOWS = ("sliding_window", "attention_chunk_size")
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a loaded model will compute, the dtype its attention will get there, and who is
-    told what that costs. sharded: its weights go there in parts, one block after the other, and
-    stay on the CPU until then."""
+    """Where a loaded model will compute, and the dtype of its attention inputs there.
+
+    note: receives a line about anything slower than usual. sharded: weights stay on the CPU until
+    they are moved to the device shard by shard, one block at a time.
+    """
 
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
@@ -49,7 +51,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one layer asked of `packed_attention`."""
+    """The arguments and shapes with which a layer called `packed_attention`."""
 
     call: Call
     heads: int
@@ -76,7 +78,7 @@ def packed_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: q (1, H, T, d), k and v (1, H_kv, T, d)."""
-    assert packed_layout is not None, "the model drops what its attention is told"
+    assert packed_layout is not None, "it does not pass keyword arguments on to its attention"
     assert kwargs.get("s_aux") is None, "it has attention sinks"
     call = Call(scaling, softcap, sliding_window, dropout)
     if _Recorder.seen is not None:
@@ -94,8 +96,8 @@ def _apart(layout: Layout, query: Tensor, key: Tensor, value: Tensor, call: Call
 
 
 @contextmanager
-def recording() -> Iterator[list[Seen]]:
-    """What layers ask in the body: nothing, if the model ignores the registered function."""
+def recording_calls() -> Iterator[list[Seen]]:
+    """The calls of layers in the body: none if the model ignores the registered function."""
     seen: list[Seen] = []
     _Recorder.seen = seen
     try:
@@ -104,8 +106,8 @@ def recording() -> Iterator[list[Seen]]:
         _Recorder.seen = None
 
 
-def use(model: PreTrainedModel, kernel: str) -> None:
-    """From now on the model's packed rows go through this kernel."""
+def use_kernel(model: PreTrainedModel, kernel: str) -> None:
+    """Set the kernel for the model's packed rows."""
     plain = cached_attention(model) if kernel == "plain" else "eager"
     model.set_attn_implementation(NAME if kernel in PACKED else plain)
     setattr(model, KERNEL, kernel)
@@ -115,8 +117,8 @@ def kernel_of(model: PreTrainedModel) -> str:
     return str(getattr(model, KERNEL, "sdpa"))
 
 
-def prepare(batch: Batch, kernel: str) -> Batch:
-    """The batch with its layout for a kernel, where its tensors are."""
+def prepare_layout(batch: Batch, kernel: str) -> Batch:
+    """Add the batch's layout for a kernel, on the batch's device, if it has none."""
     if kernel not in batch.layouts:
         layout = SplitLayout.split(batch.layout, batch.cuts, LAYOUTS[kernel])
         batch.layouts[kernel] = layout.to(batch.input_ids.device)
@@ -126,13 +128,14 @@ def prepare(batch: Batch, kernel: str) -> Batch:
 def layout_for(model: PreTrainedModel, batch: Batch) -> Layout:
     kernel = kernel_of(model)
     assert set(cuts_of(model.config)) <= set(batch.cuts), "pack(..., cuts=cuts_of(model.config))"
-    layout: Layout = prepare(batch, kernel).layouts[kernel]
+    layout: Layout = prepare_layout(batch, kernel).layouts[kernel]
     return layout
 
 
 @contextmanager
 def short_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Sliding windows and chunks cut short, so that a family that hides them is found out."""
+    """In the body, sliding windows and attention chunks are short, so that a trial of a few tokens
+    detects a family that ignores or hides them."""
     config = model.config.get_text_config()
     before = [(part, name, vars(part)[name]) for part in (config, *model.modules())
               for name in WINDOWS if isinstance(vars(part).get(name), int)]  # fmt: skip
@@ -157,7 +160,7 @@ def attention_as(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def cached_attention(model: PreTrainedModel) -> str:
-    """What can decode with a cache: SDPA knows neither soft-capping nor attention sinks."""
+    """An implementation that decodes with a cache: SDPA lacks soft-capping and attention sinks."""
     softcapped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     return "eager" if softcapped or not model._supports_sdpa else "sdpa"
 
