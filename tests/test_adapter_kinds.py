@@ -68,7 +68,8 @@ MERGED = {  # merged, and refused where they would be trained on
         target_modules=["q_proj", "embed_tokens"]), "names the embedding, which is the output"),
     "both of tied": ("qwen2", low_rank(
         target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True), "names the output"),
-    "one of tied": ("qwen2", low_rank(modules_to_save=["lm_head"]), "would part: use lora=none"),
+    "one of tied": ("qwen2", low_rank(
+        modules_to_save=["lm_head"]), "would be untied: use lora=none"),
     "tokens alone": ("qwen2", peft.TrainableTokensConfig(
         token_indices=[5, 70], task_type="CAUSAL_LM"), "type TRAINABLE_TOKENS, but only LoRA"),
     "loha": ("llama", peft.LoHaConfig(r=2, target_modules=QV), "type LOHA, but only LoRA"),

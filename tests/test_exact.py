@@ -223,7 +223,7 @@ def test_a_policy_with_another_tokenizer_is_refused(toy):
     words = toy_space.tokenizer()
     words.add_tokens(["f"])
     words.save_pretrained(other)
-    with pytest.raises(ConfigError, match=r"^stage.policies=.*other-words: has another tokenizer"):
+    with pytest.raises(ConfigError, match=r"^stage.policies=.*other-words: its tokenizer differs"):
         evaluate(home / "two", toy["rows"], f"stage.policies=[{home}/sweep/1,{other}]")
 
 

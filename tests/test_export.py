@@ -98,13 +98,13 @@ def test_a_base_in_float32_stays_so_but_for_a_quantised_run(base, runs, tmp_path
     train(tmp_path / "a", "stage=export", f"model.path={runs / 'dora'}", "logger.progress=plain")
     told = " ".join(capsys.readouterr().err.split())
     assert f"{runs / 'dora' / 'final'} merged into {base} in fp32" in told
-    assert "trained over" not in told
+    assert "quantized as" not in told
     assert stored(tmp_path / "a" / "final") == {torch.float32}
     train(tmp_path / "b", "stage=export", f"model.path={runs / 'qlora'}", "logger.progress=plain")
     told = " ".join(capsys.readouterr().err.split())
     assert "in bf16" in told
     assert "it was trained on that base quantized as nf4" in told
-    assert "close to what was trained, not identical" in told
+    assert "close to the trained model, not identical" in told
     assert stored(tmp_path / "b" / "final") == {torch.bfloat16}
 
 

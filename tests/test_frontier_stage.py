@@ -167,7 +167,9 @@ def test_other_rewards_and_lengths_are_refused(tmp_path):
             "stage=frontier", f"stage.evaluations=[{first},{folder}]", "logger.progress=off",
             f"run_dir={tmp_path}/out-{folder.name}",
         )  # fmt: skip
-        with pytest.raises(ConfigError, match=rf"evaluations: .* differ in {key} \(.*draw them ap"):
+        with pytest.raises(
+            ConfigError, match=rf"evaluations: .* differ in {key} \(.*plot them sep"
+        ):
             run(config, ["dpo-run"])
 
 
@@ -176,7 +178,11 @@ def test_other_rewards_and_lengths_are_refused(tmp_path):
     [
         ("{}\n", DataError, r"points.jsonl:1: is not a point"),
         ("[3]\n", DataError, r"points.jsonl:1: is not a point"),
-        ('{"method": "dpo", "setting": "", "reward": 1.0, "kl": null}\n', DataError, "no KL in an"),
+        (
+            '{"method": "dpo", "setting": "", "reward": 1.0, "kl": null}\n',
+            DataError,
+            "none of them measured the KL",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(tmp_path, text, error, message):

@@ -263,7 +263,7 @@ def test_the_best_implementation_that_is_right_is_used(implementations, runs, us
     else:
         assert error is None
         assert varlen.usable()[0].name == used
-    assert all(note.startswith("attention=varlen: not by first: ") for note in notes)
+    assert all(note.startswith("attention=varlen: does not use first: ") for note in notes)
 
 
 class NanGradient(torch.autograd.Function):

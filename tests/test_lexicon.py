@@ -69,7 +69,9 @@ def test_bad_word_lists(tmp_path, content, message):
 def test_bad_lists_and_archives(tmp_path):
     with pytest.raises(ConfigError, match=r"^reward_fn=lexicon: no words; set reward_fn\.path"):
         from_lists([], [])
-    with pytest.raises(ConfigError, match=r"^reward_fn\.negative: 'fun' is in reward_fn\.positive"):
+    with pytest.raises(
+        ConfigError, match=r"^reward_fn\.negative: 'fun' is also in reward_fn\.positive"
+    ):
         from_lists(["Fun"], ["fun"])
     (tmp_path / "a.zip").write_bytes(b"no archive")
     with pytest.raises(DataError, match=r"^reward_fn\.path=\S+: cannot be read: "):

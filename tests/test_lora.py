@@ -294,7 +294,7 @@ def test_an_adapter_is_not_made_another(adapter, changed):
     with pytest.raises(ConfigError, match=rf"lora\.{key}=") as caught:
         loaded(adapter, LoraConfig(name="lora", **changed))
     assert str(value) in str(caught.value)
-    assert "cannot be changed in further training" in str(caught.value)
+    assert "which further training cannot change" in str(caught.value)
 
 
 def test_settings_that_agree_are_fine(adapter):

@@ -184,10 +184,12 @@ def test_what_cannot_write_normalises_nothing(trained, tmp_path, capsys, start, 
 
 
 def test_reward_models_that_cannot_be_used(sft, tmp_path):
-    with pytest.raises(ConfigError, match=r"^reward_fn\.path=\S+: is a GPT2LMHeadModel, which sco"):
+    with pytest.raises(
+        ConfigError, match=r"^reward_fn\.path=\S+: is a GPT2LMHeadModel, which cannot"
+    ):
         raw(tmp_path, sft)
     folder, _ = saved("gpt2", tmp_path / "three")
-    with pytest.raises(ConfigError, match=r"^reward_fn\.path=\S+: is a classifier of 3 labels"):
+    with pytest.raises(ConfigError, match=r"^reward_fn\.path=\S+: is a classifier with 3 labels"):
         raw(tmp_path, folder)
     with pytest.raises(ConfigError, match=r"^reward_fn\.path=\S+: no config\.json there"):
         raw(tmp_path, Path("tests"))

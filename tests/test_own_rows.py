@@ -148,7 +148,7 @@ def test_an_eval_file_is_in_the_form_of_the_training_rows(tmp_path, said):
 
 def test_a_system_column_needs_a_template(tmp_path):
     config, splits = read(tmp_path, [{"system": PIRATE, "prompt": "Hi?", **ASKED}])
-    with pytest.raises(ConfigError, match=r"or data\.system_field=null if they are texts") as error:
+    with pytest.raises(ConfigError, match=r"or data\.system_field=null to use the texts") as error:
         encode_examples(splits.train, plain(), config, WIDE, DropReport())
     assert "\n" not in str(error.value)
 

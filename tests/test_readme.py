@@ -106,7 +106,7 @@ def test_make_targets_exist():
 def test_the_map_names_every_module():
     package = ROOT / "dpo_cli"
     names = [p.name + "/" if p.is_dir() else p.name for p in package.iterdir()]
-    table = README[README.index("| room of `dpo_cli/` |") :]
+    table = README[README.index("| part of `dpo_cli/` |") :]
     patterns = [
         re.compile(re.escape(name).replace(r"\*", ".*")) for name in re.findall(r"`([^`]+)`", table)
     ]

@@ -213,7 +213,9 @@ def test_what_is_no_reward_model_is_refused(sft, trained, tmp_path):
     )).save_pretrained(tmp_path / "labels")  # fmt: skip
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(sft / "final" / file, tmp_path / "labels")
-    with pytest.raises(ConfigError, match=r"^model\.path=\S+: is a classifier of 3 labels, a"):
+    with pytest.raises(
+        ConfigError, match=r"^model\.path=\S+: is a classifier with 3 labels, but a"
+    ):
         load(tmp_path / "labels")
     config = configure("model=custom", f"model.path={trained}").model
     with pytest.raises(ConfigError, match=r"is a GPT2ForSequenceClassification.*not a policy"):
