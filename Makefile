@@ -1,18 +1,18 @@
-# `make` lists the targets. They need a Python 3.11-3.13 and put the rest into ./.venv.
+# `make` lists the targets. They need a Python 3.11-3.13 and install everything else into ./.venv.
 
-# The Python to make .venv with; empty: the first of these that runs and fits.
+# The Python to create .venv with; empty: the first of PYTHONS that runs and has a suitable version.
 PYTHON ?=
 PYTHONS := python3.11 python3.12 python3.13 python3 python
 # For another build of torch, such as CPU only: an --index-url, a --find-links folder ...
 TORCH_PIP_ARGS ?=
-# Test processes, and what else to hand to pytest: make test PYTEST_ARGS="-k losses -x"
+# Number of test processes, and more arguments for pytest: make test PYTEST_ARGS="-k losses -x"
 JOBS ?= 2
 PYTEST_ARGS ?=
 # What to measure: make bench BENCH_ARGS="--task sft --preset gpt2 --precision bf16"
 BENCH_ARGS ?= --task dpo --preset tiny4x256
-# Which steps, on which rows: make gpu GPU_ARGS="--only 0-6 --data hh.jsonl.gz --tokenizer gpt2"
+# Which steps to run, and on which rows: make gpu GPU_ARGS="--only 0-6 --data hh.jsonl.gz --tokenizer gpt2"
 GPU_ARGS ?=
-# Which faults, how often: make faults FAULTS_ARGS="--cases 1,14 --kills 3"
+# Which faults to inject, and how often: make faults FAULTS_ARGS="--cases 1,14 --kills 3"
 FAULTS_ARGS ?=
 
 VENV := .venv
@@ -39,13 +39,13 @@ bench: $(READY) ## Measure dpo-run against TRL on this machine
 gpu: $(READY) ## Check dpo-run on this machine's GPU, in at most eight minutes
 	$(BIN)/python scripts/gpu_check.py $(GPU_ARGS)
 
-faults: $(READY) ## Kill, damage and starve runs, and print what was seen (most of an hour)
+faults: $(READY) ## Kill runs, damage their files, fill their disk; print the outcomes (up to an hour)
 	$(BIN)/python scripts/faults.py $(FAULTS_ARGS)
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-test-slow: $(READY) ## Run the tests that take long (whole experiments, compiled code)
+test-slow: $(READY) ## Run the slow tests (whole experiments, compiled code)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(READY) ## Check style, format, types and the direction of imports
@@ -57,7 +57,7 @@ lint: $(READY) ## Check style, format, types and the direction of imports
 typecheck: $(READY) ## Check types only
 	$(BIN)/mypy
 
-format: $(READY) ## Format the code and fix what can be fixed
+format: $(READY) ## Format the code and apply ruff's fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -66,12 +66,12 @@ check: lint test test-slow ## Everything CI runs
 wheel: $(READY) ## Build the sdist and the wheel into dist/
 	$(BIN)/python -m build --no-isolation
 
-clean: ## Remove builds and caches; keeps .venv and runs/
+clean: ## Remove builds and caches; keep .venv and runs/
 	rm -rf build dist .coverage .hypothesis .import_linter_cache
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-distclean: clean ## As clean, and remove .venv
+distclean: clean ## Remove builds, caches and .venv
 	rm -rf $(VENV)
 
 # Torch on its own first: TORCH_PIP_ARGS must not redirect the other packages. With the build
