@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.common import ROOT, commit, shown_command
-from scripts.gpu_checks.machine import look, slug
+from scripts.gpu_checks.machine import inspect_machine, slug
 from scripts.gpu_checks.page import Circumstances
 from scripts.gpu_checks.runner import Report, Run
 from scripts.gpu_checks.steps import STEPS
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         if getattr(args, name) and not Path(getattr(args, name)).exists():
             p.error(f"--{name} {getattr(args, name)}: not there")
     signal.signal(signal.SIGTERM, stop)
-    machine = look(args.device)
+    machine = inspect_machine(args.device)
     if args.device == "cuda" and machine["device"] != "cuda":
         p.error(f"--device cuda: no CUDA device here ({machine.get('why', 'none was found')})")
     device = machine.pop("device")

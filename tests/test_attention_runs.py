@@ -51,8 +51,8 @@ def test_a_slow_fallback_is_told_and_keeps_rows_short(gptj, tmp_path, capsys, mo
 )
 def test_rows_are_prepared_for_the_trained_model(tmp_path, monkeypatch, words, kernel):
     prepared = []
-    real = rows.prepare
-    monkeypatch.setattr(rows, "prepare", lambda row, k: prepared.append(k) or real(row, k))
+    real = rows.prepare_layout
+    monkeypatch.setattr(rows, "prepare_layout", lambda row, k: prepared.append(k) or real(row, k))
     train(tmp_path / "r", "stage=sft", "train.max_steps=1", *words)
     assert set(prepared) == {kernel}
 

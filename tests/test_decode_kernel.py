@@ -26,7 +26,7 @@ def missing():
         return "Triton is imported already, without its interpreter: run this file alone"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        from dpo_cli.model.sampling import kernel  # noqa: F401
+        from dpo_cli.model.sampling import decode_kernel  # noqa: F401
     return None
 
 
