@@ -305,7 +305,7 @@ def test_a_kernel_is_held_against_matmuls_before_it_is_used(monkeypatch):
 @pytest.mark.parametrize("kernel", ["varlen", "sdpa", "dense"])
 def test_a_micro_batch_never_waits_for_the_device(monkeypatch, kernel, family):
     """Meta tensors have no values: whatever asks for one raises."""
-    monkeypatch.setattr(logprobs, "_compute_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(logprobs, "compute_dtype", lambda hidden: hidden.dtype)
     monkeypatch.setattr(
         varlen, "attend", lambda q, k, v, cuts, call: q + 0 * (k.sum() + v.sum())
     )  # fmt: skip
