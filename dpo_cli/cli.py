@@ -6,6 +6,7 @@ A user's mistake is reported in one line with an exit code; a bug keeps its trac
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -19,8 +20,11 @@ from typing import TYPE_CHECKING
 from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.usage import quick_answer
 from dpo_cli.distributed import launch
+from dpo_cli.durable.refusals import as_refusal
 from dpo_cli.errors import ConfigError, PeerLost, UserError
+from dpo_cli.escapes import PrintableFormatter, in_one_line, say
 from dpo_cli.report.output import copied_output, go_on_in
+from dpo_cli.surroundings import ensure_home, restart_in_utf8
 
 if TYPE_CHECKING:  # Hydra takes 0.2 s to import, which --help does without
     from omegaconf import DictConfig
@@ -31,24 +35,39 @@ INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal, as shells have it
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command; exits with the code of `errors.py` unless all went well."""
+    """Run the command; exits with the code of `errors.py` unless all went well.
+
+    What the operating system refuses, wherever that was, is the user's to mend, too.
+    """
+    if argv is None:
+        restart_in_utf8()
+    if logging.lastResort is not None:  # what prints warnings, as no handler is set up
+        logging.lastResort.setFormatter(PrintableFormatter())
     words = sys.argv[1:] if argv is None else list(argv)
     with copied_output():
-        try:
-            answer = quick_answer(words)
-            if answer is not None:
-                print(answer, flush=True)
-            code = 0 if answer is not None else dispatch(words)
-        except UserError as error:
-            code = report_error(error) if launch.rank() is None else fail_together(error)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            code = INTERRUPTED
-        except BrokenPipeError:  # the reader closed the pipe: `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = BROKEN_PIPE
+        code = _ended(words)
     if code:
         sys.exit(code)
+
+
+def _ended(words: list[str]) -> int:
+    """Run the command and report what ends it; returns its exit code."""
+    try:
+        answer = quick_answer(words)
+        if answer is not None:
+            print(answer, flush=True)
+        return 0 if answer is not None else dispatch(words)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader closed the pipe: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        told = error if isinstance(error, UserError) else as_refusal(error)
+        if told is None:
+            raise
+        return report_error(told) if launch.rank() is None else fail_together(told)
 
 
 def fail_together(error: UserError) -> int:
@@ -65,12 +84,12 @@ def fail_together(error: UserError) -> int:
 
 def report_error(error: UserError) -> int:
     """Print the error; several problems as a list."""
-    first, *others = str(error).splitlines() or [type(error).__name__]
-    if others:
-        lines = [f"error: {len(others) + 1} problems", *(f"  {line}" for line in [first, *others])]
+    problems = [line for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
+    if len(problems) > 1:
+        lines = [f"error: {len(problems)} problems", *(f"  {line}" for line in problems)]
     else:
-        lines = [f"error: {first}"]
-    print("\n".join(lines), file=sys.stderr)
+        lines = [f"error: {problems[0]}"]
+    say("\n".join(map(in_one_line, lines)), error=True)
     return error.exit_code
 
 
@@ -81,6 +100,7 @@ def dispatch(words: list[str]) -> int:
     # Of libraries' own children too (compilers, launchers): none imports from the current folder.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     quiet_hydra()
+    ensure_home()
     if launch.rank() is not None:
         launch.end_with_launcher()
     if launch.rank():

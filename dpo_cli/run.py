@@ -10,11 +10,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpo_cli.config import RunConfig, spec_of
 from dpo_cli.distributed.ranks import current
 from dpo_cli.durable.redact import redact
+from dpo_cli.durable.stored import stored_yaml
 from dpo_cli.errors import CheckpointError, ConfigError
 from dpo_cli.model.base import OTHER_BASE
 from dpo_cli.model.source import hub_commit
@@ -48,7 +47,7 @@ MAY_CHANGE = (
     "hardware.activation_checkpointing", "optim.lr",
     "train.eval_every_steps", "train.save_every_", "train.keep_checkpoints",
     "train.log_every_steps", "train.micro_batch_tokens", "train.sample_", "hardware.name",
-    OTHER_BASE,
+    OTHER_BASE, "data.max_row_mb", "data.max_file_mb",
 )  # fmt: skip
 
 
@@ -126,9 +125,9 @@ def dated(config: RunConfig, run_dir: Path) -> RunConfig:
     """With the date that chat templates see: of this run's start, of the run that made the model,
     or today."""
     date = config.data.date
-    if date is None and config.resume and (run_dir / "config.yaml").is_file():
-        stored = yaml.safe_load((run_dir / "config.yaml").read_text())
-        date = stored.get("data", {}).get("date")
+    if date is None and config.resume:
+        data = stored_yaml(run_dir / "config.yaml").get("data")
+        date = data.get("date") if isinstance(data, dict) else None
     if date is None and config.model.path is not None:
         date = base_provenance(config.model).get("date")
     date = date or datetime.date.today().isoformat()
@@ -174,7 +173,7 @@ def resume_point(config: RunConfig, run_dir: Path) -> checkpoint.Snapshot | None
     stored = run_dir / "config.yaml"
     if not stored.is_file():
         raise CheckpointError(f"resume: {run_dir} is not a run folder (no config.yaml)")
-    changes = differences(yaml.safe_load(stored.read_text()), redact(asdict(config)))
+    changes = differences(stored_yaml(stored), redact(asdict(config)))
     if changes:
         raise ConfigError(
             f"resume: settings differ from those of the run in {run_dir}: " + "; ".join(changes)

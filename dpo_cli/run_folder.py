@@ -19,7 +19,7 @@ from dpo_cli.config import RunConfig
 from dpo_cli.durable import disk_errors, write_text
 from dpo_cli.durable.redact import REDACTED, redact
 from dpo_cli.durable.temporary import is_leftover, remove_leftovers
-from dpo_cli.errors import ConfigError, DiskError, RunLockedError
+from dpo_cli.errors import ConfigError, RunLockedError
 from dpo_cli.report import output
 from dpo_cli.train.guard import run_lock
 
@@ -28,6 +28,7 @@ OVERRIDES = "overrides.yaml"
 LOCK = ".lock"
 SWEEP = "sweep.json"  # what a sweep was started with, in its folder
 JOBS = "jobs"  # beside it: how each job ended
+LONGEST_NAME = 60  # characters of each of three in the name of a folder, which may have 255
 STALE = {
     "config.yaml", "command.txt", "versions.json", "metrics.jsonl", "tensorboard", output.LOG
 }  # fmt: skip
@@ -50,8 +51,8 @@ def default_run_dir(config: RunConfig) -> Path:
 
 
 def _slug(name: str) -> str:
-    """A name as part of a folder's name: no separators, no leading dots."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "unnamed"
+    """A name as part of a folder's name: no separators, no leading dots, not too long."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name[:LONGEST_NAME]).strip(".-") or "unnamed"
 
 
 def is_used(folder: Path) -> bool:
@@ -130,10 +131,8 @@ def set_aside(folder: Path, stem: Path) -> None:
 
 def make(folder: Path) -> None:
     """Create a folder, or say in one line why not (exit code 74)."""
-    try:
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot be created: {error.strerror}") from error
 
 
 @contextmanager

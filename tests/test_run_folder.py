@@ -114,7 +114,9 @@ def test_a_folder_that_cannot_be_made(
 ) -> None:
     (empty / "file").touch()
     message = fails(capsys, "run_dir=file/below", code=74)
-    assert message == "file/below: cannot be created: Not a directory"
+    assert message == (
+        "file/below: Not a directory: something else has this name; choose another path"
+    )
 
 
 def test_dry_run_prints_the_plan_and_creates_nothing(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cli.data.chat import turn_end
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.data.drops import response_name
+from dpo_cli.escapes import visible
 from dpo_cli.records import EncodedExample
 
 PERCENTILES = (5, 50, 95, 100)
@@ -108,8 +109,3 @@ def token_text(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
     if raw.startswith("▁") and not text.startswith(" "):
         text = f" {text}"
     return visible(text).replace(" ", "·")
-
-
-def visible(text: str) -> str:
-    """Escape control and formatting characters, so that none reaches the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

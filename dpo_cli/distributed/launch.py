@@ -28,6 +28,7 @@ from dpo_cli.config import HardwareConfig, RunConfig, spec_of
 from dpo_cli.distributed.signals import stopping_signals
 from dpo_cli.durable.redact import unkept
 from dpo_cli.errors import ConfigError, PeerLost, Preempted, UserError
+from dpo_cli.escapes import say
 
 CONFIG = "dpo_run_config"  # key in the store under which rank 0 publishes the configuration
 COMPOSE_SECONDS = 300.0
@@ -81,7 +82,7 @@ def launch_ranks(config: RunConfig, overrides: Sequence[str]) -> int:
     while (error := _run_ranks(hardware, overrides)) is not None:
         if error.run_dir is None or hardware.nodes > 1:
             raise error
-        print(error, file=sys.stderr)
+        say(str(error), error=True)
         # A resumed run keeps the overrides added to it; the first command's are in its folder.
         resumed = any(override.startswith("resume=") for override in overrides)
         own = [o for o in overrides if not o.startswith("resume=")]

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from dpo_cli.durable.refusals import as_refusal
 from dpo_cli.errors import DiskError
 
 SHARDS = "shards"
@@ -40,11 +41,8 @@ def write(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
             dcp.save(tensors_of(model, optimizer), storage_writer=writer)
     except CheckpointException as error:  # of all ranks, whatever any of them ran into
         for number, (cause, _) in error.failures.items():
-            if isinstance(cause, OSError) or "os error" in str(cause):
-                raise DiskError(
-                    f"{folder}: rank {number} cannot write its shard: {cause}: make room or "
-                    "choose another disk, then resume the run"
-                ) from error
+            if refusal := as_refusal(cause, folder / SHARDS):
+                raise DiskError(f"rank {number} cannot write its shard: {refusal}") from error
         raise
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.durable.redact import redact
+from dpo_cli.durable.refusals import OTHERWISE, as_refusal, reason
 from dpo_cli.durable.temporary import REPLACED, held, temporary_file, temporary_folder
 from dpo_cli.errors import DiskError
 
@@ -23,38 +24,30 @@ CHECKSUM = ".sha256"  # suffix of a file's checksum, in the format of `sha256sum
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a failed write into a DiskError."""
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failed read or write into a DiskError that names `path` and what helps."""
     try:
         yield
     except OSError as error:
-        raise _disk_error(folder, error.strerror or str(error)) from error
+        raise as_refusal(error, path) or DiskError(f"{path}: {error}: {OTHERWISE}") from error
     except Exception as error:
         # safetensors reports a full disk with its own exception type.
-        if "No space left" not in str(error) and "os error 28" not in str(error):
+        refusal = as_refusal(error, path)
+        if refusal is None:
             raise
-        raise _disk_error(folder, str(error)) from error
-
-
-def _disk_error(path: Path, why: str) -> DiskError:
-    remedy = "free disk space or choose another disk, then resume the run"
-    return DiskError(f"{path}: {why}{_free_space(path)}: {remedy}")
-
-
-def _free_space(path: Path) -> str:
-    existing = next(p for p in path.absolute().parents if p.exists())
-    return f" ({shutil.disk_usage(existing).free / 2**20:,.0f} MB free)"
+        raise refusal from error
 
 
 def publish_folder(
     target: Path,
     write: Callable[[Path], object],
     facts: Mapping[str, Any] | None = None,
+    mode: int | None = None,
 ) -> None:
     """Fill a temporary sibling with `write`, sync it, and rename it to `target`.
 
     write: may return the manifest entries of files that it hashed while writing; others are read
-    again. facts: further JSON for the manifest.
+    again. facts: further JSON for the manifest. mode: permissions; None: by the umask.
 
     An existing target is replaced only once the new folder is complete on disk, and restored if
     that fails. Raises DiskError.
@@ -62,6 +55,8 @@ def publish_folder(
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(target) as temporary:
+            if mode is not None:
+                temporary.chmod(mode)
             written = write(temporary)
             _write_manifest(temporary, facts or {}, written if isinstance(written, dict) else {})
             _swap(temporary, target)
@@ -96,7 +91,8 @@ def _write_manifest(folder: Path, facts: Mapping[str, Any], written: Mapping[str
         if (size := path.stat().st_size) != entries[name]["bytes"]:
             raise OSError(errno.EIO, f"{name} has {size} bytes after the write")
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({**facts, "files": entries}, indent=1))
+    manifest.write_text(json.dumps({**facts, "files": entries}, indent=1), encoding="utf-8")
+    manifest.chmod(allowed)
     _sync(manifest)
     _sync(folder)
 
@@ -111,7 +107,7 @@ def replace_json(folder: Path, name: str, value: object) -> None:
     After a crash in between, the file is missing from the manifest rather than wrong in it.
     Raises DiskError.
     """
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     manifest["files"].pop(name, None)
     _write_exact(folder / MANIFEST, manifest)
     write_json(folder / name, value)
@@ -135,34 +131,44 @@ def file_digest(path: Path) -> str:
 def damage(folder: Path) -> str | None:
     """Why a published folder is damaged, or None if every file matches its manifest."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {str(n): (int(e["bytes"]), str(e["sha256"])) for n, e in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST}"
     if not expected:
         return f"{MANIFEST} lists no files"
     for name, (size, digest) in expected.items():
-        path = folder / name
-        if not path.is_file():
+        try:
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}"
+            if file_digest(folder / name) != digest:
+                return f"{name} does not match its sha256"
+        except FileNotFoundError:
             return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
-        if file_digest(path) != digest:
-            return f"{name} does not match its sha256"
+        except OSError as error:
+            return f"{name} cannot be read: {reason(error)}"
     return None
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file atomically. Raises DiskError."""
+def write_bytes(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Replace a file atomically. mode: permissions; None: by the umask. Raises DiskError."""
     with disk_errors(path), temporary_file(path) as temporary:
         temporary.write_bytes(data)
+        if mode is not None:
+            temporary.chmod(mode)
         _sync(temporary)
         temporary.replace(path)
 
 
+def encode(text: str) -> bytes:
+    """UTF-8; a lone surrogate becomes its backslash form, which in JSON means the same."""
+    return text.encode("utf-8", errors="backslashreplace")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file atomically, with secrets blanked."""
-    write_bytes(path, redact(text).encode("utf-8"))
+    """Replace a text file atomically, in UTF-8 (see `encode`), with secrets blanked."""
+    write_bytes(path, encode(redact(text)))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -188,7 +194,7 @@ def mismatch(path: Path) -> str | None:
     beside = path.with_name(path.name + CHECKSUM)
     if not beside.is_file():
         return None
-    if beside.read_text().split()[:1] == [file_digest(path)]:
+    if beside.read_text(encoding="utf-8", errors="replace").split()[:1] == [file_digest(path)]:
         return None
     return (
         f"{path}: truncated or changed since it was written (sha256 differs from {beside.name}): "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from dpo_cli.durable.stored import stored_json
 
 PROVENANCE = "dpo_run.json"
 BASE = "base_sha256"  # its entry of an adapter: the content of the weights under it (model/base.py)
@@ -12,5 +13,4 @@ BASE = "base_sha256"  # its entry of an adapter: the content of the weights unde
 
 def load_provenance(folder: Path) -> dict[str, Any]:
     """How the weights in a folder were trained; empty for models not from dpo-run."""
-    path = folder / PROVENANCE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return stored_json(folder / PROVENANCE)

@@ -10,6 +10,7 @@ import json
 import re
 from typing import Any, Literal
 
+from dpo_cli.escapes import CONTROLS
 from dpo_cli.records import Prompt
 
 Letter = Literal["A", "B"]
@@ -98,14 +99,13 @@ _LINE = re.compile(  # the line's last such label; the sentence may precede it
 _LETTER = re.compile(rf"{_NOUN}([AB]){_DRESS}\.?{_DRESS}", flags=re.IGNORECASE)
 _FENCED = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", flags=re.DOTALL)
 _ESCAPES = re.compile("\x1b\\[[0-9;?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?")
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 MAX_ANSWER = 8000  # characters of an answer that are read, from its end
 MAX_CHOICE = 60  # characters of a text that stands for the letter
 
 
 def plain(text: str) -> str:
     """Text without terminal escapes, control characters, and marks that reverse its direction."""
-    return _CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n")))
+    return CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n")))
 
 
 def parse_choice(answer: str) -> Letter | None:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpo_cli.config.stages.evaluate import NOT_TRAINED
+from dpo_cli.durable.stored import yaml_of_run
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.session.lengths import new_tokens_of
 
@@ -27,9 +26,8 @@ def refuse_mixed(folders: Sequence[Path]) -> None:
     compared."""
     first: tuple[Path, Any] | None = None
     for folder in folders:
-        path = folder / "config.yaml"
-        stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-        if not isinstance(stored, dict) or "reward_fn" not in stored:
+        stored = yaml_of_run(folder / "config.yaml")
+        if not isinstance(stored.get("reward_fn"), dict):
             continue
         reward = {k: v for k, v in stored["reward_fn"].items() if k != "batch_size"}
         if reward.get("path"):

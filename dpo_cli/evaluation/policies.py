@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from dpo_cli.config import EvaluateConfig, ModelConfig, RunConfig
 from dpo_cli.durable.provenance import load_provenance
+from dpo_cli.durable.stored import stored_json, yaml_of_run
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.source import model_folder
 from dpo_cli.train.checkpoint import STEP_FOLDER, steps_in
@@ -154,16 +153,17 @@ def run_of(weights: Path) -> tuple[Path, int | None]:
 def training_cost(run: Path) -> dict[str, int]:
     """{step, gradient_steps, samples} at a run's end, as far as recorded."""
     cost: dict[str, int] = {}
-    metrics, summary = run / "metrics.jsonl", run / "summary.json"
+    metrics = run / "metrics.jsonl"
     if metrics.is_file():
         lines = metrics.read_text(encoding="utf-8").split("\n")
-        steps = [int(json.loads(line)["step"]) for line in lines if line.endswith("}")]
+        try:
+            steps = [int(json.loads(line)["step"]) for line in lines if line.endswith("}")]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{metrics}: cannot be read ({error!r}); restore it") from error
         cost["step"] = cost["gradient_steps"] = max(steps, default=0)  # one gradient per step
-    if summary.is_file():
-        known = json.loads(summary.read_text(encoding="utf-8"))
-        names = ("gradient_steps", "samples")
-        cost |= {name: int(known[name]) for name in names if known.get(name) is not None}
-    return cost
+    known = stored_json(run / "summary.json")
+    names = ("gradient_steps", "samples")
+    return cost | {n: known[n] for n in names if isinstance(known.get(n), int)}
 
 
 def _share(cost: Mapping[str, int], name: str, step: int | None) -> int | None:
@@ -180,9 +180,8 @@ def method_of(provenance: Mapping[str, Any]) -> str:
 
 
 def seed_of(run: Path, default: int) -> int:
-    config = run / "config.yaml"
-    stored = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    return int(stored.get("seed", default))
+    seed = yaml_of_run(run / "config.yaml").get("seed")
+    return seed if isinstance(seed, int) else default
 
 
 def reference_of(stage: EvaluateConfig, points: Sequence[PolicyPoint]) -> str | None:

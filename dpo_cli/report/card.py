@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import STAGES
-from dpo_cli.durable import write_bytes
+from dpo_cli.durable import encode, write_bytes
 from dpo_cli.durable.provenance import load_provenance
 from dpo_cli.durable.redact import redact
 from dpo_cli.losses import LOSSES
 from dpo_cli.report.card_usage import usage
 from dpo_cli.report.files import (
     command_line,
-    encode,
     short_path,
     to_yaml,
     without_home,

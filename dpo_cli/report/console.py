@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from rich.table import Column
 from rich.text import Text
 
 from dpo_cli.errors import ConfigError
+from dpo_cli.escapes import printable
 from dpo_cli.report.numbers import duration
 from dpo_cli.report.output import Copied
 
@@ -36,14 +36,6 @@ FIGURES = (
 
 _PLAIN_EVERY_SECONDS = 30.0
 COPY_WIDTH = 120  # columns of tables in console.log
-
-# Terminal controls, lone surrogates and the marks that reverse the direction of text.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """`text` with control characters escaped: a data row must not control the terminal."""
-    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 @dataclass

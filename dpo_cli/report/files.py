@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from dpo_cli.durable import disk_errors, write_bytes
+from dpo_cli.durable import disk_errors, encode, write_bytes
 from dpo_cli.durable.redact import redact
 
 PACKAGES = (
@@ -103,11 +103,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):  # a scalar of numpy or torch
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def encode(text: str) -> bytes:
-    """UTF-8; a lone surrogate becomes its backslash form, which in JSON means the same."""
-    return text.encode("utf-8", errors="backslashreplace")
 
 
 def write_redacted_json(path: Path, value: Any) -> None:

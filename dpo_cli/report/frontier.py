@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dpo_cli.report.console import printable
+from dpo_cli.escapes import printable
 from dpo_cli.report.numbers import count, short_number
 from dpo_cli.report.plots import (
     BLUE,
@@ -101,11 +101,11 @@ def _picture(
     limit = kl_limit([cloud.kl for cloud in clouds])
     if not clouds and optimum:
         limit = max(float(optimum.kl[-1]), NARROWEST)
-    legend = 0.27 * (len(clouds) + bool(optimum) + bool(best_of)) + 0.2
+    rows = 0.27 * (len(clouds) + bool(optimum) + bool(best_of)) + 0.2
     width = PHONE if narrow else 9.2  # inches, as below
     caption = wrapped(_caption(clouds, optimum, limit), width)
     top = 0.95 + LINE * caption.count("\n")
-    below, right = (0.8 + legend, 0.3) if narrow else (0.8, 2.45)
+    below, right = (0.8 + rows, 0.3) if narrow else (0.8, 2.45)
     height = below + 3.65 + top
     figure = new_figure(width, height)
     title = "Reward against KL to the reference"
@@ -124,10 +124,12 @@ def _picture(
     if best_of:
         _draw_best_of(axes, best_of, limit)
     axes.set_xlim(-0.025 * limit, 1.05 * limit)
-    axes.legend(
+    legend = axes.legend(
         loc="upper left", bbox_to_anchor=(-0.02, -0.12) if narrow else (1.02, 1.02), frameon=False,
         fontsize=9, labelcolor=INK, labelspacing=0.9, handlelength=1.6,
     )  # fmt: skip
+    for text in legend.get_texts():  # a "$" in a method's name is no formula
+        text.set_parse_math(False)
     return figure
 
 
@@ -164,7 +166,7 @@ def _caption(clouds: Sequence[Cloud], optimum: Band | None, limit: float) -> str
         parts.append(f"band: {seeds} seeds" if seeds > 1 else "band: one standard error")
     beyond = [float(kl) for cloud in clouds for kl in cloud.kl if kl > 1.05 * limit]
     if beyond:
-        unseen = [printable(cloud.name) for cloud in clouds if (cloud.kl > 1.05 * limit).all()]
+        unseen = [cloud.name for cloud in clouds if (cloud.kl > 1.05 * limit).all()]
         methods = f" (all of {shorten(', '.join(unseen), 14)})" if unseen else ""
         most = short_number(round(max(beyond), 1))
         parts.append(f"{count(len(beyond), 'point')} to the right{methods}, up to a KL of {most}")

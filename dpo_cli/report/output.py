@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from dpo_cli.escapes import printable
+
 LOG = "console.log"
 _CODES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\^_])")
 
@@ -35,9 +37,8 @@ class Log:
             self._lines += lines
             if self.folder is None or not self._lines or not self.folder.is_dir():
                 return
+            from dpo_cli.durable import encode  # of use once there is a folder
             from dpo_cli.durable.redact import redact
-            from dpo_cli.report.console import printable  # rich is slow to import
-            from dpo_cli.report.files import encode
 
             text = printable(redact(_CODES.sub("", self._lines)))
             with suppress(OSError), (self.folder / LOG).open("ab") as file:

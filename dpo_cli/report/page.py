@@ -16,9 +16,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from dpo_cli.durable import write_bytes
-from dpo_cli.report.console import printable
-from dpo_cli.report.files import encode
+from dpo_cli.durable import encode, write_bytes
+from dpo_cli.escapes import printable
 from dpo_cli.report.page_figures import pictures_of, tiles_of
 from dpo_cli.report.page_read import Folder, cleaned, read_folder
 from dpo_cli.report.page_samples import samples_of

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpo_cli.durable.redact import redact
+from dpo_cli.durable.stored import yaml_of_run
 from dpo_cli.report.files import without_home
 from dpo_cli.report.table import Table
 
@@ -67,7 +66,7 @@ def read_folder(run_dir: Path) -> Folder:
     return Folder(
         path=run_dir,
         summary=read_object(run_dir / "summary.json"),
-        config=_object(config_text, yaml.safe_load),
+        config=cleaned(_config(run_dir)),
         config_text=cleaned(config_text),
         commands=cleaned(_text(run_dir / "command.txt").split("\n")[:-1]),
         versions=read_object(run_dir / "versions.json"),
@@ -81,6 +80,13 @@ def read_folder(run_dir: Path) -> Folder:
         last_step=_last_step(run_dir / "metrics.jsonl"),
         pictures=_pictures(run_dir / "plots"),
     )
+
+
+def _config(run_dir: Path) -> Row:
+    try:
+        return yaml_of_run(run_dir / "config.yaml")
+    except OSError:  # a page shows what can be read
+        return {}
 
 
 def read_object(path: Path) -> Row:
@@ -101,7 +107,7 @@ def _object(text: str, load: Callable[[str], Any]) -> Row:
 def _parsed(text: str, load: Callable[[str], Any]) -> Any:
     try:
         return load(text)
-    except (ValueError, RecursionError, yaml.YAMLError):
+    except (ValueError, RecursionError):
         return None
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dpo_cli.durable import disk_errors, write_bytes
+from dpo_cli.escapes import printable
 from dpo_cli.report.curves import Curves, read_curves, running_mean
 from dpo_cli.report.numbers import short_number
 
@@ -173,7 +174,8 @@ def wrapped(caption: str, width: float) -> str:
 
 
 def shorten(name: str, characters: int) -> str:
-    """At most so many characters of a name, its end elided."""
+    """At most so many characters of a name, its end elided; printable."""
+    name = printable(name)
     return name if len(name) <= characters else f"{name[: characters - 1]}…"
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_cli.config import LoggerConfig
-from dpo_cli.durable import disk_errors, write_bytes
+from dpo_cli.durable import disk_errors, encode, write_bytes
 from dpo_cli.durable.redact import redact
 from dpo_cli.errors import ConfigError
-from dpo_cli.report.files import drop_rows_after, encode, to_json
+from dpo_cli.escapes import printable, printable_values
+from dpo_cli.report.files import drop_rows_after, to_json
 
 
 class Sink(Protocol):
@@ -125,12 +126,12 @@ class WandbSink:
             ) from error
         try:
             self._run = wandb.init(
-                project=logger.wandb_project,
-                name=run_dir.name,
+                project=printable(logger.wandb_project),
+                name=printable(run_dir.name),
                 id=_wandb_run_id(run_dir / "wandb_run_id.txt"),
                 resume="allow",
                 dir=str(run_dir),
-                config=redact(config),
+                config=printable_values(redact(config)),
                 save_code=False,
                 # its metadata holds the raw command line, its console log whatever is printed
                 settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
@@ -153,7 +154,7 @@ class WandbSink:
 def _wandb_run_id(path: Path) -> str:
     with disk_errors(path):
         if path.exists():
-            return path.read_text().strip()
+            return path.read_text(encoding="utf-8").strip()
     run_id = secrets.token_hex(4)
     write_bytes(path, encode(run_id + "\n"))
     return run_id

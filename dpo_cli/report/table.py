@@ -15,7 +15,7 @@ import rich.table
 from rich.cells import cell_len
 from rich.text import Text
 
-from dpo_cli.report.console import printable
+from dpo_cli.escapes import printable
 from dpo_cli.report.numbers import brief, figures
 
 WIDEST_NAME = 16  # characters of a first column that a narrow console does not wrap

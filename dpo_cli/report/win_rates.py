@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator, PercentFormatter
 
+from dpo_cli.escapes import printable
 from dpo_cli.report.plots import (
     BLUE,
     GREY,
@@ -94,6 +95,7 @@ def caption(rows: Sequence[Row]) -> str:
 
 def _end(name: str, characters: int = 70) -> str:
     """A name with its beginning elided to a maximum length: folders differ at their end."""
+    name = printable(name)
     return name if len(name) <= characters else f"…{name[1 - characters :]}"
 
 

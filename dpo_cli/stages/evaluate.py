@@ -17,7 +17,7 @@ from dpo_cli.config import EvaluateConfig, HttpJudgeConfig, RunConfig
 from dpo_cli.config.endpoint import endpoint_from_environment
 from dpo_cli.config.run_data import data_line
 from dpo_cli.data.dataset import EncodedSplits
-from dpo_cli.durable import write_bytes
+from dpo_cli.durable import encode, write_bytes
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation import optimum
 from dpo_cli.evaluation.bench import Bench, set_up
@@ -37,7 +37,7 @@ from dpo_cli.evaluation.win_rate import WinRates, win_rates
 from dpo_cli.model.load import load_tokenizer
 from dpo_cli.model.sampling.generate import Completion, SamplingOptions
 from dpo_cli.model.source import model_folder
-from dpo_cli.report.files import encode, to_json
+from dpo_cli.report.files import to_json
 from dpo_cli.rewards.scorers import as_text
 from dpo_cli.rewards.scoring import scorer_digest, scoring_rows
 from dpo_cli.session.lengths import new_tokens, unfinished_line

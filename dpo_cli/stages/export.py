@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
@@ -24,6 +22,7 @@ from transformers import (
 from dpo_cli.config import ExportConfig, ModelConfig
 from dpo_cli.data.trained import TRAINED_PROMPTS
 from dpo_cli.durable.provenance import PROVENANCE
+from dpo_cli.durable.stored import stored_json, yaml_of_run
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.policies import run_of, training_cost
 from dpo_cli.model.attention.interface import Placement
@@ -179,14 +178,11 @@ def base_of(source: ModelConfig) -> dict[str, Any]:
 
 def read_stored(run: Path | None) -> dict[str, Any]:
     """A run's resolved configuration; empty for other folders."""
-    path = run / "config.yaml" if run else None
-    stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path and path.is_file() else None
-    return stored if isinstance(stored, dict) else {}
+    return yaml_of_run(run / "config.yaml") if run else {}
 
 
 def read_object(path: Path, without: Sequence[str]) -> dict[str, Any]:
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {key: value for key, value in values.items() if key not in without}
+    return {key: value for key, value in stored_json(path).items() if key not in without}
 
 
 def push(folder: Path, repository: str) -> None:

@@ -68,7 +68,7 @@ def newest_valid(folder: Path) -> Snapshot:
         candidate = folder / f"step-{step}"
         reason = damage(candidate)
         if reason is None:
-            state = json.loads((candidate / "state.json").read_text())
+            state = json.loads((candidate / "state.json").read_text(encoding="utf-8"))
             _check_layout(candidate, state.get("layout", LAYOUT))
             return Snapshot(candidate, step, state, skipped)
         skipped.append(f"{candidate.name}: {reason}")
@@ -202,7 +202,7 @@ def restore(
         return
     if heads is not None:
         heads.load_state_dict(load_file(snapshot.folder / HEADS))
-    saved = json.loads((snapshot.folder / "optimizer.json").read_text())
+    saved = json.loads((snapshot.folder / "optimizer.json").read_text(encoding="utf-8"))
     flat = {**saved["scalars"], **load_file(snapshot.folder / OPTIMIZER)}
     state: dict[int, dict[str, Any]] = {}
     for name, value in flat.items():
@@ -220,7 +220,7 @@ def restore(
 
 def _read_rng(folder: Path) -> None:
     states = load_file(folder / RNG)
-    other = json.loads((folder / "rng.json").read_text())
+    other = json.loads((folder / "rng.json").read_text(encoding="utf-8"))
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -97,7 +97,7 @@ class Contents:
             total = {"total_parameters": self.model.num_parameters(), **split.metadata}
             index = {"metadata": total, "weight_map": split.tensor_to_filename}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (folder / WEIGHTS_INDEX).write_text(text)
+            (folder / WEIGHTS_INDEX).write_text(text, encoding="utf-8")
         return {
             file: {name: stored[name] for name in names}
             for file, names in split.filename_to_tensors.items()

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dpo_cli.distributed.signals import stopping_signals
+from dpo_cli.durable.refusals import as_refusal
 from dpo_cli.errors import RunLockedError
 
 if TYPE_CHECKING:  # run folders are claimed before torch is imported
@@ -26,9 +27,10 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     """Hold the run folder's lock, which the kernel releases when the process dies.
 
     The file holds the owner's process id; one left behind means that the owner was killed, which
-    is logged. Raises RunLockedError.
+    is logged. Raises RunLockedError, and DiskError where the disk has no locks.
     """
-    with (run_dir / ".lock").open("a+") as stream:
+    path = run_dir / ".lock"
+    with path.open("a+", encoding="utf-8", errors="replace") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -37,6 +39,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             raise RunLockedError(
                 f"{run_dir}: in use by process {holder}; wait for it or choose another run_dir"
             ) from None
+        except OSError as error:
+            raise as_refusal(error, path) or error from error
         stream.seek(0)
         if left := stream.read().strip():
             log.warning("%s: taking over from process %s, which was killed", run_dir, left)

@@ -130,16 +130,17 @@ def free_bytes() -> int | None:
     """Memory available without swapping, of the machine or this container; None: unknown."""
     if not MEMINFO.is_file():
         return None
-    lines = MEMINFO.read_text().splitlines()
+    lines = MEMINFO.read_text(encoding="utf-8").splitlines()
     free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
     limit, used = (_number(CGROUP / name) for name in ("memory.max", "memory.current"))
     if limit is None or used is None:
         return free
-    stat = (line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    lines = (CGROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
+    stat = (line.split() for line in lines)
     cached = next((int(value) for name, value in stat if name == "inactive_file"), 0)
     return min(free, limit - used + cached)
 
 
 def _number(path: Path) -> int | None:
-    text = path.read_text().strip() if path.is_file() else ""
+    text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     return int(text) if text.isdigit() else None

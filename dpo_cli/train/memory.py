@@ -118,7 +118,9 @@ def halve_budget_for_restart(budget: TokenBudget, run_dir: Path) -> Iterator[Non
 def read_budget(run_dir: Path) -> dict[str, int] | None:
     """The budget written by `halve_budget_for_restart`, if any."""
     path = run_dir / BUDGET
-    state: dict[str, int] | None = json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    state: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
     return state
 
 

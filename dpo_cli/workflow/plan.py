@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dpo_cli.config.hydra import job_count
+from dpo_cli.escapes import printable
 from dpo_cli.report import numbers
 from dpo_cli.report.table import Column, Table
 from dpo_cli.workflow.expand import Folders, Task, expand, resolve
@@ -58,7 +59,7 @@ def print_plan(recipe: Recipe, run_dir: Path) -> None:
 
 
 def _print(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def because(decision: Decision) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from dpo_cli.config.read import prepare
 from dpo_cli.durable import disk_errors, write_json
 from dpo_cli.durable.redact import hide, redact, unkept
 from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.escapes import say
 from dpo_cli.report.output import go_on_in
 from dpo_cli.run_folder import (
     clear_leftovers,
@@ -115,7 +115,7 @@ def default_folder(recipe: Recipe) -> Path:
         changed = {n for n in {*before, *variables} if before.get(n) != variables.get(n)}
         if not finished or changed <= free:
             if number > 1:
-                print(f"runs/{recipe.name} has other variables; this run is in {folder}")
+                say(f"runs/{recipe.name} has other variables; this run is in {folder}")
             return folder
         number += 1
 
@@ -129,7 +129,7 @@ def keep_report(run_dir: Path, outcomes: Sequence[Outcome]) -> None:
             number += 1
         with disk_errors(report):
             report.rename(old)
-        print(f"the earlier report is kept as {old}")
+        say(f"the earlier report is kept as {old}")
 
 
 def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
@@ -189,14 +189,14 @@ def _run_steps(recipe: Recipe, run_dir: Path) -> int:
     for number, task in enumerate(tasks, 1):
         inputs, decision = examine(recipe, task, run_dir, folders)
         head = f"[{number}/{len(tasks)}] {task.title}"
-        print(f"{head}: {decision.action}{because(decision)}", flush=True)
+        say(f"{head}: {decision.action}{because(decision)}")
         folder, started = task.at(run_dir, folders), time.monotonic()
         code = 0
         if decision.action != "skip":
             code = _run_task(task, folder, inputs, decision)
         seconds = time.monotonic() - started
         if code:
-            print(_remedy(task, folder, code), file=sys.stderr)
+            say(_remedy(task, folder, code), error=True)
             return shell_status(code)
         spent = record_of(task, run_dir).get("seconds")
         names = (task.step.name, task.step.label, task.label, task.title)
@@ -207,7 +207,7 @@ def _run_steps(recipe: Recipe, run_dir: Path) -> int:
     from dpo_cli.report.page_recipe import write_recipe_report  # jinja2 is slow to import
 
     keep_report(run_dir, outcomes)
-    print(f"report: {write_recipe_report(run_dir, summary)}")
+    say(f"report: {write_recipe_report(run_dir, summary)}")
     return 0
 
 

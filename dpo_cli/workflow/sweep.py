@@ -26,6 +26,7 @@ from dpo_cli.distributed.launch import is_secondary_node
 from dpo_cli.durable import disk_errors, write_json, write_text
 from dpo_cli.durable.redact import redact, unkept
 from dpo_cli.errors import ConfigError
+from dpo_cli.escapes import say
 from dpo_cli.report.output import go_on_in
 from dpo_cli.run_folder import (
     JOBS,
@@ -132,7 +133,7 @@ def run_job(cfg: DictConfig) -> float:
     path = folder / JOBS / f"{hydra.job.num}.json"
     action = decide_job(read_json(path), words, run_dir).action
     told = " ".join(redact(words))
-    print(f"[job {hydra.job.num}] {told} -> {run_dir}{SAID[action]}", flush=True)
+    say(f"[job {hydra.job.num}] {told} -> {run_dir}{SAID[action]}")
     if action == "skip":
         return objective(run_dir, read_json(run_dir / "summary.json"))
     with disk_errors(path):
@@ -203,7 +204,7 @@ def finish(folder: Path) -> int:
     shown, everything = sweep_table(jobs)
     Console().print(shown)
     write_text(folder / "sweep.csv", everything.csv())
-    print(f"numbers of all jobs: {folder / 'sweep.csv'}")
+    say(f"numbers of all jobs: {folder / 'sweep.csv'}")
     failed = [str(job["job"]) for job in jobs if job["exit_code"] != 0]
     if failed:
         print(f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")

@@ -280,7 +280,7 @@ def adapter_files(
     named = {PREFIX + key: value.detach() for key, value in weights.items()}
     with tempfile.TemporaryDirectory(prefix="dpo-run-") as scratch:
         replace(config, inference_mode=True).save_pretrained(scratch)
-        facts = json.loads(Path(scratch, ADAPTER_CONFIG).read_text())
+        facts = json.loads(Path(scratch, ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if isinstance(facts["target_modules"], list):  # a set, whose order differs by process
         facts["target_modules"].sort()
     text = json.dumps(facts, indent=2, sort_keys=True)

@@ -74,7 +74,7 @@ def capacity(hardware: HardwareConfig, device: str) -> float | None:
         return float(torch.cuda.get_device_properties(0).total_memory)
     if not MEMINFO.is_file():
         return None
-    lines = MEMINFO.read_text().splitlines()
+    lines = MEMINFO.read_text(encoding="utf-8").splitlines()
     total = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal:"))
     return total * 2**10 / hardware.devices
 

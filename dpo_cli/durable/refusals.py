@@ -1,0 +1,87 @@
+"""What the operating system refuses, as one line: which file, why, and what helps."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+
+from dpo_cli.errors import ConfigError, DiskError, UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REMEDIES = {
+    _FULL: "make room or choose another disk, then resume the run",
+    (errno.EACCES, errno.EPERM): "check who may use it and the folders above it (ls -ld), or "
+    "choose another path",
+    (errno.EROFS,): "choose a folder on a file system that is not read-only",
+    (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS): "this file system has no file locks, which "
+    "keep two runs out of one folder; choose a folder on a local disk",
+    (errno.ENAMETOOLONG,): "choose a shorter name",
+    (errno.EFBIG,): "raise the limit on the size of files (ulimit -f), or choose another file "
+    "system, then resume the run",
+    (errno.EMFILE, errno.ENFILE): "raise the limit on open files (ulimit -n)",
+    (errno.ENOENT,): "it was removed, or the path is wrong",
+    (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY): "something else has this name; "
+    "choose another path",
+    (errno.ELOOP,): "its symbolic links lead in a circle; choose another path",
+    (errno.ENOMEM,): "free memory, then resume the run",
+    (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EREMOTEIO): "the "
+    "disk or network share is failing; check it (dmesg), then resume the run",
+}  # fmt: skip
+REMEDIES = {number: text for numbers, text in _REMEDIES.items() for number in numbers}
+OTHERWISE = "check the path and the disk it is on"
+_RUST = re.compile(r"os error (\d+)")  # in errors of safetensors and tokenizers
+_OVERLONG = 300  # characters of a path that a message shows
+
+
+def as_refusal(error: BaseException, path: Path | None = None) -> UserError | None:
+    """The error as the user's; None where the operating system refused nothing.
+
+    path: what was worked on, where that says more than the name that the system was given.
+    A DiskError, but for a name that is too long: that was chosen.
+    """
+    number, why = _refused(error)
+    if number is None:
+        return None
+    named = path or _named(error)
+    free = _free_space(named) if number in _FULL else ""
+    place = f"{_shown(named)}: " if named else ""
+    kind = ConfigError if number == errno.ENAMETOOLONG else DiskError
+    return kind(f"{place}{why}{free}: {REMEDIES.get(number, OTHERWISE)}")
+
+
+def reason(error: OSError) -> str:
+    """Why, in the system's words: for messages that have a remedy of their own."""
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _refused(error: BaseException) -> tuple[int | None, str]:
+    """The error's number, and its text."""
+    if isinstance(error, OSError):
+        # negative: of name resolution, which has numbers of its own
+        return (error.errno if (error.errno or 0) > 0 else None), reason(error)
+    if found := _RUST.search(str(error)):
+        return int(found[1]), os.strerror(int(found[1]))
+    return None, ""
+
+
+def _named(error: BaseException) -> Path | None:
+    name = getattr(error, "filename", None)
+    return Path(os.fsdecode(name)) if isinstance(name, (str, bytes)) and name else None
+
+
+def _shown(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= _OVERLONG else f"{text[: _OVERLONG // 2]}...{text[-20:]}"
+
+
+def _free_space(path: Path | None) -> str:
+    """Of the disk that the path is on; nothing where that cannot be asked."""
+    for place in (path or Path.cwd()).absolute().parents:
+        try:
+            return f" ({shutil.disk_usage(place).free / 2**20:,.0f} MB free)"
+        except OSError:
+            continue
+    return ""
