@@ -31,6 +31,12 @@ def response_text(response: Response) -> str:
     return response if isinstance(response, str) else str(response["content"])
 
 
+def most_characters(tokens: int) -> int:
+    """Characters of a text of which at most so many tokens are kept: what is beyond them is cut
+    before it is tokenized, which takes a hundred times the memory of the text."""
+    return max(64 * tokens, 2**17)
+
+
 @dataclass(frozen=True, slots=True)
 class PreferenceExample:
     """One prompt and its responses, best first.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +14,11 @@ from composing import composed, problems
 from dpo_cli.config import (
     REWARD_FN_SCHEMAS,
     STAGES,
+    ArchitectureConfig,
+    RunConfig,
 )
 from dpo_cli.config.hints import TABLES, groups, known_facts, option_schema
-from dpo_cli.config.keys import facts, within
+from dpo_cli.config.keys import Fact, facts, within
 from dpo_cli.config.read import prepare
 from dpo_cli.errors import ConfigError
 
@@ -111,7 +115,7 @@ from dpo_cli.errors import ConfigError
         ("hardware.sharding=hybrid", "hardware.sharding=hybrid: keeps a copy of the weights on e"),
         ("train.epochs=.nan", "train.epochs=.nan: expected a number"),
         ("train.epochs=nan", "train.epochs=nan: must be above 0"),
-        ("train.epochs=inf", "train.epochs=inf: must be above 0"),
+        ("train.epochs=inf", "train.epochs=inf: must be at most 1e+06"),
     ],
 )
 def test_what_cannot_work_is_refused(overrides: str, expected: str) -> None:
@@ -216,9 +220,9 @@ def test_all_problems_are_told_at_once() -> None:
     [("[0, 0.5)", [0, 0.49], [-0.01, 0.5]), ("(0, 1]", [0.01, 1], [0, 1.01])],
 )
 def test_ends_of_intervals(interval: str, inside: list[float], outside: list[float]) -> None:
-    _, holds = within(interval)
-    assert all(map(holds, inside))
-    assert not any(map(holds, [*outside, math.nan]))
+    problem = within(interval).problem
+    assert not any(map(problem, inside))
+    assert all(map(problem, [*outside, math.nan]))
 
 
 def test_foreign_code_needs_the_command_line() -> None:
@@ -230,24 +234,34 @@ def test_foreign_code_needs_the_command_line() -> None:
 # ---------------------------------------------------------------- schema and code agree
 
 
-def test_every_number_of_the_schema_is_bounded() -> None:
-    """A new numeric key needs a bound (or a reason not to have one)."""
+def wrong(fact: Fact, value: Any) -> list[str]:
+    """What a key's bound says of a value, or of each of a list."""
+    assert fact.bound is not None
+    said = map(fact.bound.problem, value if isinstance(value, list) else [value])
+    return [problem for problem in said if problem]
+
+
+def test_every_number_of_the_schema_has_an_upper_bound() -> None:
+    """A number that no run can use is refused before anything is built of it."""
     free = {
-        "stage.default_lr",  # only optim.lr counts, which is bounded
-        "data.max_prompt_words",  # compared with min_prompt_words
         "optim.betas",  # checked as a pair
-        "stage.no_eos_score",  # any
+        "optim.max_grad_norm",  # inf: never clipped
     }
-    numeric = {
-        f"{group}.{field.name}"
-        for group in groups()
-        for option in TABLES.get(group, [""])
-        for field in dataclasses.fields(option_schema(group, option))
-        if field.type.split(" ")[0] in ("int", "float")  # a string: annotations are postponed
-    }
-    assert "train.batch_size" in numeric
-    bounded = {key for key, fact in known_facts() if fact.bound}
-    assert numeric - bounded - free == set()
+    schemas = [(f"{g}.", option_schema(g, o)) for g in groups() for o in TABLES.get(g, [""])]
+    schemas += [("", RunConfig), ("model.architecture.", ArchitectureConfig)]
+    numbers = [
+        (f"{prefix}{field.name}", field.metadata["fact"])
+        for prefix, schema in schemas
+        for field in dataclasses.fields(schema)
+        if re.match(r"(list\[)?(int|float)", field.type)  # a string: annotations are postponed
+    ]
+    assert {"train.batch_size", "stage.best_of", "seed"} <= {key for key, _ in numbers}
+    for key, fact in numbers:
+        for far in (10**400, 2.0**1000) if key not in free else ():
+            assert wrong(fact, far), key
+            assert "must be" in wrong(fact, far)[0], key
+            assert fact.bound is not None
+            assert wrong(fact, float("nan")), key
 
 
 def test_every_key_says_what_it_means() -> None:
@@ -259,7 +273,7 @@ def test_choices_and_defaults_agree() -> None:
         for option in TABLES.get(group, [""]):
             for name, value, fact in facts(option_schema(group, option)()):
                 assert value is None or not fact.choices or value in fact.choices, name
-                assert value is None or not fact.bound or fact.bound[1](value), name
+                assert value is None or not fact.bound or wrong(fact, value) == [], name
 
 
 def test_losses_read_the_options_they_are_said_to_read() -> None:

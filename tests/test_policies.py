@@ -133,7 +133,7 @@ def test_methods_by_loss():
     [
         ("stage.reference_samples=8", "reference_samples=8: says too little of the optimum"),
         ("stage.best_of=[2]", r"best_of=\[2\]: has no effect with stage.reference_samples=0"),
-        ("stage.best_of=[0] stage.reference_samples=16", "whole numbers of at least 1"),
+        ("stage.best_of=[0] stage.reference_samples=16", "must be at least 1"),
         ("stage.reference_samples=16 stage.optimum=.", "stage.optimum=.: has no effect"),
         ("stage.reference_samples=16 stage.temperature=0.7", "temperature=0.7: must be 1.0 with"),
         ("stage.checkpoints=true", "stage.checkpoints=true: needs runs"),

@@ -6,12 +6,16 @@ A line is `key=value: what is wrong; the remedy`. What a stage asks of its own k
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from dpo_cli.config import (
     REWARD_FN_SCHEMAS,
+    ArchitectureConfig,
     LexiconRewardFn,
     NoRewardFn,
     PythonRewardFn,
@@ -25,6 +29,7 @@ from dpo_cli.config.keys import LOCAL, facts
 from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.config.stages.base import no_effect
 from dpo_cli.config.unread import unread, unread_problems, value_at
+from dpo_cli.durable.refusals import as_refusal
 from dpo_cli.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -32,6 +37,8 @@ GENERATED_IGNORES = (
     "hub_id", "hub_config", "revision", "path", "eval_path", "train_split", "eval_split",
     "max_rows",
 )  # fmt: skip
+MOST_RANDOM = 10**10  # weights of a model from scratch
+MOST_GENERATED = 10**7  # reviews
 OPTIM_OPTIONS = {"adamw": {"betas"}, "rmsprop": {"alpha"}, "adamw8bit": {"betas"}}
 
 
@@ -66,28 +73,43 @@ def _choices(config: RunConfig) -> Iterator[str]:
 
 def _bounds(config: RunConfig) -> Iterator[str]:
     for key, value, fact in facts(config):
-        if value is not None and fact.bound and not fact.bound[1](value):
-            yield f"{key}={value}: {fact.bound[0]}"
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and fact.bound and (problem := fact.bound.problem(each)):
+                yield f"{key}={value}: {problem}"
+                break
 
 
 def _files(config: RunConfig, coming: Sequence[Path]) -> Iterator[str]:
-    def absent(path: str) -> bool:
-        return not Path(path).exists() and not any(map(Path(path).is_relative_to, coming))
-
     for key, value, fact in facts(config):
         for path in value if isinstance(value, list) else [value]:
             if path is None or fact.path is None:
                 continue
             # a hub id looks like owner/name
             local = fact.path == LOCAL or path.startswith((".", "/")) or path.count("/") > 1
-            if local and absent(path):
+            if any(map(Path(path).is_relative_to, coming)):
+                continue
+            refused = _refused(path) if local else None
+            if isinstance(refused, (FileNotFoundError, NotADirectoryError)):
                 or_file = " file or" if fact.path == LOCAL else ""
                 yield f"{key}={path}: no such{or_file} folder"
-            elif key == "stage.evaluations" and absent(f"{path}/points.jsonl"):
+            elif refused is not None:
+                yield f"{key}={as_refusal(refused, Path(path))}"
+            elif key == "stage.evaluations" and _refused(f"{path}/points.jsonl"):
                 yield (
                     f"{key}={path}: has no points.jsonl; give folders of finished stage=evaluate "
                     "runs"
                 )
+
+
+def _refused(path: str) -> OSError | None:
+    """Why a path is no file or folder that can be looked at; None where it is."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        return error
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return None
+    return FileNotFoundError(errno.ENOENT, "a device or a pipe, which may never end")
 
 
 def _model(config: RunConfig) -> Iterator[str]:
@@ -103,6 +125,11 @@ def _model(config: RunConfig) -> Iterator[str]:
             f"model.hub_id={model.hub_id}: has no effect with model={model.name}, whose weights "
             f"are random; use model=custom model.hub_id={model.hub_id}"
         )
+    if shape and _weights(shape) > MOST_RANDOM:
+        yield (
+            f"model.architecture: more than {MOST_RANDOM:,} random weights; use fewer layers, a "
+            "smaller hidden or a smaller vocab"
+        )
     if shape and shape.heads >= 1 and shape.hidden % shape.heads:
         yield (
             f"model.architecture.heads={shape.heads}: must divide "
@@ -110,15 +137,26 @@ def _model(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _weights(shape: ArchitectureConfig) -> int:
+    """Of a GPT-2 of this shape: 12 hidden^2 per block, and the embeddings."""
+    return shape.hidden * (12 * shape.layers * shape.hidden + shape.vocab + shape.context)
+
+
 def _data(config: RunConfig) -> Iterator[str]:
     data = config.data
+    generated = data.rows * (data.responses or 1) if isinstance(data, SentimentDataConfig) else 0
+    if generated > MOST_GENERATED:
+        yield (
+            f"data.rows={value_at(config, 'data.rows')}: makes more than {MOST_GENERATED:,} "
+            f"reviews with data.responses={value_at(config, 'data.responses')}"
+        )
     local = isinstance(data, SentimentDataConfig) or not spec_of(config.stage).reads_rows
     if not (local or data.path or data.hub_id):
         yield f"data={data.name}: no rows; set data.path=<file or folder>"
     for name in GENERATED_IGNORES if isinstance(data, SentimentDataConfig) else ():
         if getattr(data, name) != getattr(SentimentDataConfig(), name):
             yield no_effect(f"data.{name}", getattr(data, name), "data=sentiment")
-    if not (data.chat_template in CHAT_TEMPLATES or Path(data.chat_template).is_file()):
+    if not (data.chat_template in CHAT_TEMPLATES or os.path.isfile(data.chat_template)):
         hint = did_you_mean(data.chat_template, CHAT_TEMPLATES)
         known = ", ".join(CHAT_TEMPLATES)
         yield f"data.chat_template={data.chat_template}: must be one of {known}, or a file{hint}"

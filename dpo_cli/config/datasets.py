@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cli.config.keys import LOCAL, at_least, day, key
+from dpo_cli.config.keys import LOCAL, above, at_least, day, key
 
 # Ways of writing conversations; another value of data.chat_template is a Jinja file.
 CHAT_TEMPLATES = ("auto", "always", "never", "human_assistant")
@@ -46,13 +46,20 @@ class DataConfig:
     max_rows: int | None = key(
         None, "seeded sample of this many rows of each split; null: all", bound=at_least(1)
     )
+    max_row_mb: float = key(
+        64.0, "MB of a row, a line or a cell; longer ones are refused", bound=above(0, 2047)
+    )
+    max_file_mb: float | None = key(
+        None, "MB of a file, uncompressed; null: 8192, of a .gz no more than 64 or 100 times its "
+        "size", bound=above(0, 10**7),
+    )  # fmt: skip
     max_length: int | None = key(
         None, "tokens of prompt and response; null: the model's context, at most 512",
-        bound=at_least(2),
+        bound=at_least(2, 2**24),
     )  # fmt: skip
     max_prompt_length: int | None = key(
         None, "prompts of examples longer than data.max_length are truncated to this many tokens; "
-        "null: half of it", bound=at_least(1),
+        "null: half of it", bound=at_least(1, 2**24),
     )  # fmt: skip
     keep_prompt: str = key(
         "end", "which end of a truncated prompt is kept", choices=("start", "end")
@@ -79,17 +86,17 @@ class SentimentDataConfig(DataConfig):
     """Generated film reviews with an exact ground-truth reward; needs no file."""
 
     name: str = key("sentiment", "which adapter reads the rows")
-    rows: int = key(4000, "reviews to generate for training", bound=at_least(1))
+    rows: int = key(4000, "reviews to generate for training", bound=at_least(1, 10**6))
     eval_split: str | None = key(None, "no effect: the reviews are generated")
     eval_rows: int | float | None = key(
         400, "reviews to generate for evaluation; below 1: as a share of data.rows",
-        bound=at_least(0),
+        bound=at_least(0, 10**6),
     )  # fmt: skip
-    min_prompt_words: int = key(2, "words of the shortest prompt", bound=at_least(1))
-    max_prompt_words: int = key(8, "words of the longest prompt")
+    min_prompt_words: int = key(2, "words of the shortest prompt", bound=at_least(1, 1000))
+    max_prompt_words: int = key(8, "words of the longest prompt", bound=at_least(1, 1000))
     responses: int | None = key(
         None, "responses per prompt; null: 2 where the stage compares them, else 1",
-        bound=at_least(1),
+        bound=at_least(1, 1000),
     )  # fmt: skip
 
 
@@ -106,7 +113,7 @@ class ShpDataConfig(DataConfig):
 
     name: str = key("shp", "which adapter reads the rows")
     min_score_ratio: float = key(
-        2.0, "drop pairs whose scores differ by a smaller factor", bound=at_least(1)
+        2.0, "drop pairs whose scores differ by a smaller factor", bound=at_least(1, 1e6)
     )
 
 
@@ -132,9 +139,9 @@ class ImdbDataConfig(DataConfig):
     name: str = key("imdb", "which adapter reads the rows")
     min_prompt_words: int = key(
         2, "words of the shortest prompt; a hash of the review chooses the length",
-        bound=at_least(1),
+        bound=at_least(1, 10**6),
     )  # fmt: skip
-    max_prompt_words: int = key(8, "words of the longest prompt")
+    max_prompt_words: int = key(8, "words of the longest prompt", bound=at_least(1, 10**6))
     text_field: str = key("text", "field of the review")
 
 

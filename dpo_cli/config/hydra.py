@@ -15,12 +15,20 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString, ValueType
 from omegaconf import DictConfig, OmegaConf
 
-from dpo_cli.config.hints import renamed_keys
+from dpo_cli.config.hints import choosable, renamed_keys
 from dpo_cli.config.hydra_errors import as_config_error
 from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.read import refuse_targets
+from dpo_cli.errors import ConfigError
 
 HYDRA_VERSION = "1.3"
+# What composing raises for values of odd shapes (a list as a name, a group's option that is a
+# number, a name too long for a file), besides Hydra's own errors.
+ODD = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RecursionError,
+    TypeError, ValueError,
+)  # fmt: skip
+READ = ("hydra.run.dir", "hydra.sweep.dir", "hydra.job.env_set", "hydra.job.config_name")
 LISTED = (ValueType.SIMPLE_CHOICE_SWEEP, ValueType.CHOICE_SWEEP, ValueType.RANGE_SWEEP)
 
 
@@ -32,15 +40,30 @@ def quiet_hydra() -> None:
 
 def composed(words: Sequence[str], config_name: str | None = None) -> DictConfig:
     """The configuration with Hydra's node, as a single run gets it. Creates no folder."""
+    with as_config_error(words, *ODD):
+        _refuse_several(words)
     with (
-        as_config_error(words, ValueError, KeyError),
+        as_config_error(words, *ODD),
         initialize_config_dir(str(conf_dir()), job_name="dpo-run", version_base=HYDRA_VERSION),
     ):
         cfg = compose(config_name or "config", list(words), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)  # for ${hydra:...} in values
+        for key in READ:  # with interpolations that cannot be resolved it would fail later
+            _plain(OmegaConf.select(cfg, key, throw_on_missing=True))
     # Callbacks are objects that Hydra makes from names in the config: any code at all.
     refuse_targets(OmegaConf.to_container(cfg.hydra.callbacks, resolve=False), "hydra.callbacks")
-    HydraConfig.instance().set_config(cfg)  # for ${hydra:...} in values
     return cfg
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _refuse_several(words: Sequence[str]) -> None:
+    """Hydra would merge the options of `data=[hh,shp]`; a run has one of each group."""
+    for word in OverridesParser.create().parse_overrides(list(words)):
+        if word.key_or_group in choosable() and isinstance(word.value(), list):
+            raise ConfigError(f"{word.input_line}: {word.key_or_group} takes one option's name")
 
 
 def with_new_names(words: Sequence[str]) -> list[str]:
@@ -57,7 +80,7 @@ def with_new_names(words: Sequence[str]) -> list[str]:
 
 
 def parsed(words: Sequence[str]) -> list[Override]:
-    with as_config_error(words):
+    with as_config_error(words, *ODD):
         return OverridesParser.create().parse_overrides(list(words))
 
 

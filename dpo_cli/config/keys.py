@@ -11,14 +11,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Bound = tuple[str, Callable[[Any], bool]]  # what a message says, and whether a value obeys
+MOST = 10**9  # of a number that nothing bounds earlier: no count of rows or steps is larger
+HUGE = 1e30  # of a factor on weights and gradients, which are float32
+COLDEST, HOTTEST = 0.0001, 10_000  # temperatures of sampling
 
 LOCAL, LOCAL_OR_HUB = "local", "local or hub"  # what a key's path names
+
+
+@dataclass(frozen=True)
+class Bound:
+    """says: what help pages say of it. problem: what is wrong with a value, None if nothing is."""
+
+    says: str
+    problem: Callable[[Any], str | None]
 
 
 @dataclass(frozen=True)
@@ -66,31 +75,59 @@ def facts(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Fact]]:
         yield from facts(value, inner)
 
 
-def at_least(least: float) -> Bound:
-    return f"must be at least {least}", lambda value: least <= value < math.inf
+def at_least(least: float, most: float = MOST) -> Bound:
+    """Of a number, or of every number of a list."""
+
+    def problem(value: float) -> str | None:
+        if least <= value <= most:
+            return None
+        return f"must be at most {_shown(most)}" if value > most else f"must be at least {least}"
+
+    return Bound(f"must be {_shown(least)} to {_shown(most)}", problem)
 
 
-def above(least: float) -> Bound:
-    return f"must be above {least}", lambda value: least < value < math.inf
+def above(least: float, most: float = MOST) -> Bound:
+    def problem(value: float) -> str | None:
+        if least < value <= most:
+            return None
+        return f"must be at most {_shown(most)}" if value > most else f"must be above {least}"
+
+    return Bound(f"must be above {_shown(least)}, at most {_shown(most)}", problem)
 
 
 def within(interval: str) -> Bound:
     """An interval as mathematicians write it, such as `[0, 0.5)`."""
     low, high = (float(end) for end in interval[1:-1].split(","))
 
-    def inside(value: float) -> bool:
+    def problem(value: float) -> str | None:
         over = value > low if interval[0] == "(" else value >= low
-        return over and (value < high if interval[-1] == ")" else value <= high)
+        under = value < high if interval[-1] == ")" else value <= high
+        return None if over and under else f"must be in {interval}"
 
-    return f"must be in {interval}", inside
+    return Bound(f"must be in {interval}", problem)
+
+
+def heat(greedy: bool = True) -> Bound:
+    """Of sampling; greedy: 0 is one, too. Logits divided by less than the coldest overflow."""
+    warm = at_least(COLDEST, HOTTEST)
+    if not greedy:
+        return warm
+    says = warm.says.replace("must be", "must be 0 (greedy) or")
+    return Bound(says, lambda value: None if value == 0 or not warm.problem(value) else says)
+
+
+def _shown(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 def day() -> Bound:
-    def is_day(text: str) -> bool:
+    says = "must be a day such as 2026-01-31"
+
+    def problem(text: str) -> str | None:
         try:
             datetime.date.fromisoformat(text)
         except ValueError:
-            return False
-        return True
+            return says
+        return None
 
-    return "must be a day such as 2026-01-31", is_day
+    return Bound(says, problem)

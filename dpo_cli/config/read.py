@@ -10,8 +10,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,18 +25,13 @@ from dpo_cli.config import (
     spec_of,
 )
 from dpo_cli.config.checks import check
-from dpo_cli.config.hints import TABLES, optional, renamed, unknown_key
+from dpo_cli.config.fit import fit
+from dpo_cli.config.hints import TABLES
 from dpo_cli.config.keys import Fact
 from dpo_cli.config.rewards import TASKS
 from dpo_cli.config.run_data import with_run_data
 from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.errors import ConfigError
-
-NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-
-
-class Mismatch(Exception):
-    """A value of the wrong type; the message says what was expected."""
 
 
 def prepare(cfg: DictConfig, typed: Sequence[str] = (), coming: Sequence[Path] = ()) -> RunConfig:
@@ -80,7 +74,7 @@ def build(cfg: DictConfig) -> RunConfig:
     chosen = {group: _option(group, values.get(group), problems) for group in TABLES}
     if problems:
         raise ConfigError("\n".join(problems))
-    config = _fit(RunConfig, values, "", chosen, problems)
+    config = fit(RunConfig, values, "", chosen, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -174,93 +168,8 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 def _option(group: str, values: Any, problems: list[str]) -> str:
     """The name that picks the schema of a group with several."""
     name = values.get("name") if isinstance(values, dict) else None
-    if name not in TABLES[group]:
+    if not isinstance(name, str) or name not in TABLES[group]:
         known = ", ".join(TABLES[group])
         hint = did_you_mean(str(name), TABLES[group])
         problems.append(f"{group}.name={name}: unknown{hint or f'; one of {known}'}")
     return str(name)
-
-
-def _fit(
-    schema: Any, values: Any, path: str, chosen: Mapping[str, str], problems: list[str]
-) -> Any:
-    """An instance of `schema`; keys absent from `values` keep their defaults."""
-    if not isinstance(values, dict):
-        problems.append(f"{path}={values}: expected a group of keys")
-        return None
-    hints = get_type_hints(schema)
-    fields = {field.name for field in dataclasses.fields(schema)}
-    values = {renamed(schema).get(key, key): value for key, value in values.items()}
-    prefix = f"{path}." if path else ""
-    problems += [unknown_key(f"{prefix}{key}", chosen) for key in values if key not in fields]
-    arguments: dict[str, Any] = {}
-    for name in (key for key in values if key in fields):
-        kind, nullable = optional(hints[name])
-        value = values[name]
-        full = f"{prefix}{name}"
-        if value is None and nullable:
-            arguments[name] = None
-        elif get_origin(kind) is dict:
-            if not isinstance(value, dict):
-                problems.append(f"{full}={value}: expected names and values such as {{name: 1}}")
-            arguments[name] = value
-        elif dataclasses.is_dataclass(kind):
-            kind = TABLES[name][chosen[name]] if name in TABLES and not path else kind
-            arguments[name] = _fit(kind, value, full, chosen, problems)
-        else:
-            try:
-                arguments[name] = _convert(value, kind)
-            except Mismatch as mismatch:
-                null = " or null" if nullable else ""
-                problems.append(f"{full}={value}: expected {mismatch}{null}{_many(full, value)}")
-    missing = _required(schema) - arguments.keys()
-    if missing:
-        problems += [f"{prefix}{name}: missing" for name in sorted(missing - values.keys())]
-        return None
-    return schema(**arguments)
-
-
-def _many(key: str, value: Any) -> str:
-    """`hardware.device=2` asks for two of them."""
-    counted = key == "hardware.device" and type(value) is int
-    return f"; did you mean hardware.devices={value}?" if counted else ""
-
-
-def _required(schema: Any) -> set[str]:
-    empty = dataclasses.MISSING
-    fields = dataclasses.fields(schema)
-    return {f.name for f in fields if f.default is empty and f.default_factory is empty}
-
-
-def _convert(value: Any, kind: Any) -> Any:
-    """`value` as `kind`; numbers may come as text (from the environment, or 1e-5 in YAML), a list
-    of one text as that text."""
-    if get_origin(kind) is list:
-        (item,) = get_args(kind)
-        if item is str and isinstance(value, str):
-            value = [value]
-        if not isinstance(value, list):
-            raise Mismatch(f"a list such as [{NAMES[item]}, ...]")
-        return [_convert(entry, item) for entry in value]
-    if get_origin(kind) is UnionType:
-        if type(value) in get_args(kind):
-            return value
-        raise Mismatch(" or ".join(NAMES[part] for part in get_args(kind)))
-    if kind is str and not isinstance(value, str):
-        raise Mismatch("text; put it in quotes")  # YAML reads a bare off as false, 7e1 as 70.0
-    if type(value) is kind:
-        return value
-    if kind in (int, float) and isinstance(value, (int, float, str)) and value is not True:
-        number = _number(value)
-        if number is not None and (kind is float or number.is_integer()):
-            return kind(number)
-    raise Mismatch(NAMES[kind])
-
-
-def _number(value: float | str) -> float | None:
-    if isinstance(value, bool):
-        return None
-    try:
-        return float(value)
-    except ValueError:
-        return None

@@ -35,8 +35,10 @@ class ClassifierRewardFn(RewardFnConfig):
         None, "name or index of the wanted class; null: POSITIVE if there is one, else the last"
     )
     scale: str = key("probability", "probability (in [0, 1]) | log_odds", choices=SCALES)
-    max_length: int = key(512, "tokens; a longer text is truncated at its start", bound=at_least(1))
-    batch_size: int = key(64, "texts per forward", bound=at_least(1))
+    max_length: int = key(
+        512, "tokens; a longer text is truncated at its start", bound=at_least(1, 2**20)
+    )
+    batch_size: int = key(64, "texts per forward", bound=at_least(1, 65_536))
 
 
 @dataclass
@@ -120,15 +122,15 @@ class HttpJudgeConfig(JudgeConfig):
         choices=("dialogue", "summary", "sentiment"),
     )  # fmt: skip
     both_orders: bool = key(True, "ask A/B and B/A; verdicts that disagree are a tie")
-    max_tokens: int = key(256, "tokens per answer", bound=at_least(1))
-    timeout_seconds: float = key(60.0, "limit of one request", bound=above(0))
+    max_tokens: int = key(256, "tokens per answer", bound=at_least(1, 10**6))
+    timeout_seconds: float = key(60.0, "limit of one request", bound=above(0, 86_400))
     retries: int = key(
-        4, "per request, after a time-out, a rate limit or a server's error", bound=at_least(0)
+        4, "per request, after a time-out, a rate limit or a server's error", bound=at_least(0, 100)
     )
     max_calls: int = key(
         2000, "requests per run; pairs beyond them are counted as not judged", bound=at_least(1)
     )
-    parallel: int = key(4, "requests at once", bound=at_least(1))
+    parallel: int = key(4, "requests at once", bound=at_least(1, 256))
 
 
 TASKS = {"tldr": "summary", "imdb": "sentiment", "sentiment": "sentiment"}  # data -> judge.task

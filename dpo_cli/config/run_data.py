@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpo_cli.config import DATA_SCHEMAS, DataConfig, EvaluateConfig, RunConfig
+from dpo_cli.config.fit import fit
+from dpo_cli.durable.stored import yaml_of_run
+from dpo_cli.errors import ConfigError
 
 # Settings of the rows of one file or hub id: they say nothing of another.
 OF_ROWS = ("eval_path", "eval_split", "eval_rows", "max_rows", "hub_config", "revision")
@@ -81,15 +82,14 @@ def _stored(config: RunConfig) -> tuple[Path, DataConfig] | None:
 
 
 def _data_of(path: Path) -> DataConfig | None:
-    if not path.is_file():
-        return None
-    try:
-        stored: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        return None
-    data = stored.get("data") if isinstance(stored, dict) else None
-    schema = DATA_SCHEMAS.get(data.get("name", "")) if isinstance(data, dict) else None
+    data: Any = yaml_of_run(path).get("data")
+    schema = DATA_SCHEMAS.get(str(data.get("name"))) if isinstance(data, dict) else None
     if schema is None or not isinstance(data, dict):
         return None
     fields = {f.name for f in dataclasses.fields(schema)}
-    return schema(**{str(key): value for key, value in data.items() if key in fields})
+    problems: list[str] = []
+    known = {key: value for key, value in data.items() if key in fields}
+    found: DataConfig = fit(schema, known, "data", {}, problems)
+    if problems:
+        raise ConfigError(f"{path}: {problems[0]}")
+    return found

@@ -9,7 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dpo_cli.config.datasets import DataConfig
-from dpo_cli.config.keys import LOCAL, LOCAL_OR_HUB, above, at_least, key, within
+from dpo_cli.config.keys import (
+    HUGE,
+    LOCAL,
+    LOCAL_OR_HUB,
+    above,
+    at_least,
+    heat,
+    key,
+    within,
+)
 from dpo_cli.config.rewards import JudgeConfig, RewardFnConfig
 from dpo_cli.config.stages.base import StageConfig
 
@@ -18,11 +27,11 @@ from dpo_cli.config.stages.base import StageConfig
 class ArchitectureConfig:
     """A GPT-2 shaped model initialized from scratch."""
 
-    layers: int = key(4, "transformer blocks", bound=at_least(1))
-    hidden: int = key(128, "width of the hidden states", bound=at_least(1))
-    heads: int = key(4, "attention heads; must divide hidden", bound=at_least(1))
-    context: int = key(256, "tokens of the longest sequence", bound=at_least(8))
-    vocab: int = key(1024, "tokens of the vocabulary", bound=at_least(1))
+    layers: int = key(4, "transformer blocks", bound=at_least(1, 1000))
+    hidden: int = key(128, "width of the hidden states", bound=at_least(1, 65_536))
+    heads: int = key(4, "attention heads; must divide hidden", bound=at_least(1, 1024))
+    context: int = key(256, "tokens of the longest sequence", bound=at_least(8, 2**20))
+    vocab: int = key(1024, "tokens of the vocabulary", bound=at_least(1, 2**22))
 
 
 @dataclass
@@ -56,7 +65,7 @@ class ModelConfig:
         0.0, "above 0, policy and reference differ already at step 0", bound=within("[0, 1)")
     )
     lr_scale: float = key(
-        1.0, "factor on the stage's default learning rate, for random weights", bound=above(0)
+        1.0, "factor on the stage's default learning rate, for random weights", bound=above(0, 1e6)
     )
 
 
@@ -68,10 +77,10 @@ class LoraConfig:
         "none", "none: full fine-tuning, whatever the other keys say",
         choices=("none", "lora", "dora", "qlora", "int8"),
     )  # fmt: skip
-    r: int = key(16, "rank of the update", bound=at_least(1))
+    r: int = key(16, "rank of the update", bound=at_least(1, 65_536))
     alpha: float = key(
         32.0, "the update is scaled by alpha / r, with use_rslora by alpha / sqrt(r)",
-        bound=above(0),
+        bound=above(0, 1e6),
     )  # fmt: skip
     dropout: float = key(0.0, "of the adapter's input, in training", bound=within("[0, 1)"))
     target_modules: list[str] = key(
@@ -89,7 +98,7 @@ class LoraConfig:
     )  # fmt: skip
     lr_scale: float = key(
         10.0, "factor on the stage's default learning rate, which is for full fine-tuning",
-        bound=above(0),
+        bound=above(0, 1e6),
     )  # fmt: skip
 
 
@@ -100,14 +109,14 @@ class OptimConfig:
     name: str = key("adamw", "optimizer", choices=("adamw", "rmsprop", "adamw8bit"))
     lr: float | None = key(
         None, "peak learning rate; null: stage.default_lr, times model.lr_scale (random weights) "
-        "or lora.lr_scale (adapters)", bound=at_least(0),
+        "or lora.lr_scale (adapters)", bound=at_least(0, HUGE),
     )  # fmt: skip
     weight_decay: float = key(
-        0.0, "of matrices; biases and norm scales never decay", bound=at_least(0)
+        0.0, "of matrices; biases and norm scales never decay", bound=at_least(0, 1e6)
     )
     betas: list[float] = key([0.9, 0.999], "adamw and adamw8bit")
     alpha: float = key(0.99, "rmsprop: smoothing", bound=within("[0, 1)"))
-    eps: float = key(1e-8, "added to the denominator of an update", bound=above(0))
+    eps: float = key(1e-8, "added to the denominator of an update", bound=above(0, 1))
     schedule: str = key(
         "constant", "learning rate after a linear warm-up",
         choices=("constant", "cosine", "linear"),
@@ -125,13 +134,17 @@ class OptimConfig:
 class TrainConfig:
     """The loop: how long, how large, how often."""
 
-    epochs: float = key(1.0, "passes over the data; fractions are fine", bound=above(0))
+    epochs: float = key(1.0, "passes over the data; fractions are fine", bound=above(0, 1e6))
     max_steps: int | None = key(
         None, "optimizer steps; takes precedence over train.epochs", bound=at_least(1)
     )
-    batch_size: int = key(32, "examples per optimizer step, over all devices", bound=at_least(1))
+    batch_size: int = key(
+        32, "examples per optimizer step, over all devices", bound=at_least(1, 10**6)
+    )
     micro_batch_tokens: int | None = key(
-        None, "packed tokens per forward; null: 4096, on a GPU by its memory", bound=at_least(1)
+        None,
+        "packed tokens per forward; null: 4096, on a GPU by its memory",
+        bound=at_least(1, 2**24),
     )
     eval_every_steps: int | None = key(
         None, "null: ten times per run; 0: only at the end", bound=at_least(0)
@@ -139,14 +152,14 @@ class TrainConfig:
     save_every_steps: int | None = key(None, "null: by time; 0: only at the end", bound=at_least(0))
     save_every_minutes: float | None = key(
         None, "where train.save_every_steps is null; null: 5, or what keeps saves to 2% of the "
-        "time", bound=above(0),
+        "time", bound=above(0, 10**6),
     )  # fmt: skip
     keep_checkpoints: int = key(2, "newest ones kept, beside the best", bound=at_least(1))
     log_every_steps: int = key(1, "steps between lines of metrics.jsonl", bound=at_least(1))
     shuffle: bool = key(True, "another order of the data in each epoch")
     router_aux_loss_coef: float = key(
         0.0, "adds this much of transformers' load-balancing loss of a mixture of experts "
-        "(sft, dpo, reward)", bound=at_least(0),
+        "(sft, dpo, reward)", bound=at_least(0, 1e6),
     )  # fmt: skip
     best_metric: str = key(
         "loss", "held-out metric that names the best checkpoint; sft: also perplexity, dpo and "
@@ -154,10 +167,12 @@ class TrainConfig:
     )  # fmt: skip
     sample_prompts: int = key(
         4, "held-out prompts completed at every evaluation; 0: none (reward: never)",
-        bound=at_least(0),
+        bound=at_least(0, 10**6),
     )  # fmt: skip
-    sample_max_new_tokens: int = key(48, "tokens of these completions", bound=at_least(1))
-    sample_temperature: float = key(0.7, "temperature of these completions", bound=above(0))
+    sample_max_new_tokens: int = key(48, "tokens of these completions", bound=at_least(1, 2**20))
+    sample_temperature: float = key(
+        0.7, "temperature of these completions", bound=heat(greedy=False)
+    )
 
 
 @dataclass
@@ -176,20 +191,20 @@ class HardwareConfig:
     )  # fmt: skip
     activation_checkpointing: int = key(
         0, "blocks recomputed in the backward pass: 0: none, 1: every one, k: every k-th",
-        bound=at_least(0),
+        bound=at_least(0, 10**6),
     )  # fmt: skip
-    devices: int = key(1, "devices per node, one process each", bound=at_least(1))
-    nodes: int = key(1, "nodes of the run", bound=at_least(1))
+    devices: int = key(1, "devices per node, one process each", bound=at_least(1, 1024))
+    nodes: int = key(1, "nodes of the run", bound=at_least(1, 65_536))
     sharding: str = key(
         "full", "of the weights: full (over all devices) | hybrid (within a node, replicated "
         "across nodes)", choices=("full", "hybrid"),
     )  # fmt: skip
-    timeout_seconds: int = key(600, "how long ranks wait for each other", bound=at_least(1))
+    timeout_seconds: int = key(600, "how long ranks wait for each other", bound=at_least(1, 10**6))
     memory_gb: float | None = key(
-        None, "memory of one device, for dry_run; null: as found", bound=above(0)
+        None, "memory of one device, for dry_run; null: as found", bound=above(0, 1e6)
     )
     threads: int | None = key(
-        None, "CPU threads of a process; null: PyTorch's choice", bound=at_least(1)
+        None, "CPU threads of a process; null: PyTorch's choice", bound=at_least(1, 1024)
     )
     residual: str = key(
         "fp32", "hidden states between blocks in bf16 runs; bf16 moves less memory in compiled "
@@ -235,7 +250,7 @@ class RunConfig:
     train: TrainConfig
     hardware: HardwareConfig
     logger: LoggerConfig
-    seed: int = key(0, "of weights, data order, sampling", bound=at_least(0))
+    seed: int = key(0, "of weights, data order, sampling", bound=at_least(0, 2**63 - 1))
     run_dir: str = key("", "folder of results; empty: runs/<stage>-<model>-<data>-<time>-<id>")
     cache_dir: str = key(
         "", "reference log-probs and encoded data; empty: $DPO_RUN_CACHE or ~/.cache/dpo-run"

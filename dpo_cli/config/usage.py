@@ -98,7 +98,7 @@ def key_help(word: str) -> str:
         lines.append(f"  {group}.{field.name}={value}")
         told = all(choice in fact.meaning for choice in fact.choices)
         said = [fact.meaning, *([] if told else [" | ".join(fact.choices)])]
-        said += [fact.bound[0]] if fact.bound else []
+        said += [fact.bound.says] if fact.bound else []
         lines += textwrap.wrap(
             f"{'; '.join(said)} ({field.type})", WIDTH,
             initial_indent=" " * 6, subsequent_indent=" " * 6,

@@ -27,13 +27,15 @@ class DpoConfig(StageConfig):
     """Preference losses on pairs, against a frozen reference."""
 
     name: str = key("dpo", "which stage")
-    default_lr: float = key(1e-6, "of full fine-tuning; optim.lr takes precedence")
+    default_lr: float = key(
+        1e-6, "of full fine-tuning; optim.lr takes precedence", bound=at_least(0, 1)
+    )
     loss: str = key("sigmoid", "sigmoid is DPO's own", choices=tuple(LOSSES))
     beta: float = key(
         0.1,
         "strength of the pull towards the reference (ipo: tau; simpo, cpo: scale of the reward; "
         "orpo: lambda)",
-        bound=above(0),
+        bound=above(0, 1e6),
     )
     label_smoothing: float = key(
         0.0, "probability that a label is flipped (sigmoid: cDPO; robust; exo needs one, as 0.001)",
@@ -43,17 +45,19 @@ class DpoConfig(StageConfig):
         False, "divide log-ratios by the response's tokens", old="length_normalised"
     )
     nll_weight: float = key(
-        0.0, "weight of the chosen response's NLL per token (RPO)", bound=at_least(0)
+        0.0, "weight of the chosen response's NLL per token (RPO)", bound=at_least(0, 1e6)
     )
-    alpha: float = key(0.1, "unlikelihood: weight of the rejected response", bound=at_least(0))
-    simpo_gamma: float = key(1.0, "simpo: the reward margin to reach", bound=at_least(0))
+    alpha: float = key(
+        0.1, "unlikelihood: weight of the rejected response", bound=at_least(0, 1e6)
+    )
+    simpo_gamma: float = key(1.0, "simpo: the reward margin to reach", bound=at_least(0, 1e6))
     dpop_lambda: float = key(
-        50.0, "dpop: weight of a chosen response that became less likely", bound=at_least(0)
+        50.0, "dpop: weight of a chosen response that became less likely", bound=at_least(0, 1e6)
     )
     length_penalty: float = key(
-        0.05, "rdpo: reward that a token of length is taken to be worth", bound=at_least(0)
+        0.05, "rdpo: reward that a token of length is taken to be worth", bound=at_least(0, 1e6)
     )
-    discopop_tau: float = key(0.05, "discopop: temperature of its mixture", bound=above(0))
+    discopop_tau: float = key(0.05, "discopop: temperature of its mixture", bound=above(0, 1e6))
     divergence: str = key(
         "reverse_kl", "f-divergence from the reference; reverse_kl is DPO's own",
         choices=tuple(DIVERGENCES),

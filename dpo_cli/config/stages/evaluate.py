@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from dpo_cli.config.endpoint import endpoint_from_environment
-from dpo_cli.config.keys import LOCAL, LOCAL_OR_HUB, at_least, key
+from dpo_cli.config.keys import LOCAL, LOCAL_OR_HUB, at_least, heat, key
 from dpo_cli.config.rewards import REWARD_FN_SCHEMAS, HttpJudgeConfig, NoRewardFn
 from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.config.stages.base import (
@@ -51,15 +51,15 @@ class EvaluateConfig(StageConfig):
         False, "held-out rows that a policy or reward model was trained on: false refuses them, "
         "true reports their share",
     )  # fmt: skip
-    prompts: int = key(256, "held-out prompts", bound=at_least(0))
-    completions: int = key(1, "per prompt", bound=at_least(1))
-    temperature: float = key(1.0, "of sampling", bound=at_least(0))
+    prompts: int = key(256, "held-out prompts", bound=at_least(0, 10**6))
+    completions: int = key(1, "per prompt", bound=at_least(1, 10**5))
+    temperature: float = key(1.0, "of sampling", bound=heat())
     max_new_tokens: int | None = new_tokens_key()
     batch_size: int | None = decoded_together_key(CPU_BATCH)
     reference_samples: int = key(
-        0, "per prompt, for the exact optimum and best-of-N; 0: neither", bound=at_least(0)
+        0, "per prompt, for the exact optimum and best-of-N; 0: neither", bound=at_least(0, 10**5)
     )
-    best_of: list[int] = key([1, 4, 16, 64, 128], "N of best-of-N")
+    best_of: list[int] = key([1, 4, 16, 64, 128], "N of best-of-N", bound=at_least(1, 10**5))
     optimum: str | None = key(
         None, "folder of an evaluation that had stage.reference_samples: adds the gap to the "
         "optimum", path=LOCAL,
@@ -68,7 +68,7 @@ class EvaluateConfig(StageConfig):
         None, "of win rates: chosen (the dataset's response) | reference | a folder or hub id",
         path=LOCAL_OR_HUB,
     )  # fmt: skip
-    win_temperatures: list[float] = key([1.0], "of the policy, for win rates")
+    win_temperatures: list[float] = key([1.0], "of the policy, for win rates", bound=heat())
 
 
 def problems(config: RunConfig) -> Iterator[str]:
@@ -85,8 +85,6 @@ def problems(config: RunConfig) -> Iterator[str]:
             f"stage.method={stage.method}: a frontier takes these points for {stage.method}, which "
             "it draws in its own way; use another name"
         )
-    if min(stage.best_of, default=1) < 1:
-        yield f"stage.best_of={stage.best_of}: must be whole numbers of at least 1"
     yield from _optimum(stage)
     yield from _win_rates(config, stage)
     if isinstance(config.reward_fn, NoRewardFn):
@@ -132,7 +130,7 @@ def _win_rates(config: RunConfig, stage: EvaluateConfig) -> Iterator[str]:
             )
         return
     named = stage.opponent
-    if "/" not in named and named not in OPPONENTS and not Path(named).exists():
+    if "/" not in named and named not in OPPONENTS and not os.path.exists(named):
         yield (
             f"stage.opponent={named}: must be chosen, reference or a policy (a folder or a hub id, "
             f"owner/name){did_you_mean(named, OPPONENTS)}"

@@ -13,7 +13,7 @@ class InspectConfig(StageConfig):
     """Shows examples token by token, length percentiles and dropped rows."""
 
     name: str = key("inspect", "which stage")
-    examples: int = key(3, "how many to print", bound=at_least(1))
+    examples: int = key(3, "how many to print", bound=at_least(1, 10**6))
     split: str = key("train", "which rows", choices=("train", "eval"))
 
 

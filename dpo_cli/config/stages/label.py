@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from dpo_cli.config.keys import LOCAL, LOCAL_OR_HUB, above, at_least, key, within
+from dpo_cli.config.keys import LOCAL, LOCAL_OR_HUB, above, heat, key, within
 from dpo_cli.config.stages.base import StageConfig, StageSpec, changed, no_effect
 
 if TYPE_CHECKING:
@@ -27,13 +27,17 @@ class LabelConfig(StageConfig):
         None, "of stage.by=implicit: folder or hub id; null: what the policy was trained against",
         path=LOCAL_OR_HUB,
     )  # fmt: skip
-    beta: float = key(0.1, "of stage.by=implicit: reward = beta log(pi / pi_ref)", bound=above(0))
+    beta: float = key(
+        0.1, "of stage.by=implicit: reward = beta log(pi / pi_ref)", bound=above(0, 1e6)
+    )
     labels: str = key(
         "deterministic", "deterministic: the higher reward wins | bradley_terry: drawn at random",
         choices=("deterministic", "bradley_terry"),
     )  # fmt: skip
     temperature: float = key(
-        1.0, "of bradley_terry: P(a > b) = sigmoid((r_a - r_b) / temperature)", bound=at_least(0)
+        1.0,
+        "of bradley_terry: P(a > b) = sigmoid((r_a - r_b) / temperature)",
+        bound=heat(),
     )
     flip_rate: float = key(0.0, "share of labels flipped afterwards", bound=within("[0, 1]"))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from dpo_cli.config.keys import above, at_least, key, within
+from dpo_cli.config.keys import HUGE, above, at_least, heat, key, within
 from dpo_cli.config.stages.base import (
     StageConfig,
     StageSpec,
@@ -28,54 +28,62 @@ class PpoConfig(StageConfig):
     """Reinforcement learning on a reward: the baseline DPO is compared with."""
 
     name: str = key("ppo-baseline", "which stage")
-    default_lr: float = key(1.4e-5, "of full fine-tuning; optim.lr takes precedence")
+    default_lr: float = key(
+        1.4e-5, "of full fine-tuning; optim.lr takes precedence", bound=at_least(0, 1)
+    )
     reference: str | None = frozen_reference_key()
-    rollout_samples: int = key(512, "completions per rollout", bound=at_least(1))
-    completions: int = key(1, "completions per prompt", bound=at_least(1))
+    rollout_samples: int = key(512, "completions per rollout", bound=at_least(1, 10**6))
+    completions: int = key(1, "completions per prompt", bound=at_least(1, 10**5))
     max_new_tokens: int | None = new_tokens_key()
     temperature: float = key(
         1.0, "of sampling; logits are divided by it in policy and reference alike",
-        bound=at_least(0),
+        bound=heat(),
     )  # fmt: skip
     batch_size: int | None = decoded_together_key(CPU_BATCH)
     ppo_epochs: int = key(
-        4, "passes over a rollout, in steps of train.batch_size completions", bound=at_least(1)
+        4,
+        "passes over a rollout, in steps of train.batch_size completions",
+        bound=at_least(1, 1000),
     )
     gamma: float = key(1.0, "discount", bound=within("[0, 1]"))
     gae_lambda: float = key(
         0.95, "lambda of generalized advantage estimation", bound=within("[0, 1]")
     )
-    clip_range: float = key(0.2, "of the policy's ratio", bound=above(0))
-    value_clip_range: float = key(0.2, "of the value's change", bound=above(0))
-    vf_coef: float = key(0.1, "weight of the value loss", bound=at_least(0))
+    clip_range: float = key(0.2, "of the policy's ratio", bound=above(0, 1e6))
+    value_clip_range: float = key(0.2, "of the value's change", bound=above(0, HUGE))
+    vf_coef: float = key(0.1, "weight of the value loss", bound=at_least(0, 1e6))
     value_lr_scale: float = key(
-        10.0, "factor on optim.lr for the value head, which starts at zero", bound=above(0)
+        10.0, "factor on optim.lr for the value head, which starts at zero", bound=above(0, 1e6)
     )
     whiten_advantages: bool = key(True, "scale advantages to mean 0 and std 1")
     kl_control: str = key(
         "adaptive", "adaptive: towards stage.target_kl | fixed", choices=("adaptive", "fixed")
     )
     kl_coef: float = key(
-        0.2, "weight of the KL per token; where adaptive starts", bound=at_least(0)
+        0.2, "weight of the KL per token; where adaptive starts", bound=at_least(0, 1e6)
     )
-    target_kl: float = key(6.0, "nats per sequence", bound=above(0))
+    target_kl: float = key(6.0, "nats per sequence", bound=above(0, 1e6))
     kl_horizon: int = key(10000, "completions; a smaller one adapts faster", bound=at_least(1))
     normalize: bool = key(
         True, "scale scores to mean 0 and std 1 on samples of the reference", old="normalise"
     )
     normalize_prompts: int = key(
-        256, "one sample of the reference each", bound=at_least(0), old="normalise_prompts"
+        256, "one sample of the reference each", bound=at_least(0, 10**6), old="normalise_prompts"
     )
     score_clip: float | None = key(
-        None, "largest absolute score after scaling; null: any", bound=above(0)
+        None, "largest absolute score after scaling; null: any", bound=above(0, HUGE)
     )
     no_eos_score: float | None = key(
-        -1.0, "score of completions without EOS; null: score them like the others"
+        -1.0,
+        "score of completions without EOS; null: score them like the others",
+        bound=within(f"[-{HUGE}, {HUGE}]"),
     )
     ratio_limit: float = key(
-        10.0, "completions whose mean ratio exceeds it are skipped", bound=above(1)
+        10.0, "completions whose mean ratio exceeds it are skipped", bound=above(1, HUGE)
     )
-    eval_prompts: int = key(64, "held-out prompts sampled at each evaluation", bound=at_least(0))
+    eval_prompts: int = key(
+        64, "held-out prompts sampled at each evaluation", bound=at_least(0, 10**6)
+    )
 
 
 UNREAD: list[tuple[str, Any, list[str]]] = [  # a key, its value, and what that leaves unread

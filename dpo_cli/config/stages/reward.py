@@ -14,7 +14,9 @@ class RewardConfig(StageConfig):
     """A Bradley-Terry reward model on ranked responses."""
 
     name: str = key("reward", "which stage")
-    default_lr: float = key(1e-5, "of full fine-tuning; optim.lr takes precedence")
+    default_lr: float = key(
+        1e-5, "of full fine-tuning; optim.lr takes precedence", bound=at_least(0, 1)
+    )
     label_smoothing: float = key(
         0.0, "probability that a label is flipped", bound=within("[0, 0.5)")
     )
@@ -23,14 +25,14 @@ class RewardConfig(StageConfig):
     )
     center_coefficient: float = key(
         0.0, "weight of (r_w + r_l)^2, which keeps rewards around zero; try 0.01",
-        bound=at_least(0),
+        bound=at_least(0, 1e6),
     )  # fmt: skip
     normalize_prompts: int = key(
         256, "one sample of the base model each, to measure the mean and std of rewards; 0: none",
-        bound=at_least(0), old="normalise_prompts",
+        bound=at_least(0, 10**6), old="normalise_prompts",
     )  # fmt: skip
     normalize_max_new_tokens: int = key(
-        48, "tokens of these samples", bound=at_least(1), old="normalise_max_new_tokens"
+        48, "tokens of these samples", bound=at_least(1, 2**20), old="normalise_max_new_tokens"
     )
 
 

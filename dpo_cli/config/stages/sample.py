@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from dpo_cli.config.keys import at_least, key, within
+from dpo_cli.config.keys import at_least, heat, key, within
 from dpo_cli.config.stages.base import (
     StageConfig,
     StageSpec,
@@ -29,9 +29,11 @@ class SampleConfig(StageConfig):
     name: str = key("sample", "which stage")
     prompts: int | None = key(None, "training prompts; null: all, 0: none", bound=at_least(0))
     eval_prompts: int | None = key(None, "held-out prompts; null: all, 0: none", bound=at_least(0))
-    completions: int = key(4, "per prompt and temperature", bound=at_least(1))
+    completions: int = key(4, "per prompt and temperature", bound=at_least(1, 10**5))
     temperatures: list[float] = key(
-        [1.0], "one row each; 0 is greedy, with one completion since all would be equal"
+        [1.0],
+        "one row each; 0 is greedy, with one completion since all would be equal",
+        bound=heat(),
     )
     top_p: float = key(1.0, "nucleus sampling", bound=within("(0, 1]"))
     max_new_tokens: int | None = new_tokens_key()
