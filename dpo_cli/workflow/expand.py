@@ -13,6 +13,7 @@ from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.errors import ConfigError
 from dpo_cli.workflow.file import REFERENCE, Recipe, Step
 
+MOST_TASKS = 1000
 Folders = dict[str, dict[str, Path]]  # of earlier steps: name -> slug ("" where once) -> folder
 
 
@@ -47,8 +48,14 @@ def _title(name: str, key: str, slug: str) -> str:
 
 def expand(recipe: Recipe) -> list[Task]:
     """The recipe's tasks in order: neighbouring repeated steps are a block, which runs for the
-    first value, then for the second, ...; steps that run once come between the blocks."""
+    first value, then for the second, ...; steps that run once come between the blocks.
+
+    Raises ConfigError for more of them than can be composed and checked before the first runs.
+    """
     repeat = recipe.repeat
+    count = len(recipe.steps) * (len(repeat.values) if repeat else 1)
+    if count > MOST_TASKS:
+        raise ConfigError(f"recipe {recipe.name}: {count:,} steps to run, at most {MOST_TASKS:,}")
     if repeat is None:
         return [Task(step) for step in recipe.steps]
     tasks: list[Task] = []

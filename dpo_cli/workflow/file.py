@@ -36,6 +36,7 @@ from dpo_cli.config.paths import recipes_dir
 from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.errors import ConfigError
 from dpo_cli.run_folder import key_of
+from dpo_cli.workflow.shape import expect_keys, listed, minutes_of, overrides_of, read_body
 
 RESERVED = {
     "run_dir": "each step has a folder of its own",
@@ -109,19 +110,14 @@ def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True)
 
     Raises ConfigError that names the file and the place.
     """
-    try:
-        loaded = OmegaConf.load(path)
-        body: Any = OmegaConf.to_container(loaded, resolve=False)
-    except (OSError, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    _expect_keys(body, {"description", "vars", "repeat", "steps", "report"}, f"{path}")
-    variables = body.get("vars") or {}
+    body = read_body(path)
+    variables = body["vars"]
     changed = _changed(settings)
     for name in changed:
         if name not in variables:
             hint = did_you_mean(str(name), variables)
             raise ConfigError(
-                f"vars.{name}: not a variable of this recipe{hint} (it has {_listed(variables)})"
+                f"vars.{name}: not a variable of this recipe{hint} (it has {listed(variables)})"
             )
     variables |= {name: _like(variables[name], name, value) for name, value in changed.items()}
     missing = [f"vars.{name}=..." for name, value in variables.items() if value == "???"]
@@ -131,10 +127,10 @@ def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True)
     _refuse_unread(path, body, variables)
     recipe = Recipe(
         name=path.stem,
-        description=str(body.get("description") or ""),
+        description=body["description"],
         variables=variables,
-        steps=[_step(path, number, step) for number, step in enumerate(body.get("steps") or [], 1)],
-        report=body.get("report") or [],
+        steps=[_step(path, number, step) for number, step in enumerate(body["steps"], 1)],
+        report=body["report"],
         repeat=_repeat(path, given, variables) if given is not None else None,
     )
     _check(path, recipe, repeats=body.get("repeat") is not None)
@@ -157,7 +153,7 @@ def _changed(settings: Sequence[str]) -> dict[str, Any]:
     for word in settings:
         try:
             found: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(
                 f"vars.{word}: cannot be read; write a number, text, or a list as [a,b]"
             ) from error
@@ -225,36 +221,17 @@ def _repeat(path: Path, body: dict[str, Any], variables: Mapping[str, Any]) -> R
 
 def _step(path: Path, number: int, body: Any) -> Step:
     place = f"{path}: step {number}"
-    _expect_keys(body, {"name", "overrides", "sweep", "once", "minutes"}, place)
-    name, overrides = body.get("name"), body.get("overrides") or {}
+    expect_keys(body, {"name", "overrides", "sweep", "once", "minutes"}, place)
+    name, overrides = body.get("name"), overrides_of(body, place)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"{place}: name={name}: must be of a-z, 0-9 and -")
     sweep, once = (body.get(key, False) for key in ("sweep", "once"))
     for key, value in (("sweep", sweep), ("once", once)):
         if not isinstance(value, bool):
             raise ConfigError(f"{place}: {key}={value}: expected true or false")
-    minutes = body.get("minutes")
-    if minutes is not None and (type(minutes) not in (int, float) or minutes <= 0):
-        raise ConfigError(f"{place}: minutes={minutes}: expected a number above 0")
-    if isinstance(overrides, dict):
-        if sweep:
-            raise ConfigError(f"{place}: a sweep's overrides are a list of words, key=a,b")
-        return Step(number, name, _flatten(overrides), sweep, once, minutes)
-    words = [str(word) for word in overrides]
-    if wrong := [word for word in words if "=" not in word]:
-        raise ConfigError(f"{place}: {wrong[0]}: overrides are written key=value")
-    return Step(number, name, words, sweep, once, minutes)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{train: {epochs: 1}} -> {train.epochs: 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    if isinstance(overrides, dict) and sweep:
+        raise ConfigError(f"{place}: a sweep's overrides are a list of words, key=a,b")
+    return Step(number, name, overrides, sweep, once, minutes_of(body, place))
 
 
 def _check(path: Path, recipe: Recipe, repeats: bool) -> None:
@@ -271,22 +248,15 @@ def _check(path: Path, recipe: Recipe, repeats: bool) -> None:
             raise ConfigError(f"{path}: step {step.name}: once: nothing repeats (no repeat:)")
     if repeats and not any("${repeat." in str(s.overrides) for s in recipe.steps if not s.once):
         raise ConfigError(f"{path}: repeat: no repeated step has its value, ${{repeat.<key>}}")
-    for number, row in enumerate(recipe.report, 1):
-        _expect_keys(row, {"label", "step"}, f"{path}: report {number}")
+    _check_report(path, recipe.report, names)
+
+
+def _check_report(path: Path, rows: Sequence[Any], names: Sequence[str]) -> None:
+    for number, row in enumerate(rows, 1):
+        expect_keys(row, {"label", "step"}, f"{path}: report {number}")
+        if not isinstance(row.get("label"), str):
+            raise ConfigError(f"{path}: report {number}: label: expected text")
         if row.get("step") not in names:
             wrong = str(row.get("step"))
             hint = did_you_mean(wrong, names)
             raise ConfigError(f"{path}: report {number}: step={wrong}: no such step{hint}")
-
-
-def _expect_keys(body: Any, known: set[str], place: str) -> None:
-    if not isinstance(body, dict):
-        raise ConfigError(f"{place}: expected the keys {_listed(known)}")
-    for key in body:
-        if key not in known:
-            hint = did_you_mean(str(key), known)
-            raise ConfigError(f"{place}: {key}: unknown key{hint} (known: {_listed(known)})")
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(sorted(names)) or "none"
