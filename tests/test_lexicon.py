@@ -5,9 +5,9 @@ import zipfile
 
 import pytest
 
-from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.errors import ConfigError, DataError, NonFiniteError
 from dpo_cli.grammar import positive_probability
-from dpo_cli.rewards.lexicon import from_lists, mean_valence, read_lexicon
+from dpo_cli.rewards.lexicon import MAX_BYTES, from_lists, mean_valence, read_lexicon
 from dpo_cli.rewards.scorers import Completed
 from scoring_helpers import scorer, texts
 
@@ -39,6 +39,22 @@ def test_a_file_of_valences(tmp_path):
     assert read_lexicon(tmp_path / "words.zip") == table
     score = scorer(tmp_path, "reward_fn=lexicon", f"reward_fn.path={tmp_path / 'words.zip'}")
     assert score(texts("So good :) !")) == [pytest.approx((-0.5 + 1.9 + 2.0) / 3)]
+
+
+def test_valences_that_overflow_are_no_score(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("good\t1e308\n")
+    score = scorer(tmp_path, "reward_fn=lexicon", f"reward_fn.path={path}")
+    assert score(texts("good")) == [1e308]
+    with pytest.raises(NonFiniteError, match="a score is not finite"):
+        score(texts("good", "good good"))
+
+
+def test_a_word_list_has_a_size(tmp_path):
+    with zipfile.ZipFile(tmp_path / "words.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("words.txt", b"good\t1\n" * (MAX_BYTES // 7 + 1))
+    with pytest.raises(DataError, match="more than 64 MB of words"):
+        read_lexicon(tmp_path / "words.zip")
 
 
 def test_vader(shared):

@@ -17,7 +17,7 @@ from transformers import (
 
 import small_tokenizers
 from dpo_cli import durable
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.attention import interface
 from dpo_cli.rewards import normalization as normalisation
 from dpo_cli.rewards import scoring
@@ -142,6 +142,15 @@ def test_rewards_are_normalised_on_samples_of_the_base(trained, sft, tmp_path):
     assert summary["reward_std"] == facts["normalisation"]["std"]
     assert "normalisation" in (folder / "final" / "dpo_run.json").read_text()
     assert durable.damage(folder / "final") is None
+
+
+@pytest.mark.parametrize("facts", [{"mean": 0.0, "std": 0.0}, {"mean": "x"}, [], {"std": 1e999}])
+def test_facts_that_cannot_scale_a_reward(facts, trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "m")
+    path = tmp_path / "m" / "final" / "dpo_run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalisation": facts}))
+    with pytest.raises(DataError, match="has no finite mean and std of rewards"):
+        scorer(tmp_path, "reward_fn=reward_model", f"reward_fn.path={tmp_path / 'm'}")
 
 
 def test_a_run_killed_before_it_normalised_does_so_on_resuming(sft, tmp_path):

@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import toy_space
 from composing import composed, problems
 from dpo_cli.config.read import prepare
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, DataError, NonFiniteError
+from dpo_cli.evaluation import measure
 from dpo_cli.report import win_rates as picture
 from dpo_cli.report.console import Progress
 from dpo_cli.run import run
@@ -199,18 +201,6 @@ def test_by_a_language_model(toy, tmp_path, monkeypatch):
     assert not any(KEY.encode() in path.read_bytes() for path in files)
 
 
-def test_no_verdict_is_no_rate(toy, tmp_path, monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with serving(lambda request: request.say("Both.")) as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base)
-        _, (rate,), _ = evaluate(
-            toy, tmp_path / "e", f"model.path={toy.home / 'two'}", "stage.opponent=chosen",
-            "stage.prompts=3", "judge=http", "judge.retries=0", "logger.plots=true",
-        )  # fmt: skip
-    assert (rate["errors"], rate["win_rate"], rate["low"]) == (3, None, None)
-    assert (tmp_path / "e" / "plots" / "win_rates.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_the_reference_must_be_known(toy, tmp_path):
     (toy.home / "ref" / "dpo_run.json").unlink()
     with pytest.raises(ConfigError, match=r"^stage\.opponent=reference: set stage\.ref"):
@@ -229,7 +219,7 @@ def test_the_reference_must_be_known(toy, tmp_path):
          "stage.opponent=chosn: must be chosen, reference or a policy (a folder or a hub id, "
          "owner/name); did you mean chosen?"),
         (["stage.opponent=chosen", "stage.win_temperatures=[inf]"],
-         "stage.win_temperatures=[inf]: must be numbers of at least 0 (0 is greedy), one or more"),
+         "stage.win_temperatures=[inf]: must be 0 (greedy) or 0.0001 to 10,000"),
         (["stage.opponent=./nowhere"], "stage.opponent=./nowhere: no such folder"),
         (["stage.opponent=chosen", "judge=http"],
          "judge=http: whom to ask? Set the environment variable OPENAI_BASE_URL=<address of an "
@@ -241,6 +231,34 @@ def test_refused_before_anything_is_loaded(monkeypatch, words, line):
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     assert problems(["stage=evaluate", "model=tiny", *words]) == [line]
+
+
+def test_without_any_verdict_there_is_no_figure(toy, tmp_path, monkeypatch):
+    """A recipe would take the step for done; what the judge did say is kept, and cached."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    words = (
+        f"model.path={toy.home / 'one'}", "stage.opponent=chosen", "judge=http", "stage.prompts=2",
+        "judge.retries=0", "logger.plots=true",
+    )  # fmt: skip
+    with serving(lambda request: request.say("I cannot say.")) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base)
+        with pytest.raises(DataError, match=r"^judge http=gpt-4: no verdict on any of 2 matches"):
+            evaluate(toy, tmp_path / "e", *words)
+    said = (tmp_path / "e" / "verdicts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["verdict"] for line in said] == ["error", "error"]
+    assert not (tmp_path / "e" / "summary.json").exists()
+    with serving(by_words) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base)
+        with pytest.raises(DataError, match=r"judge\.max_calls=1 are used up; start it again"):
+            evaluate(toy, tmp_path / "f", *words, "judge.max_calls=1")
+
+
+def test_a_policy_that_overflows_gives_no_figure(toy, tmp_path, monkeypatch):
+    nan = lambda *args: torch.tensor([1.0, math.nan])  # noqa: E731
+    monkeypatch.setattr(measure, "sequence_logprobs", nan)
+    with pytest.raises(NonFiniteError, match="a log-probability is NaN"):
+        evaluate(toy, tmp_path / "e", f"model.path={toy.home / 'one'}", "stage.prompts=2")
 
 
 def test_opponents_that_may_be_there(tmp_path, monkeypatch):

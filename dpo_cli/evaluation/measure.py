@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dpo_cli.config import DataConfig, JsonlDataConfig
 from dpo_cli.config.datasets import WRITING
 from dpo_cli.data.sources import read_rows
+from dpo_cli.errors import NonFiniteError
 from dpo_cli.logprobs import sum_by_sequence, target_logprobs, token_kl
 from dpo_cli.losses import preferences
 from dpo_cli.model.forward import head_of, hidden_states, sequence_logprobs
@@ -93,11 +94,11 @@ def divergences(
         hidden = hidden_states(policy, row)[row.source_index]
         other = hidden_states(reference, row)[row.source_index]
         heads = head_of(policy), head_of(reference)
-        kl = token_kl(hidden, heads[0], other, heads[1])
+        kl = _comparable(token_kl(hidden, heads[0], other, heads[1]))
         ratio = target_logprobs(hidden, heads[0], row.targets) - target_logprobs(
             other, heads[1], row.targets
         )
-        return prompt_means(kl, row), prompt_means(ratio, row)
+        return prompt_means(kl, row), prompt_means(_comparable(ratio), row)
 
     def measure() -> None:
         for row, means in over_rows(session, examples, both, tick=tick):
@@ -106,6 +107,13 @@ def divergences(
 
     session.within_memory(measure)
     return exact, sampled
+
+
+def _comparable(values: torch.Tensor) -> torch.Tensor:
+    """The values themselves; NonFiniteError for NaN, which would count as a loss of its pair."""
+    if values.isnan().any():
+        raise NonFiniteError("a log-probability is NaN: the model overflows or is damaged")
+    return values
 
 
 def prompt_means(values: torch.Tensor, row: Batch) -> list[float]:
@@ -139,11 +147,11 @@ def preference_accuracy(
     with session.progress.phase("preference accuracy", len(rows)) as tick:
 
         def both(row: Batch) -> tuple[list[float], list[float]]:
-            logprobs = sequence_logprobs(policy, row).view(-1, row.branches)
+            logprobs = _comparable(sequence_logprobs(policy, row)).view(-1, row.branches)
             sizes = logprobs.abs()
             if reference is None:
                 return ranked_right(logprobs, sizes), []
-            other = sequence_logprobs(reference, row).view(-1, row.branches)
+            other = _comparable(sequence_logprobs(reference, row)).view(-1, row.branches)
             implied = ranked_right(logprobs - other, sizes + other.abs())
             return ranked_right(logprobs, sizes), implied
 

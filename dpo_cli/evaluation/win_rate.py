@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dpo_cli.config import EvaluateConfig, HttpJudgeConfig
 from dpo_cli.config.endpoint import endpoint_from_environment
 from dpo_cli.data.dataset import load_splits
-from dpo_cli.durable import write_bytes
-from dpo_cli.errors import ConfigError
+from dpo_cli.durable import write_text
+from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.evaluation.judge import Decision, Judge, Match, RewardJudge, Verdict
 from dpo_cli.evaluation.judge_http import HttpJudge
 from dpo_cli.model.sampling.generate import SamplingOptions
 from dpo_cli.records import EncodedExample, Prompt, response_text
-from dpo_cli.report.files import encode, to_json, write_redacted_json
+from dpo_cli.report.files import to_json, write_redacted_json
 from dpo_cli.rewards.scorers import Completed, Scorer, as_text
 from dpo_cli.session.lengths import new_tokens
 from dpo_cli.session.models import load_named
@@ -90,7 +90,8 @@ class WinRates:
 
         Returns `win_rate_t0.7` with its 95% interval, `_low` and `_high`, for each temperature;
         adds the policy to win_rates.json, verdicts.jsonl and plots/win_rates.png.
-        Raises ConfigError if the judge refuses something that all requests have in common.
+        Raises ConfigError if the judge refuses something that all requests have in common,
+        DataError if it gives no verdict at all.
         """
         figures: dict[str, float] = {}
         for temperature in dict.fromkeys(self.stage.win_temperatures):
@@ -125,6 +126,13 @@ class WinRates:
         self._tell(decisions)
         counts = Counter(decision.verdict for decision in decisions)
         wins, losses, ties = (counts[v] for v in (Verdict.WIN, Verdict.LOSS, Verdict.TIE))
+        if wins + losses + ties == 0:
+            self._write_verdicts()
+            raise DataError(
+                f"judge {self.judge.name}: no verdict on any of {len(matches):,} matches of "
+                f"{label} at temperature {temperature:g}: {decisions[0].reason}; start it again "
+                "once the judge answers, its answers so far are cached"
+            )
         rate = win_rate(wins, losses, ties)
         return {
             **where, "wins": wins, "losses": losses, "ties": ties,
@@ -196,10 +204,13 @@ class WinRates:
             for prompt, (c,) in zip(bench.prompts, drawn, strict=True)
         ]
 
+    def _write_verdicts(self) -> None:
+        lines = "".join(to_json(row) + "\n" for row in self.verdicts)
+        write_text(self.session.run_dir / "verdicts.jsonl", lines)
+
     def _write(self) -> None:
         folder = self.session.run_dir
-        lines = "".join(to_json(row) + "\n" for row in self.verdicts)
-        write_bytes(folder / "verdicts.jsonl", encode(lines))
+        self._write_verdicts()
         write_redacted_json(folder / "win_rates.json", self.rows)
         if self.session.config.logger.plots:
             from dpo_cli.report.win_rates import draw_win_rates  # matplotlib is slow to import

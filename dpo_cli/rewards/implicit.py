@@ -15,8 +15,7 @@ from dpo_cli.model.forward import sequence_logprobs
 from dpo_cli.model.load import load_tokenizer
 from dpo_cli.records import Batch
 from dpo_cli.rewards.completions import Encoding, values_of
-from dpo_cli.rewards.scorers import Completed, Scorer
-from dpo_cli.rewards.scoring import finite
+from dpo_cli.rewards.scorers import Completed, Scorer, finite
 from dpo_cli.session.models import base_provenance, load, load_named
 from dpo_cli.session.session import Session
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.rewards.scorers import Completed, Scorer
+from dpo_cli.rewards.scorers import Completed, Scorer, finite
 
 PUNCTUATION = string.punctuation + "“”‘’«»…–—"  # noqa: RUF001 - as in typeset texts
+MAX_BYTES = 2**26  # of a word list
 
 
 def lexicon(valences: Mapping[str, float]) -> Scorer:
@@ -22,7 +23,7 @@ def lexicon(valences: Mapping[str, float]) -> Scorer:
     """
 
     def score(rows: Sequence[Completed]) -> list[float]:
-        return [mean_valence(row.completion, valences) for row in rows]
+        return finite([mean_valence(row.completion, valences) for row in rows])
 
     return score
 
@@ -58,7 +59,7 @@ def read_lexicon(path: Path) -> dict[str, float]:
     """
     try:
         lines = _content(path).decode("utf-8").split("\n")
-    except (OSError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+    except (OSError, UnicodeDecodeError, zipfile.BadZipFile, RuntimeError) as error:
         raise DataError(f"reward_fn.path={path}: cannot be read: {error}") from error
     valences: dict[str, float] = {}
     for number, line in enumerate(lines, 1):
@@ -73,6 +74,7 @@ def read_lexicon(path: Path) -> dict[str, float]:
 
 def _content(path: Path) -> bytes:
     if path.suffix != ".zip":
+        _bounded(path, path.stat().st_size)
         return path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith(".txt")]
@@ -80,7 +82,13 @@ def _content(path: Path) -> bytes:
             raise DataError(
                 f"reward_fn.path={path}: contains {len(names)} .txt files instead of one"
             )
+        _bounded(path, archive.getinfo(names[0]).file_size)  # reading stops there
         return archive.read(names[0])
+
+
+def _bounded(path: Path, size: int) -> None:
+    if size > MAX_BYTES:
+        raise DataError(f"reward_fn.path={path}: more than {MAX_BYTES / 2**20:.0f} MB of words")
 
 
 def _entry(line: str, where: str) -> tuple[str, float]:

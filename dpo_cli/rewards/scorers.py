@@ -6,9 +6,11 @@ To add one: a function here, a line of `SCORERS`, its schema in `config/rewards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dpo_cli.errors import NonFiniteError
 from dpo_cli.grammar import log_odds, positive_probability
 from dpo_cli.records import Prompt
 
@@ -51,6 +53,13 @@ def sentiment_log_odds(rows: Sequence[Completed]) -> list[float]:
 def length(rows: Sequence[Completed]) -> list[float]:
     """Number of words: shows how length is exploited."""
     return [float(len(row.completion.split())) for row in rows]
+
+
+def finite(scores: list[float]) -> list[float]:
+    """The scores themselves; NonFiniteError if one cannot be compared with others."""
+    if not all(map(math.isfinite, scores)):
+        raise NonFiniteError("reward_fn: a score is not finite: the model overflows or is damaged")
+    return scores
 
 
 SCORERS: dict[str, Scorer] = {"sentiment": sentiment, "length": length}

@@ -23,7 +23,7 @@ from dpo_cli.config import (
 from dpo_cli.config.unread import unread, value_at
 from dpo_cli.data.template import use_template_file
 from dpo_cli.durable.provenance import load_provenance
-from dpo_cli.errors import NonFiniteError
+from dpo_cli.errors import DataError
 from dpo_cli.model.attention.interface import kernel_of, use_kernel
 from dpo_cli.model.classifier import (
     Classifier,
@@ -39,7 +39,7 @@ from dpo_cli.model.source import model_folder
 from dpo_cli.records import Batch
 from dpo_cli.rewards.completions import Encoding, values_of
 from dpo_cli.rewards.lexicon import from_lists, lexicon, read_lexicon
-from dpo_cli.rewards.scorers import SCORERS, Completed, Scorer, sentiment_log_odds
+from dpo_cli.rewards.scorers import SCORERS, Completed, Scorer, finite, sentiment_log_odds
 from dpo_cli.session.session import Session
 from dpo_cli.train.runtime import Runtime
 from dpo_cli.user_code import UserFunction, user_function
@@ -218,7 +218,16 @@ def _normalization(session: Session, config: RewardModelFn) -> Normalization | N
             "(stage.normalize_prompts of stage=reward), so its rewards are not scaled"
         )
         return None
-    return Normalization(float(facts["mean"]), float(facts["std"]))
+    try:
+        found = Normalization(float(facts["mean"]), float(facts["std"]))
+    except (KeyError, TypeError, ValueError):
+        found = Normalization(math.nan, math.nan)
+    if not (math.isfinite(found.mean) and 0.0 < found.std < math.inf):
+        raise DataError(
+            f"{config.path}: its dpo_run.json has no finite mean and std of rewards ({facts}); set "
+            "reward_fn.normalized=false"
+        )
+    return found
 
 
 def scorer_digest(scorer: Scorer) -> str | None:
@@ -228,10 +237,3 @@ def scorer_digest(scorer: Scorer) -> str | None:
     if isinstance(scorer, ClassifierScorer):
         return loaded_digest(scorer.classifier.model)
     return loaded_digest(scorer.model) if isinstance(scorer, RewardModelScorer) else None
-
-
-def finite(scores: list[float]) -> list[float]:
-    """The scores, unchanged; NonFiniteError if one is not finite."""
-    if not all(map(math.isfinite, scores)):
-        raise NonFiniteError("reward_fn: a score is not finite: the model overflows or is damaged")
-    return scores
