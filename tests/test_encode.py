@@ -145,7 +145,7 @@ class TestEdges:
         ]
         config, drops = JsonlDataConfig(), DropReport()
         whole = encode_examples(examples, tokenizer, config, WIDE, drops)
-        monkeypatch.setattr("dpo_cli.data.encode.CHUNK", 7)
+        monkeypatch.setattr("dpo_cli.data.cut.EXAMPLES", 7)
         parts = encode_examples(examples, tokenizer, config, WIDE, drops)
         assert [_lists(e) for e in parts] == [_lists(e) for e in whole]
         assert [e.row for e in whole] == list(range(1, 40))

@@ -8,10 +8,13 @@ import json
 from dpo_cli.config import DataConfig
 from dpo_cli.data.adapters import ADAPTERS
 from dpo_cli.data.drops import MISSING, BadRow, DropReport, response_name
+from dpo_cli.data.files import Most, Row, too_long
 from dpo_cli.data.notes import note_scores
 from dpo_cli.data.sources import Rows
 from dpo_cli.errors import DataError
 from dpo_cli.records import PreferenceExample, Prompt, Response, response_text
+
+DEEPEST = 64  # lists and objects within each other; templates and JSON recurse
 
 
 def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[PreferenceExample]:
@@ -21,8 +24,11 @@ def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[
     """
     parse = ADAPTERS[config.name]
     examples_of_all: list[PreferenceExample] = []
+    most = Most.of(config).row
     for index, row in rows.numbered(config.max_rows, seed):
         drops.read += 1
+        if problem := _oversized(row, most):
+            raise DataError(f"{rows.origin}, row {index}: {problem}")
         try:
             examples = list(parse(row, index, config))
         except BadRow as bad:
@@ -56,6 +62,26 @@ def in_one_form(examples: list[PreferenceExample]) -> list[PreferenceExample]:
         if isinstance(e.prompt, str) else e
         for e in examples
     ]  # fmt: skip
+
+
+def _oversized(row: Row, most: int) -> str | None:
+    """Why a row is too long or too deep. most: characters."""
+    size, deep = 0, []
+    for value in row.values():
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, (dict, list)):
+            deep.append((value, 1))
+    while deep and size <= most:
+        value, depth = deep.pop()
+        if depth > DEEPEST:
+            return f"nested more than {DEEPEST} deep"
+        for part in value.values() if isinstance(value, dict) else value:
+            if isinstance(part, str):
+                size += len(part)
+            elif isinstance(part, (dict, list)):
+                deep.append((part, depth + 1))
+    return too_long(most) if size > most else None
 
 
 def _problem(example: PreferenceExample) -> str | None:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 
-from dpo_cli.durable import write_bytes
+from dpo_cli.durable import disk_errors
+from dpo_cli.durable.cache import keep
 from dpo_cli.durable.temporary import remove_leftovers
 from dpo_cli.errors import DiskError
 from dpo_cli.records import EncodedExample
@@ -25,7 +27,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def save(path: Path, lists: Mapping[str, Sequence[EncodedExample]], meta: dict[str, Any]) -> None:
-    """Write to a temporary file and rename it. A full disk only logs a warning."""
+    """Replace the file atomically. A disk that refuses only logs a warning."""
     arrays = {
         f"{name}.{key}": array
         for name, examples in lists.items()
@@ -34,22 +36,26 @@ def save(path: Path, lists: Mapping[str, Sequence[EncodedExample]], meta: dict[s
     text = json.dumps(meta)
     content = to_safetensors(arrays, {"meta": text, "sha256": _checksum(arrays, text)})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, content)
-    except (OSError, DiskError) as error:
-        log.warning("encoded rows are not cached: %s: %s", path, error)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        keep(path, content)
+    except DiskError as error:
+        log.warning("encoded rows are not cached: %s", error)
 
 
 def load(path: Path) -> tuple[dict[str, list[EncodedExample]], dict[str, Any]] | None:
-    """(lists, meta) as saved; None, with a warning, if the file is damaged."""
+    """(lists, meta) as saved; None if there is none, and with a warning if it is damaged.
+
+    Read at once, as the file may be replaced at any moment.
+    """
     remove_leftovers(path.parent, of="rows-")
-    if not path.is_file():
-        return None
     try:
-        with safe_open(path, framework="numpy") as stored:
-            arrays: Arrays = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-            header = stored.metadata() or {}
-    except (OSError, SafetensorError) as error:
+        content = path.read_bytes()
+        arrays: Arrays = from_safetensors(content)
+        header = _metadata(content)
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, ValueError) as error:
         log.warning("cache file %s is damaged (%s): encoding the rows again", path, error)
         return None
     text = header.get("meta", "")
@@ -58,6 +64,13 @@ def load(path: Path) -> tuple[dict[str, list[EncodedExample]], dict[str, Any]] |
         return None
     names = sorted({key.split(".")[0] for key in arrays})
     return {name: _restore(arrays, name) for name in names}, json.loads(text)
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """Of a safetensors file: its header is JSON behind 8 bytes of its length."""
+    size = int.from_bytes(content[:8], "little")
+    found = json.loads(content[8 : 8 + size]).get("__metadata__")
+    return found if isinstance(found, dict) else {}
 
 
 def _checksum(arrays: Arrays, meta: str) -> str:

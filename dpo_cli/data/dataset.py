@@ -19,6 +19,7 @@ from dpo_cli.data import cache
 from dpo_cli.data.adapt import adapt, in_one_form
 from dpo_cli.data.drops import DropReport
 from dpo_cli.data.encode import encode_examples
+from dpo_cli.data.files import Most
 from dpo_cli.data.held_out import hold_out, note_fewer, note_overlap
 from dpo_cli.data.limits import Limits, resolve_limits
 from dpo_cli.data.sources import Rows, Source, content_digest, find_source, read_source
@@ -94,15 +95,16 @@ def load_encoded(
     if config.name == GENERATED:
         return _encode_splits(load_splits(config, seed), True, tokenizer, config, limits)
     sources = _train_source(config), find_source(config, "eval")
-    path = None
+    path, contents = None, None
     if cache_dir is not None:
-        key = _cache_key(config, tokenizer, limits, seed, sources)
+        contents = _contents(sources)
+        key = _cache_key(config, tokenizer, limits, seed, contents)
         path = cache_dir / f"rows-{key[:24]}.safetensors"
         if (stored := cache.load(path)) is not None:
             return _from_cache(*stored)
     splits = _read_splits(config, seed, *sources)
     encoded = _encode_splits(splits, sources[1] is not None, tokenizer, config, limits)
-    if path is not None:
+    if path is not None and _still(contents, sources):
         cache.save(path, {"train": encoded.train, "eval": encoded.eval}, _cache_meta(encoded))
     return encoded
 
@@ -137,7 +139,8 @@ def _read_splits(
 ) -> Splits:
     """max_rows limits the training rows only; it does not change what is held out."""
     drops = DropReport()
-    rows = read_source(train)
+    most = Most.of(config)
+    rows = read_source(train, most)
     if eval_source is None and config.eval_rows:
         remaining, chosen = _hold_out_of(rows, config, seed, drops)
         return Splits(remaining, chosen, drops, train.origin, train.revision)
@@ -145,7 +148,7 @@ def _read_splits(
     if eval_source is None:
         return Splits(examples, [], drops, train.origin, train.revision)
     eval_drops = DropReport()
-    chosen = adapt(read_source(eval_source), config, seed, eval_drops)
+    chosen = adapt(read_source(eval_source, most), config, seed, eval_drops)
     both, trained = in_one_form([*examples, *chosen]), len(examples)
     examples, chosen = both[:trained], both[trained:]
     count = _eval_count(config, len(chosen))
@@ -203,12 +206,24 @@ def _encode_splits(
     return EncodedSplits(train, held, drops, splits.origin, splits.revision, both, limits)
 
 
+def _contents(sources: Sequence[Source | None]) -> list[str | None]:
+    return [content_digest(source) if source else None for source in sources]
+
+
+def _still(contents: Sequence[str | None] | None, sources: Sequence[Source | None]) -> bool:
+    """Whether the rows are those that were read: a file may be written to meanwhile."""
+    try:
+        return contents == _contents(sources)
+    except DataError:
+        return False
+
+
 def _cache_key(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits,
     seed: int,
-    sources: Sequence[Source | None],
+    contents: Sequence[str | None],
 ) -> str:
     """sha256 of everything the ids depend on, including this package's code."""
     if not writes_the_date(tokenizer):
@@ -216,7 +231,7 @@ def _cache_key(
     facts = [
         dpo_cli.__version__,
         _code_digest(),
-        [content_digest(source) if source else None for source in sources],
+        contents,
         dataclasses.asdict(config),
         dataclasses.asdict(limits),
         seed,

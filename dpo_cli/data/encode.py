@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +22,7 @@ from dpo_cli.data.chat import (
     special_pattern,
     token_id,
 )
+from dpo_cli.data.cut import chunks, cut, size
 from dpo_cli.data.drops import BadRow, DropReport, response_name
 from dpo_cli.data.limits import Limits
 from dpo_cli.data.notes import TextHandling, note_texts
@@ -29,9 +30,13 @@ from dpo_cli.data.template import Renderer
 from dpo_cli.data.tokens import Ids, Piece, TokenizerFacts, encode_pieces, tokenizer_facts
 from dpo_cli.data.trained import prompt_key
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.records import EncodedExample, PreferenceExample, Prompt, response_text
-
-CHUNK = 1024  # examples per tokenizer call: enough for its threads, little memory
+from dpo_cli.records import (
+    EncodedExample,
+    PreferenceExample,
+    Prompt,
+    most_characters,
+    response_text,
+)
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,15 @@ class Encoder:
 @dataclass(frozen=True)
 class Written:
     """An example as text pieces. end_ids: tokens that end each response; empty if it is
-    unfinished. sampled: by a policy, so that it may be empty."""
+    unfinished. sampled: by a policy, so that it may be empty. shortened: which texts were cut
+    before they are tokenized, `prompt` and `response`."""
 
     example: PreferenceExample
     prompt: list[Piece]
     responses: list[list[Piece]]
     end_ids: list[tuple[int, ...]]
     sampled: bool = False
+    shortened: tuple[str, ...] = ()
 
 
 def encode_examples(
@@ -77,9 +84,7 @@ def encode_examples(
     chats = any(not isinstance(example.prompt, str) for example in examples)
     encoder = _make_encoder(tokenizer, config, limits, chats)
     return [
-        encoded
-        for first in range(0, len(examples), CHUNK)
-        for encoded in _encode_chunk(examples[first : first + CHUNK], encoder, drops)
+        encoded for chunk in chunks(examples) for encoded in _encode_chunk(chunk, encoder, drops)
     ]
 
 
@@ -176,7 +181,27 @@ def _write(example: PreferenceExample, encoder: Encoder, sampled: bool = False) 
             start, responses, ends = rendered.prompt, rendered.responses, rendered.end_ids
     finished = example.finished or [True] * len(responses)
     ends = [end if f else () for end, f in zip(ends, finished, strict=True)]
-    return Written(example, start, responses, ends, sampled)
+    return _shortened(Written(example, start, responses, ends, sampled), encoder)
+
+
+def _shortened(written: Written, encoder: Encoder) -> Written:
+    """Without what is surely truncated: tokenized in full, a text takes a hundred times its own
+    memory. A response that is cut does not end."""
+    most = most_characters(encoder.limits.max_length)
+    parts, shortened = (written.prompt, *written.responses), []
+    if all(size(part) <= most for part in parts):
+        return written
+    prompt, responses, ends = written.prompt, list(written.responses), list(written.end_ids)
+    if size(prompt) > most:
+        prompt = cut(prompt, most, at_end=encoder.keep_prompt == "end")
+        shortened.append("prompt")
+    for place, response in enumerate(responses):
+        if size(response) > most:
+            responses[place], ends[place] = cut(response, most, at_end=False), ()
+            shortened.append("response")
+    return replace(
+        written, prompt=prompt, responses=responses, end_ids=ends, shortened=tuple(shortened)
+    )
 
 
 def _write_plain(
@@ -227,9 +252,9 @@ def _fit(
     if len(set(map(tuple, responses))) < len(responses):
         when = " once truncated to data.max_length" if truncated_response else ""
         raise BadRow(f"have the same tokens{when}", "responses")
-    if truncated_prompt:
+    if truncated_prompt or "prompt" in written.shortened:
         drops.add_truncated(f"prompt (data.max_prompt_length={limits.max_prompt_length})", row)
-    if truncated_response:
+    if truncated_response or "response" in written.shortened:
         drops.add_truncated(f"response (data.max_length={limits.max_length})", row)
     return EncodedExample(
         np.array(prompt, np.int32),

@@ -1,4 +1,4 @@
-"""Read rows from local files. Errors name the file and the line, if there is one."""
+"""Read rows from local files, within limits. Errors name the file, and the line if there is one."""
 
 from __future__ import annotations
 
@@ -6,26 +6,84 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, AnyStr
 
+from dpo_cli.config import DataConfig
+from dpo_cli.durable.refusals import reason
 from dpo_cli.errors import DataError
 
 Row = dict[str, Any]
 
 SAVED_DATASET = ("dataset_dict.json", "state.json")  # written by datasets.save_to_disk
+MB = 2**20
+ROW_BYTES = 256  # that a row takes in memory beside its texts, so that empty ones count, too
+MOST_FILE_MB = 8192  # where data.max_file_mb is null
+# A text is compressed to a tenth; what expands more than this was made to.
+GZIP_RATIO, GZIP_MB = 100, 64
 
 
-def read_file(path: Path) -> list[Row]:
+@dataclass(frozen=True)
+class Most:
+    """Bytes that one row and one file may have, uncompressed; `given`: by data.max_file_mb."""
+
+    row: int
+    file: int
+    given: bool = False
+
+    @classmethod
+    def of(cls, config: DataConfig) -> Most:
+        mb = config.max_file_mb
+        return cls(int(config.max_row_mb * MB), int((mb or MOST_FILE_MB) * MB), mb is not None)
+
+    def for_file(self, path: Path) -> Most:
+        """With the limit of a compressed file by its size, unless one is given."""
+        if path.suffix != ".gz" or self.given:
+            return self
+        expanded = max(GZIP_MB * MB, GZIP_RATIO * path.stat().st_size)
+        return Most(self.row, min(self.file, expanded))
+
+
+@dataclass
+class Meter:
+    """Counts what is read of a file. Raises DataError beyond its limits."""
+
+    path: Path
+    most: Most
+    read: int = 0
+
+    def add(self, size: int, rows: int, where: str = "") -> None:
+        """Of `rows` rows of `size` bytes together; where: of one row, to check its own limit."""
+        self.read += size + ROW_BYTES * rows
+        if where and size > self.most.row:
+            raise DataError(f"{self.path}, {where}: {too_long(self.most.row)}")
+        if self.read > self.most.file:
+            raise DataError(
+                f"{self.path}: more than {self.most.file / MB:,.0f} MB of rows: split it, or set "
+                "data.max_file_mb"
+            )
+
+
+def too_long(most: int) -> str:
+    """most: bytes, or characters."""
+    return f"longer than {most / MB:,.4g} MB: shorten it, or raise data.max_row_mb"
+
+
+def read_file(path: Path, most: Most) -> list[Row]:
     """All rows of one file; its suffix decides how it is read."""
     reader = READERS.get(suffix(path))
     if reader is None:
         raise DataError(f"{path}: unknown file type; supported are {', '.join(READERS)}")
     try:
-        return reader(path)
+        meter = Meter(path, most.for_file(path))
+        if path.suffix != ".gz":  # known before it is read
+            Meter(path, meter.most).add(path.stat().st_size, 0)
+        return reader(path, meter)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: unreadable or incomplete file ({error})") from error
+        why = reason(error) if isinstance(error, OSError) else error
+        raise DataError(f"{path}: unreadable or incomplete file ({why})") from error
 
 
 def suffix(path: Path) -> str:
@@ -33,14 +91,23 @@ def suffix(path: Path) -> str:
     return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
 
 
-def _read_json_lines(path: Path) -> list[Row]:
+def bounded_lines(stream: IO[AnyStr], meter: Meter) -> Iterator[AnyStr]:
+    """The lines of a file, none of which is read further than a row may be long."""
+    number = 0
+    while line := stream.readline(meter.most.row + 1):
+        number += 1
+        meter.add(len(line), 1, f"line {number}")
+        yield line
+
+
+def _read_json_lines(path: Path, meter: Meter) -> list[Row]:
     open_binary = gzip.open if path.suffix == ".gz" else open
-    with open_binary(path, "rb") as lines:
-        return list(_json_rows(path, lines))
+    with open_binary(path, "rb") as stream:
+        return list(_json_rows(path, stream, meter))
 
 
-def _json_rows(path: Path, lines: Iterable[bytes]) -> Iterator[Row]:
-    for number, line in enumerate(lines, start=1):
+def _json_rows(path: Path, stream: Any, meter: Meter) -> Iterator[Row]:
+    for number, line in enumerate(bounded_lines(stream, meter), start=1):
         if not line.strip():
             continue
         yield _json_object(path, number, line)
@@ -48,7 +115,7 @@ def _json_rows(path: Path, lines: Iterable[bytes]) -> Iterator[Row]:
 
 def _json_object(path: Path, number: int, line: bytes) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}, line {number}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
@@ -56,13 +123,23 @@ def _json_object(path: Path, number: int, line: bytes) -> Row:
     return row
 
 
-def _read_json(path: Path) -> list[Row]:
+def unique(pairs: list[tuple[str, Any]]) -> Row:
+    """An object of JSON. ValueError where a key stands twice: one of the values would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice")
+    return found
+
+
+def _read_json(path: Path, meter: Meter) -> list[Row]:
     """A list of objects; JSON Lines files often have this suffix too."""
-    content = path.read_bytes()
-    if content.lstrip()[:1] == b"{":
-        return list(_json_rows(path, content.splitlines()))
+    with path.open("rb") as stream:
+        if stream.read(MB).lstrip()[:1] == b"{":
+            stream.seek(0)
+            return list(_json_rows(path, stream, meter))
     try:
-        rows = json.loads(content)
+        rows = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -70,32 +147,50 @@ def _read_json(path: Path) -> list[Row]:
     return rows
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path, meter: Meter) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    rows: list[Row] = []
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            refuse_twice(path, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=4096):  # rows, so that a bomb shows early
+                meter.add(batch.nbytes, batch.num_rows)
+                rows += batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file ({error})") from error
+    return rows
 
 
-def _read_csv(path: Path) -> list[Row]:
+def refuse_twice(path: Path, names: Sequence[str]) -> None:
+    """Raise DataError where two columns have one name: all values of one would be lost."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"{path}: two columns are named {twice[0]!r}; rename one")
+
+
+def _read_csv(path: Path, meter: Meter) -> list[Row]:
     """The first line names the columns; every value is a string."""
-    csv.field_size_limit(2**31 - 1)  # the default rejects values over 128 KiB
+    csv.field_size_limit(min(meter.most.row, 2**31 - 1))  # the default rejects over 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
+        reader = csv.DictReader(bounded_lines(stream, meter), strict=True)
         try:
+            refuse_twice(path, list(reader.fieldnames or ()))
             rows = list(reader)
         except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{path}, line {reader.line_num}: {error}") from error
+            raise DataError(f"{path}, line {reader.line_num}: {_told(error, meter)}") from error
     for number, row in enumerate(rows):
         if None in row:
             raise DataError(f"{path}, row {number}: more values than columns")
     return rows
 
 
-READERS: dict[str, Callable[[Path], list[Row]]] = {
+def _told(error: Exception, meter: Meter) -> str:
+    large = "field larger than field limit" in str(error)
+    return f"a cell is {too_long(meter.most.row)}" if large else str(error)
+
+
+READERS: dict[str, Callable[[Path, Meter], list[Row]]] = {
     ".jsonl": _read_json_lines,
     ".jsonl.gz": _read_json_lines,
     ".json": _read_json,

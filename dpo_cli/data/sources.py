@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING, Literal
 from dpo_cli.config import DataConfig
 from dpo_cli.data.files import (
     SAVED_DATASET,
+    Most,
     Row,
     files_of_split,
     folder_files,
     is_saved_dataset,
     read_file,
 )
-from dpo_cli.durable import mismatch
+from dpo_cli.durable import file_digest, mismatch
+from dpo_cli.durable.refusals import as_refusal
 from dpo_cli.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -89,7 +92,7 @@ def read_rows(config: DataConfig, which: Which) -> Rows:
     source = find_source(config, which)
     if source is None:
         raise ConfigError(f"data={config.name}: no {which} split; set data.eval_path=")
-    return read_source(source)
+    return read_source(source, Most.of(config))
 
 
 def find_source(config: DataConfig, which: Which) -> Source | None:
@@ -113,7 +116,8 @@ def find_source(config: DataConfig, which: Which) -> Source | None:
     return None if split is None else _hub_source(config, config.hub_id, split)
 
 
-def read_source(source: Source) -> Rows:
+def read_source(source: Source, most: Most) -> Rows:
+    """The rows of a source. Raises DataError where they cannot be read, or are too many bytes."""
     if source.hub_id is not None:
         return Rows(_load_from_hub(source), source.origin, source.revision)
     if source.saved is not None:
@@ -121,7 +125,7 @@ def read_source(source: Source) -> Rows:
     for path in source.files:  # some, such as those of stage=label, have a checksum beside them
         if reason := mismatch(path):
             raise DataError(reason)
-    rows = [row for path in source.files for row in read_file(path)]
+    rows = [row for path in source.files for row in read_file(path, most)]
     return Rows(rows, source.origin, None)
 
 
@@ -134,9 +138,11 @@ def content_digest(source: Source) -> str:
         files = sorted(p for p in source.saved.rglob("*") if p.is_file())
     total = hashlib.sha256()
     for path in files:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        total.update(f"{path.name} {digest}\n".encode("utf-8", "surrogateescape"))
+        try:
+            digest = file_digest(path)
+        except OSError as error:
+            raise DataError(str(as_refusal(error, path) or error)) from error
+        total.update(os.fsencode(path.name) + f" {digest}\n".encode())
     return total.hexdigest()
 
 

@@ -7,6 +7,7 @@ final/trained_prompts.bin   little-endian, sorted, unique: of the run's training
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from dpo_cli.records import Prompt
 
 TRAINED_PROMPTS = "trained_prompts.bin"
 KEYS = np.dtype("<u8")
+PART = 2**20  # characters
+_SPACE = re.compile(r"\s")
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -29,7 +32,13 @@ def prompt_text(prompt: Prompt) -> str:
 def prompt_words(prompt: Prompt) -> str:
     """As `prompt_text`, with whitespace collapsed and Unicode normalized, to recognize a file that
     another program has saved."""
-    return " ".join(unicodedata.normalize("NFC", prompt_text(prompt)).split())
+    text, parts, start = unicodedata.normalize("NFC", prompt_text(prompt)), [], 0
+    while start < len(text):  # in parts: ten million words at once take a gigabyte
+        space = _SPACE.search(text, start + PART)
+        end = space.start() if space else len(text)
+        parts.append(" ".join(text[start:end].split()))
+        start = end
+    return " ".join(filter(None, parts))
 
 
 def prompt_key(prompt: Prompt) -> int:

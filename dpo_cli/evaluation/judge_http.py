@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import queue
 import random
 import threading
@@ -19,9 +20,10 @@ from typing import TypeVar
 
 from dpo_cli.config import HttpJudgeConfig
 from dpo_cli.config.endpoint import Endpoint
-from dpo_cli.durable import disk_errors, write_json
+from dpo_cli.durable import cache, encode
+from dpo_cli.durable.redact import redact
 from dpo_cli.durable.temporary import remove_leftovers
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.evaluation.judge import Decision, Match, Tick, Verdict
 from dpo_cli.evaluation.judge_prompts import Letter, parse_choice, plain, question
 from dpo_cli.evaluation.judge_request import Client, Misread, Unanswered, backoff
@@ -30,6 +32,8 @@ BLOCK = 8  # matches per thread in a block
 SILENT = 5  # initial questions without any answer, after which the run stops
 RETRIES_OF_UNREADABLE = 1  # of a question whose answer could not be parsed
 MAX_REASON = 600  # characters of an answer that are kept
+
+log = logging.getLogger(__name__)
 
 X = TypeVar("X")
 Y = TypeVar("Y")
@@ -87,6 +91,7 @@ class HttpJudge:
         self._known: dict[str, Answer] = {}
         self._faults: dict[str, str] = {}
         self._heard = False
+        self._uncached = False
 
     @property
     def name(self) -> str:
@@ -202,10 +207,15 @@ class HttpJudge:
 
     def _keep(self, key: str, answer: Answer) -> None:
         self._known[key] = answer
-        with disk_errors(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
         values = {"key": key, "judge": self._config.model, "choice": answer.choice}
-        write_json(self._folder / f"{key}.json", values | {"answer": answer.text})
+        content = encode(json.dumps(redact(values | {"answer": answer.text}), indent=1) + "\n")
+        try:
+            cache.subfolder(self._folder.parent, self._folder.name)
+            cache.keep(self._folder / f"{key}.json", content)
+        except DiskError as error:  # the run has the answer; another may have to ask again
+            if not self._uncached:
+                log.warning("the judge's answers are not cached: %s", error)
+            self._uncached = True
 
     def _cached(self, key: str) -> bool:
         """Whether the answer is in memory or, if so read, on disk."""

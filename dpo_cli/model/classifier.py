@@ -24,6 +24,7 @@ from dpo_cli.model.load import context_length, hf_config, refuse_odd
 from dpo_cli.model.read import read_pretrained
 from dpo_cli.model.rope import split_at_cuts
 from dpo_cli.model.source import loading, tokenizer_source
+from dpo_cli.records import most_characters
 
 CLASSIFIER = "ForSequenceClassification"  # how transformers ends the names of their classes
 
@@ -64,8 +65,9 @@ class Classifier:
         return torch.cat(rows).cpu().double()[[index_of[row] for row in ids]]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        most = most_characters(self.max_tokens)
         token_ids = self.tokenizer(
-            list(texts),
+            [text[-most:] for text in texts],
             truncation=True,
             max_length=self.max_tokens,
             split_special_tokens=True,  # a policy must not end the text by writing `</s>`

@@ -56,7 +56,7 @@ def length(rows: Sequence[Completed]) -> list[float]:
 
 
 def finite(scores: list[float]) -> list[float]:
-    """The scores themselves; NonFiniteError if one cannot be compared with others."""
+    """The scores, unchanged; NonFiniteError if one is not finite."""
     if not all(map(math.isfinite, scores)):
         raise NonFiniteError("reward_fn: a score is not finite: the model overflows or is damaged")
     return scores

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.config import RunConfig
 from dpo_cli.data.dataset import fingerprint
-from dpo_cli.durable import damage, publish_folder
+from dpo_cli.durable import cache
 from dpo_cli.durable.temporary import remove_leftovers
 from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.model.adapters.active import REFERENCE, adapter_as, is_adapted
@@ -35,6 +37,8 @@ from dpo_cli.records import Batch, EncodedExample
 from dpo_cli.session.models import AS_TRAINED, Loaded, Loading, load, load_named, named_source
 from dpo_cli.session.rows import over_rows
 from dpo_cli.session.session import Session
+
+LOGPROBS = "logprobs.safetensors"  # the file of a cache entry
 
 
 @dataclass(frozen=True)
@@ -202,30 +206,34 @@ def cached(
     with reference.active() as model:
         key = reference_key(session, reference, examples, sums)
         folder = Path(session.config.cache_dir) / "reference" / cache_key(session, key)[:32]
-        logprobs = session.ranks.from_first(lambda: read(folder))
+        shape = (len(examples), len(examples[0].response_ids))
+        logprobs = session.ranks.from_first(lambda: read(folder, shape))
         if logprobs is not None:
             session.note(f"{name}: read from cache {key[:12]}")
             return logprobs, key
         values = session.within_memory(lambda: compute(session, model, examples, name, sums))
 
     def write(target: Path) -> None:
-        save_file({"logprobs": values}, target / "logprobs.safetensors")
+        save_file({"logprobs": values}, target / LOGPROBS)
         about = {"rows": len(examples), "precision": session.runtime.precision, "key": key}
-        (target / "about.json").write_text(json.dumps(about))
+        (target / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
     if not session.ranks.first:
         return values, key
     try:
-        publish_folder(folder, write)
+        cache.subfolder(folder.parent.parent, folder.parent.name)
+        cache.keep_folder(folder, write)
     except DiskError as error:  # another run of a sweep published it first, or the disk is full
         session.note(f"{name}: not cached: {error}")
     return values, key
 
 
-def read(folder: Path) -> Tensor | None:
-    """A cache entry, or None if it is absent or damaged."""
+def read(folder: Path, shape: tuple[int, int]) -> Tensor | None:
+    """A cache entry of this shape, (rows, K); None if it is absent or damaged."""
     remove_leftovers(folder.parent)
-    if not folder.is_dir() or damage(folder) is not None:
+    files = cache.read_folder(folder)
+    try:
+        found: Tensor | None = load_tensors(files[LOGPROBS])["logprobs"] if files else None
+    except (KeyError, SafetensorError):
         return None
-    tensors: dict[str, Any] = load_file(folder / "logprobs.safetensors")
-    return cast(Tensor, tensors["logprobs"])
+    return found if found is not None and found.shape == shape else None
