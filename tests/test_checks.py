@@ -43,7 +43,7 @@ from dpo_cli.errors import ConfigError
         ),
         (
             "stage=dpo stage.extra_losses={bco:-1}",
-            "stage.extra_losses: the weight of bco must be a number above 0, not -1",
+            "stage.extra_losses: the weight of bco must be a number above 0, at most 1e6, not -1",
         ),
         (
             "stage=dpo stage.loss=bco stage.divergence=forward_kl",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -47,9 +46,7 @@ class DpoConfig(StageConfig):
     nll_weight: float = key(
         0.0, "weight of the chosen response's NLL per token (RPO)", bound=at_least(0, 1e6)
     )
-    alpha: float = key(
-        0.1, "unlikelihood: weight of the rejected response", bound=at_least(0, 1e6)
-    )
+    alpha: float = key(0.1, "unlikelihood: weight of the rejected response", bound=at_least(0, 1e6))
     simpo_gamma: float = key(1.0, "simpo: the reward margin to reach", bound=at_least(0, 1e6))
     dpop_lambda: float = key(
         50.0, "dpop: weight of a chosen response that became less likely", bound=at_least(0, 1e6)
@@ -128,9 +125,12 @@ def _wrong_extra_losses(stage: DpoConfig) -> Iterator[str]:
         elif (
             isinstance(weight, bool)
             or not isinstance(weight, (int, float))
-            or not (0 < weight < math.inf)
+            or not (0 < weight <= 1e6)
         ):
-            yield f"stage.extra_losses: the weight of {name} must be a number above 0, not {weight}"
+            yield (
+                f"stage.extra_losses: the weight of {name} must be a number above 0, at most 1e6, "
+                f"not {weight}"
+            )
 
 
 SPEC = StageSpec(
