@@ -9,6 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from dpo_cli.config import RunConfig
+from dpo_cli.config.literals import as_override
 from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.read import prepare
 from dpo_cli.run import run
@@ -29,7 +30,7 @@ def configure(*overrides: str) -> RunConfig:
 
 def train(run_dir: Path, *overrides: str) -> dict[str, Any]:
     """A run in this process; returns its summary."""
-    config = configure(*TINY, f"run_dir={run_dir}", *overrides)
+    config = configure(*TINY, as_override("run_dir", str(run_dir)), *overrides)
     return run(config, ["dpo-run", *overrides])
 
 

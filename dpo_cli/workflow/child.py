@@ -5,6 +5,7 @@ A fresh process means fresh CUDA and global state, and a crash stays in its job.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from dpo_cli.distributed.signals import stopping_signals
+from dpo_cli.errors import ConfigError
 
 
 def child_command() -> list[str]:
@@ -25,8 +27,16 @@ def run_child(arguments: Sequence[str]) -> tuple[int, bool]:
     """Run `dpo-run <arguments>` to its end: its exit code, and whether a signal asked us to stop.
 
     The child inherits our output. Signals are forwarded and the child is waited for, so that
-    it can save a checkpoint. A child killed by signal N gives -N.
+    it can save a checkpoint. A child killed by signal N gives -N. Raises ConfigError for text that
+    no process can be given.
     """
+    for word in arguments:
+        try:
+            whole = b"\0" not in os.fsencode(word)
+        except UnicodeEncodeError:  # a lone surrogate, by an escape in YAML
+            whole = False
+        if not whole:
+            raise ConfigError(f"{word!r}: has a character that no command line can have; remove it")
     # Its own process group: Ctrl-C reaches it once, through us, and not a second time from
     # the terminal, at which it would not save.
     child = subprocess.Popen([*child_command(), *arguments], process_group=0)
