@@ -13,6 +13,13 @@ from hypothesis import strategies as st
 
 from dpo_cli.config import DpoConfig
 from dpo_cli.losses import LOSSES, RankedLogprobs, preferences
+from dpo_cli.losses.diagnostics import (
+    CORRELATION,
+    diagnostics,
+    moments,
+    warning,
+    with_correlation,
+)
 from dpo_cli.losses.pairwise import (
     aot_loss,
     apo_down_loss,
@@ -460,3 +467,38 @@ def test_a_margin_within_rounding_is_a_tie():
     margins = torch.tensor([0.0, 3e-4, -3e-4, 4e-4, -4e-4, 1.0])
     found = preferences(margins, torch.full((6,), 400.0))
     assert found.tolist() == [0.5, 0.5, 0.5, 1.0, 0.0, 1.0]
+
+
+def test_diagnostics_by_hand():
+    pairs = ranked([[-9.0, -14.0], [-8.0, -6.0]], [[-10.0, -12.0], [-7.0, -6.0]])  # h = 3, -1
+    found = {name: values.tolist() for name, values in diagnostics(pairs, beta=0.1)}
+    assert found == {
+        "logps/accuracies": [1.0, 0.0],
+        "gradient_weight": pytest.approx([sigmoid(-0.3), sigmoid(0.1)], rel=1e-6),
+        "logratios/chosen_fell": [0.0, 1.0],
+    }
+
+
+def test_length_correlation_is_pearsons():
+    torch.manual_seed(0)
+    pairs = RankedLogprobs(
+        torch.randn(50, 2), torch.randn(50, 2), torch.randint(1, 30, (50, 2)).float()
+    )
+    means = {name: values.mean().item() for name, values in moments(pairs)}
+    found = with_correlation(means | {"loss": 1.0})
+    margin = pairs.logratios[:, 0] - pairs.logratios[:, 1]
+    longer = pairs.lengths[:, 0] - pairs.lengths[:, 1]
+    expected = torch.corrcoef(torch.stack([margin, longer]))[0, 1].item()
+    assert found == {"loss": 1.0, CORRELATION: pytest.approx(expected, abs=1e-4)}
+
+
+def test_no_correlation_where_lengths_are_equal():
+    pairs = ranked([[-1.0, -2.0], [-3.0, -1.0]], [[0.0, 0.0], [0.0, 0.0]], [[3.0, 3.0], [5.0, 5.0]])
+    means = {name: values.mean().item() for name, values in moments(pairs)}
+    assert with_correlation(means) == {}
+
+
+def test_displacement_is_warned_of():
+    assert warning({"logratios/chosen": -9.0}) is None
+    assert warning({}) is None
+    assert "12 nats less likely" in warning({"logratios/chosen": -12.3})

@@ -36,7 +36,11 @@ LABELS = {
     "nll_per_token": "Negative log-likelihood per token",
     "logps/chosen": "Log-probability of chosen responses",
     "logps/rejected": "Log-probability of rejected responses",
+    "logps/accuracies": "Chosen more likely than rejected",
+    "gradient_weight": "Gradient weight",
     "logratios/chosen": "Log-ratio of chosen responses",
+    "logratios/chosen_fell": "Chosen less likely than under the reference",
+    "rewards/length_correlation": "Correlation of margin and length",
     "logratios/rejected": "Log-ratio of rejected responses",
     "tokens": "Tokens per completion",
     "finished": "Completions finished with EOS",
@@ -56,8 +60,8 @@ LABELS = {
     "micro_batch_tokens": "Tokens per micro-batch",
 }
 _SHARES = (
-    "accuracies", "accuracy", "likelihood_accuracy", "trained_share", "finished", "ece",
-    "win_rate", "low", "high", "distinct_2", "mfu",
+    "accuracies", "accuracy", "chosen_fell", "likelihood_accuracy", "trained_share", "finished",
+    "ece", "win_rate", "low", "high", "distinct_2", "mfu",
 )  # fmt: skip
 _SETTINGS = ("temperature", "setting")  # shown as written: they are chosen, not measured
 _NATS = ("kl", "kl_sampled", "nll_per_token", "logps", "logratios")

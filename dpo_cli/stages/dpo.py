@@ -10,6 +10,7 @@ from dpo_cli.config.stages.dpo import losses_of, reads_reference
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.errors import DataError
 from dpo_cli.losses import LOSSES
+from dpo_cli.losses.diagnostics import warning, with_correlation
 from dpo_cli.records import EncodedExample
 from dpo_cli.session import reference
 from dpo_cli.session.balance import balanced
@@ -141,10 +142,12 @@ def evaluate(
     reference_of: ReferenceOf | None,
     stage: DpoConfig,
 ) -> dict[str, float]:
-    """The training metrics on the held-out rows; empty without rows."""
+    """The training metrics on the held-out rows, and the length correlation; empty without rows."""
     if reference_of is None:
         return {}
-    figures = mean_figures(
-        session, examples, lambda row: dpo_loss(loaded.model, row, reference_of, stage)
+    means = mean_figures(
+        session, examples, lambda row: dpo_loss(loaded.model, row, reference_of, stage, True)
     )
-    return with_interval(figures, "rewards/accuracies", len(examples))
+    if line := warning(means):
+        session.note(line)
+    return with_interval(with_correlation(means), "rewards/accuracies", len(examples))

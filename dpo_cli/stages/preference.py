@@ -13,6 +13,7 @@ from dpo_cli.config import DpoConfig
 from dpo_cli.config.stages.dpo import losses_of
 from dpo_cli.logprobs import sum_by_sequence
 from dpo_cli.losses import LOSSES, RankedLogprobs, preferences
+from dpo_cli.losses.diagnostics import diagnostics, moments
 from dpo_cli.model.adapters.active import is_adapted
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs, token_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
@@ -109,9 +110,16 @@ def sequence_sums(logprobs: Tensor, lengths: Tensor, ld_alpha: float | None = No
 
 
 def dpo_loss(
-    model: PreTrainedModel, batch: Batch, reference_of: ReferenceOf, stage: DpoConfig
+    model: PreTrainedModel,
+    batch: Batch,
+    reference_of: ReferenceOf,
+    stage: DpoConfig,
+    held_out: bool = False,
 ) -> LossOutput:
-    """Sum of the configured loss over the pack's examples, with the paper's metrics."""
+    """Sum of the configured loss over the pack's examples, with the paper's metrics.
+
+    held_out: with the moments that `with_correlation` reads.
+    """
     against = reference_of(batch)
     lengths = batch.sequence_lengths.view(-1, batch.branches)
 
@@ -127,7 +135,9 @@ def dpo_loss(
     together = any(LOSSES[name].together for name in losses_of(stage))
     loss, logprobs = loss_and_logprobs(model, batch, loss_of, together)
     examples = len(batch.example_ids)
-    figures = preference_metrics(ranked(logprobs, slice(0, examples)), stage.beta)
+    every = ranked(logprobs, slice(0, examples))
+    figures = [*preference_metrics(every, stage.beta), *diagnostics(every, stage.beta)]
+    figures += moments(every) if held_out else ()
     return LossOutput(
         loss_sum=loss,
         weight=float(examples),
