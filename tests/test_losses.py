@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_cli.config import DpoConfig
+from dpo_cli.config.paths import recipes_dir
 from dpo_cli.losses import LOSSES, RankedLogprobs, preferences
 from dpo_cli.losses.diagnostics import (
     CORRELATION,
@@ -51,6 +52,8 @@ def ranked(policy, reference, lengths=None) -> RankedLogprobs:
     lengths = torch.ones_like(policy) if lengths is None else torch.tensor(lengths)
     return RankedLogprobs(policy, reference, lengths)
 
+
+OWN = str(recipes_dir() / "my_loss.py")
 
 # rho = (1, -2), so h = 3; rho per token = (0.25, -1), so h = 1.25
 EXAMPLE = ranked([[-9.0, -14.0]], [[-10.0, -12.0]], [[4.0, 2.0]])
@@ -207,7 +210,7 @@ def test_all_pairs_of_two_are_the_pair(name):
     pairs = RankedLogprobs(
         -4 * torch.rand(20, 2) - 1, -4 * torch.rand(20, 2) - 1, torch.randint(1, 9, (20, 2)).float()
     )
-    stage = DpoConfig(loss=name, label_smoothing=0.1)
+    stage = DpoConfig(loss=name, label_smoothing=0.1, loss_file=OWN)
     plain = LOSSES[name].compute(
         pairs, **{key: getattr(stage, key) for key in LOSSES[name].arguments}
     )
@@ -220,7 +223,7 @@ def test_a_list_is_the_mean_over_its_pairs(name):
     lists = RankedLogprobs(
         -4 * torch.rand(1, 4) - 1, -4 * torch.rand(1, 4) - 1, torch.randint(1, 9, (1, 4)).float()
     )
-    stage = DpoConfig(loss=name, label_smoothing=0.1)
+    stage = DpoConfig(loss=name, label_smoothing=0.1, loss_file=OWN)
     if LOSSES[name].together:
         pytest.skip("no sum over pairs")
     pairs = [
@@ -237,7 +240,7 @@ def test_a_list_is_the_mean_over_its_pairs(name):
 def test_a_shift_of_policy_and_reference_changes_nothing(name, logps, shift):
     policy, reference = torch.tensor([logps]), torch.tensor([[-1.0, -2.0]])
     lengths = torch.tensor([[3.0, 5.0]])
-    stage = DpoConfig(loss=name, label_smoothing=0.1)
+    stage = DpoConfig(loss=name, label_smoothing=0.1, loss_file=OWN)
     here = loss_of_lists(name, RankedLogprobs(policy, reference, lengths), stage)
     there = loss_of_lists(name, RankedLogprobs(policy + shift, reference + shift, lengths), stage)
     torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3)
