@@ -23,7 +23,7 @@ from dpo_cli.distributed import launch
 from dpo_cli.durable.refusals import as_refusal
 from dpo_cli.errors import ConfigError, PeerLost, UserError
 from dpo_cli.escapes import PrintableFormatter, in_one_line, say
-from dpo_cli.report.output import copied_output, go_on_in
+from dpo_cli.report.output import copied_output, go_on_in, outlast_terminals
 from dpo_cli.surroundings import ensure_home, restart_in_utf8
 
 if TYPE_CHECKING:  # Hydra takes 0.2 s to import, which --help does without
@@ -55,15 +55,18 @@ def _ended(words: list[str]) -> int:
     try:
         answer = quick_answer(words)
         if answer is not None:
-            print(answer, flush=True)
-        return 0 if answer is not None else dispatch(words)
+            print(answer)
+        code = 0 if answer is not None else dispatch(words)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
+        outlast_terminals()
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader closed the pipe: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
+        outlast_terminals()
         told = error if isinstance(error, UserError) else as_refusal(error)
         if told is None:
             raise

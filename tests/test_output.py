@@ -60,7 +60,7 @@ def test_the_copy_is_plain_lines_without_secrets(
                  "windows\r\n", "bell \x07 \ud800 \u2028 end\n", "half"):  # fmt: skip
         copy.write(text)
     assert (tmp_path / LOG).read_text("utf-8").split("\n") == [
-        "100%", "red of [redacted]", "windows", "bell \\x07 \\ud800 \u2028 end", "",
+        "100%", "red of [redacted]", "windows", "bell \\x07 \\ud800 \\u2028 end", "",
     ]  # fmt: skip
     copy.close()
     assert (tmp_path / LOG).read_text("utf-8").endswith("\nhalf\n")
@@ -113,10 +113,22 @@ def test_a_folder_that_was_removed_is_not_made_again(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_streams_that_the_shell_closed(clean_env: dict[str, str]) -> None:
-    command = f"{sys.executable} -m dpo_cli --help >&- 2>&-"
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("--help >&- 2>&-", 0),
+        ("--help > /dev/full", 74),
+        ("stage=nothing 2> /dev/full", 2),
+        ("stage=nothing >&- 2>&-", 2),
+        ("--help | true", 141),
+    ],
+)
+def test_exit_codes_do_not_depend_on_who_reads(
+    words: str, code: int, clean_env: dict[str, str]
+) -> None:
+    command = f"set -o pipefail; {sys.executable} -m dpo_cli {words}"
     env = clean_env | {"PYTHONPATH": import_path()}
-    assert subprocess.run(["sh", "-c", command], env=env, check=False).returncode == 0
+    assert subprocess.run(["bash", "-c", command], env=env, check=False).returncode == code
 
 
 def test_a_closed_terminal_stops_a_run_unless_it_was_started_with_nohup() -> None:

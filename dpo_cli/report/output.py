@@ -132,8 +132,10 @@ def copied_output() -> Iterator[None]:
         log.add(traceback.format_exc())
         raise
     finally:
+        outlast_terminals()
         for stream in (out, err):
             stream.copy.close()
+            stream.flush()  # else Python does, as it exits
         log.add("")
         sys.stdout, sys.stderr = before
 
@@ -157,10 +159,17 @@ def _never_raising(stream: TextIO | None) -> TextIO:
     return stream
 
 
-def go_on_in(folder: Path) -> None:
-    """From now on, no terminal that is gone ends this process; the folder has what it printed."""
+def outlast_terminals() -> None:
+    """From now on, what can no longer be printed is passed over."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Copied):
             stream.terminal.lasting = True
+
+
+def go_on_in(folder: Path) -> None:
+    """`outlast_terminals`, with all that is and was printed in the folder's console.log."""
+    outlast_terminals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Copied):
             stream.copy.log.folder = folder
             stream.copy.log.add("")
