@@ -1,1 +1,1 @@
-"""Programs beside the tool: the benchmark, the fault programme and the check of a GPU."""
+"""Programs beside the tool: the benchmark, fault injection and the GPU checks."""

@@ -4,7 +4,7 @@
 python scripts/bench.py [compare] ...  against TRL (decoding: transformers' generate)
 python scripts/bench.py profile ...    where a training step spends its time
 python scripts/bench.py scale ...      how cost grows with length, batch and model
-python scripts/bench.py memory ...     what dry_run=true foretells, against a run's peak
+python scripts/bench.py memory ...     the estimate of dry_run=true, and a run's peak
 python scripts/bench.py save ...       what saving costs
 """
 

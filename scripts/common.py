@@ -1,4 +1,4 @@
-"""What the programs of this folder share: this checkout, this machine, children, files."""
+"""Shared by the programs of this folder: this checkout, this machine, child processes, files."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PACKAGES = (
 
 
 def environment(folder: Path, threads: int) -> dict[str, str]:
-    """Of a child: offline, caches in `folder`, this checkout first on its import path, behind it
-    what ours has, such as a folder of packages."""
+    """The environment of a child: offline, caches in `folder`, this checkout first in PYTHONPATH,
+    followed by our own entries."""
     return os.environ | OFFLINE | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": str(threads), "HF_HOME": str(folder / "hf"),
@@ -36,7 +36,7 @@ def environment(folder: Path, threads: int) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of this process's Python and of the packages that it can import."""
+    """Versions of Python and of the packages that this process can import."""
     installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the checkout, `+` if it has changes; None away from git."""
+    """The checkout's commit, with `+` if it has changes; None without git."""
     try:
         head, status = (
             subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -66,7 +66,7 @@ def cpu_model() -> str:
 
 
 def shown_command(program: str, argv: Sequence[str]) -> str:
-    """As typed, but paths as names: a published figure needs nobody's folders."""
+    """The command with file names for paths: published figures name no private folders."""
     words = []
     for word in argv:
         key, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -75,21 +75,21 @@ def shown_command(program: str, argv: Sequence[str]) -> str:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file is there when all of it is: a process may be stopped at any moment."""
+    """Write atomically: a process may be stopped at any moment."""
     half = path.with_name(f"{path.name}.half")
     half.write_text(text, encoding="utf-8")
     half.replace(path)
 
 
 def markdown_row(cells: Sequence[Any]) -> str:
-    """A line of a Markdown table; what would end a cell is replaced."""
+    """A line of a Markdown table, with characters that would end a cell replaced."""
     safe = (str(cell).replace("|", "/").replace("\n", " ") for cell in cells)
     return f"| {' | '.join(safe)} |"
 
 
 def resident_mb(field: str) -> float:
-    """Of this process: VmRSS, its memory now, or VmHWM, at most. Not ru_maxrss where it can be
-    helped: that one is inherited from the parent across fork and exec."""
+    """Resident memory of this process: VmRSS, now, or VmHWM, the maximum. Not ru_maxrss if
+    avoidable: it is inherited from the parent across fork and exec."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
@@ -98,7 +98,7 @@ def resident_mb(field: str) -> float:
 
 
 def synchronise(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device == "cuda":
         import torch
 
@@ -106,14 +106,14 @@ def synchronise(device: str) -> None:
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, without a line that is being written."""
+    """The rows of metrics.jsonl, without an incomplete last line."""
     path = run / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
 def outcomes_of(report: Path) -> dict[str, tuple[str, str]]:
-    """Of pytest's JUnit report: `file::Class::name[parameters]` -> (passed, failure, error or
+    """From pytest's JUnit report: `file::Class::name[parameters]` -> (passed, failure, error or
     skipped; why)."""
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):

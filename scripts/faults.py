@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Inject every fault that dpo-run promises to survive: see `scripts/faults/`."""
+"""Inject every fault that dpo-run must survive: see `scripts/faults/`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Check dpo-run on this machine's GPU in at most eight minutes, and write a page of what was seen.
+"""Check dpo-run on this machine's GPU in at most eight minutes, and write a page of the results.
 
-A step that fails, crashes or hangs does not stop the next. On a CPU every step has a small form.
+A step that fails, crashes or hangs does not stop the next. On a CPU every step runs in a small
+form.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer", metavar="FOLDER", help="for --data; default: learned from it")
     p.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="FOLDER",
                    help="where the page, its JSON lines and the log go")  # fmt: skip
-    p.add_argument("--commit", help="of this code, where git cannot tell")
-    p.add_argument("--work", metavar="FOLDER", help="where weights lie meanwhile (40 GB)")
+    p.add_argument("--commit", help="of this code, if git is not available")
+    p.add_argument("--work", metavar="FOLDER", help="temporary folder for weights (40 GB)")
     p.add_argument(
         "--together", action=argparse.BooleanOptionalAction,
-        help="run steps that measure no time side by side; default: on a GPU",
+        help="run steps without timings side by side; default: on a GPU",
     )  # fmt: skip
     return p
 

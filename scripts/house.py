@@ -28,12 +28,12 @@ def lines(paths: Iterable[Path]) -> int:
 
 
 def room(parts: tuple[str, ...]) -> str:
-    """The entry at the top of the package that a module belongs to."""
+    """The top-level entry of the package that a module belongs to."""
     return parts[1] if len(parts) > 1 else parts[0]
 
 
 def imported(root: Path) -> set[tuple[str, str]]:
-    """(room, room) of every import between two rooms, of modules anywhere in a file."""
+    """(entry, entry) of every import between two of them, anywhere in a file."""
     pairs = set()
     for path in sources(root, "dpo_cli"):
         here = room(path.relative_to(root).with_suffix("").parts)
@@ -49,7 +49,7 @@ def imported(root: Path) -> set[tuple[str, str]]:
 
 
 def functions(paths: Iterable[Path]) -> list[int]:
-    """Lines of every function."""
+    """Number of lines of every function."""
     return [
         node.end_lineno - node.lineno + 1
         for path in paths
@@ -59,7 +59,7 @@ def functions(paths: Iterable[Path]) -> list[int]:
 
 
 def knowing_a_stage(root: Path) -> list[Path]:
-    """Files that ask which stage runs, or hold a table by stage, outside the stage's own."""
+    """Files that check which stage runs, or contain a table by stage, outside the stage's own."""
     own = {root / "dpo_cli" / folder for folder in ("stages", "config/stages")}
     return [
         path
@@ -79,7 +79,7 @@ def figures(root: Path) -> dict[str, int]:
         "lines of scripts": lines(sources(root, "scripts")),
         "lines of tests": lines(sources(root, "tests")),
         "entries at the top of dpo_cli": len(entries),
-        "imports between rooms (arrows)": len(imported(root)),
+        "imports between entries (arrows)": len(imported(root)),
         "files that know a stage": len(knowing_a_stage(root)),
         "lines of conf/*/*.yaml": lines(sorted((root / "conf").glob("*/*.yaml"))),
         "functions over 40 lines": sum(size > 40 for size in sizes),

@@ -1,4 +1,4 @@
-"""What the benchmark and the checks of a GPU both measure with: time, configurations, draws."""
+"""Measurements shared by the benchmark and the GPU checks: time, configurations, random data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Prompts = Sequence[np.ndarray]
 
 
 def compose(words: Sequence[str]) -> RunConfig:
-    """The configuration as the command line makes it."""
+    """The configuration as the command line composes it."""
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
         return prepare(hydra.compose("config", overrides=list(words)), words)
 
@@ -32,7 +32,7 @@ def compose(words: Sequence[str]) -> RunConfig:
 def best_seconds(
     device: str, work: Callable[[], object], times: int = 10, groups: int = 5
 ) -> float:
-    """Of one call, the fastest of some groups of calls."""
+    """Seconds per call of the fastest of several groups of calls."""
     for _ in range(min(3, times)):
         work()
     values = []
@@ -51,7 +51,7 @@ def random_ids(rng: np.random.Generator, vocab: int, length: int) -> np.ndarray:
 
 
 def random_examples(lengths: Sequence[tuple[int, int, int]], vocab: int) -> list[EncodedExample]:
-    """Pairs of so many (prompt, chosen, rejected) tokens."""
+    """Pairs with these numbers of (prompt, chosen, rejected) tokens."""
     rng = np.random.default_rng(0)
     drawn = [[random_ids(rng, vocab, n) for n in row] for row in lengths]
     return [EncodedExample(p, (c, r), i) for i, (p, c, r) in enumerate(drawn)]
@@ -67,7 +67,7 @@ def sampled(model: Any, prompts: Prompts, samples: int, new: int, **how: Any) ->
 
 
 def generated(model: Any, prompts: Prompts, samples: int, new: int, **how: Any) -> Any:
-    """The same by transformers, prompts padded on the left."""
+    """The same by transformers, with prompts padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -92,7 +92,7 @@ def greedy_sampled(model: Any, prompts: Prompts, new: int) -> list[float]:
 
 
 def greedy_generated(model: Any, prompts: Prompts, new: int, **how: Any) -> list[float]:
-    """The same of transformers' logits."""
+    """The same from transformers' logits."""
     out = generated(model, prompts, 1, new, output_logits=True, **how | GREEDY)
     steps = torch.stack(out.logits, 1).float().log_softmax(-1)  # (B, new, V)
     values: list[float] = steps.max(-1).values.sum(1).tolist()

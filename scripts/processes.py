@@ -1,4 +1,4 @@
-"""Starts a process and ends it with all that it has started."""
+"""Start a process and end it with everything that it has started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MARK = "DPO_RUN_MARKS"  # in the environment: of a process, of those that starte
 
 @dataclass(eq=False)
 class Process:
-    """A command in a session of its own, with its output in `log`."""
+    """A command in its own session, with its output in `log`."""
 
     command: Sequence[str]
     log: Path
@@ -35,7 +35,7 @@ class Process:
             )  # fmt: skip
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """The exit code, None if it had to be killed. Nothing that it started is left."""
+        """The exit code, None if it had to be killed. All processes it started have ended."""
         try:
             return self.popen.wait(None if seconds is None else max(0.1, seconds))
         except subprocess.TimeoutExpired:
@@ -45,8 +45,8 @@ class Process:
             self.end()
 
     def end(self) -> None:
-        """SIGKILL to the process and everything with its mark: workers in groups or sessions of
-        their own, too."""
+        """SIGKILL to the process and everything with its mark, including workers in other groups or
+        sessions."""
         if self.popen.poll() is None:
             os.killpg(self.popen.pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
@@ -62,12 +62,12 @@ class Process:
 
     @property
     def seconds(self) -> float:
-        """Of its life; what ending those that it left behind takes is not counted."""
+        """Its run time, without the time to end processes it left behind."""
         return (self.ended or time.monotonic()) - self.began
 
 
 def marked(mark: str) -> list[int]:
-    """Living processes with this mark in their environment; none where there is no /proc."""
+    """Living processes with this mark in their environment; none without /proc."""
     results = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

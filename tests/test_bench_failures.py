@@ -98,7 +98,7 @@ def test_a_page_without_the_other_side_claims_nothing(bench: Bench, tmp_path: Pa
     assert not [key for key in record if key.startswith("ratio_")]
     assert record["peer_missing"] == MEMORY
     text = (tmp_path / f"dpo-{NAME}.md").read_text()
-    assert f"**{MEMORY}: dpo-run alone, compared with nothing.**" in text
+    assert f"**{MEMORY}: dpo-run only, without a comparison.**" in text
     assert "| ratio" not in text
 
 
@@ -121,7 +121,7 @@ def test_what_is_done_when_time_is_up_is_reported(bench: Bench) -> None:
     late = "not finished within its share of --minutes"
     assert record["results"]["ours-live"]["failure"] == late
     assert record["settings"]["rounds"] == 2  # of the other
-    with pytest.raises(SystemExit, match="the same command goes on"):
+    with pytest.raises(SystemExit, match="the same command continues"):
         bench(*words, f"--keep={bench.out / 'kept'}")
 
 

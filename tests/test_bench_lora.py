@@ -71,7 +71,7 @@ def test_adapters_do_the_same_work_as_trls(bench: Bench, lora: str, tmp_path: Pa
     assert ours["attention"] == "grouped"
     assert "mfu" not in ours  # a CPU's peak is not known
     text = (tmp_path / f"dpo-{lora}-{NAME}.md").read_text()
-    assert "\ndpo-run: attention=grouped, at most 4,096 tokens a micro-batch.\n" in text
+    assert "\ndpo-run: attention=grouped, at most 4,096 tokens per micro-batch.\n" in text
     assert "\n## LoRA rank 4, fp32, batch 4, " in text
     assert "Losses may differ by 0.001, log-probabilities by 0.0001 of their value." in text
 
@@ -144,7 +144,7 @@ def test_without_trl_the_page_says_so(bench: Bench, tmp_path: Path) -> None:
     assert code == 0
     assert list(record["sides"]) == ["ours"]
     text = (tmp_path / f"dpo-{NAME}.md").read_text()
-    assert f"**{why}: dpo-run alone, compared with nothing.**" in text
+    assert f"**{why}: dpo-run only, without a comparison.**" in text
     assert ", without TRL\n" in text
     assert "Both sides" not in text
     with pytest.raises(SystemExit, match="TRL cannot be imported"):
@@ -231,7 +231,7 @@ def test_mfu_is_of_the_same_work_on_both_sides() -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["--lora=lora", "--task=sft"], "--lora: measures --task dpo"),
+        (["--lora=lora", "--task=sft"], "--lora: only with --task dpo"),
         (["--candidate=cached", "--search"], "--candidate: names what --search would look for"),
         (["--candidate=cached-8-2"], "--candidate cached-8-2: is none of --task dpo"),
         (["--candidate=cached-8"], "--candidate cached-8: --batch 4 must be a multiple of 8"),

@@ -229,7 +229,7 @@ def test_a_policy_with_another_tokenizer_is_refused(toy):
 
 def test_an_optimum_needs_a_reference(toy):
     policy = f"model.path={toy['home']}/ref"
-    with pytest.raises(ConfigError, match=r"stage.reference=null: the optimum is that of a refer"):
+    with pytest.raises(ConfigError, match=r"stage.reference=null: the optimum needs a refer"):
         evaluate(toy["home"] / "bare", toy["rows"], policy, "stage.reference_samples=16")
 
 

@@ -261,9 +261,9 @@ def test_an_embedding_of_its_own_can_be_adapted(bases, pairs, tmp_path):
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("llama", {"target_modules": ["q_proj", "lm_head"]}, "names the output layer, whose wei"),
-        ("gpt2", {"target_modules": ["c_attn", "wte"]}, "embedding, which is the output layer"),
-        ("gpt2", {"modules_to_save": ["wte"]}, r"modules_to_save=.* one weight in this model"),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}, "includes the output layer, whose w"),
+        ("gpt2", {"target_modules": ["c_attn", "wte"]}, "embedding, which is tied to the"),
+        ("gpt2", {"modules_to_save": ["wte"]}, r"modules_to_save=.* tied in this model"),
         ("llama", {"target_modules": ["q_proj", "query"]}, "query .its linear layers are q_proj"),
         ("llama", {"modules_to_save": ["head"]}, r"modules_to_save=\['head'\]: no suitable layer"),
         ("llama", {"target_modules": ["query"]}, r"target_modules=\['query'\]: .*found.*k_proj"),

@@ -256,7 +256,7 @@ def test_the_plan_refuses_families_without_a_score(sft, tmp_path):
     shape |= {"model_type": "cohere", "architectures": ["CohereForCausalLM"]}
     (tmp_path / "m" / "config.json").write_text(json.dumps(shape))
     words = (*TINY, "stage=reward", f"model.path={tmp_path / 'm'}", "run_dir=x")
-    with pytest.raises(ConfigError, match=r"no sequence-classification model of the family cohere"):
+    with pytest.raises(ConfigError, match=r"no sequence-classification model for cohere"):
         plan_rows(configure(*words))
 
 

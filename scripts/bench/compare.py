@@ -1,14 +1,14 @@
 """Measure dpo-run against TRL (decoding: against transformers' generate) on this machine.
 
 The same random weights of a published shape, the same token ids in the same order, the same
-batch size and precision; every side of every round in a process of its own, in turn. What the
-sides log in each step is compared: figures are only kept of equal work.
+batch size and precision; every side of every round in a separate process, in turn. The sides'
+logs of each step are compared, and only figures of equal work are kept.
 
---json ends with one line, an object; of it these stay as they are:
+--json ends with one line, an object; these keys are stable:
   task, preset, device, precision, unit (pairs, examples or tokens)
   results: {side: {
-    per_second            units a second, over the timed steps and devices together
-    tokens_per_second     of prompt and response, padding left out; null when decoding
+    per_second            units per second, over the timed steps and all devices
+    tokens_per_second     of prompt and response, without padding; null when decoding
     tflops, mfu           of the work a step needs; mfu between 0 and 1
     peak_memory_mb        of the allocator; on a CPU, of the process
     reference_seconds     the pass over the reference before the first step
@@ -77,7 +77,7 @@ def chosen_sides(
 def best_settings(
     args: argparse.Namespace, job: Job, folder: Path, launch: Launch, failures: Failures
 ) -> tuple[Settings, list[dict[str, Any]]]:
-    """Of the other side, as far as is known or as a search finds."""
+    """Best settings of the other side, as known or as found by a search."""
     start = BEST_OF.get((args.task, args.preset), BEST[args.task])
     known = candidates(args.task, args.device, args.precision, args.lora, args.devices, args.batch)
     first = named(args.task, [start], args.precision, args.lora)[start]
@@ -97,7 +97,7 @@ def best_settings(
 
 
 def with_settings(side: Side, words: Sequence[str]) -> Side:
-    """dpo-run's sides with `--ours`."""
+    """Add the settings of `--ours` to dpo-run's sides."""
     if side.worker != "ours":
         return side
     return replace(side, settings=side.settings | dict(word.split("=", 1) for word in words))
@@ -110,7 +110,7 @@ def is_peer(task: str, side: Side) -> bool:
 def compare_sides(
     args: argparse.Namespace, name: str, plan: Plan, folder: Path, argv: Sequence[str]
 ) -> int:
-    """All sides, all rounds; 1 if one of ours failed or the sides do not compute the same."""
+    """Run all rounds of all sides; returns 1 if one of ours failed or the results differ."""
     job, failures = make_job(args, plan), Failures()
     until = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     launch = Launch(args.trl_python, until=until, goes_on=bool(args.keep))
@@ -128,7 +128,7 @@ def compare_sides(
 
 
 def publish(args: argparse.Namespace, record: Record, sides: Sequence[Side]) -> None:
-    """Print what was seen, write the page of a comparison, say what failed."""
+    """Print the results, write the page of the comparison and report failures."""
     ratios = [ratio_rows(record)] if record["ratios"] else []
     for rows in (*step_tables(record, failed=True), side_rows(record), *ratios):
         print("\n".join(table(rows)), end="\n\n")
@@ -138,14 +138,14 @@ def publish(args: argparse.Namespace, record: Record, sides: Sequence[Side]) -> 
     if record["sides"] and 0 < theirs < len(sides):
         print(f"written: {PAGE.keep(record, args.out, name_of(record))}")
     elif record["sides"]:
-        say("one side alone is no comparison: no page was written (with --keep FOLDER a command "
-            "without --sides takes it from there)")  # fmt: skip
+        say("one side alone is no comparison: no page was written (with --keep FOLDER, a command "
+            "without --sides continues from there)")  # fmt: skip
     if args.json:
         print(json_line(record))
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compare the sides that the words ask for; an exit code."""
+    """Compare the selected sides; returns an exit code."""
     args = options.parse(options.parser(__doc__), argv)
     if args.list_candidates:
         print(listing(args.task))

@@ -1,4 +1,4 @@
-"""Whether sides compute the same: what they logged, step by step."""
+"""Whether sides compute the same: their logged figures, step by step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Failures = dict[str, str]  # side -> why it has none
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    """Largest differences of what two results logged, step by step."""
+    """Largest differences between the logged figures of two results."""
     loss_limit, logps_limit = TOLERANCE[precision]
     loss = logps = 0.0
     same = a["figures"].keys() == b["figures"].keys()
@@ -32,8 +32,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], precision: str) -> dict[
 
 
 def baseline_of(results: Results, precision: str) -> str:
-    """The side that computes what most others do; of several the other side's defaults, then
-    another of its sides: of two that differ, ours is the one in doubt."""
+    """The side that agrees with most others. On a tie the other side's defaults, then another of
+    its sides: if two differ, ours is in doubt."""
 
     def rank(name: str) -> tuple[int, bool, bool]:
         one = results[name][0]
@@ -44,7 +44,7 @@ def baseline_of(results: Results, precision: str) -> str:
 
 
 def drop_unequal(results: Results, precision: str, failures: Failures) -> Results:
-    """Without the sides that compute something else than the baseline."""
+    """Leave out the sides whose results differ from the baseline's."""
     if not results:
         return {}
     baseline = baseline_of(results, precision)
@@ -59,7 +59,7 @@ def drop_unequal(results: Results, precision: str, failures: Failures) -> Result
 
 
 def agreement(results: Results, precision: str) -> dict[str, Any]:
-    """Every side and round against the baseline, in the worst case."""
+    """Every side and round compared with the baseline, in the worst case."""
     baseline = baseline_of(results, precision) if results else None
     every = [row for rows in results.values() for row in rows]
     pairs = [compare(results[baseline][0], row, precision) for row in every] if baseline else []

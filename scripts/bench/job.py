@@ -1,4 +1,4 @@
-"""What one measured process is told and what it answers, and how it takes time and memory."""
+"""Input and output of one measured process, and how it measures time and memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ UNAVAILABLE = "TRL cannot be imported: "  # how a worker that lacks it ends what
 
 @dataclass(frozen=True)
 class Job:
-    """One process. `steps` optimiser steps (or decoding calls) are timed after `warmup` others.
+    """One process. `steps` optimizer steps (or decoding calls) are timed after `warmup` others.
 
-    model: folder of weights and tokenizer. ids: the rows as token ids. overrides: how
-    dpo-run reads the same rows. settings: of this side, its own names. scratch: a folder
-    that this process alone writes to. lora: none, lora or qlora; adapter: folder of the adapter
-    of rank `r` that every side starts from. devices: processes that share the work of this one.
+    model: folder of weights and tokenizer. ids: the rows as token ids. overrides: with which
+    dpo-run reads the same rows. settings: of this side, with its own names. scratch: a folder that
+    only this process writes to. lora: none, lora or qlora; adapter: folder of the rank-`r` adapter
+    that every side starts from. devices: number of processes sharing this one's work.
     """
 
     task: str
@@ -64,10 +64,10 @@ class Job:
 
 @dataclass
 class Window:
-    """Times the steps after the warm-up and keeps what each step logged.
+    """Times the steps after the warm-up and records every step's figures, warm-up included.
 
-    The clock is read at the ends of the warm-up and of the last step, with the device
-    idle; in between nothing waits for it. Figures are kept for every step, warm-up included.
+    The clock is read at the end of the warm-up and of the last step, with the device idle; nothing
+    waits for the device in between.
     """
 
     job: Job
@@ -81,7 +81,7 @@ class Window:
     _started: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def end_of_step(self, number: int, values: Mapping[str, float]) -> bool:
-        """Call after each 1-based step; True when the last one is done."""
+        """Call after each step, counted from 1; True after the last one."""
         for name in COMPARED_REWARDS if self.job.task == "reward" else COMPARED:
             if name in values:
                 self.figures.setdefault(name, []).append(float(values[name]))
@@ -130,7 +130,7 @@ def worker_versions() -> dict[str, str]:
 
 
 def highest_of_ranks(value: float) -> float:
-    """The largest of all processes that share the work."""
+    """The maximum over all processes that share the work."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -155,7 +155,7 @@ def own_cpu_seconds() -> float:
 
 
 def busy_cpu_seconds() -> float:
-    """Processor seconds since boot that were not idle, of all cores; 0 where unknown."""
+    """Non-idle processor seconds since boot, over all cores; 0 if unknown."""
     stat = Path("/proc/stat")
     if not stat.is_file():
         return 0.0
@@ -164,7 +164,7 @@ def busy_cpu_seconds() -> float:
 
 
 def work(measure: Callable[[Job], dict[str, Any]]) -> None:
-    """A worker's main, told `job.json result.json`; the first of several ranks answers."""
+    """A worker's main with arguments `job.json result.json`; with several ranks, rank 0 answers."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     import torch
 

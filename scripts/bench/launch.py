@@ -1,4 +1,4 @@
-"""Starts the workers of the benchmark, each in a process of its own, and ends them."""
+"""Start the benchmark's workers, one process each, and end them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def say(line: str) -> None:
 
 
 class Failed(SystemExit):
-    """A worker that ended without an answer. why: one line."""
+    """A worker that ended without a result. why: one line."""
 
     def __init__(self, why: str, worker: str = "") -> None:
         super().__init__(f"{worker}: {why}" if worker else why)
@@ -38,20 +38,20 @@ class Unavailable(Failed):
 
 
 class TimeIsUp(SystemExit):
-    """--minutes are over."""
+    """The time limit of --minutes has passed."""
 
     def __init__(self) -> None:
         super().__init__(
-            "time is up (--minutes); what is finished is kept in the folder of --keep: the same "
-            "command goes on (with fewer --steps, if it never gets further)"
+            "time is up (--minutes); finished results are kept in the folder of --keep, and the "
+            "same command continues (use fewer --steps if it makes no progress)"
         )
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How workers are started. python: of TRL's side, where it is another one. devices:
-    processes of a worker, by torch's launcher. until: `time.monotonic()` at which work stops;
-    goes_on: another command may finish it (--keep)."""
+    """How workers are started. python: of TRL's side, if it has its own. devices: processes per
+    worker, started by torch's launcher. until: deadline, in `time.monotonic()`; goes_on: another
+    command may continue the work (--keep)."""
 
     trl_python: str = ""
     devices: int = 1
@@ -67,7 +67,7 @@ class Launch:
         return [*start, "-m", f"{WORKERS}.{worker}"]
 
     def half(self) -> Launch:
-        """With half of the time that is left."""
+        """The same with half of the remaining time."""
         left = self.seconds_left()
         return self if left is None else replace(self, until=time.monotonic() + left / 2)
 
@@ -86,7 +86,7 @@ PLAIN = Launch()  # one process of this Python, however long it takes
 def run_worker(
     worker: str, arguments: Sequence[Path], scratch: Path, threads: int, launch: Launch = PLAIN
 ) -> None:
-    """Exits with the end of what a worker wrote if it fails or takes too long."""
+    """Raises with the last line of a worker's output if it fails or takes too long."""
     seconds = launch.seconds_left()
     scratch.mkdir(parents=True)
     env = environment(scratch, threads) | allocator()
@@ -103,7 +103,7 @@ def run_worker(
 
 
 def allocator() -> dict[str, str]:
-    """The CUDA allocator as `dpo-run` sets it, on all sides."""
+    """Configure the CUDA allocator as `dpo-run` does, on all sides."""
     if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         return {}
     return {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
@@ -118,7 +118,7 @@ def failure(worker: str, code: int, written: str) -> Failed:
 
 
 def reason(code: int, written: str) -> str:
-    """One line: the error at the end of what a worker wrote, not the one of torch's launcher."""
+    """One line: the error at the end of a worker's output, not that of torch's launcher."""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}"
     lines = [line.strip() for line in written.splitlines() if line.strip()]

@@ -1,7 +1,7 @@
-"""The same adapter on both sides: settings, quantisation and first weights.
+"""The same adapter on both sides: settings, quantization and initial weights.
 
-LoRA's B starts at zero, its A at random numbers: the first losses are equal whatever A is, the
-later ones only where A is. So A is drawn once, by dpo-run, and copied into the other side's model.
+LoRA's B starts at zero and its A is random: the first losses are equal for any A, later ones only
+for equal A. So dpo-run draws A once, and it is copied into the other side's model.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ def alpha(r: int) -> int:
 
 
 def lora_overrides(job: Job) -> list[str]:
-    """dpo-run's words."""
+    """Overrides of dpo-run."""
     if job.lora == "none":
         return []
     return [f"lora={job.lora}", f"lora.r={job.r}", f"lora.alpha={alpha(job.r)}", f"seed={SEED}"]
 
 
 def save_start(model_folder: str, r: int, folder: Path) -> None:
-    """The adapter that a run of dpo-run starts with, in PEFT's layout.
+    """Save the initial adapter of a dpo-run run in PEFT's layout.
 
-    A depends on the seed and on the layers' sizes, not on the weights under it, so that these
-    are never read: memory that nobody writes to is not taken.
+    A depends only on the seed and the layers' sizes, so the base weights are never read, and
+    untouched memory is never allocated.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -51,7 +51,7 @@ def save_start(model_folder: str, r: int, folder: Path) -> None:
 
 
 def trainer_arguments(job: Job) -> dict[str, Any]:
-    """What TRL's trainers are told: LoRA on every linear layer, over dense or NF4 weights."""
+    """Arguments of TRL's trainers: LoRA on every linear layer, over dense or NF4 weights."""
     if job.lora == "none":
         return {}
     import peft
@@ -83,10 +83,10 @@ def quantisation(job: Job) -> dict[str, Any]:
 
 
 def start_equal(model: Any, job: Job) -> None:
-    """Copy the first weights into TRL's model, in the dtype that it chose for them.
+    """Copy the initial weights into TRL's model, in the dtype that TRL chose for them.
 
-    TRL rounds adapters over quantised weights to bf16; where all is to be computed in float32
-    they are made float32 again.
+    TRL rounds adapters on quantized weights to bf16; in a float32 comparison they are converted
+    back to float32.
     """
     if job.lora == "none":
         return

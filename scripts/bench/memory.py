@@ -1,8 +1,8 @@
-"""Compare the memory that `dry_run=true` foretells with the peak of the same run.
+"""Compare the memory estimated by `dry_run=true` with the peak of the same run.
 
-Every run is a process of its own, from loading to the saved model, on random weights of a
-published shape and synthetic pairs of HH's lengths. The peak is the resident memory above
-what the process had before it loaded anything, on CUDA what PyTorch had allocated at most.
+Every run is a separate process, from loading to the saved model, on random weights of a published
+shape and synthetic pairs of HH's lengths. The peak is the resident memory above that of the process
+before loading; on CUDA, PyTorch's maximum of allocated memory.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def own_parser() -> argparse.ArgumentParser:
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """A result a run, with its names."""
+    """One result per run, with the names of its conditions."""
     found = []
     for preset in args.presets:
         plan = make_plan(args, PRESETS[preset], folder / preset)
@@ -80,7 +80,7 @@ def run_rows(record: Record) -> Rows:
 
 
 def heading(record: Record) -> str:
-    """Presets and cases are part of it: adapters have a section beside full weights."""
+    """With presets and cases, so that adapters have a section beside full fine-tuning."""
     settings, runs = record["settings"], record["runs"]
     of = ", ".join(dict.fromkeys(run["case"] for run in runs))
     return f"Batch {settings['batch']}, {settings['length']} tokens{threads_of(record)}: {of}"
@@ -98,14 +98,14 @@ def section(record: Record) -> list[str]:
 
 
 PAGE = Page(
-    "What `dry_run=true` foretells against the peak of the same run, DPO on synthetic pairs of "
+    "The estimate of `dry_run=true` and the peak of the same run, DPO on synthetic pairs of "
     "HH's lengths, from loading to the saved model; what the process held before it loaded "
     "anything is left out. Written by `scripts/bench.py memory`.", heading, section,
 )  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
-    """Estimate and measure the runs that the words name; an exit code."""
+    """Estimate and measure the selected runs; returns an exit code."""
     args = options.parse(own_parser(), argv)
     for key, known in (("presets", PRESETS), ("cases", CASES), ("precisions", PRECISIONS)):
         options.refuse_unknown(key, getattr(args, key), list(known))

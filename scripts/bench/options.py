@@ -1,4 +1,4 @@
-"""The words of the benchmark's commands: one table, of which each command takes what it reads."""
+"""Command-line options of the benchmark: one table, from which each command takes its own."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from scripts.bench.sides import parts_of, settings_of
 from scripts.common import ROOT
 
 DATA = """\
-data: by default synthetic pairs of random words. Their lengths are drawn from log-normal
+data: by default synthetic pairs of random words. Lengths are drawn from log-normal
 distributions fitted to Anthropic HH (harmless-base/test in GPT-2's tokens: prompts of 124 on
 average, median 96; chosen 42, rejected 52), so that a third of a padded batch of 4 is unique
 tokens and the rest padding and repeated prompts, as there. --lengths tldr: prompts of about 350
 and responses of 35, --lengths ultrafeedback: of about 180 and 350 with a long tail; both assumed.
 --prompt-length and --response-length fix them. --data FILE --adapter hh takes real pairs: a
-seeded sample, read as dpo-run reads it, with --tokenizer FOLDER or else a byte-level BPE learned
-from the file. Nothing is downloaded."""
+seeded sample, read as dpo-run reads it, with --tokenizer FOLDER or else a byte-level BPE trained
+on the file. Nothing is downloaded."""
 
 FLAG = {"action": "store_true"}
-OPTIONS: dict[str, dict[str, dict[str, Any]]] = {  # group -> word -> what argparse is told
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {  # group -> option -> arguments of argparse
     "model": {
         "preset": {"choices": PRESETS, "default": "tiny4x256"},
         **{name: {"type": int, "help": "instead of the preset's"} for name in CHANGEABLE},
-        "lora": {"choices": LORA, "default": "none", "help": "of every linear layer; --task dpo"},
+        "lora": {"choices": LORA, "default": "none", "help": "on linear layers; for --task dpo"},
         "r": {"type": int, "default": 16, "help": "rank of the adapter; alpha is twice that"},
         "tokenizer": {"metavar": "FOLDER", "help": "default: see data"},
     },
@@ -37,13 +37,13 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {  # group -> word -> what argpa
         "adapter": {"default": "jsonl", "help": "how FILE is read: hh, jsonl, ..."},
         "lengths": {"choices": KNOWN, "default": "hh", "dest": "lengths_of",
                     "help": "of synthetic pairs"},
-        "length": {"type": int, "help": "tokens of prompt and response kept: 512, or 1024 for the "
-                                        "others"},
+        "length": {"type": int, "help": "maximum tokens of prompt and response: 512, or 1024 "
+                                        "for the others"},
         "prompt-length": {"type": int, "help": "tokens of every synthetic prompt"},
         "response-length": {"type": int, "help": "tokens of synthetic responses, with EOS"},
     },
     "measurement": {
-        "batch": {"type": int, "default": 4, "help": "pairs (examples, prompts) a step"},
+        "batch": {"type": int, "default": 4, "help": "pairs (examples, prompts) per step"},
         "steps": {"type": int, "default": 10, "help": "timed steps of each process"},
         "warmup": {"type": int, "default": 2, "help": "steps before them, not timed"},
         "rounds": {"type": int, "default": 3, "help": "processes of each side, in turn"},
@@ -57,29 +57,29 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {  # group -> word -> what argpa
     },
     "sides": {
         "task": {"choices": ("dpo", "sft", "reward", "decode"), "default": "dpo"},
-        "samples": {"type": int, "default": 16, "help": "decode: completions of a prompt"},
-        "new-tokens": {"type": int, "default": 64, "help": "decode: tokens of a completion"},
-        "devices": {"type": int, "default": 1, "help": "processes that share a step"},
-        "minutes": {"type": float, "help": "stop by then: report what is done or, with --keep, go "
-                                           "on in the next command"},
+        "samples": {"type": int, "default": 16, "help": "decode: completions per prompt"},
+        "new-tokens": {"type": int, "default": 64, "help": "decode: tokens per completion"},
+        "devices": {"type": int, "default": 1, "help": "processes that share each step"},
+        "minutes": {"type": float, "help": "time limit: then report what is done or, with --keep, "
+                                           "continue in the next command"},
         "sides": {"metavar": "A,B", "help": "only these: ours,trl-best, or trl, or both"},
         "candidate": {"action": "append", "default": [], "metavar": "NAME", "help":
                       "instead of trl-default and trl-best: TRL with these settings; may be "
                       "repeated"},
-        "list-candidates": FLAG | {"help": "how their names are made"},
+        "list-candidates": FLAG | {"help": "explain the names of candidates"},
         "ours": {"action": "append", "default": [], "metavar": "KEY=VALUE",
-                 "help": "of dpo-run's sides"},
+                 "help": "setting of dpo-run's sides"},
         "also": {"action": "append", "default": [], "metavar": '"KEY=VALUE ..."', "help":
                  "another side: dpo-run with these settings as well; may be repeated"},
-        "search": FLAG | {"help": "try the other side's settings first"},
+        "search": FLAG | {"help": "try settings of the other side first"},
         "trl-python": {"metavar": "FILE", "default": "", "help": "Python with another TRL"},
         "keep": {"metavar": "FOLDER",
-                 "help": "where weights and rows stay, with all answers, for later commands"},
+                 "help": "keep weights, rows and results in this folder for later commands"},
     },
     "output": {
         "json": FLAG | {"help": "end with one line of JSON"},
         "out": {"type": Path, "default": ROOT / "docs" / "benchmarks", "metavar": "FOLDER"},
-        "work": {"metavar": "FOLDER", "help": "where weights and rows lie meanwhile"},
+        "work": {"metavar": "FOLDER", "help": "temporary folder for weights and rows"},
     },
 }  # fmt: skip
 EVERYTHING = tuple(OPTIONS)
@@ -89,7 +89,8 @@ def parser(
     doc: str | None, *, groups: Sequence[str] = EVERYTHING, without: Sequence[str] = (),
     more: dict[str, dict[str, Any]] | None = None, **defaults: Any,
 ) -> argparse.ArgumentParser:  # fmt: skip
-    """Of the words of these groups but some, with other `defaults`, and of `more` of its own."""
+    """A parser with the options of these groups except some, with other `defaults` and `more`
+    options."""
     p = argparse.ArgumentParser(
         description=doc, epilog=DATA if "data" in groups else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -105,7 +106,7 @@ def parser(
 
 
 def parse(p: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """The arguments, checked; the words that `p` lacks have their defaults."""
+    """The checked arguments; options that `p` does not have get their defaults."""
     args = argparse.Namespace(**vars(parser(None).parse_args([])) | vars(p.parse_args(argv)))
     if not args.list_candidates:
         check(args)
@@ -126,7 +127,7 @@ def refuse_unknown(option: str, given: Sequence[str], known: Sequence[str]) -> N
 
 
 def check(args: argparse.Namespace) -> None:
-    """Fill in defaults that depend on others; exit with what is wrong with the arguments."""
+    """Fill in defaults that depend on others; exit with the problem of invalid arguments."""
     if args.lr is None:  # in bf16 on a GPU, larger steps part the sides' losses within ten steps
         args.lr = 1e-5 if (args.device, args.precision) == ("cuda", "bf16") else 1e-4
     if args.length is None:
@@ -145,23 +146,23 @@ def check(args: argparse.Namespace) -> None:
 
 
 def argument_problems(args: argparse.Namespace) -> dict[str, object]:
-    """Problem of the arguments -> whether it applies."""
+    """Message of each possible problem -> whether the arguments have it."""
     fixed = args.prompt_length or args.response_length
     problems: dict[str, object] = {
         "--lengths, --prompt-length, --response-length: of synthetic pairs; leave out --data": (
             args.data and (fixed or args.lengths_of != "hh")
         ),
-        "--lora: measures --task dpo": args.lora != "none" and args.task != "dpo",
+        "--lora: only with --task dpo": args.lora != "none" and args.task != "dpo",
         "--devices: measures training": args.devices > 1 and args.task == "decode",
         "--candidate: names what --search would look for; leave one out": (
             args.candidate and args.search
         ),
-        "--keep: is also where weights and rows lie; leave out --work": args.keep and args.work,
+        "--keep: also holds weights and rows; leave out --work": args.keep and args.work,
         "--ours: write KEY=VALUE, as for dpo-run": not all("=" in word for word in args.ours),
         '--also: write "KEY=VALUE KEY=VALUE", as for dpo-run': not all(
             words.split() and all("=" in word for word in words.split()) for words in args.also
         ),
-        "--also: of training; --task decode has no settings": args.also and args.task == "decode",
+        "--also: only for training, not for --task decode": args.also and args.task == "decode",
     }  # fmt: skip
     for path in (args.data, args.tokenizer, args.trl_python):
         problems[f"{path}: no such file or folder"] = path and not Path(path).exists()

@@ -1,8 +1,7 @@
-"""Pages of figures: tables, a Markdown file and a picture.
+"""Result pages: tables, a Markdown file and a plot.
 
-A page has one section for each set of conditions; each carries its record as JSON in a comment,
-from which file and picture are drawn anew, so that a repeated measurement replaces its own
-section alone.
+A page has one section per set of conditions. Each contains its record as JSON in a comment, from
+which file and plot are regenerated, so that repeating a measurement replaces only its own section.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ Rows = list[list[str]]
 class Page:
     """How the records of a command become a page.
 
-    about: its first paragraph. heading(record): the conditions that make two measurements
+    about: its first paragraph. heading(record): the conditions under which measurements are
     comparable. section(record): Markdown. draw(panels, record): fills a `grid` of panels, given
-    column by column; without it a page has no picture. height: of a record's part, in inches.
+    column by column; without it a page has no plot. height: of a record's part, in inches.
     """
 
     about: str
@@ -41,7 +40,7 @@ class Page:
     height: float = 2.6
 
     def publish(self, record: Record, args: Any, name: str, tables: Sequence[Rows]) -> int:
-        """Print the tables, keep the page, end with the record where --json asks for it."""
+        """Print the tables, write the page, and end with the record if --json is set."""
         for rows in tables:
             print("\n".join(table(rows)), end="\n\n")
         print(f"written: {self.keep(record, args.out, name)}")
@@ -50,7 +49,7 @@ class Page:
         return 0
 
     def keep(self, record: Record, folder: Path, name: str) -> Path:
-        """Write or update `name` with .md and .png."""
+        """Write or update `name`.md and `name`.png."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{name}.md"
         old = KEPT.findall(path.read_text()) if path.is_file() else []
@@ -89,7 +88,7 @@ class Page:
 
 
 def where_and_when(record: Record) -> list[str]:
-    """The paragraphs that a figure needs to be believed: command, date, code, machine."""
+    """Paragraphs with the provenance of the figures: command, date, code, machine."""
     machine = record["machine"]
     versions = listed(record["versions"])
     for name, others in record.get("other_versions", {}).items():
@@ -103,10 +102,10 @@ def where_and_when(record: Record) -> list[str]:
     return lines
 
 
-def rounds_told(record: Record, of: str = "side") -> str:
+def rounds_line(record: Record, of: str = "side") -> str:
     settings = record["settings"]
     return (f"{settings['rounds']} rounds of {settings['steps']} steps after {settings['warmup']} "
-            f"to warm up, every {of} in a process of its own.")  # fmt: skip
+            f"to warm up, every {of} in a separate process.")  # fmt: skip
 
 
 def threads_of(record: Record) -> str:
@@ -116,7 +115,8 @@ def threads_of(record: Record) -> str:
 
 
 def differ(record: Record, what: str) -> int:
-    """Say that processes did not compute the same, so that nothing is kept. An exit code."""
+    """Report that processes computed different results, so that nothing is kept. Returns an exit
+    code."""
     say(f"ERROR: {what}, nothing was written: {record['losses_agree']}")
     return 1
 
@@ -135,7 +135,7 @@ def short(value: float) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown, columns aligned, so that it can be read on a terminal too."""
+    """A Markdown table with aligned columns, readable on a terminal too."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
@@ -147,7 +147,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 def bars(
     axes: Any, values: Mapping[str, Mapping[str, float]], label: str, colours: Sequence[str] | str
 ) -> None:
-    """A bar each, from the median; whiskers: lowest and highest."""
+    """Bars of the medians; whiskers: lowest and highest."""
     middle = [v["median"] for v in values.values()]
     whiskers = [[v["median"] - v["min"] for v in values.values()],
                 [v["max"] - v["median"] for v in values.values()]]  # fmt: skip

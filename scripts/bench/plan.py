@@ -1,4 +1,4 @@
-"""What a command makes before it measures: weights and rows (`Plan`), and the work (`Job`)."""
+"""The input of a measurement, weights and rows (`Plan`), and its work (`Job`)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ CODE = ("dpo_cli/**/*.py", "conf/**/*.yaml", "scripts/bench/**/*.py")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to make in `folder`; an existing model there is kept.
+    """What to create in `folder`; a model that exists there is kept.
 
-    data: a file of real pairs, read by `adapter`; None: synthetic pairs, whose lengths are
-    `prompt_length` and `response_length` (EOS included) or, where None, drawn as in the dataset
-    that `lengths` names.
-    context: positions of the model. length: tokens of prompt and response that are kept.
-    reward_model: a sequence classifier of one label instead of a language model. r: rank of an
-    adapter to start from, made beside the model. device: where random weights are drawn.
+    data: a file of real pairs, read by `adapter`; None: synthetic pairs of `prompt_length` and
+    `response_length` tokens (including EOS) or, if None, with lengths drawn as in the dataset
+    `lengths`. context: positions of the model. length: maximum tokens of prompt and response.
+    reward_model: a sequence classifier with one label instead of a language model. r: rank of an
+    initial adapter, created beside the model. device: on which random weights are drawn.
     """
 
     folder: str
@@ -84,7 +83,7 @@ class Plan:
         return self.ids.is_file() and (self.r is None or self.adapter_start.is_dir())
 
     def prepare(self, threads: int, launch: Launch = PLAIN) -> None:
-        """Model and rows, unless they are there."""
+        """Create model and rows unless they exist."""
         if self.made():
             return
         path = Path(self.folder) / "plan.json"
@@ -95,7 +94,7 @@ class Plan:
         run_worker("prepare", [path], scratch, threads, launch)
 
     def label(self) -> str:
-        """The rows, in words."""
+        """A description of the rows."""
         if self.data is not None:
             own = f", {Path(self.tokenizer).name} tokenizer" if self.tokenizer else ""
             return f"{Path(self.data).name} ({self.adapter}{own}, at most {self.length} tokens)"
@@ -108,7 +107,7 @@ class Plan:
         return f"synthetic pairs, {kind}, at most {self.length} tokens"
 
     def sha256(self) -> str | None:
-        """Of the file of real pairs."""
+        """sha256 of the file of real pairs."""
         if self.data is None:
             return None
         with Path(self.data).open("rb") as stream:
@@ -116,12 +115,12 @@ class Plan:
 
 
 def shape_of(args: argparse.Namespace) -> tuple[str, Shape]:
-    """The preset as changed by the arguments, and its name."""
+    """The preset with the changes of the arguments, and its name."""
     return resized(args.preset, {key: getattr(args, key) for key in CHANGEABLE})
 
 
 def make_plan(args: argparse.Namespace, shape: Shape, folder: Path) -> Plan:
-    """Rows for exactly one epoch, and a model whose context holds them."""
+    """Rows for exactly one epoch, and a model with a long enough context."""
     length = args.length
     if args.prompt_length and args.response_length:
         length = args.prompt_length + args.response_length
@@ -150,14 +149,14 @@ def make_job(args: argparse.Namespace, plan: Plan) -> Job:
 
 
 def measured_in(folder: Path, job: Job) -> Path:
-    """Of what a job's sides answer: another folder for other code or packages."""
+    """Folder of a job's results: one per version of code and packages."""
     paths = sorted(path for pattern in CODE for path in ROOT.glob(pattern))
     code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     return folder.absolute() / f"measured-{digest(json.dumps([job.text(), code, versions()]))}"
 
 
 def work_of_ours(folder: Path) -> dict[str, Any]:
-    """What a side of ours has answered here, in this command or an earlier one; {} if none."""
+    """A result of one of our sides from here, of this command or an earlier one; {} if none."""
     for path in sorted(folder.glob("*-ours*/result.json")):
         result: dict[str, Any] = json.loads(path.read_text())
         if result.get("flops"):

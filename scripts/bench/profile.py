@@ -1,12 +1,12 @@
-"""Where dpo-run's training step spends its time, and how far that is from the machine's limit.
+"""Where dpo-run's training step spends its time, and how far that is from the hardware's limit.
 
-Measured are DPO steps as `dpo-run` takes them: in one process as they are, in another with
-clocks around the functions that a step goes through (on CUDA the device is waited for at
-each clock, so the first process tells what the clocks cost), in a third under torch.profiler.
-The limit is the fastest product of two square matrices in the same process, in the same
-precision. FLOPs are those that the model needs (see dpo_cli/train/flops.py): 2 a weight and token
-forward, twice that backward, attention between tokens that see each other, the head at
-scored tokens only. Results go to <out>/profile-<preset>-<device>.md and .png.
+DPO steps are measured as `dpo-run` runs them: in one process unchanged, in another with clocks
+around the functions of a step (on CUDA each clock synchronizes, so the first process shows the
+clocks' overhead), in a third under torch.profiler. The limit is the fastest product of two square
+matrices in the same process and precision. FLOPs are those the model needs (see
+dpo_cli/train/flops.py): 2 per weight and token in the forward, twice that in the backward,
+attention between tokens that see each other, the head at scored tokens only. Results go to
+<out>/profile-<preset>-<device>.md and .png.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LABELS = {
 
 
 def part_facts(job: Job, results: Results) -> dict[str, Record]:
-    """Part -> seconds a step; where its FLOPs are known, its speed and share of the peak."""
+    """Part -> seconds per step; with known FLOPs, also its speed and share of the peak."""
     rounds = [
         (r["parts"] | {"ours": ours["seconds"] / job.steps},
          r["flops"] | {"ours": r["flops"]["step"]},
@@ -76,7 +76,7 @@ def heading(record: Record) -> str:
 
 
 def part_rows(record: Record) -> Rows:
-    rows = [["part", "ms a step", "share", "GFLOP", "GFLOP/s", "share of matmul peak"]]
+    rows = [["part", "ms per step", "share", "GFLOP", "GFLOP/s", "share of matmul peak"]]
     step_seconds = record["parts"]["step"]["seconds"]["median"]
     for name, part in record["parts"].items():
         share = f"{part['seconds']['median'] / step_seconds:.0%}" if name != "ours" else ""
@@ -89,7 +89,7 @@ def part_rows(record: Record) -> Rows:
 
 
 def operator_rows(record: Record) -> Rows:
-    rows = [["operator", "ms a step", "share", "calls a step"]]
+    rows = [["operator", "ms per step", "share", "calls a step"]]
     for one in record["operators"]:
         rows.append([f"`{one['operator']}`", f"{one['ms']:.3g}", f"{one['share']:.1%}",
                      f"{one['calls']:,.4g}"])  # fmt: skip
@@ -105,20 +105,20 @@ def section(record: Record) -> list[str]:
     )
     return [
         *page.table(part_rows(record)), "",
-        f"Matmul peak in the same process: {peaks}. A step holds {work['tokens']:,.0f} tokens, "
-        f"{work['scored']:,.0f} of them scored. {page.rounds_told(record)}", "",
-        f"The {len(record['operators'])} operators that took longest by themselves, under "
-        "torch.profiler in a process of its own:", "",
+        f"Matmul peak in the same process: {peaks}. A step has {work['tokens']:,.0f} tokens, "
+        f"{work['scored']:,.0f} of them scored. {page.rounds_line(record)}", "",
+        f"The {len(record['operators'])} operators with the longest self time, under "
+        "torch.profiler in a separate process:", "",
         *page.table(operator_rows(record)), "", *page.where_and_when(record),
     ]  # fmt: skip
 
 
 def draw(axes: Any, record: Record) -> None:
-    """Milliseconds of each part, and the share of the peak of those whose FLOPs are known."""
+    """Plot milliseconds of each part, and the share of the peak of those with known FLOPs."""
     parts = {("whole step" if name == "ours" else name): part
              for name, part in record["parts"].items() if name != "step"}  # fmt: skip
     for panel, key, factor, label in (
-        (axes[0], "seconds", 1e3, "ms a step"),
+        (axes[0], "seconds", 1e3, "ms per step"),
         (axes[1], "share_of_peak", 100.0, "% of the matmul peak"),
     ):
         values = {name: {k: factor * v for k, v in part[key].items()}
@@ -127,13 +127,13 @@ def draw(axes: Any, record: Record) -> None:
 
 
 PAGE = Page(
-    f"The parts of one DPO step of dpo-run. {page.MEDIANS} FLOPs are those that the model needs, "
+    f"The parts of one DPO step of dpo-run. {page.MEDIANS} FLOPs are those the model needs, "
     "without padding. Written by `scripts/bench.py profile`.", heading, section, draw,
 )  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
-    """Profile a DPO step; an exit code."""
+    """Profile a DPO step; returns an exit code."""
     groups = ("model", "data", "measurement", "output")
     args = options.parse(options.parser(__doc__, groups=groups), argv)
     name, shape = shape_of(args)

@@ -1,4 +1,4 @@
-"""Figures over the rounds, ours to theirs: which sides are compared, and how they differ."""
+"""Ratios over the rounds, ours to theirs: which sides are compared, and by how much they differ."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ CACHED = "precompute_ref_log_probs"
 
 
 def roles_of(job: Job, sides: Sequence[Side], results: Results) -> dict[str, str]:
-    """default, best, best-live -> the side of the others that plays it, where one does. Of
-    candidates the fastest is the best: best-live of those with the reference in the loop."""
+    """default, best, best-live -> the other side's settings in that role, if any. The fastest
+    candidate is the best; best-live is the fastest with the reference computed in the loop."""
     peer = PEER[job.task]
     ratios_by_name = {role: f"{peer}-{role}" for role in STANDARD if f"{peer}-{role}" in results}
     others = [s for s in sides if s.name.startswith(peer) and s.name in results]
@@ -35,7 +35,7 @@ def speed(results: Results, name: str) -> float:
 
 
 def ratios(job: Job, roles: dict[str, str], results: Results) -> dict[str, dict[str, float]]:
-    """Speed, where more is better, and memory, where less is. Only of sides that were measured."""
+    """Speed (higher is better) and memory (lower is better), only of measured sides."""
     ratios_by_name: dict[str, dict[str, float]] = {}
     for role in ("default", "best"):
         if "ours" in results and role in roles:
@@ -58,7 +58,7 @@ def ratios(job: Job, roles: dict[str, str], results: Results) -> dict[str, dict[
 def one_epoch_ratio(
     job: Job, roles: dict[str, str], results: Results
 ) -> dict[str, dict[str, float]]:
-    """Against whatever is fastest for one epoch on the other side, cached or live."""
+    """Compared with the other side's fastest setting for one epoch, cached or live."""
     theirs = [roles[role] for role in ("best", "best-live") if role in roles]
     if "ours" not in results or not theirs:
         return {}
@@ -73,7 +73,7 @@ def job_rows(job: Job) -> int:
 
 
 def one_epoch(job: Job, result: dict[str, Any]) -> float:
-    """Pairs a second over one epoch, its pass over the reference included."""
+    """Pairs per second over one epoch, including the pass over the reference."""
     rows = job_rows(job)
     return rows / (rows / result["per_second"] + (result["reference_seconds"] or 0.0))
 
@@ -83,7 +83,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(results: Results, ours: str, other: str, key: str) -> dict[str, float]:
-    """Of the two sides within each round."""
+    """Ratio of the two sides within each round."""
     pairs = zip(results[ours], results[other], strict=True)
     return spread([a[key] / b[key] for a, b in pairs])
 

@@ -27,7 +27,7 @@ RATIO_NAMES = {
 
 
 def name_of(record: Record) -> str:
-    """`<task>[-<lora>]-<preset>-<device>`, of its page."""
+    """The page's name, `<task>[-<lora>]-<preset>-<device>`."""
     lora = [record["lora"]["name"]] if record.get("lora") else []
     return "-".join([record["task"], *lora, record["preset"], record["device"]])
 
@@ -47,7 +47,7 @@ def heading(record: Record) -> str:
 
 def section(record: Record) -> list[str]:
     facts = [
-        f"{page.rounds_told(record)} {compared(record)}",
+        f"{page.rounds_line(record)} {compared(record)}",
         "Settings: " + "; ".join(f"{name}: `{facts['settings'] or 'defaults'}`"
                                  for name, facts in record["sides"].items()) + ".",
         *(f"**{one['name']} failed: {one['why']}.** Its settings: "
@@ -55,11 +55,11 @@ def section(record: Record) -> list[str]:
     ]  # fmt: skip
     if (ours := record["sides"].get("ours", {})).get("attention"):
         facts.append(f"dpo-run: attention={ours['attention']}, at most "
-                     f"{ours['micro_batch_tokens']:,} tokens a micro-batch.")  # fmt: skip
+                     f"{ours['micro_batch_tokens']:,} tokens per micro-batch.")  # fmt: skip
     if any("tflops_per_second" in side for side in record["sides"].values()):
         facts.append(WORK)
     if record["settings"].get("devices", 1) > 1:
-        facts.append("Peak memory is that of the device that needs most.")
+        facts.append("Peak memory is the maximum over the devices.")
     paragraphs = [line for fact in facts for line in (fact, "")]
     steps = [line for rows in step_tables(record) for line in (*page.table(rows), "")]
     folded = ["<details><summary>What the sides logged in each step</summary>", "", *steps]
@@ -72,9 +72,9 @@ def section(record: Record) -> list[str]:
 
 
 def compared(record: Record) -> str:
-    """Within which limits the sides agree, and how closely they do."""
+    """Tolerances, and the differences between the sides."""
     if record.get("peer_missing"):
-        return f"**{record['peer_missing']}: dpo-run alone, compared with nothing.**"
+        return f"**{record['peer_missing']}: dpo-run only, without a comparison.**"
     agreement_record = record["losses_agree"]
     limits = (f"Losses may differ by {agreement_record['allowed']['loss']:g}, log-probabilities by "
               f"{agreement_record['allowed']['logps_relative']:g} of their value.")  # fmt: skip
@@ -91,7 +91,7 @@ def compared(record: Record) -> str:
 
 
 def side_rows(record: Record) -> Rows:
-    """A side a line; only the columns that hold something."""
+    """One row per side; only columns with values."""
     unit, tokens = record["unit"], record["data"].get("real_tokens_per_row")
     columns = {  # of a side's facts
         f"{unit}/s": "per_second", "real tokens/s": "", "TFLOP/s": "tflops_per_second",
@@ -120,7 +120,7 @@ def ratio_rows(record: Record) -> Rows:
 
 
 def ratio_name(key: str, peer: str) -> str:
-    """Of a variant of ours, where it is none of the usual ones."""
+    """Name of a variant of ours; empty for the usual sides."""
     variant = key.removeprefix("ratio_").removesuffix("_vs_trl_best")
     return RATIO_NAMES.get(key, f"speed, {variant} / {{peer}} best").format(peer=peer)
 
@@ -137,8 +137,8 @@ def search_rows(record: Record) -> Rows:
 
 
 def step_tables(record: Record, failed: bool = False) -> list[Rows]:
-    """What every side logged in each step, side by side; a table for each figure. failed: also of
-    those that compute something else."""
+    """The logged figures of every side, side by side; one table per figure. failed: also those of
+    sides that compute something else."""
     sides = dict(record["sides"])
     if failed:
         sides |= {one["name"]: one for one in record["failed"] if one["figures_by_step"]}
@@ -161,7 +161,7 @@ def columns_of(sides: Mapping[str, Any], name: str) -> list[tuple[float, ...]]:
 
 
 def draw(axes: Any, record: Record) -> None:
-    """Speed and peak memory; our sides are blue."""
+    """Plot speed and peak memory; our sides are blue."""
     labels = {"per_second": f"{record['unit']}/s (more is better)",
               "peak_memory_mb": "peak memory, MB (less is better)"}  # fmt: skip
     sides = record["sides"]

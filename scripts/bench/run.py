@@ -1,4 +1,4 @@
-"""Runs the sides of a measurement, each process of its own, in turn."""
+"""Run the sides of a measurement in turn, each in a separate process."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ BUSY_SHARE = 0.15  # of the cores that others may keep busy
 
 
 def refuse_if_busy(allowed: bool, seconds: float = 1.0) -> float:
-    """Cores that other processes keep busy just now; exits if they are too many.
+    """Exit if other processes keep too many cores busy.
 
-    The load average still counts what ended a minute ago, so it only decides where the
-    system does not tell how busy the processors are.
+    The load average includes processes that ended a minute ago, so it is used only if the system
+    does not report processor time.
     """
     before, cores = busy_cpu_seconds(), os.cpu_count() or 1
     time.sleep(seconds)
@@ -40,15 +40,15 @@ def refuse_if_busy(allowed: bool, seconds: float = 1.0) -> float:
         f"(load average {os.getloadavg()[0]:.1f}): the figures would be wrong"
     )
     if not allowed:
-        raise SystemExit(f"{text}; wait for them, or measure all the same with --busy-ok")
+        raise SystemExit(f"{text}; wait for them, or use --busy-ok")
     say(f"WARNING: {text}. Do not publish them.")
     return busy
 
 
 @contextmanager
 def workplace(args: Any, what: str = "", timed: bool = True) -> Iterator[Path]:
-    """The folder of a measurement: that of --keep, or one that is gone afterwards. Where time is
-    measured, exits unless the machine is idle enough."""
+    """The folder of a measurement: that of --keep, or a temporary one. For timings, exits unless
+    the machine is idle enough."""
     if timed:
         busy = refuse_if_busy(args.busy_ok)
         say(f"{what}, {args.precision} on {args.device}, {args.threads} threads; others keep "
@@ -61,7 +61,7 @@ def workplace(args: Any, what: str = "", timed: bool = True) -> Iterator[Path]:
 
 
 def run_side(side: Side, job: Job, scratch: Path, launch: Launch = PLAIN) -> dict[str, Any]:
-    """One side once; or what it answered, where it has been asked exactly this before."""
+    """Run a side once, or return the result of an earlier identical run."""
     files = scratch / "job.json", scratch / "result.json"
     job_text = replace(job, settings=side.settings, scratch=str(scratch / "own")).text()
     if not (files[1].is_file() and files[0].read_text() == job_text):
@@ -75,13 +75,13 @@ def run_side(side: Side, job: Job, scratch: Path, launch: Launch = PLAIN) -> dic
 
 
 def per_second(job: Job, seconds: float) -> float:
-    """Pairs, examples or tokens."""
+    """Pairs, examples or tokens per second."""
     per_example = job.samples * job.new_tokens if job.task == "decode" else 1
     return job.steps * job.batch * per_example / seconds
 
 
 def own_folder(number: int, side: Side) -> str:
-    """A name without `=` and `,`, which mean something in dpo-run's words."""
+    """A folder name without `=` and `,`, which have a meaning in overrides."""
     return f"{number}-{re.sub(r'[^A-Za-z0-9._-]', '_', side.name)}"
 
 
@@ -89,11 +89,11 @@ def run_rounds(
     job: Job, sides: Sequence[Side], rounds: int, folder: Path, launch: Launch = PLAIN,
     failures: Failures | None = None,
 ) -> Results:  # fmt: skip
-    """Every side once a round, in turn, so that a change of the machine's mood hits all.
+    """Run every side once per round, in turn, so that changes of the machine affect all of them.
 
-    failures: takes why sides fail, which are then left out; without it a failure ends all.
-    Where time is limited and no other command goes on, a process gets at most half of what is
-    left, the last side all of it, and only the rounds count that every side has finished.
+    failures: collects the reasons of failed sides, which are then left out; without it a failure
+    ends the measurement. With a time limit and no continuing command, a process gets at most half
+    of the remaining time, the last side all of it, and only rounds completed by all sides count.
     """
     results: Results = {side.name: [] for side in sides}
     failed = {} if failures is None else failures
@@ -123,7 +123,7 @@ def run_rounds(
 
 
 def note_failure(side: Side, sides: Sequence[Side], error: Failed, failures: Failures) -> None:
-    """Of one side; where TRL cannot be imported, of all its sides."""
+    """Record a side's failure; if TRL cannot be imported, that of all its sides."""
     same = [s for s in sides if s.worker == side.worker]
     for other in same if isinstance(error, Unavailable) else [side]:
         failures[other.name] = error.why
@@ -132,7 +132,7 @@ def note_failure(side: Side, sides: Sequence[Side], error: Failed, failures: Fai
 
 def tell(start: str, job: Job, result: Mapping[str, Any], note: str = "") -> None:
     if (others := result.get("others_cpu", 0.0)) > 0.1:
-        note += f"  (others kept {others:.1f} cores busy)"
+        note += f"  (other processes kept {others:.1f} cores busy)"
     say(f"{start} {result['per_second']:10.3f} {UNITS[job.task]}/s "
         f"{result['peak_memory_mb']:8.0f} MB{note}")  # fmt: skip
 
@@ -140,8 +140,8 @@ def tell(start: str, job: Job, result: Mapping[str, Any], note: str = "") -> Non
 def search(
     job: Job, sides: Iterable[Side], folder: Path, launch: Launch = PLAIN
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Each candidate once; the name of the fastest that computes what the first one does. One
-    that fails, such as for lack of memory, is left out, and no later command tries it again."""
+    """Run each candidate once; returns the fastest that computes the same as the first. A failed
+    one, such as out of memory, is left out, and later commands do not try it again."""
     table: list[dict[str, Any]] = []
     first: dict[str, Any] = {}
     for index, side in enumerate(sides):
@@ -162,7 +162,12 @@ def search(
         agrees = compare(first, result, job.precision)["agree"]
         table.append({"name": side.name, "per_second": result["per_second"],
                       "peak_memory_mb": result["peak_memory_mb"], "agrees": agrees})  # fmt: skip
-        tell(f"search  {side.name:24}", job, result, "" if agrees else "  (other losses: left out)")
+        tell(
+            f"search  {side.name:24}",
+            job,
+            result,
+            "" if agrees else "  (different losses: left out)",
+        )
     usable = [row for row in table if row["agrees"]]
     if not usable:
         raise Failed("--search: none of the other side's settings runs here, see above")

@@ -1,9 +1,9 @@
-"""What saving costs: how long training stands still, beside plain writes of the same tensors.
+"""The cost of saving: how long training is blocked, beside plain writes of the same tensors.
 
-plain: two safetensors files, weights and optimiser state, without sync or checksum. synced: the
-same with an fsync of each. hashed: as plain, each file's sha256 made while it is written.
-foreground: a checkpoint as runs publish it while training waits. copy: all that training waits
-for where it does not. background: that copy published by a thread. They take turns.
+plain: two safetensors files, weights and optimizer state, without fsync or checksum. synced: the
+same with an fsync of each. hashed: as plain, with each file's sha256 computed while writing.
+foreground: a checkpoint published while training waits. copy: the part of a background save that
+blocks training. background: that copy, published by a thread. They are measured in turn.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RUN = (
 
 
 def trained(layers: int, width: int, vocab: int, device: str = "cpu") -> tuple[Any, Any]:
-    """A model after one step: its optimiser has state."""
+    """A model after one step, so that its optimizer has state."""
     config = GPT2Config(vocab_size=vocab, n_embd=width, n_layer=layers, n_head=4, n_positions=64,
                         bos_token_id=0, eos_token_id=0)  # fmt: skip
     model = GPT2LMHeadModel(config).to(device)
@@ -80,7 +80,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def methods_of(args: argparse.Namespace) -> dict[str, Callable[[Path], object]]:
-    """Name -> what writes into a folder that is not there; `background` writes what `copy` took."""
+    """Name -> function that writes into a new folder; `background` writes the data of `copy`."""
     model, optimizer = trained(args.layers, args.width, args.vocab, args.device)
     tokenizer = contents.of_tokenizer(build_tokenizer(args.vocab))
     host, taken = HostCopy(torch.device(args.device)), []
@@ -108,7 +108,7 @@ def methods_of(args: argparse.Namespace) -> dict[str, Callable[[Path], object]]:
 
 
 def measure(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each way, and the MB of a checkpoint."""
+    """Seconds per method, and MB per checkpoint."""
     methods = methods_of(args)
     seconds_of: dict[str, list[float]] = {name: [] for name in methods}
     size = 0.0
@@ -126,8 +126,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> tuple[dict[str, list[flo
 
 
 def steps(scratch: Path, count: int) -> tuple[float, float, float]:
-    """Medians of a small run's steps: seconds of a step where nothing is saved, of what the loop
-    does after it, and of a step where every tenth is saved."""
+    """Medians of a small run's steps: seconds of a step without saves, of the loop's work after it,
+    and of a step if every tenth is saved."""
     from dpo_cli.cli import main as dpo_run
 
     real_step, real_after = loop._train_step, loop._after_step
@@ -168,7 +168,7 @@ def own_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what each way costs; an exit code."""
+    """Print the cost of each method; returns an exit code."""
     p = own_parser()
     args = p.parse_args(argv)
     if args.repeats < 1 or args.steps < 10:
@@ -185,7 +185,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"A checkpoint of {size:.1f} MB, {args.repeats} times each:\n")
         print("\n".join(table(rows)))
         step, idle, between = steps(Path(name), args.steps)
-    print(f"\nA step of the tiny model: {step * 1e3:.1f} ms; what the loop does after one that is "
-          f"not saved: {idle * 1e6:.0f} µs. With a save every ten steps a step takes "
+    print(f"\nA step of the tiny model: {step * 1e3:.1f} ms; the loop's work after a step "
+          f"without a save: {idle * 1e6:.0f} µs. With a save every ten steps a step takes "
           f"{between * 1e3:.1f} ms.")  # fmt: skip
     return 0

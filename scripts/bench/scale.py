@@ -1,13 +1,12 @@
-"""How the cost of a pair and the peak memory of dpo-run's DPO grow, one size at a time.
+"""How dpo-run's cost per pair and peak memory in DPO grow with one size at a time.
 
   lengths  tokens of prompt and response together, two thirds of them prompt: 64 to 2048
-  batches  pairs a step: 1 to 32
+  batches  pairs per step: 1 to 32
   models   presets, or LAYERSxWIDTH for a GPT-2 with heads of 64: tiny4x256, 8x512, gpt2
 
-Every other size stays at --preset, --length and --batch. Pairs are synthetic and all of one
-length, so that nothing but the named size changes. Every point of every round is a process
-of its own, points in turn; a point that several curves share is measured once. Results go to
-<out>/scale-<preset>-<device>.md and .png.
+The other sizes stay at --preset, --length and --batch. Pairs are synthetic and of equal length, so
+that only one size changes. Every point of every round is a separate process, points in turn; a
+point of several curves is measured once. Results go to <out>/scale-<preset>-<device>.md and .png.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ MODEL = re.compile(r"(\d+)x(\d+)")
 
 @dataclass(frozen=True)
 class Point:
-    """What one process measures."""
+    """The sizes measured by one process."""
 
     model: str
     length: int
@@ -47,7 +46,7 @@ class Point:
 
 
 def curves_of(args: argparse.Namespace, model: str) -> dict[str, list[Point]]:
-    """Each curve changes one size of the same point."""
+    """Curves, each of which varies one size of the same point."""
     middle = Point(model, args.length, args.batch)
     curves = {
         "lengths": [replace(middle, length=length) for length in args.lengths],
@@ -69,14 +68,14 @@ def model_shape(model: str) -> Shape:
 
 
 def prompt_of(length: int) -> int:
-    """Tokens of the prompt."""
+    """Number of prompt tokens."""
     return length - length // 3
 
 
 def plans_of(
     args: argparse.Namespace, shapes: dict[str, Shape], points: Sequence[Point], folder: Path
 ) -> dict[Point, tuple[Plan, Job]]:
-    """A folder a model, whose context holds its longest sequences."""
+    """One folder per model, with a context for its longest sequences."""
     plans = {}
     for point in points:
         longest = max(p.length for p in points if p.model == point.model)
@@ -112,7 +111,7 @@ def measure(
 
 
 def point_facts(point: Point, plan: Plan, results: Sequence[Record]) -> Record:
-    """`tokens_per_pair` counts its prompt once, as it is computed."""
+    """`tokens_per_pair` counts the prompt once, as it is computed once."""
     weights = sum(path.stat().st_size for path in plan.model.glob("*.safetensors")) / 4  # float32
     return {
         **vars(point),
@@ -133,7 +132,7 @@ def heading(record: Record) -> str:
 
 
 def curve_rows(record: Record, curve: str) -> Rows:
-    rows = [[CURVES[curve], "ms a pair", "pairs/s", "tokens/s", "peak memory, MB"]]
+    rows = [[CURVES[curve], "ms per pair", "pairs/s", "tokens/s", "peak memory, MB"]]
     for point in record["curves"][curve]:
         size, seconds = str(point[CHANGED[curve]]), point["seconds_per_pair"]
         if curve == "models":
@@ -151,15 +150,15 @@ def section(record: Record) -> list[str]:
     ]
     return [
         *tables,
-        f"{page.rounds_told(record, 'point')} A pair's tokens count its prompt once. Two thirds "
+        f"{page.rounds_line(record, 'point')} A pair's tokens count its prompt once. Two thirds "
         "of a sequence are its prompt.", "", *page.where_and_when(record),
     ]  # fmt: skip
 
 
 def draw(axes: Any, record: Record) -> None:
-    """Cost and peak memory of each curve. Numbers on a linear axis, so that a straight line is a
-    constant price; models as names."""
-    kinds = (("seconds_per_pair", 1e3, "ms a pair"), ("peak_memory_mb", 1.0, "peak memory, MB"))
+    """Plot cost and peak memory of each curve: sizes on a linear axis, on which a constant cost per
+    unit is a straight line; models by name."""
+    kinds = (("seconds_per_pair", 1e3, "ms per pair"), ("peak_memory_mb", 1.0, "peak memory, MB"))
     panels = iter(axes)
     for curve, points in record["curves"].items():
         places = [p[CHANGED[curve]] for p in points]
@@ -198,7 +197,7 @@ def own_parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Exit with what is wrong with the sizes."""
+    """Exit with the problem of invalid sizes."""
     options.refuse_unknown("curves", args.curves, list(CURVES))
     if min(args.length, *args.lengths) < 6:
         raise SystemExit("--length, --lengths: must be at least 6 tokens")
@@ -209,7 +208,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure the curves that the words name; an exit code."""
+    """Measure the selected curves; returns an exit code."""
     args = options.parse(own_parser(), argv)
     check(args)
     name, shape = shape_of(args)

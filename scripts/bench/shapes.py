@@ -1,4 +1,4 @@
-"""Shapes of what is measured: published architectures, and how long synthetic pairs are."""
+"""Shapes of the measured models, from publications, and lengths of synthetic pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 @dataclass(frozen=True)
 class Shape:
     """A decoder of one family. kv_heads, inner (MLP width) and tied (embedding and output layer
-    are one weight) are read by `llama` alone. stored: dtype of the published weights' files."""
+    share a weight) are used by `llama` only. stored: dtype of the published weights' files."""
 
     family: str  # gpt2 | llama
     layers: int
@@ -39,7 +39,7 @@ CHANGEABLE = ("layers", "width", "heads", "vocab")
 
 
 def resized(preset: str, changes: dict[str, int | None]) -> tuple[str, Shape]:
-    """A preset with some numbers changed, and the name of the result."""
+    """A preset with some sizes changed, and the name of the result."""
     base = PRESETS[preset]
     given = {key: value for key, value in changes.items() if value is not None}
     assert set(given) <= set(CHANGEABLE)
@@ -59,7 +59,7 @@ def resized(preset: str, changes: dict[str, int | None]) -> tuple[str, Shape]:
 
 
 def hf_config(shape: Shape, context: int, **token_ids: int) -> Any:
-    """The transformers configuration. No dropout: both sides must compute the same thing."""
+    """The transformers configuration, without dropout: both sides must compute the same."""
     import transformers
 
     if shape.family == "gpt2":
@@ -79,8 +79,8 @@ def hf_config(shape: Shape, context: int, **token_ids: int) -> Any:
 class Lengths:
     """Of prompt, chosen (with EOS) and rejected (with EOS), in tokens.
 
-    name: in a label. log_mean, log_sd, correlation: of the logarithms; shortest, longest: of
-    each. kept: tokens of prompt and response that training keeps, half of them for the prompt.
+    name: in labels. log_mean, log_sd, correlation: of the logarithms; shortest, longest: of each.
+    kept: maximum tokens of prompt and response in training, half of them for the prompt.
     """
 
     name: str

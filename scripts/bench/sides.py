@@ -1,9 +1,9 @@
-"""Who is measured in each task, and which settings of the other side are tried.
+"""The sides of each task, and the candidate settings of the other side.
 
 A setting of the other side is named by words joined with `-`, such as `cached-4-regional`: one of
-STARTS, then any of CHANGES and a number of micro-batches. Left out are settings that change the
-work: those that regroup the pairs into other batches (grouping by length, packing) or compute in
-another precision than the one asked for.
+STARTS, then any of CHANGES and a number of micro-batches. Settings that change the work are left
+out: those that regroup pairs into other batches (grouping by length, packing) or compute in another
+precision than the requested one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ STANDARD = ("default", "best", "best-live")  # of the other side; others are can
 
 @dataclass(frozen=True)
 class Side:
-    """A worker script and its settings. name: `ours...`, or `<peer>-` and one of STANDARD or the
-    name of a candidate."""
+    """A worker script and its settings. name: `ours...`, or `<peer>-` and one of STANDARD or a
+    candidate's name."""
 
     name: str
     worker: str
@@ -93,7 +93,7 @@ BEST_OF = {  # (task, preset), where another was
 
 
 def settings_of(task: str, name: str) -> Settings:
-    """Of a candidate. Exits with what there is where the name is none."""
+    """Settings of a candidate; exits with a list of the candidates for an unknown name."""
     start, *words = name.split("-")
     numbers = [word for word in words if word.isdigit() and int(word) > 0]
     known = start in STARTS[task] and set(words) <= CHANGES.keys() | set(numbers)
@@ -109,7 +109,7 @@ def parts_of(name: str) -> int:
 
 
 def listing(task: str) -> str:
-    """The words of a candidate's name and what they mean."""
+    """The words of candidates' names and their meaning."""
     starts = [(word, what) for word, (_, what) in STARTS[task].items()]
     words = [(word, what) for word, (_, what) in CHANGES.items()]
     rows = [("first:", ""), *starts, ("then, joined with -:", ""), ("2, 4, ...", PARTS), *words]
@@ -120,7 +120,7 @@ def listing(task: str) -> str:
 def candidates(
     task: str, device: str, precision: str, lora: str = "none", devices: int = 1, batch: int = 0
 ) -> dict[str, Settings]:
-    """Name -> settings of what `--search` tries: those that can run here."""
+    """Name -> settings tried by `--search`: those that can run here."""
     names = [*TRIED[task]]
     if task == "decode" and precision == "bf16":
         names.append("dynamic-half")
@@ -141,14 +141,14 @@ def runs_here(name: str, precision: str) -> bool:
 
 
 def named(task: str, names: Iterable[str], precision: str, lora: str) -> dict[str, Settings]:
-    """Name -> settings. Under an adapter the frozen weights are in bf16 where the run is, as on
-    our side."""
+    """Name -> settings. Under an adapter the frozen weights are in bf16 in bf16 runs, as on our
+    side."""
     half = CHANGES["half"][0] if lora != "none" and precision == "bf16" else {}
     return {name: settings_of(task, name) | half for name in names}
 
 
 def sides_of(task: str, best: Settings) -> list[Side]:
-    """In the order in which a round measures them. `best`: settings of the other side."""
+    """Sides in the order in which a round measures them. `best`: settings of the other side."""
     if task == "decode":
         return [
             Side("ours", "decode", {"side": "ours"}),
@@ -169,7 +169,7 @@ def sides_of(task: str, best: Settings) -> list[Side]:
 
 
 def select(sides: list[Side], words: str | None) -> list[Side]:
-    """By name, `trl` for all of the other side, `both` or None for all."""
+    """Select sides by name; `trl`: all of the other side, `both` or None: all."""
     names = (words or "both").split(",")
     known = {side.name for side in sides} | {"trl", "both"}
     if unknown := set(names) - known:
@@ -180,7 +180,7 @@ def select(sides: list[Side], words: str | None) -> list[Side]:
 
 
 def with_candidates(task: str, words: str | None, candidates: dict[str, Settings]) -> list[Side]:
-    """Our side, or the sides that `words` name, and then every candidate, which are `trl`."""
+    """Our side, or the selected sides, followed by every candidate of TRL."""
     tried = [replace(best_side(task, settings), name=f"{PEER[task]}-{name}")
              for name, settings in candidates.items()]  # fmt: skip
     others = [side for side in sides_of(task, {}) if not side.name.startswith(f"{PEER[task]}-best")]
@@ -190,7 +190,7 @@ def with_candidates(task: str, words: str | None, candidates: dict[str, Settings
 
 
 def variant(side: Side, words: Sequence[str]) -> Side:
-    """dpo-run's side with further settings, under a name that says which."""
+    """dpo-run's side with further settings and a name that contains them."""
     settings = dict(word.split("=", 1) for word in words)
     settings_text = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
     return replace(side, name=f"ours-{settings_text}", settings=side.settings | settings)

@@ -1,4 +1,4 @@
-"""From the results of the rounds to one record: figures, ratios, and what it takes to repeat."""
+"""Summarize the results of the rounds in one record: figures, ratios, and how to repeat them."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ NOTHING = dict.fromkeys((*FIGURES, "tokens_per_second", "failure"))
 
 @dataclass
 class Measured:
-    """What came of the sides. results: of those that answered; failures: why others did not, and
-    of those that answered and do not compute the same; searched: the table of a search; work: a
-    result of ours, which counts what a step computes, {} if there is none."""
+    """Outcome of the sides. results: of those that count; failures: why others do not, because they
+    failed or compute something else; searched: the table of a search; work: a result of ours with
+    the counts of a step's work, {} if there is none."""
 
     sides: list[Side]
     results: Results
@@ -45,11 +45,11 @@ class Measured:
     work: dict[str, Any]
 
     def equal(self, precision: str) -> Results:
-        """The results that count; `failures` then says why others do not."""
+        """Keep the results that count; `failures` then has the reasons for the others."""
         return drop_unequal(self.results, precision, self.failures)
 
     def peer_missing(self, job: Job) -> str | None:
-        """Why none of the other side's sides could be measured, where any was asked for."""
+        """Why none of the other side's sides could be measured, if any was requested."""
         peers = [side.name for side in self.sides if side.name.startswith(PEER[job.task])]
         if not peers or set(peers) & self.results.keys() - self.failures.keys():
             return None
@@ -57,14 +57,14 @@ class Measured:
 
 
 def failure(side: Side, measured: Measured) -> dict[str, Any]:
-    """A side that does not count, and what it logged if it got that far."""
+    """A side that does not count, and its logged figures, if any."""
     rows = measured.results.get(side.name)
     return {"name": side.name, "why": measured.failures[side.name], "settings": side.settings,
             "figures_by_step": rows[0]["figures"] if rows else {}}  # fmt: skip
 
 
 def row_facts(job: Job) -> dict[str, float]:
-    """Means over the rows, and what share of a padded batch is real, unique or scored."""
+    """Means over the rows, and the shares of a padded batch that are real, unique or scored."""
     rows = job.rows()
     if job.task == "decode":
         return {"rows": len(rows), "mean_prompt_tokens": mean(len(r["prompt"]) for r in rows)}
@@ -86,7 +86,7 @@ def row_facts(job: Job) -> dict[str, float]:
 def side_facts(
     job: Job, side: Side, results: Sequence[dict[str, Any]], work: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What one side did, over the rounds. work: a result of ours."""
+    """Figures of one side over the rounds. work: a result of ours."""
     facts: dict[str, Any] = {
         "settings": side.settings,
         "per_second": over(results, "per_second"),
@@ -111,7 +111,7 @@ def side_facts(
 
 
 def flat(facts: dict[str, Any], tokens: float | None) -> dict[str, float | str | None]:
-    """One side's figures, one number each. tokens: of a row, prompt and response."""
+    """One number per figure of a side. tokens: per row, prompt and response."""
 
     values = {name: facts[key]["median"] for name, key in FIGURES.items() if key in facts}
     if tokens is not None:
@@ -120,18 +120,18 @@ def flat(facts: dict[str, Any], tokens: float | None) -> dict[str, float | str |
 
 
 def startup(result: dict[str, Any]) -> float:
-    """Seconds until the first step was done, the pass over the reference left out."""
+    """Seconds until the first step was done, without the pass over the reference."""
     return float(result["startup_seconds"] - (result["reference_seconds"] or 0.0))
 
 
 def compute_facts(
     work: Mapping[str, Any], rows: Sequence[dict[str, Any]], devices: int
 ) -> dict[str, dict[str, float]]:
-    """Model FLOPs a second of one side, and their share of the devices' peak where it is known.
+    """Model FLOP/s of one side, and their share of the devices' peak if it is known.
 
-    All sides are given the work that ours counts: each prompt once, no padding, logits of response
-    tokens alone, no gradient of frozen weights, and no reference, which is computed beforehand.
-    work: a result of ours.
+    All sides are credited with the work that ours counts: each prompt once, no padding, logits of
+    response tokens only, no gradient of frozen weights, and no reference, which is computed
+    beforehand. work: a result of ours.
     """
     if not work.get("flops"):
         return {}
@@ -145,7 +145,7 @@ def compute_facts(
 def summary(
     name: str, job: Job, plan: Plan, measured: Measured, argv: Sequence[str]
 ) -> dict[str, Any]:
-    """The record that is printed as JSON and kept in the Markdown file."""
+    """The record that is printed as JSON and stored in the Markdown file."""
     results = measured.equal(job.precision)
     conditions = conditions_of(name, job, plan, len(next(iter(results.values()), [])))
     sides = [side for side in measured.sides if side.name in results]
@@ -174,7 +174,7 @@ def summary(
 
 
 def conditions_of(name: str, job: Job, plan: Plan, rounds: int) -> Record:
-    """What was computed, of a measurement on one set of rows."""
+    """The conditions of a measurement on one set of rows."""
     return {
         "preset": name,
         "device": job.device,
@@ -208,8 +208,8 @@ def circumstances(results: Results, program: str, argv: Sequence[str]) -> Record
 
 
 def versions_of(results: Results) -> dict[str, dict[str, Any]]:
-    """Of the packages in the processes that were measured: those of the first side, and what
-    other sides had another version of."""
+    """Package versions in the measured processes: those of the first side, and differing ones of
+    other sides."""
     versions: dict[str, str] = {}
     others: dict[str, dict[str, str]] = {}
     for side, rows in results.items():

@@ -1,1 +1,1 @@
-"""The fault programme: `cases.py` has its table, `lab.py` the small runs that are broken."""
+"""Fault injection: `cases.py` has the table of cases, `lab.py` the small runs that they break."""

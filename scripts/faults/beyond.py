@@ -1,4 +1,4 @@
-"""Cases beyond one run: recipes, sweeps, caches, checkpoints of another layout."""
+"""Cases beyond a single run: recipes, sweeps, caches, checkpoints of another layout."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ STEPS = ("01-sft", "02-dpo")
 
 
 def three_steps(lab: Lab) -> tuple[str, ...]:
-    """The words of a DPO run of three steps, each saved."""
+    """Overrides of a DPO run of three steps, each saved."""
     return (*OVER, "stage=dpo", "train.max_steps=3", "train.save_every_steps=1",
             f"model.path={lab.base()}")  # fmt: skip
 
 
 def recipe_of(lab: Lab, name: str) -> Path:
-    """SFT, then DPO on it, in tiny steps; a word of each step can be changed by a variable."""
+    """SFT, then DPO on its result, in tiny steps; a variable changes one setting of each step."""
     common, over = (", ".join(f"'{word}'" for word in (*words, "train.save_every_steps=2"))
                     for words in (TINY, OVER))  # fmt: skip
     path = lab.folder / f"{name}.yaml"
@@ -53,12 +53,12 @@ def words_of(lab: Lab, name: str = "pair") -> str:
 
 
 def finished_recipe(lab: Lab) -> Path:
-    """Its folder, never interrupted."""
+    """The folder of a recipe run without interruptions."""
     return lab.once("recipe", [words_of(lab)], lab.dpo)
 
 
 def killed_recipe(lab: Lab) -> str:
-    """Case B1: everything is killed at random moments, between steps and inside them."""
+    """Case B1: kill all processes at random moments, between and within steps."""
     truth, run = finished_recipe(lab), lab.fresh("killed-recipe")
     words = (words_of(lab), f"run_dir={run}")
     dice = random.Random(f"{lab.seed} recipe")
@@ -84,14 +84,14 @@ def progress(run: Path) -> tuple[int, ...]:
 
 
 def half_written_step(lab: Lab) -> str:
-    """Case B2: outputs of a finished step that were torn afterwards."""
+    """Case B2: outputs of a finished step are truncated afterwards."""
     truth, run = finished_recipe(lab), lab.copy(finished_recipe(lab), "torn-recipe")
     weights = run / "01-sft" / "final" / "model.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
     reason = "sft: run (again, its outputs were changed or removed)"
     lab.dpo(words_of(lab), f"run_dir={run}").must(0, "reason", reason)
     check(same_final(run / "01-sft", truth / "01-sft"), "step sft: final weights differ")
-    return f"`{reason}`, then as good as new"
+    return f"`{reason}`, then repeated, identical"
 
 
 def other_recipe(lab: Lab) -> str:
@@ -112,12 +112,12 @@ def changed_inputs(lab: Lab) -> str:
     again = "dpo: run (again, now stage.beta=0.3" in lines[-1]
     check("sft: skip" in lines[0] and again, f"told: {lines}")
     differs = final_digest(run / "02-dpo") != final_digest(finished_recipe(lab) / "02-dpo")
-    check(differs, "the step was not trained anew")
-    return f"`{lines[-1]}`; the step before it is left alone"
+    check(differs, "the step was not trained again")
+    return f"`{lines[-1]}`; the step before it is unchanged"
 
 
 def torn_caches(lab: Lab) -> str:
-    """Case B6: every file of the caches of log-probabilities and of encoded rows."""
+    """Case B6: truncate every file of the caches of log-probabilities and of encoded rows."""
     words = three_steps(lab)
     truth, cache = lab.uninterrupted("caches", *words), lab.folder / "cache"
     results = sorted(path for path in cache.rglob("*") if path.is_file())
@@ -134,11 +134,11 @@ def torn_caches(lab: Lab) -> str:
         if done.code or not same_final(run, truth):
             bad.append(f"{kind}: exit {done.code}: {done.last}")
     check(not bad, f"{len(bad)}: {'; '.join(bad[:3])}")
-    return f"{len(results)} files, {', '.join(kinds)}: made again, final sha256 identical"
+    return f"{len(results)} files, {', '.join(kinds)}: recomputed, final sha256 identical"
 
 
 def older_layout(lab: Lab) -> str:
-    """Case B9: a whole checkpoint whose layout is not this dpo-run's."""
+    """Case B9: a valid checkpoint with the layout of another version."""
     from dpo_cli.durable import replace_json
 
     run = lab.cut(lab.uninterrupted("caches", *three_steps(lab)), "layout")

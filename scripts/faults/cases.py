@@ -1,4 +1,4 @@
-"""The rows of the table: number, what is injected, what must happen, who finds out."""
+"""The rows of the table: number, injected fault, required outcome, and the check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from scripts.faults.lab import Lab
 
 @dataclass(frozen=True)
 class Case:
-    """run: does it, and returns what was seen; raises Failed where that is not what must be."""
+    """run: injects the fault and returns the outcome; raises Failed if that is not the required
+    one."""
 
     number: str
     name: str
@@ -23,7 +24,7 @@ class Case:
 def row(
     number: int | str, name: str, required: str, run: Callable[[Lab], str] | None = None
 ) -> Case:
-    """run: None where tests cover the case."""
+    """run: None if tests cover the case."""
     return Case(str(number), name, required, run or by_tests(str(number)))
 
 
@@ -37,13 +38,13 @@ CASES = [
         runs.every_step),
     row(5, "resume LoRA; LoRA on an SFT adapter", "identical"),
     row(6, "newest checkpoint: each file missing, truncated, zeroed",
-        "falls back, says so, identical", damage.damaged_files),
+        "falls back, reports it, identical", damage.damaged_files),
     row(7, "one bit flipped in weights, optimiser state, generators, state",
         "caught by sha256, falls back", damage.flipped_bits),
     row(8, "empty newer folder; stale temporary folder", "ignored", damage.leftovers),
     row(9, "trace one save", "files and folder synced, the rename last", saves.trace),
     row(10, "disk full at 2.15, 2.5, 2.9 checkpoints",
-        "exit 74, names the disk, resumes once there is room", damage.disk_full),
+        "exit 74, names the disk, resumes when there is space", damage.disk_full),
     row(11, "disk full while writing the final model over a good one", "the old one intact",
         damage.disk_full_at_the_end),
     row(12, "prune with skewed mtimes, keep 2", "newest steps kept",
@@ -56,7 +57,7 @@ CASES = [
     row(16, "a second signal during the save", "a valid checkpoint is left", runs.second_signal),
     row(17, "two runs in one folder", "the second exits 6 within 2 s", runs.two_runs),
     row(18, "stale lock of a dead process", "taken over, logged", runs.stale_lock),
-    row(19, "fresh run in a used folder", "refused, or resumed when asked", runs.used_folder),
+    row(19, "fresh run in a used folder", "refused, or resumed on request", runs.used_folder),
     row(20, "resume with another seed, order, rows, beta, max_length", "refused with a diff",
         runs.other_settings),
     row(21, "resume with another learning rate", "applied or refused, never ignored",
@@ -88,18 +89,20 @@ CASES = [
         "exit 2 with a suggestion; the other jobs finish, the sweep exits non-zero"),
     row(40, "evil pickle, `_target_`, `../` in names, `<script>`, a token in the environment, a "
         "hung judge, a judge told to ignore its instructions",
-        "nothing runs or escapes, HTML escaped, no token in a file, time bounded, verdict unmoved"),
+        "nothing runs or escapes, HTML escaped, no token in a file, time bounded, verdict "
+        "unchanged"),
     row("B1", "a recipe killed between and inside steps", "continues, identical",
         beyond.killed_recipe),
-    row("B2", "outputs of a finished step of a recipe torn", "never reused, reason told",
+    row("B2", "outputs of a finished recipe step truncated", "never reused; reason reported",
         beyond.half_written_step),
     row("B3", "two recipes in one folder", "the second is refused", beyond.other_recipe),
     row("B4", "a step whose inputs changed", "rerun, with the reason", beyond.changed_inputs),
-    row("B5", "a sweep killed, failed in part, touched", "goes on; nothing half-written reused"),
-    row("B6", "caches of reference log-probs and rows torn", "made again, identical",
+    row("B5", "a sweep killed, partly failed, modified", "continues; no partial file reused"),
+    row("B6", "caches of reference log-probs and rows damaged", "recomputed, identical",
         beyond.torn_caches),
-    row("B7", "sampled and labelled files torn", "refused by their checksum"),
-    row("B8", "PPO killed or told to stop inside a rollout", "resumes at a rollout's boundary"),
+    row("B7", "sampled and labelled files damaged", "refused by their checksum"),
+    row("B8", "PPO killed or stopped by a signal inside a rollout",
+        "resumes at a rollout's boundary"),
     row("B9", "a checkpoint of another layout", "refused, with a message", beyond.older_layout),
-    row("B10", "two of one recipe at once", "the second is refused"),
+    row("B10", "the same recipe twice at once", "the second is refused"),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Cases that committed tests cover whole: they are run, all in one go, and counted."""
+"""Cases fully covered by committed tests, which are run in one go and counted."""
 
 from __future__ import annotations
 

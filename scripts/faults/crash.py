@@ -1,8 +1,8 @@
-"""A patched layer under the file system: something happens before the n-th operation of a save.
+"""Hooks under the file system: inject a fault before the n-th operation of a save.
 
-Python tells an audit hook of each `open`, `mkdir`, `rename`, `remove` and `rmdir` before it is
-done; `fsync` is wrapped. What other threads do meanwhile is not watched: a save has one of its
-own. Installed in the process that is to fail, see `Lab.forked`.
+Python reports each `open`, `mkdir`, `rename`, `remove` and `rmdir` to an audit hook before
+executing it; `fsync` is wrapped. Operations of other threads are ignored: a save has a thread of
+its own. Installed in the process that is to fail, see `Lab.forked`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Fault = Callable[[Operation, list[Operation]], None]
 
 
 class Watch:
-    """Calls `fault(operation, earlier ones)` before each operation while the `call`-th call of a
-    scope runs: save (a whole save with its prune), prune, or final."""
+    """Calls `fault(operation, earlier operations)` before each operation during the `call`-th call
+    of a scope: save (a complete save with its prune), prune, or final."""
 
     def __init__(self, fault: Fault, scope: str = "save", call: int = 2) -> None:
         self.fault, self.scope, self.call = fault, scope, call
@@ -98,7 +98,7 @@ def die() -> None:
 
 
 def recorder(target: Path) -> Fault:
-    """Leaves the list of operations in a file."""
+    """Write the list of operations to a file."""
 
     def record(operation: Operation, earlier: list[Operation]) -> None:
         target.write_text(json.dumps([*earlier, operation]))
@@ -107,7 +107,7 @@ def recorder(target: Path) -> Fault:
 
 
 def killer(at: int, half: bool = False) -> Fault:
-    """kill -9 before operation `at`; half: the file written last is left at half its length."""
+    """kill -9 before operation `at`; half: with the last written file cut to half its length."""
 
     def kill(operation: Operation, earlier: list[Operation]) -> None:
         if len(earlier) != at:
@@ -121,7 +121,7 @@ def killer(at: int, half: bool = False) -> Fault:
 
 
 def full_disk(at: int) -> Fault:
-    """From operation `at` on, nothing can be written; renames and removals work."""
+    """Fail all writes from operation `at` on; renames and removals succeed."""
 
     def refuse(operation: Operation, earlier: list[Operation]) -> None:
         if len(earlier) >= at and operation[0] in ("open", "mkdir", "fsync"):
@@ -131,7 +131,7 @@ def full_disk(at: int) -> Fault:
 
 
 def signaller(at: int, number: signal.Signals) -> Fault:
-    """A signal comes before operation `at`."""
+    """Send a signal before operation `at`."""
 
     def send(operation: Operation, earlier: list[Operation]) -> None:
         if len(earlier) == at:

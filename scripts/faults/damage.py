@@ -1,4 +1,4 @@
-"""Cases of checkpoints that were damaged, and of disks that are full."""
+"""Cases of damaged checkpoints and full disks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ HARMS: dict[str, Harm] = {"missing": Path.unlink, "truncated": truncate, "zeroed
 
 
 def falls_back(lab: Lab, harms: Iterable[tuple[str, str, Harm]]) -> str:
-    """Each harm alone, to the newest checkpoint: an earlier one is used, told, and as good."""
+    """Apply each kind of damage to the newest checkpoint: an earlier one must be used, reported,
+    and lead to the same result."""
     bad, count = [], 0
     for what, name, harm in harms:
         run = lab.cut(lab.saves(), "damaged")
@@ -47,7 +48,9 @@ def falls_back(lab: Lab, harms: Iterable[tuple[str, str, Harm]]) -> str:
         if done.code or not output or not after or not same_final(run, lab.saves()):
             bad.append(f"{name} {what}: exit {done.code}, told: {output}, step 2: {after}")
     check(count and not bad, f"{len(bad)} of {count}: {'; '.join(bad[:3])}")
-    return f"{count}/{count} fell back to step 2, said which file and why, final sha256 identical"
+    return (
+        f"{count}/{count} fell back to step 2, reported which file and why, final sha256 identical"
+    )
 
 
 def damaged_files(lab: Lab) -> str:
@@ -102,7 +105,7 @@ cp -r "$DISK/run/final" "$OUT.final"
 
 
 def disk_full(lab: Lab) -> str:
-    """Case 10, on a tmpfs of its own in a mount namespace; root or user namespaces are needed."""
+    """Case 10, on a tmpfs in a mount namespace; needs root or user namespaces."""
     truth, output = lab.uninterrupted("long", *LONG), []
     one = sum(path.stat().st_size for path in checkpoint(truth, 6).iterdir())
     for share in (2.15, 2.5, 2.9):
@@ -134,7 +137,7 @@ def disk_full(lab: Lab) -> str:
 
 
 def disk_full_at_the_end(lab: Lab) -> str:
-    """Case 11: a finished run that publishes again, its disk full from each operation on."""
+    """Case 11: a finished run is published again, with the disk full from each operation on."""
     from dpo_cli.durable import damage
 
     run, results = lab.copy(lab.saves(), "finished"), lab.folder / "operations.json"

@@ -1,8 +1,8 @@
-"""Where faults are injected: small runs as processes of their own, and what is left of them.
+"""Where faults are injected: small runs in separate processes, and what they leave.
 
-`Lab.dpo` starts a fresh `python -m dpo_cli`. `Lab.forked` runs the same command in a fork of
-this process, which has torch imported already and can be given a fault to install first; a
-fork dies of SIGKILL as any process does.
+`Lab.dpo` starts a new `python -m dpo_cli`. `Lab.forked` runs the same command in a fork of this
+process, which has imported torch and can install a fault first; a fork dies of SIGKILL like any
+process.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Fault = Callable[[], object]  # installs it, in the process that is to fail
 
 
 class Failed(Exception):
-    """What was seen where something else was required."""
+    """The observed outcome differs from the required one."""
 
 
 def check(ok: object, seen: str) -> None:
@@ -54,7 +54,7 @@ def check(ok: object, seen: str) -> None:
 
 @dataclass(frozen=True)
 class Done:
-    """How a process ended: its exit code (-N: by signal N), all it printed, wall time."""
+    """How a process ended: exit code (-N: by signal N), its whole output, wall time."""
 
     code: int
     output: str
@@ -62,22 +62,23 @@ class Done:
 
     @property
     def last(self) -> str:
-        """Its error line, or the last one, for a table's cell."""
+        """The error line, or the last line, for a cell of the table."""
         lines = self.output.strip().splitlines() or ["nothing printed"]
         return next((line for line in lines if line.startswith("error:")), lines[-1])[:160]
 
     def must(self, code: int | None, what: str = "", *output: str) -> Done:
-        """Itself; Failed where it ended with another code (None: any), or has not `told` this."""
+        """Returns itself; raises Failed for another exit code (None: any), or if `told` was not
+        printed."""
         name = f"{what}: " if what else ""
         check(code in (None, self.code), f"{name}exit {self.code}: {self.last}")
         for text in output:
-            check(text in self.output, f"{name}`{text}` not told: {self.output.strip()[-200:]}")
+            check(text in self.output, f"{name}`{text}` not printed: {self.output.strip()[-200:]}")
         return self
 
 
 @dataclass
 class Lab:
-    """folder: for all that is made. kills: of each loop. made: runs that others start from."""
+    """folder: of all its files. kills: per loop. made: runs from which others start."""
 
     folder: Path
     kills: int = 20
@@ -91,13 +92,13 @@ class Lab:
         os.environ.update(environment(self.folder, threads=1))
 
     def fresh(self, name: str) -> Path:
-        """A path in the lab where nothing is."""
+        """A path in the lab that does not exist yet."""
         path = self.folder / name
         shutil.rmtree(path, ignore_errors=True)
         return path
 
     def copy(self, run: Path, name: str) -> Path:
-        """A run folder again, under another name."""
+        """Copy a run folder to a new name."""
         target = self.fresh(name)
         shutil.copytree(run, target, symlinks=True)
         return target
@@ -105,7 +106,8 @@ class Lab:
     # ------------------------------------------------------------ processes
 
     def start(self, *words: str) -> Process:
-        """`python -m dpo_cli <words>`; all that it starts can be killed with it."""
+        """`python -m dpo_cli <words>`, in a session of its own, so that its children can be killed
+        too."""
         return self.python("-m", "dpo_cli", *words)
 
     def python(self, *words: str) -> Process:
@@ -114,7 +116,7 @@ class Lab:
         return Process([sys.executable, *words], out, os.environ, self.folder)
 
     def wait(self, child: Process, seconds: float = 300) -> Done:
-        """Its end; whatever still runs after so many seconds is killed and told as code -9."""
+        """Wait for its end; after the timeout, kill all its processes and report code -9."""
         code = child.wait(seconds)
         output = child.log.read_text(errors="replace")
         return Done(-signal.SIGKILL if code is None else code, output, child.seconds)
@@ -127,7 +129,7 @@ class Lab:
         self, *words: str, fault: Fault | None = None, code: int | None = 0, what: str = "",
         output: Sequence[str] = (),
     ) -> Done:  # fmt: skip
-        """`dpo-run <words>` in a fork, after `fault()`; how it must end, as in `Done.must`."""
+        """`dpo-run <words>` in a fork, after `fault()`; the required end as in `Done.must`."""
         self.preload()
         return self._fork(list(words), fault, 120).must(code, what, *output)
 
@@ -141,7 +143,7 @@ class Lab:
         return Done(code, out.read_text(errors="replace"), time.monotonic() - began)
 
     def preload(self) -> None:
-        """Import here, once, what a run imports, so that forks need not."""
+        """Import a run's modules here, once, so that forks need not."""
         if "preload" in self.made:
             return
         names, run = self.folder / "modules.json", self.fresh("preload")
@@ -165,7 +167,7 @@ class Lab:
     # ------------------------------------------------------------ runs that others start from
 
     def once(self, name: str, words: Sequence[str], start: Callable[..., Done]) -> Path:
-        """The folder of a run that nothing interrupts, made by `start(*words)` the first time."""
+        """The folder of an uninterrupted run, created by `start(*words)` the first time."""
         if name not in self.made:
             run = self.fresh(f"whole-{name}")
             start(*words, f"run_dir={run}", what=f"{name}, no fault")
@@ -177,7 +179,7 @@ class Lab:
         return self.once(name, words, self.forked)
 
     def saves(self) -> Path:
-        """One with checkpoints 2 and 3 of 3."""
+        """A run with checkpoints 2 and 3 of 3."""
         return self.uninterrupted("saves", *SAVES)
 
     def base(self) -> Path:
@@ -193,7 +195,7 @@ class Lab:
         return results
 
     def resumes(self, run: Path, truth: Path, *words: str, what: str = "", after: int = -1) -> Done:
-        """A resume, which must end well and with the final weights of `truth`, after this step."""
+        """A resume from this step, which must succeed with the final weights of `truth`."""
         output = [f"resuming after step {after} "] if after >= 0 else []
         done = self.forked(f"resume={run}", *words, what=what or "resume", output=output)
         check(same_final(run, truth), f"{what}: final weights differ".removeprefix(": "))
@@ -201,13 +203,13 @@ class Lab:
 
 
 def around(place: Any, name: str, function: Callable[..., Any]) -> None:
-    """`function(real, ...)` instead of `place.name(...)`, in a process that is to fail."""
+    """Replace `place.name(...)` by `function(real, ...)`, in a process that is to fail."""
     real = getattr(place, name)
     setattr(place, name, lambda *args, **named: function(real, *args, **named))
 
 
 def until(seen: Callable[[], object], child: Process, seconds: float = 180) -> None:
-    """Wait until something is seen of a process, or it has ended."""
+    """Wait until a condition holds for a process, or it has ended."""
     deadline = time.monotonic() + seconds
     while not seen() and child.running():
         if time.monotonic() > deadline:
@@ -227,8 +229,7 @@ def _waited(pid: int, deadline: float) -> int:
 
 
 def _child(words: list[str], fault: Fault | None, out: Path, cwd: Path) -> NoReturn:
-    """Ends by `os._exit`: what its parent registered for the end, such as removing the lab, is
-    not due."""
+    """Ends by `os._exit`: exit handlers of the parent, such as removing the lab, must not run."""
     code = 1
     try:
         handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -273,6 +274,6 @@ def same_final(run: Path, truth: Path) -> bool:
 
 
 def steps_of(run: Path) -> list[int]:
-    """Published checkpoints."""
+    """Steps of the published checkpoints."""
     results = (run / "checkpoints").glob("step-*")
     return sorted(int(path.name.removeprefix("step-")) for path in results)

@@ -1,8 +1,8 @@
-"""Inject every fault that dpo-run promises to survive, and print what was seen as a table.
+"""Inject every fault that dpo-run must survive, and print the outcomes as a table.
 
     python scripts/faults.py [--cases 1,2,14] [--kills 20] [--out FILE]
 
-Exits 1 if a row says FAIL. All rows take most of an hour on two cores.
+Exits with 1 if a case fails. All cases take up to an hour on two cores.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     known = {case.number: case for case in CASES}
     parser.add_argument("--cases", default=",".join(known), help="numbers, by comma; default: all")
     parser.add_argument("--kills", type=int, default=20, help="of each loop; default: 20")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of kills")
-    parser.add_argument("--out", type=Path, help="write the table here as well")
-    parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
+    parser.add_argument("--keep", type=Path, help="work in this folder and keep it")
     args = parser.parse_args(argv)
     unknown = [name for name in args.cases.split(",") if name not in known]
     if unknown:

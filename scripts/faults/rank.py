@@ -1,7 +1,7 @@
-"""dpo-run with a rank that fails: `python scripts/faults/rank.py launch <raise|hang> <words>`.
+"""dpo-run with a failing rank: `python scripts/faults/rank.py launch <raise|hang> <words>`.
 
-The launcher of dpo-run starts this file again as each rank, whose second one then raises or
-stops answering in its third step.
+The launcher of dpo-run starts this file again as each rank, of which rank 1 raises or hangs in its
+third step.
 """
 
 from __future__ import annotations

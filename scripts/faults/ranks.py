@@ -1,4 +1,5 @@
-"""Cases of two processes on this machine (Gloo): killed, raising, hanging, counted anew."""
+"""Cases with two processes on this machine (Gloo): killed, raising, hanging, resumed with another
+number of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ def two_ranks(lab: Lab) -> Path:
 
 
 def children(pid: int) -> list[int]:
-    """Of a process, in the order they were started."""
+    """Child processes, in the order they were started."""
     results = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -53,7 +54,7 @@ def killed_rank(lab: Lab) -> str:
 
 
 def failing(lab: Lab, how: str, run: Path, seconds: float, *words: str) -> tuple[Done, float]:
-    """The end of a run whose second rank raises or hangs, and how long after that it came."""
+    """The end of a run whose rank 1 raises or hangs, and the delay until then."""
     child = lab.python(SCRIPT, "launch", how, *FORTY, *words, f"run_dir={run}")
     done = lab.wait(child, seconds)
     ended = time.time()
@@ -86,7 +87,8 @@ def hanging_rank(lab: Lab) -> str:
 
 
 def other_ranks(lab: Lab) -> str:
-    """Case 27: the finished run's checkpoint publishes its final weights again."""
+    """Case 27: the checkpoint of a finished run publishes the same final weights on another number
+    of ranks."""
     truth, same = two_ranks(lab), []
     for count in (1, 2, 3, 4):
         run = lab.copy(truth, f"by-{count}")

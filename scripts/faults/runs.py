@@ -1,4 +1,4 @@
-"""Cases of starting again: after each step, after signals, twice, with other settings."""
+"""Cases of restarting: after each step, after signals, twice, with other settings."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ LONG = (*SFT, "train.max_steps=400", "train.save_every_steps=0", "train.eval_eve
 
 
 def settings(lab: Lab) -> Path:
-    """A DPO run of three steps, each saved."""
+    """Overrides of a DPO run of three steps, each saved."""
     return lab.uninterrupted("settings", *OVER, "stage=dpo", f"model.path={lab.base()}",
                      "train.max_steps=3", "train.save_every_steps=1")  # fmt: skip
 
 
 def every_step(lab: Lab) -> str:
-    """Case 4: 48 rows, 16 a step: an epoch ends after steps 2 or 3 (8 rows are held out)."""
+    """Case 4: 48 rows, 16 per step: an epoch ends after steps 2 or 3 (8 rows are held out)."""
     output = []
     for stage in ("sft", "dpo"):
         words = (*EPOCHS, f"stage={stage}", f"model.path={lab.base()}")
@@ -52,7 +52,7 @@ def every_step(lab: Lab) -> str:
 
 
 def signals(lab: Lab) -> str:
-    """Case 14: real processes, told to stop while they train."""
+    """Case 14: signals to real processes during training."""
     output = []
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         run = lab.fresh("signalled")
@@ -70,7 +70,7 @@ def signals(lab: Lab) -> str:
 
 
 def mid_step(lab: Lab) -> str:
-    """Case 15: the signal comes after the backward, before the optimiser."""
+    """Case 15: a signal after the backward, before the optimizer's step."""
     words = (*SAVES, "train.save_every_steps=0", "train.eval_every_steps=0")
 
     def signalled(real: Any, *args: Any) -> Any:
@@ -125,7 +125,7 @@ def _signal_at_step(step: int) -> None:
 
 
 def two_runs(lab: Lab) -> str:
-    """Case 17. The second start is timed three times: the machine may be busy."""
+    """Case 17. The second start is timed three times, as the machine may be busy."""
     run, took = lab.fresh("locked"), []
     beside = Lab(lab.folder / "beside", lab.kills, lab.seed)  # its output has a file of its own
     child = lab.start(*LONG, f"run_dir={run}")
@@ -151,7 +151,7 @@ def stale_lock(lab: Lab) -> str:
     done = lab.forked(*words, code=None, output=[f"process {pid}"])
     check(done.code in (0, 2), f"exit {done.code}: {done.last}")
     again = lab.forked(f"resume={run}", "train.log_every_steps=50")
-    check(f"process {pid}" not in again.output, "told again, though the lock was clean")
+    check(f"process {pid}" not in again.output, "reported again, though the lock was clean")
     return f"{next(line for line in done.output.splitlines() if str(pid) in line)[-120:]}"
 
 
@@ -166,7 +166,7 @@ def used_folder(lab: Lab) -> str:
     lab.forked(*SAVES, f"run_dir={run}", code=2, output=["is not empty"])
     check(before == times(), "files of the used folder were touched")
     lab.forked(*SAVES, f"run_dir={run}", "resume=true", what="resume=true")
-    return "refused with exit 2, no file touched; with resume=true it goes on"
+    return "refused with exit 2, no file touched; with resume=true it continues"
 
 
 def other_settings(lab: Lab) -> str:
@@ -221,7 +221,7 @@ def not_finite(lab: Lab) -> str:
     run = lab.fresh("nan")
     words = (*OVER, "stage=sft", f"model.path={bad}", f"run_dir={run}")
     lab.forked(*words, code=4, what="NaN weight")
-    check(not steps_of(run) and not (run / "final").exists(), "something was saved of it")
+    check(not steps_of(run) and not (run / "final").exists(), "something was saved")
     blown = lab.cut(lab.saves(), "blown", 3)
     kept = digest_of(checkpoint(blown, 2))
     lab.forked(f"resume={blown}", "optim.lr=1e20", code=4, what="rate 1e20")

@@ -14,7 +14,7 @@ EVERY_STEP = ("train.save_every_steps=1", "train.eval_every_steps=0")
 
 
 def loops(lab: Lab) -> dict[str, tuple[str, ...]]:
-    """The words of a run of each kind, long enough for all kills."""
+    """Overrides of a run of each kind, long enough for all kills."""
     steps, base = 8 * lab.kills, f"model.path={lab.base()}"
     common = (*EVERY_STEP, f"train.max_steps={steps}", base)
     return {
@@ -27,7 +27,7 @@ def loops(lab: Lab) -> dict[str, tuple[str, ...]]:
 
 
 def kill_loop(lab: Lab) -> str:
-    """Case 1: fresh processes, killed at random moments after the first save."""
+    """Case 1: new processes, killed at random moments after the first save."""
     output = []
     for name, words in loops(lab).items():
         slug = name.partition(" ")[0]
@@ -41,10 +41,10 @@ def kill_loop(lab: Lab) -> str:
 
 
 def killed_until_done(lab: Lab, name: str, words: tuple[str, ...]) -> int:
-    """Kills and resumes; how many kills came before the end.
+    """Kill and resume until the run is done; returns the number of kills.
 
-    A quarter of them come at any moment since the start, import and restore included, the others
-    within a few steps of a life's first save.
+    A quarter of the kills come at any moment since the start, including import and restore, the
+    others within a few steps of the first save of a process.
     """
     dice = random.Random(f"{lab.seed} {name}")
     run, lives, startup = lab.fresh(f"killed-{name}"), 0, 1.0
@@ -67,7 +67,7 @@ def killed_until_done(lab: Lab, name: str, words: tuple[str, ...]) -> int:
 
 
 def operations(lab: Lab, scope: str, call: int = 2) -> list[Operation]:
-    """What a save does, in order."""
+    """The operations of a save, in order."""
     results, run = lab.folder / "operations.json", lab.fresh("traced")
     results.unlink(missing_ok=True)
     trace = Watch(recorder(results), scope, call)
@@ -76,8 +76,8 @@ def operations(lab: Lab, scope: str, call: int = 2) -> list[Operation]:
 
 
 def every_operation(lab: Lab, scope: str, half: bool = False) -> str:
-    """A run killed before each operation of its second save (half: behind each write, which is
-    then left at half its length), and resumed."""
+    """Kill a run before each operation of its second save (half: after each write, which is then
+    truncated to half its length), and resume it."""
     ops = operations(lab, scope)
     places = [i for i in range(len(ops)) if not half or (i and ops[i - 1][0] == "open")]
     bad = []

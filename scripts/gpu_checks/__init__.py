@@ -1,1 +1,1 @@
-"""The checks that `gpu_check.py` runs, what is expected of them, and how they are run."""
+"""The checks of `gpu_check.py`, their expectations, and how they are run."""

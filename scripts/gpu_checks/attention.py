@@ -67,8 +67,8 @@ def difference(
 def outcome(
     attend: Callable[..., Tensor], leaves: list[Tensor], weights: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
-    """The result, (1, T, H, d), and the gradients of q, k and v. In float64 no setting for
-    float32 products, such as TF32, plays a part."""
+    """The result, (1, T, H, d), and the gradients of q, k and v. In float64, settings for float32
+    products, such as TF32, have no effect."""
     inputs = [x.detach().to(dtype).requires_grad_() for x in leaves]
     out = attend(*inputs)
     grads = torch.autograd.grad((out.double() * weights).sum(), inputs)
@@ -76,8 +76,8 @@ def outcome(
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], call: Call) -> Tensor:
-    """softmax(q k^T) v of prompt + branch, for every branch by itself; a prompt's rows are
-    those of the prompt alone. q (1, H, T, d) -> (1, T, H, d)"""
+    """softmax(q k^T) v of prompt + branch, separately for every branch; a prompt's rows are those
+    of the prompt alone. q (1, H, T, d) -> (1, T, H, d)"""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     pieces = []

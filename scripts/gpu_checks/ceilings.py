@@ -1,4 +1,4 @@
-"""Step 0: what the machine can do at best."""
+"""Step 0: the peak performance of the machine."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def check(setup: Setup) -> Iterator[Fact]:
 
 
 def copy_speed(device: torch.device, size: int) -> float:
-    """Bytes a second, read and written, of a copy on the device."""
+    """Bytes per second, read and written, of a copy on the device."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / best_seconds(device.type, lambda: target.copy_(source))
 
 
 def matmul_speed(device: torch.device, side: int) -> float:
-    """FLOP a second of square products in bf16."""
+    """FLOP/s of square products in bf16."""
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(a)
 
@@ -48,7 +48,7 @@ def matmul_speed(device: torch.device, side: int) -> float:
 
 
 def disk_speed(setup: Setup, size: int) -> float:
-    """Bytes a second into a file that is synced."""
+    """Bytes per second into a file, with fsync."""
     path = setup.folder("disk") / "file"
     block = os.urandom(4 * MIB)
     began = time.perf_counter()

@@ -1,7 +1,7 @@
-"""One check in a process of its own: `-m scripts.gpu_checks.child MODULE:FUNCTION SETUP ANSWER`.
+"""One check in a separate process: `-m scripts.gpu_checks.child MODULE:FUNCTION SETUP ANSWER`.
 
-The answer is written anew with every fact, so that a process which is killed or crashes leaves
-what it has found out.
+The answer is rewritten with every fact, so that the facts of a process that is killed or crashes
+are kept.
 """
 
 from __future__ import annotations

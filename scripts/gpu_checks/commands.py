@@ -1,4 +1,4 @@
-"""Step 4: the command itself, with small models: exit codes, and losses against each other."""
+"""Step 4: the command itself with small models: exit codes, and losses compared with each other."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RATE = "optim.lr=1e-4"
 
 @dataclass
 class Runs:
-    """Run folders of one device under one folder; codes: of the commands so far."""
+    """Run folders of one device under one folder; codes: of the finished commands."""
 
     setup: Setup
     folder: Path
@@ -55,7 +55,7 @@ class Runs:
             )  # fmt: skip
 
     def log(self, name: str) -> Path:
-        """Named so that the script's own log takes it in."""
+        """Named so that the script includes it in its own log."""
         return Path(self.setup.work, f"step-4-{name}.log")
 
     def losses(self, name: str) -> dict[int, float]:
@@ -81,7 +81,7 @@ def check(setup: Setup) -> Iterator[Fact]:
 
 
 def together(runs: Runs, jobs: dict[str, list[str]]) -> Iterator[Fact]:
-    """Every command at once. The one named `interrupted` is, and then resumed."""
+    """Run all commands at once. The one named `interrupted` is interrupted, then resumed."""
     running = {name: runs.start(name, runs.words(name, *words)) for name, words in jobs.items()}
     if "interrupted" in running:
         runs.codes["interrupted"] = interrupt(runs, running.pop("interrupted"))
@@ -90,11 +90,11 @@ def together(runs: Runs, jobs: dict[str, list[str]]) -> Iterator[Fact]:
         runs.codes[name] = process.wait()
         yield f"{name}: exit code", runs.codes[name]
         if runs.codes[name]:
-            yield f"{name}: said", told(runs, name)
+            yield f"{name}: said", last_line(runs, name)
 
 
-def told(runs: Runs, name: str) -> str:
-    """The error line of a command, else its last."""
+def last_line(runs: Runs, name: str) -> str:
+    """The error line of a command, or its last line."""
     lines = runs.log(name).read_text(errors="replace").strip().splitlines() or ["nothing"]
     return next((line for line in lines if line.startswith("error:")), lines[-1])[:300]
 
@@ -107,7 +107,7 @@ def first_runs(setup: Setup) -> dict[str, list[str]]:
 
 
 def second_runs(setup: Setup, runs: Runs) -> dict[str, list[str]]:
-    """What starts from those."""
+    """Commands that start from the results of the first ones."""
     policy = f"model.path={runs.folder / 'sft'}"
     dpo = ["dpo", "model=custom", policy, RATE]
     if setup.small:
@@ -131,7 +131,7 @@ def second_runs(setup: Setup, runs: Runs) -> dict[str, list[str]]:
 
 
 def interrupt(runs: Runs, process: subprocess.Popen[bytes]) -> int:
-    """SIGTERM behind the first checkpoint; its exit code."""
+    """SIGTERM after the first checkpoint; returns the exit code."""
     first = runs.folder / "interrupted" / "checkpoints" / f"step-{SAVE_EVERY}"
     while process.poll() is None and not first.is_dir():
         time.sleep(0.01)
@@ -141,7 +141,7 @@ def interrupt(runs: Runs, process: subprocess.Popen[bytes]) -> int:
 
 
 def apart(runs: Runs, name: str, other: str, first: int) -> float:
-    """Of the losses behind step `first`; infinity where a run has none."""
+    """Largest difference of the losses after step `first`; infinity if a run has none."""
     mine, theirs = runs.losses(name), runs.losses(other)
     steps = [step for step in sorted(mine) if first < step <= first + COMPARED and step in theirs]
     return max((abs(mine[s] - theirs[s]) for s in steps), default=float("inf"))

@@ -1,4 +1,4 @@
-"""Step 3: packed rows in bf16 on the device against a plain forward in float32 on the CPU."""
+"""Step 3: packed rows in bf16 on the device compared with a plain forward in float32 on the CPU."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check(setup: Setup) -> Iterator[Fact]:
 
 
 def random_gpt2(shape: dict[str, int], device: torch.device) -> Any:
-    """No dropout; drawn on the device, where it is quick."""
+    """Without dropout; drawn on the device, where it is fast."""
     torch.manual_seed(0)
     rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     with device:
@@ -62,8 +62,8 @@ def random_gpt2(shape: dict[str, int], device: torch.device) -> Any:
 
 
 def packed(model: Any, rows: Sequence[EncodedExample], device: torch.device) -> dict[str, Any]:
-    """One step as stage=dpo makes it, with gradients: its mean loss, and log-probabilities of
-    the tokens of each response."""
+    """One step as in stage=dpo, with gradients: its mean loss, and the log-probabilities of each
+    response's tokens."""
     batch = prepare_layout(pack(rows, range(len(rows))), kernel_of(model)).to(device)
     stage = DpoConfig(beta=BETA)
     with torch.autocast(device.type, torch.bfloat16):
@@ -77,8 +77,9 @@ def packed(model: Any, rows: Sequence[EncodedExample], device: torch.device) -> 
 
 
 def plain_logprobs(model: Any, rows: Sequence[EncodedExample]) -> list[Tensor]:
-    """The same of the model's own forward, a response at a time; gradients of the same loss by
-    hand: policy = reference, so d loss / d log p is -beta/2 of the chosen, +beta/2 of the other."""
+    """The same by the model's own forward, one response at a time, with the gradient of the same
+    loss in closed form: policy = reference, so d loss / d log p is -beta/2 for the chosen response,
+    +beta/2 for the other."""
     values = []
     for example in rows:
         for ids, sign in zip(example.response_ids, (-1.0, 1.0), strict=True):
@@ -92,7 +93,7 @@ def plain_logprobs(model: Any, rows: Sequence[EncodedExample]) -> list[Tensor]:
 
 
 def gradient_facts(values: dict[str, Tensor], exact: dict[str, Tensor]) -> Iterator[Fact]:
-    """Of all weights together, and of the matrix that is furthest away."""
+    """Difference over all weights, and of the matrix with the largest one."""
     assert values.keys() == exact.keys()
     away = {n: (float((values[n] - exact[n]).norm()), float(exact[n].norm())) for n in exact}
     total = [sum(x * x for x in norms) for norms in zip(*away.values(), strict=True)]

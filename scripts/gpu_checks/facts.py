@@ -1,4 +1,4 @@
-"""What a check is given, what it yields, and how that is judged."""
+"""The input of a check, the facts it yields, and how they are judged."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 
 class Skip(Exception):
-    """A check that cannot be made here, and why."""
+    """Raised by a check that cannot run here, with the reason."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """device: cuda, or cpu for the small form of a check. work: a folder that all checks share.
+    """device: cuda, or cpu for the small form of a check. work: a folder shared by all checks.
     data: pairs of Anthropic HH, None for generated ones. threads: CPU threads of this check.
-    seconds: after how long it is killed."""
+    seconds: after which it is killed."""
 
     device: str
     work: str
@@ -47,12 +47,11 @@ Check = Callable[[Setup], Iterator[Fact]]
 
 @dataclass(frozen=True)
 class Expect:
-    """Of the facts whose names match `fact`, and of one at least.
+    """Expectation for all facts whose names match `fact`, at least one.
 
-    low, high: outside of them the step fails. about: an estimate made before any run on a GPU;
-    a value outside of it is pointed out and fails nothing. On a CPU, where a check has a small
-    form, estimates do not apply, and neither does what is expected on `cuda` alone. optional: the
-    fact may be missing.
+    low, high: bounds; values outside fail the step. about: an estimate made before any run on a
+    GPU; values outside are reported but do not fail. On a CPU, where a check has a small form,
+    estimates and expectations for `cuda` do not apply. optional: the fact may be missing.
     """
 
     fact: str
@@ -62,7 +61,7 @@ class Expect:
     cuda: bool = False
     optional: bool = False
 
-    def told(self) -> str:
+    def bounds(self) -> str:
         limits = []
         if self.low == self.high:
             limits.append(f"= {self.low:g}")
@@ -88,7 +87,7 @@ class Verdict:
 
 
 def judge(expected: Sequence[Expect], facts: Mapping[str, Any], device: str) -> Verdict:
-    """What is not as it must be, and what is not as estimated."""
+    """Violated bounds, and deviations from estimates."""
     unseen: list[str] = []
     wrong: list[str] = []
     notes: list[str] = []
@@ -101,7 +100,7 @@ def judge(expected: Sequence[Expect], facts: Mapping[str, Any], device: str) -> 
         for name, value in matching.items():
             inside = isinstance(value, (int, float)) and expect.low <= value <= expect.high
             if not inside:  # NaN is not, either
-                wrong.append(f"{name}: {shown(value)}, must be {expect.told()}")
+                wrong.append(f"{name}: {shown(value)}, must be {expect.bounds()}")
             elif expect.about is not None and device == "cuda":
                 low, high = expect.about
                 if not low <= value <= high:

@@ -1,4 +1,4 @@
-"""Which device there is, asked of a process of its own: this one never opens CUDA."""
+"""Which device there is, as reported by a separate process: this one never initializes CUDA."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ print(json.dumps(found))
 
 
 def inspect_machine(requested: str) -> dict[str, Any]:
-    """{device: cuda or cpu, and what is known of the machine}"""
+    """{device: cuda or cpu, and the known properties of the machine}"""
     host = {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "system": system()}
     if requested == "cpu":
         return {"device": "cpu", **host}
@@ -40,7 +40,7 @@ def inspect_machine(requested: str) -> dict[str, Any]:
 
 
 def driver() -> dict[str, str]:
-    """By nvidia-smi, where it is."""
+    """From nvidia-smi, if available."""
     names = ("driver_version", "power.limit", "clocks.max.sm")
     try:
         done = subprocess.run(

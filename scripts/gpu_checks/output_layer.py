@@ -1,4 +1,4 @@
-"""Step 15: log-probabilities and gradients of the output layer, with the kernel and without."""
+"""Step 15: log-probabilities and gradients of the output layer, with and without the kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True)
 class Shape:
-    """whole: the weight is float32 and trained, else frozen in bf16, as under an adapter."""
+    """whole: the weight is float32 and trained; else it is frozen in bf16, as under an adapter."""
 
     name: str
     tokens: int
@@ -49,11 +49,11 @@ def check(setup: Setup) -> Iterator[Fact]:
             for name, fact, value in work.facts("kernel"):
                 yield f"{shape.name}: {name}, {fact}", value
         elif not setup.small:
-            raise AssertionError(f"the kernel is refused: {refused}")
+            raise AssertionError(f"the kernel cannot be used: {refused}")
 
 
 class Work:
-    """One shape's random tensors, and what is done with them."""
+    """Random tensors of one shape, and the computations on them."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         g = torch.Generator(device).manual_seed(0)
@@ -67,7 +67,7 @@ class Work:
         self.targets = torch.randint(shape.vocab, (shape.tokens,), generator=g, device=device)
 
     def facts(self, name: str) -> Iterator[tuple[str, str, float]]:
-        """(name, what, value) of the chunked head with plain operations or as it is."""
+        """(name, unit, value) of the chunked head with plain operations or with the kernel."""
         with self._refusing(name == "plain operations"):
             found, gradient = self.step()
             exact, right = self._exactly()
@@ -88,7 +88,7 @@ class Work:
             yield name, "scoring, TFLOP/s", flop / seconds / 1e12
 
     def step(self) -> tuple[Tensor, Tensor]:
-        """Log-probabilities, and the hidden states' gradient of their sum."""
+        """Log-probabilities, and the gradient of their sum with respect to the hidden states."""
         counts = [CHECKED] * (self.shape.tokens // CHECKED)
         leaves = [self.hidden, self.weight] if self.shape.whole else [self.hidden]
         with torch.autocast(self.device.type, BF16):
@@ -102,7 +102,7 @@ class Work:
             return target_logprobs(self.hidden, self.head, self.targets)
 
     def _exactly(self) -> tuple[Tensor, Tensor]:
-        """The same of the first rows in float64, from bf16 factors."""
+        """The same for the first rows in float64, from bf16 factors."""
         hidden = self.hidden[:CHECKED].detach().to(BF16).double().requires_grad_()
         weight = self.weight.detach().to(BF16).double()
         picked = self.targets[:CHECKED, None]

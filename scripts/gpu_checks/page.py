@@ -1,4 +1,4 @@
-"""What was seen, as lines, as JSON and as a page."""
+"""The results as lines, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CUT_OFF = 1000  # no process ends with it
 
 @dataclass
 class Outcome:
-    """status: ok, FAIL or skipped. why: of the last two."""
+    """status: ok, FAIL or skipped. why: for the last two."""
 
     step: Step
     status: str
@@ -29,9 +29,9 @@ class Outcome:
 
     def line(self) -> str:
         head = f"{self.step.number:>2}  {self.step.name:26} {self.status:8} {self.seconds:5.0f} s"
-        return f"{head}  {self.told()}"[:200]
+        return f"{head}  {self.summary()}"[:200]
 
-    def told(self) -> str:
+    def summary(self) -> str:
         if self.status != "ok":
             return "; ".join(self.why)
         return "; ".join(f"{name} {shown(value)}" for name, value in self.facts.items())
@@ -44,8 +44,8 @@ class Outcome:
 def outcome_of(
     step: Step, answer: Mapping[str, Any] | None, code: int | None, seconds: float, device: str
 ) -> Outcome:
-    """code: of the check's process, None if it was killed at its limit, CUT_OFF if at that of
-    all steps."""
+    """code: of the check's process; None if it was killed at its limit, CUT_OFF at that of all
+    steps."""
     answer = answer or {}
     facts = answer.get("facts", {})
     made = Outcome(step, "ok", facts=facts, versions=answer.get("versions", {}), seconds=seconds)
@@ -71,7 +71,7 @@ def outcome_of(
 
 @dataclass(frozen=True)
 class Circumstances:
-    """Of a run of the script. machine: the device and what else is known of it."""
+    """Of a run of the script. machine: the device and its known properties."""
 
     command: str
     date: str
@@ -81,7 +81,7 @@ class Circumstances:
 
 
 def page(circumstances: Circumstances, outcomes: Sequence[Outcome], steps: Sequence[Step]) -> str:
-    """Markdown of what is known so far."""
+    """Markdown of the results so far."""
     made = {outcome.step.number: outcome for outcome in outcomes}
     machine = circumstances.machine
     name = machine["name"] if circumstances.device == "cuda" else f"CPU ({machine['cpu']})"
@@ -96,9 +96,9 @@ def page(circumstances: Circumstances, outcomes: Sequence[Outcome], steps: Seque
         + ", ".join(f"{k} {v}" for k, v in machine.items() if v not in (None, "")) + ".", "",
         "Versions in the processes that were measured: "
         + (", ".join(f"{k} {v}" for k, v in versions.items()) or "none yet") + ".", "",
-        f"{len(outcomes)} of {len(steps)} steps made, {failed} failed.", "",
+        f"{len(outcomes)} of {len(steps)} steps done, {failed} failed.", "",
         "Written by `scripts/gpu_check.py`. Estimates were made before any run on a GPU, for an "
-        "H100: a figure outside of one fails nothing and is pointed out.", "",
+        "H100: figures outside are reported but do not fail.", "",
         "| # | step | result | s | seen |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for step in steps:
@@ -106,11 +106,11 @@ def page(circumstances: Circumstances, outcomes: Sequence[Outcome], steps: Seque
         if outcome is None:
             lines.append(row([step.number, step.name, "not made", "", ""]))
         else:
-            told = shortened(outcome.told())
-            cells = [step.number, step.name, outcome.status, f"{outcome.seconds:.0f}", told]
+            summary = shortened(outcome.summary())
+            cells = [step.number, step.name, outcome.status, f"{outcome.seconds:.0f}", summary]
             lines.append(row(cells))
     if circumstances.device == "cpu":
-        lines += ["", "On a CPU every step has a small form: these figures say nothing of speed."]
+        lines += ["", "On a CPU every step has a small form: its figures say nothing about speed."]
     for step in steps:
         if step.number in made:
             lines += ["", *section(step, made[step.number])]
@@ -123,7 +123,7 @@ def section(step: Step, outcome: Outcome) -> list[str]:
     told = [f"- {outcome.status}: {why}" for why in outcome.why]
     told += [f"- outside the estimate: {note}" for note in outcome.notes]
     lines += [*told, ""] if told else []
-    expected = "; ".join(expect.told() for expect in step.expected)
+    expected = "; ".join(expect.bounds() for expect in step.expected)
     lines += [f"Expected: {expected}.", ""] if expected else []
     if outcome.facts:
         lines += ["| seen | |", "|---|---|"]
@@ -138,6 +138,6 @@ def shortened(text: str) -> str:
 
 
 def json_lines(circumstances: Circumstances, outcomes: Sequence[Outcome]) -> str:
-    """The circumstances, then a line a step."""
+    """The circumstances, then one line per step."""
     rows = [asdict(circumstances), *(outcome.record() for outcome in outcomes)]
     return "".join(json.dumps(row, default=str) + "\n" for row in rows)

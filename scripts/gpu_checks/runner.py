@@ -1,4 +1,4 @@
-"""Runs the steps: those that measure time alone, the others side by side, all within the time."""
+"""Run the steps: timings alone, the others side by side, all within the time limit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CPU_PATIENCE = 5  # times the limits, which are for a GPU and its many cores
 
 
 class Report:
-    """`<folder>/<name>`.md, .jsonl and .log, written anew whenever something is known."""
+    """`<folder>/<name>`.md, .jsonl and .log, rewritten with every result."""
 
     def __init__(
         self, folder: Path, name: str, circumstances: Circumstances, steps: Sequence[Step]
@@ -61,7 +61,7 @@ class Report:
         self.mirror()
 
     def mirror(self) -> None:
-        """All steps' output as far as it is written, in one file."""
+        """Copy all steps' output into one file while it is written."""
         parts = []
         for number, folder in sorted(self.logs.items()):
             own = [folder / f"step-{number}.log", *sorted(folder.glob(f"step-{number}-*.log"))]
@@ -72,7 +72,7 @@ class Report:
 
 
 class Run:
-    """seconds: of all steps together."""
+    """seconds: time limit of all steps together."""
 
     def __init__(
         self, device: str, work: Path, data: str | None, tokenizer: str | None, seconds: float,
@@ -108,7 +108,7 @@ class Run:
                 self.report.mirror()
 
     def one(self, step: Step, beside: int) -> None:
-        """A step that breaks the script itself is a step that fails."""
+        """A step that breaks the script itself counts as failed."""
         try:
             self.report.add(self.made(step, beside))
         except Exception as error:  # noqa: BLE001

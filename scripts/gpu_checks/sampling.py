@@ -1,4 +1,4 @@
-"""Step 12: milliseconds a token of decoding, beside transformers' generate."""
+"""Step 12: milliseconds per token in decoding, beside transformers' generate."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def check(setup: Setup) -> Iterator[Fact]:
             prompts, what = prompts_of(model, count, longest), f"{rows} rows of {count} prompts"
             use_kernel(model, kernel)
             ours = seconds(setup, lambda: sampled(model, prompts, rows // count, new))  # noqa: B023
-            yield f"ours, {what}, ms a token", ours / new * 1e3
+            yield f"ours, {what}, ms per token", ours / new * 1e3
             yield f"ours, {what}, tokens/s", rows * new / ours
             if beside:
                 model.set_attn_implementation("sdpa")
                 theirs = seconds(setup, lambda: generated(model, prompts, rows // count, new))  # noqa: B023
-                yield f"generate, {what}, ms a token", theirs / new * 1e3
+                yield f"generate, {what}, ms per token", theirs / new * 1e3
     if not setup.small:
         yield "peak memory, GiB", torch.cuda.max_memory_allocated() / 2**30
 
@@ -59,7 +59,7 @@ def prompts_of(model: Any, count: int, longest: int) -> Prompts:
 
 
 def seconds(setup: Setup, work: Callable[[], object]) -> float:
-    """Of the second of two calls."""
+    """Time of the second of two calls."""
     taken = best_seconds(setup.device, work, times=1, groups=1)
     gc.collect()
     if not setup.small:
@@ -68,7 +68,7 @@ def seconds(setup: Setup, work: Callable[[], object]) -> float:
 
 
 def agreement(model: Any, kernel: str, prompts: Prompts, new: int) -> Iterator[Fact]:
-    """Greedy continuations: the log-probabilities that the two give them."""
+    """Log-probabilities of greedy continuations, by dpo-run and by transformers."""
     use_kernel(model, kernel)
     found = greedy_sampled(model, prompts, new)
     model.set_attn_implementation("sdpa")

@@ -1,4 +1,4 @@
-"""Step 13: what saving stops training for, how long loading takes, what memory was estimated."""
+"""Step 13: how long saving blocks training, how long loading takes, and the estimated memory."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def check(setup: Setup) -> Iterator[Fact]:
 
 
 def seven(setup: Setup) -> Iterator[Fact]:
-    """Step 17: the weights that the benchmark of a 7B model has left."""
+    """Step 17: the same with the weights of the 7B benchmark."""
     made = [path for path in setup.folder("bench").glob("made-*/model/config.json")
             if json.loads(path.read_text()).get("hidden_size") == SEVEN_WIDTH]  # fmt: skip
     if not made:
-        raise Skip("the benchmark has left no 7B model (steps 10, 11, 16)")
+        raise Skip("there is no 7B model of the benchmark (steps 10, 11, 16)")
     yield from loading(setup, "load, s", made[0].parent)
 
 
@@ -74,7 +74,7 @@ def write_model(setup: Setup, folder: Path) -> None:
 
 
 def loading(setup: Setup, name: str, folder: Path) -> Iterator[Fact]:
-    """As a run loads a policy, probed and on its device; and the host memory that this took."""
+    """Load as a run loads a policy, probed and on its device; with the host memory used."""
     before, began = resident_mb("VmRSS"), time.monotonic()
     source = ModelConfig(path=str(folder))
     dtype = torch.float32 if setup.small else torch.bfloat16
@@ -99,7 +99,7 @@ def configured(setup: Setup, folder: Path) -> RunConfig:
 
 @contextmanager
 def watching() -> Iterator[dict[int, float]]:
-    """When each step was done, its checkpoint not counted."""
+    """When each step was done, without the time of its checkpoint."""
     seen: dict[int, float] = {}
     real = loop._train_step
 

@@ -1,4 +1,4 @@
-"""Step 6: FSDP2 in one process, a world of one rank, against the same model whole."""
+"""Step 6: FSDP2 in one process, with a world of one rank, compared with the unsharded model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def build(kernel: str) -> Any:
 
 
 def train(model: Any, rows: list[EncodedExample], device: str) -> tuple[list[Any], Any]:
-    """(mean loss, gradient norm) of each step, and the optimiser."""
+    """(mean loss, gradient norm) of each step, and the optimizer."""
     optimizer, figures = build_optimizer(model, OptimConfig(lr=RATE), RATE), []
     for _ in range(STEPS):
         batch = prepare_layout(pack(rows, range(len(rows))), kernel_of(model)).to(device)
@@ -94,7 +94,7 @@ def greedy(model: Any, rows: list[EncodedExample], device: str) -> list[list[int
 
 
 def restored(setup: Setup, model: Any, optimizer: Any) -> float:
-    """Write a checkpoint, spoil the weights, read it back."""
+    """Write a checkpoint, overwrite the weights, read it back."""
     reshard(model)
     before = {n: full_tensor(p.detach()).clone() for n, p in model.named_parameters()}
     folder = setup.folder("sharded")

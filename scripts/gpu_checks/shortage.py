@@ -1,4 +1,4 @@
-"""Step 5: a run that may use little memory halves its micro-batches and computes the same."""
+"""Step 5: a run with limited memory halves its micro-batches and computes the same."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def losses(run_dir: Path, words: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def failing_above(tokens: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """As on a device that is full: on a CPU nothing limits one process alone."""
+    """Fail as if the device were full: on a CPU the memory of one process cannot be limited."""
 
     def broken(model: Any, batch: Any, *args: Any) -> Any:
         if batch.input_ids.numel() > tokens:

@@ -1,4 +1,4 @@
-"""Steps 7 to 11, 14 and 16: the benchmark's own workers, each side in a command of its own."""
+"""Steps 7 to 11, 14 and 16: the benchmark's own workers, one command per side."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def lora_trl(setup: Setup) -> Iterator[Fact]:
 
 
 def side_of_trl(setup: Setup) -> tuple[str, ...]:
-    """Its reference cached, the batch in micro-batches."""
+    """TRL with cached reference and the batch in micro-batches."""
     return "--sides=trl", f"--candidate=cached-{2 if setup.small else 4}"
 
 
@@ -66,7 +66,7 @@ def qlora(setup: Setup) -> Iterator[Fact]:
 
 
 def weights(setup: Setup) -> Iterator[Fact]:
-    """What the benchmark would make before it measures."""
+    """Create the input of the benchmark before it measures."""
     jobs = {"gpt2-large, s": LARGE, "7B, s": (*SEVEN, "--lora=lora")}
     if setup.small:
         jobs = {"gpt2-large, s": SMALL, "7B, s": (*SMALL, "--lora=lora")}
@@ -77,7 +77,8 @@ def weights(setup: Setup) -> Iterator[Fact]:
 
 
 def make(setup: Setup, words: Sequence[str]) -> float:
-    """Weights and rows for these words, where a command with the same words finds them. Seconds."""
+    """Create weights and rows for these arguments where a command with the same ones finds them.
+    Returns seconds."""
     from scripts.bench import options
     from scripts.bench.plan import make_plan, shape_of
 
@@ -88,7 +89,7 @@ def make(setup: Setup, words: Sequence[str]) -> float:
 
 
 def measured(setup: Setup, name: str, shape: tuple[str, ...], *words: str) -> Iterator[Fact]:
-    """The figures of the one side that a command of the benchmark measures."""
+    """The figures of the one side measured by a benchmark command."""
     record = record_of(setup, *(SMALL if setup.small else shape), *words)
     ((side, figures),) = record["results"].items()
     for fact, (key, unit) in FIGURES.items():
@@ -107,8 +108,8 @@ def measured(setup: Setup, name: str, shape: tuple[str, ...], *words: str) -> It
 def beside(
     setup: Setup, number: int, other: str, found: Iterator[Fact], same: bool = True
 ) -> Iterator[Fact]:
-    """The facts of this step, and how they compare with an earlier one's, where it was made.
-    same: both train the same, so that their losses must agree."""
+    """The facts of this step, compared with those of an earlier one, if it ran. same: both train
+    the same, so their losses must agree."""
     mine: dict[str, Any] = {}
     for fact, value in found:
         mine[fact] = value
@@ -131,7 +132,7 @@ def beside(
 
 
 def record_of(setup: Setup, *words: str) -> dict[str, Any]:
-    """The record that `bench.py` ends with. What it makes is kept for the next command."""
+    """The record at the end of `bench.py`'s output. Its input is kept for the next command."""
     command = [sys.executable, str(ROOT / "scripts" / "bench.py"), *arguments(setup, words)]
     try:
         code, stdout = output_of(command, setup.seconds - RESERVE)
@@ -151,7 +152,7 @@ def record_of(setup: Setup, *words: str) -> dict[str, Any]:
 
 
 def arguments(setup: Setup, words: Sequence[str]) -> list[str]:
-    """The same ones make the same weights and rows."""
+    """Equal for all sides, so that they use the same weights and rows."""
     own = [f"--device={setup.device}", "--precision=" + ("fp32" if setup.small else "bf16"),
            "--rounds=1", "--busy-ok", "--json", f"--keep={setup.folder('bench')}",
            f"--out={setup.folder('pages')}", f"--threads={setup.threads}"]  # fmt: skip
@@ -171,7 +172,7 @@ def output_of(command: list[str], seconds: float) -> tuple[int, str]:
 
 
 def print_worker_logs(setup: Setup) -> None:
-    """Of the worker that wrote last."""
+    """The log of the last worker."""
     logs = sorted(setup.folder("bench").rglob("log.txt"), key=lambda path: path.stat().st_mtime)
     for path in logs[-1:]:
         print(f"----- {path}", path.read_text(errors="replace")[-8000:], sep="\n", flush=True)

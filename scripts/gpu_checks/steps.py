@@ -1,4 +1,4 @@
-"""The steps, in the order in which they are made: what is cut off at the end matters least.
+"""The steps in the order in which they run: those cut off at the end matter least.
 
 Estimates were made before any run on a GPU, for one H100 of 80 GB.
 """
@@ -13,9 +13,9 @@ from scripts.gpu_checks.facts import Expect
 
 @dataclass(frozen=True)
 class Step:
-    """run: `module:function`. seconds: what it is expected to take on one H100; limit: after how
-    many it is killed. alone: it measures time, so nothing may run beside it. The others run
-    side by side. gib: of memory that the device must have."""
+    """run: `module:function`. seconds: expected duration on one H100; limit: seconds after which it
+    is killed. alone: it measures time, so it runs alone; the others run side by side. gib: memory
+    that the device must have."""
 
     number: int
     name: str
@@ -66,7 +66,7 @@ STEPS = (
     ),
     Step(
         5, "out of memory", "scripts.gpu_checks.shortage:check", 35, 120,
-        "a run that may use little memory halves its micro-batches and computes the same",
+        "a run with limited memory halves its micro-batches and computes the same",
         [Expect("times halved", low=1), Expect("losses, largest difference", high=1e-3)],
         alone=False,
     ),
@@ -80,12 +80,12 @@ STEPS = (
     ),
     Step(
         16, "weights to measure with", "scripts.gpu_checks.speed:weights", 60, 150,
-        "the random weights and rows of steps 7 to 11 are made meanwhile",
+        "the random weights and rows of steps 7 to 11, created in the background",
         [Expect("gpt2-large, s", low=0.0), Expect("7B, s", low=0.0)], alone=False, gib=22,
     ),
     Step(
         7, "gpt2-large", "scripts.gpu_checks.speed:ours", 35, 110,
-        "DPO with all weights, HH pairs, 64 a step",
+        "full fine-tuning with DPO, HH pairs, 64 per step",
         [Expect("ours, pairs/s", low=0.001, about=(230, 390)),
          Expect("ours, MFU", low=0.0, about=(0.28, 0.36), optional=True),
          Expect("first loss", LN2 - 2e-3, LN2 + 2e-3)], gib=22,
@@ -105,7 +105,7 @@ STEPS = (
     ),
     Step(
         10, "7B, LoRA", "scripts.gpu_checks.speed:lora", 55, 150,
-        "Mistral 7B's shape with random weights, LoRA of rank 16, 16 pairs a step",
+        "Mistral 7B's shape with random weights, LoRA of rank 16, 16 pairs per step",
         [Expect("ours, pairs/s", low=0.001, about=(34, 56)),
          Expect("first loss", LN2 - 2e-3, LN2 + 2e-3)], gib=38,
     ),
@@ -119,12 +119,12 @@ STEPS = (
     Step(
         12, "decoding", "scripts.gpu_checks.sampling:check", 40, 100,
         "gpt2-large in bf16: 128 and 512 rows, prompts shared and not, beside generate",
-        [Expect("ours, *, ms a token", low=0.001, about=(1.5, 15)),
+        [Expect("ours, *, ms per token", low=0.001, about=(1.5, 15)),
          Expect("greedy log-probabilities, relative difference", high=3e-3)],
     ),
     Step(
         13, "saving and loading", "scripts.gpu_checks.saving:check", 60, 150,
-        "gpt2-large: seconds that a checkpoint stops training for, seconds to load",
+        "gpt2-large: seconds that a checkpoint blocks training, seconds to load",
         [Expect("load, s", low=0.0), Expect("checkpoint, s of the loop", low=0.0)], gib=22,
     ),
     Step(

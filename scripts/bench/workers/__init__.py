@@ -1,1 +1,1 @@
-"""What is run in a process of its own: `-m scripts.bench.workers.NAME IN [OUT]`, both JSON."""
+"""Code that runs in a separate process: `-m scripts.bench.workers.NAME IN [OUT]`, both JSON."""

@@ -1,7 +1,7 @@
-"""Both sides of `--task decode`: N samples a prompt, ours and transformers' generate.
+"""Both sides of `--task decode`: N samples per prompt, ours and transformers' generate.
 
-A step is one call for `batch` prompts. EOS ends nothing on either side, so every call
-yields batch * samples * new_tokens tokens. `settings.side` is `ours` or `hf`.
+A step is one call for `batch` prompts. EOS ends no sequence on either side, so every call yields
+batch * samples * new_tokens tokens. `settings.side` is `ours` or `hf`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Scorer = Callable[[Prompts], list[float]]  # log-probability of each prompt's gr
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """The greedy continuations are untimed: their log-probabilities must agree."""
+    """Greedy continuations are not timed: they check that the log-probabilities agree."""
     settings = dict(job.settings)
     make = {"ours": ours, "hf": generate}[settings.pop("side")]
     window = Window(job)
@@ -40,8 +40,8 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def ours(job: Job, settings: dict[str, Any]) -> tuple[Sampler, Scorer]:
-    """`sample()` as stage=sample calls it."""
-    assert not settings, f"settings that nothing reads: {settings}"
+    """Calls `sample()` as stage=sample does."""
+    assert not settings, f"unused settings: {settings}"
     hardware = HardwareConfig(device=job.device, precision=job.precision, threads=job.threads)
     runtime = start_runtime(hardware, seed=0)
     source = ModelConfig(path=job.model)
@@ -61,7 +61,7 @@ def ours(job: Job, settings: dict[str, Any]) -> tuple[Sampler, Scorer]:
 
 
 def generate(job: Job, settings: dict[str, Any]) -> tuple[Sampler, Scorer]:
-    """`model.generate(num_return_sequences=N)`, drawing from the whole distribution."""
+    """Calls `model.generate(num_return_sequences=N)`, sampling from the full distribution."""
     dtype = getattr(torch, settings.pop("dtype", "float32"))
     model = AutoModelForCausalLM.from_pretrained(
         job.model, dtype=dtype, attn_implementation=settings.pop("attn_implementation", None)

@@ -1,4 +1,4 @@
-"""How many floating-point operations this machine can do a second."""
+"""Floating-point operations per second of this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def matmul_peaks(device: str) -> dict[str, dict[str, Any]]:
-    """Precision -> the fastest product of two square matrices: its FLOP/s, size and kernel."""
+    """Precision -> FLOP/s, size and kernel of the fastest product of two square matrices."""
     results: dict[str, dict[str, Any]] = {}
     for precision, dtype in DTYPES.items():
         tried = [
@@ -29,7 +29,7 @@ def matmul_peaks(device: str) -> dict[str, dict[str, Any]]:
 
 
 def kernels(device: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """PyTorch's own choice; on a CPU oneDNN as well, which it passes over in float32."""
+    """PyTorch's default, and on a CPU also oneDNN, which the default does not use in float32."""
     results: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"matmul": torch.matmul}
     if device == "cpu" and torch.backends.mkldnn.is_available():
         linear = torch.ops.mkldnn._linear_pointwise

@@ -1,4 +1,4 @@
-"""dpo-run's own estimate of a run's memory, and the peak of that run from start to end."""
+"""dpo-run's estimate of a run's memory, and the peak of that run from start to end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOT_TENSORS = {  # parts of the estimate that the peak leaves out: before the mo
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """Loading, the reference's pass, every step, the evaluation and the saved weights."""
+    """Covers loading, the pass over the reference, every step, the evaluation and saving."""
     config = compose(training_overrides(job))
     stage = load_stage(config.stage.name)
     facts = plan_facts(config)

@@ -1,4 +1,4 @@
-"""dpo-run's side: a training stage run as `dpo-run` runs it, timed at its sink."""
+"""dpo-run's side: a training stage run as by `dpo-run`, timed at its metric sink."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Measured(Exception):
 
 
 class ClockSink:
-    """A metric sink that hands each step's figures to the window."""
+    """A metric sink that passes each step's figures to the window."""
 
     def __init__(self, window: Window) -> None:
         self.window = window
@@ -38,11 +38,11 @@ class ClockSink:
             raise Measured  # on every rank: all of them log the same
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing to close."""
 
 
 class PhaseClock(Progress):
-    """Shows nothing; adds up the time of the passes over the reference."""
+    """A silent progress display that sums the time of the passes over the reference."""
 
     def __init__(self, device: str) -> None:
         super().__init__("off")
@@ -61,7 +61,7 @@ class PhaseClock(Progress):
 
 
 def training_overrides(job: Job) -> list[str]:
-    """The optimiser settings are TRL's defaults; nothing is evaluated, sampled or saved."""
+    """Optimizer settings are TRL's defaults; nothing is evaluated, sampled or saved."""
     return [
         f"stage={job.task}", "model=custom", f"model.path={job.model}", *job.overrides,
         "optim=adamw", f"optim.lr={job.lr}", "optim.schedule=linear", "optim.warmup_steps=0",
@@ -76,7 +76,7 @@ def training_overrides(job: Job) -> list[str]:
 
 
 def join_ranks(job: Job) -> None:
-    """Of a process that torch's launcher has started: meet the others."""
+    """Join the process group, in a process started by torch's launcher."""
     if job.devices > 1 and ranks.current().size == 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if job.device == "cuda" else "gloo")
 

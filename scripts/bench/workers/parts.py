@@ -1,6 +1,6 @@
-"""dpo-run's training steps, taken apart, for `bench.py profile`.
+"""dpo-run's training steps by part, for `bench.py profile`.
 
-`settings.watch` is `parts` (clocks around the functions of the real path, the matmul peak, the
+`settings.watch` is `parts` (clocks around the functions of the real code path, the matmul peak, the
 work of a step) or `operators` (torch.profiler).
 """
 
@@ -39,7 +39,7 @@ TOP_OPERATORS = 15
 
 @dataclass
 class Clocks:
-    """Seconds and work of the timed steps; the device is idle whenever a clock is read."""
+    """Seconds and work of the timed steps; the device is idle at each reading of a clock."""
 
     device: str
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -64,7 +64,7 @@ class Clocks:
         return timed
 
     def around_batches(self, batches_of: Callable[..., Any]) -> Callable[..., Any]:
-        """Packing costs a step nothing where another thread does it ahead of time."""
+        """Packing costs a step nothing if another thread does it ahead of time."""
 
         def make(*args: Any, **kwargs: Any) -> Callable[[int], list[Batch]]:
             batches = batches_of(*args, **kwargs)
@@ -101,9 +101,9 @@ class Clocks:
         return run
 
     def watch_backward(self, out: Tensor, inputs: tuple[Tensor, ...]) -> None:
-        """From the arrival of `out`'s gradient to that of the first input's.
+        """Time from the arrival of `out`'s gradient to that of the first input's.
 
-        Autograd runs what was recorded last first, so by then all of attention is done.
+        Autograd runs in reverse order of recording, so by then all of attention's backward is done.
         """
         started: list[float] = []
 
@@ -122,7 +122,7 @@ class Clocks:
 
 @contextmanager
 def watched(clocks: Clocks) -> Iterator[None]:
-    """Clocks around the functions that a training step goes through."""
+    """Install clocks around the functions of a training step."""
     around = clocks.around
     places: list[tuple[Any, str, Callable[..., Any]]] = [
         (dpo, "batches_of", clocks.around_batches),
@@ -155,7 +155,7 @@ class AfterWarmup(ClockSink):
 
 
 def parts(job: Job) -> dict[str, Any]:
-    """Seconds a step of each part, of the whole and of the rest; work and FLOPs of a step."""
+    """Seconds per step of each part, of the total and of the rest; work and FLOPs per step."""
     clocks = Clocks(job.device)
     with watched(clocks):
         result = ours.measure(job, lambda window: AfterWarmup(window, clocks.restart))
@@ -175,7 +175,7 @@ def parts(job: Job) -> dict[str, Any]:
 
 
 def operators(job: Job) -> dict[str, Any]:
-    """The operators that took longest by themselves: ms and calls a step, share of all."""
+    """The operators with the longest self time: ms and calls per step, share of the total."""
     on_device = job.device == "cuda"
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
     profiler = profile(activities=kinds)

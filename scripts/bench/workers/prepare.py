@@ -1,6 +1,6 @@
-"""Makes what all sides read: a model folder, rows, and the rows as token ids. Told `plan.json`.
+"""Create the input of all sides, as described in `plan.json`: a model folder, rows, token ids.
 
-In a process of its own, so that the one that starts the measurements stays small.
+This runs in a separate process, so that the one that starts the measurements stays small.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRAINED_VOCAB = 32_000  # of the tokenizer that is trained on --data where none 
 
 
 def prepare(plan: Plan) -> None:
-    """Write the model folder, the adapter to start from, `plan.rows` and, last, `plan.ids`."""
+    """Write the model folder, the initial adapter, `plan.rows` and, last, `plan.ids`."""
     if plan.data is None:
         tokenizer = load_folder(plan.tokenizer) if plan.tokenizer else word_tokenizer(plan)
         write_lines(plan.rows, synthetic_rows(plan, tokenizer))
@@ -40,7 +40,7 @@ def prepare(plan: Plan) -> None:
             save_start(str(plan.model), plan.r, folder)
     encoded = encode(plan, str(plan.rows), tokenizer)
     if len(encoded) < plan.pairs:
-        raise SystemExit(f"{plan.data}: {len(encoded)} pairs can be used, {plan.pairs} are needed")
+        raise SystemExit(f"{plan.data}: {len(encoded)} usable pairs, but {plan.pairs} are needed")
     write_lines(plan.ids, ({"prompt": e.prompt_ids.tolist(), "chosen": e.response_ids[0].tolist(),
                             "rejected": e.response_ids[1].tolist()} for e in encoded))  # fmt: skip
 
@@ -51,7 +51,7 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 
 @contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when it is full."""
+    """A folder to fill, which gets its final name when it is complete."""
     half = folder.with_name(f"{folder.name}.half")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir()
@@ -75,7 +75,7 @@ def wrap(tokenizer: Any, **special: str) -> Any:
 
 
 def word_tokenizer(plan: Plan) -> Any:
-    """One token a word, words `w3`, `w4`, ...: synthetic texts have exactly known lengths."""
+    """One token per word, words `w3`, `w4`, ...: synthetic texts have exactly known lengths."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = [END, PAD, UNKNOWN, *(f"w{i}" for i in range(3, plan.shape.vocab))]
@@ -87,7 +87,7 @@ def word_tokenizer(plan: Plan) -> Any:
 
 
 def trained_tokenizer(plan: Plan) -> Any:
-    """A byte-level BPE learned from the texts of the file itself."""
+    """A byte-level BPE trained on the texts of the file itself."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -114,7 +114,7 @@ def texts_of(plan: Plan) -> Iterator[str]:
 
 
 def synthetic_rows(plan: Plan, tokenizer: Any) -> Iterator[dict[str, str]]:
-    """Pairs of random words, common ones more often, as in text (Zipf's law)."""
+    """Pairs of random words with frequencies as in text (Zipf's law)."""
     import numpy as np
 
     rng = np.random.default_rng(plan.seed)
@@ -130,7 +130,7 @@ def synthetic_rows(plan: Plan, tokenizer: Any) -> Iterator[dict[str, str]]:
 
 
 def lengths_of(plan: Plan, rng: Any) -> Any:
-    """(pairs, 3) tokens of prompt, chosen and rejected: as asked for, else as in a dataset."""
+    """(pairs, 3) tokens of prompt, chosen and rejected: as requested, else as in a dataset."""
     lengths = draw_lengths(plan.lengths, plan.pairs, rng)
     if plan.prompt_length is not None:
         lengths[:, 0] = plan.prompt_length
@@ -140,7 +140,7 @@ def lengths_of(plan: Plan, rng: Any) -> Any:
 
 
 def real_rows(plan: Plan, tokenizer: Any) -> list[dict[str, Any]]:
-    """A seeded sample of the file's rows that survive encoding, as they stand in the file."""
+    """A seeded sample of the file's rows that pass encoding, in the file's order."""
     from dpo_cli.data.sources import read_rows
 
     assert plan.data is not None
@@ -157,7 +157,7 @@ def data_config(plan: Plan, path: str) -> Any:
 
 
 def encode(plan: Plan, path: str, tokenizer: Any) -> list[Any]:
-    """Token ids as the product makes them."""
+    """Token ids as dpo-run computes them."""
     from dpo_cli.data.dataset import load_encoded
 
     return load_encoded(data_config(plan, path), tokenizer, plan.context, plan.seed, None).train

@@ -1,6 +1,6 @@
 """TRL's side: its own trainers on the same token ids, timed at their log.
 
-Imports nothing of dpo-run, so it also runs under the Python of another environment.
+Imports nothing of dpo-run, so it also runs in another Python environment.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OF_MODELS = ("attn_implementation", "dtype", "use_kernels")  # settings that are
 
 
 class Recorder(transformers.TrainerCallback):
-    """Hands each step's log to the window."""
+    """Passes each step's log to the window."""
 
     def __init__(self, window: Window) -> None:
         self.window = window
@@ -49,14 +49,14 @@ class Recorder(transformers.TrainerCallback):
 
 
 class FixedOrder:
-    """The rows in the order they have, as on the other side."""
+    """Yields the rows in their order, as on the other side."""
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)  # type: ignore[attr-defined]
 
 
 class DpoOnIds(FixedOrder, trl.DPOTrainer):
-    """Takes rows that are token ids already, and times its pass over the reference."""
+    """Takes rows of token ids, and times its pass over the reference."""
 
     reference_seconds: float | None = None
 
@@ -78,7 +78,7 @@ class SftOnIds(FixedOrder, trl.SFTTrainer):
 
 
 class RewardOnIds(FixedOrder, trl.RewardTrainer):
-    """Takes token ids as TRL's own tokenisation leaves them."""
+    """Takes token ids in the format of TRL's own tokenization."""
 
     reference_seconds = None
 
@@ -90,7 +90,7 @@ def dpo_trainer(job: Job, **common: Any) -> Any:
     args = trl.DPOConfig(**arguments(job))
     trainer = DpoOnIds(args=args, train_dataset=rows.rename_columns(names), **common)
     configured, does = (getattr(of, "padding_free", False) for of in (args, trainer))
-    assert configured == does, f"TRL {trl.__version__} pads all the same"
+    assert configured == does, f"TRL {trl.__version__} pads anyway"
     return trainer
 
 
@@ -113,7 +113,7 @@ def reward_trainer(job: Job, **common: Any) -> Any:
     ]
     args = trl.RewardConfig(**arguments(job))
     trainer = RewardOnIds(args=args, train_dataset=datasets.Dataset.from_list(rows), **common)
-    assert len(trainer.train_dataset) == len(rows), "TRL leaves out rows above max_length"
+    assert len(trainer.train_dataset) == len(rows), "TRL drops rows above max_length"
     return trainer
 
 
@@ -125,11 +125,12 @@ TRAINERS: dict[str, Callable[..., Any]] = {
 
 
 def arguments(job: Job) -> dict[str, Any]:
-    """TRL's defaults but for what must be equal on both sides, then this side's settings."""
+    """TRL's defaults except settings that must be equal on both sides, then the side's own
+    settings."""
     settings = {key: value for key, value in job.settings.items() if key != "regional"}
     model = {key: settings.pop(key) for key in OF_MODELS if key in settings}
     parts = job.devices * settings.get("gradient_accumulation_steps", 1)
-    assert job.batch % parts == 0, f"batches of {job.batch} cannot be cut into {parts}"
+    assert job.batch % parts == 0, f"batches of {job.batch} cannot be split into {parts}"
     equal = {
         "output_dir": f"{job.scratch}/trl",
         "per_device_train_batch_size": job.batch // parts,
@@ -150,7 +151,7 @@ def arguments(job: Job) -> dict[str, Any]:
 
 
 def set_up(job: Job) -> None:
-    """What TRL is told by other ways than its arguments."""
+    """Settings of TRL that are not arguments."""
     if job.settings.get("regional"):  # as `accelerate launch --dynamo_use_regional_compilation`
         os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
     if job.settings.get("use_liger_kernel"):
@@ -180,7 +181,7 @@ def measure(job: Job) -> dict[str, Any]:
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     assert pairs == job.batch
     if job.settings.get("precompute_ref_log_probs"):
-        assert trainer.reference_seconds is not None, "the reference pass was not seen"
+        assert trainer.reference_seconds is not None, "no reference pass was observed"
     return window.result(reference_seconds=trainer.reference_seconds)
 
 
