@@ -63,11 +63,11 @@ TRAINED_ON = {  # merged and trained on
 MERGED = {  # merged, and refused where they would be trained on
     "bias": ("gpt2", low_rank(target_modules=["c_attn"], bias="all"), "has bias=all, which"),
     "mica": ("llama", low_rank(init_lora_weights="mica"), "has init_lora_weights=mica, which"),
-    "output layer": ("llama", low_rank(target_modules=["q_proj", "lm_head"]), "includes the output"),
+    "output layer": ("llama", low_rank(target_modules=["q_proj", "lm_head"]), "includes the outp"),
     "embedding, tied": ("qwen2", low_rank(
         target_modules=["q_proj", "embed_tokens"]), "includes the embedding, which is tied"),
     "both of tied": ("qwen2", low_rank(
-        target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True), "includes the output"),
+        target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True), "includes the outp"),
     "one of tied": ("qwen2", low_rank(
         modules_to_save=["lm_head"]), "would be untied: use lora=none"),
     "tokens alone": ("qwen2", peft.TrainableTokensConfig(

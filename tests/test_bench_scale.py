@@ -59,7 +59,7 @@ def check_weights(record: Record) -> None:
 def check_page(record: Record, path: Path) -> None:
     text = path.read_text()
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    for start in ("| tokens of a sequence ", "| pairs a step ", "| 1x32 (1.7M weights) "):
+    for start in ("| tokens of a sequence ", "| pairs per step ", "| 1x32 (1.7M weights) "):
         assert text.count(f"\n{start}") == 1
     point = record["curves"]["lengths"][0]
     tokens = (8 + 4 + 4) / point["seconds_per_pair"]["median"]

@@ -116,7 +116,7 @@ def test_a_step_that_goes_wrong_stops_no_other(
     assert by_name["skips"]["why"] == ["no such package"]
     assert by_name["fine"]["versions"]["python"]
     page = (tmp_path / "out" / "gpu-check-cpu.md").read_text()
-    assert "5 of 5 steps made, 3 failed" in page
+    assert "5 of 5 steps done, 3 failed" in page
     assert "| 1 | fails | FAIL |" in page
     log = (tmp_path / "out" / "gpu-check-cpu.log").read_text()
     assert "second line" in log and "Traceback" in log and "hangs now" in log  # noqa: PT018

@@ -89,7 +89,7 @@ def part_rows(record: Record) -> Rows:
 
 
 def operator_rows(record: Record) -> Rows:
-    rows = [["operator", "ms per step", "share", "calls a step"]]
+    rows = [["operator", "ms per step", "share", "calls per step"]]
     for one in record["operators"]:
         rows.append([f"`{one['operator']}`", f"{one['ms']:.3g}", f"{one['share']:.1%}",
                      f"{one['calls']:,.4g}"])  # fmt: skip

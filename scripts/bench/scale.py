@@ -31,7 +31,7 @@ from scripts.bench.sides import OURS
 from scripts.bench.summary import Record, circumstances
 
 HEAD_WIDTH = 64
-CURVES = {"lengths": "tokens of a sequence", "batches": "pairs a step", "models": "model"}
+CURVES = {"lengths": "tokens of a sequence", "batches": "pairs per step", "models": "model"}
 CHANGED = {"lengths": "length", "batches": "batch", "models": "model"}  # of a point
 MODEL = re.compile(r"(\d+)x(\d+)")
 

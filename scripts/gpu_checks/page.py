@@ -104,7 +104,7 @@ def page(circumstances: Circumstances, outcomes: Sequence[Outcome], steps: Seque
     for step in steps:
         outcome = made.get(step.number)
         if outcome is None:
-            lines.append(row([step.number, step.name, "not made", "", ""]))
+            lines.append(row([step.number, step.name, "not run", "", ""]))
         else:
             summary = shortened(outcome.summary())
             cells = [step.number, step.name, outcome.status, f"{outcome.seconds:.0f}", summary]
