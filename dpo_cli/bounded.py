@@ -1,4 +1,4 @@
-"""Code and patterns that come with data, run in bounded processor time and memory."""
+"""Code and patterns that come with data, run with limits on processor time and memory."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class OverLimit(Exception):
 
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
-    """Raise OverLimit once the body has computed for `seconds`, or wants `MORE_BYTES` more memory
-    than the process has.
+    """Raise OverLimit if the body computes for more than `seconds`, or allocates more than
+    `MORE_BYTES`.
 
-    Only in the main thread, where Python runs the handlers of signals, and memory only on Linux.
-    Seconds are of the processor, so that a busy machine fails no one. A single operation of C is
-    not interrupted: those of regular expressions look for signals, those of long integers do not.
+    Only in the main thread, where Python runs signal handlers, and memory only on Linux. Seconds
+    are processor time, so that a busy machine causes no failures. A single C operation is not
+    interrupted: regular expressions check for signals, operations on long integers do not.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -49,8 +49,8 @@ def bounded(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def _memory() -> Iterator[None]:
-    """Limit what the process may add to its addresses; the hard limit stays, so that the soft one
-    can be set back."""
+    """Limit the growth of the process's address space; the hard limit stays, so that the soft one
+    can be restored."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform != "linux" or soft != resource.RLIM_INFINITY:
         yield

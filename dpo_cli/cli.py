@@ -37,21 +37,21 @@ INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal, as shells have it
 def main(argv: list[str] | None = None) -> None:
     """Run the command; exits with the code of `errors.py` unless all went well.
 
-    What the operating system refuses, wherever that was, is the user's to mend, too.
+    Errors of the operating system, anywhere, are reported as the user's, too.
     """
     if argv is None:
         restart_in_utf8()
-    if logging.lastResort is not None:  # what prints warnings, as no handler is set up
+    if logging.lastResort is not None:  # prints warnings while no handler is set up
         logging.lastResort.setFormatter(PrintableFormatter())
     words = sys.argv[1:] if argv is None else list(argv)
     with copied_output():
-        code = _ended(words)
+        code = _exit_code(words)
     if code:
         sys.exit(code)
 
 
-def _ended(words: list[str]) -> int:
-    """Run the command and report what ends it; returns its exit code."""
+def _exit_code(words: list[str]) -> int:
+    """Run the command and report its error, if any; returns the exit code."""
     try:
         answer = quick_answer(words)
         if answer is not None:
@@ -67,10 +67,10 @@ def _ended(words: list[str]) -> int:
         return BROKEN_PIPE
     except Exception as error:
         outlast_terminals()
-        told = error if isinstance(error, UserError) else as_refusal(error)
-        if told is None:
+        user_error = error if isinstance(error, UserError) else as_refusal(error)
+        if user_error is None:
             raise
-        return report_error(told) if launch.rank() is None else fail_together(told)
+        return report_error(user_error) if launch.rank() is None else fail_together(user_error)
 
 
 def fail_together(error: UserError) -> int:

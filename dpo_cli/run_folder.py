@@ -234,14 +234,14 @@ def merge_overrides(stored: Sequence[str], extra: Sequence[str]) -> list[str]:
     """Stored overrides, each replaced by an extra one for the same key. ConfigError for one that
     was stored without its secret and is not replaced."""
     keys = {key_of(word) for word in extra}
-    kept = [word for word in stored if key_of(word) not in keys]
-    for word in kept:
+    merged = [word for word in stored if key_of(word) not in keys]
+    for word in merged:
         if REDACTED in word:
             raise ConfigError(
                 f"{key_of(word)}: held a secret, which the run's folder does not keep: add "
                 f"{key_of(word)}=<value> to the command"
             )
-    return [*kept, *extra]
+    return [*merged, *extra]
 
 
 def read_json(path: Path) -> dict[str, Any]:

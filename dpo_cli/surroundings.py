@@ -1,4 +1,4 @@
-"""What a command needs around it: UTF-8 whatever the locale, and a home folder."""
+"""The environment a command needs: UTF-8 in any locale, and a home folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import tempfile
 
 
 def restart_in_utf8() -> None:
-    """Restart the command in Python's UTF-8 mode, where the locale's encoding is another.
+    """Restart the command in Python's UTF-8 mode if the locale has another encoding.
 
-    Explicit encodings would not be enough: libraries open files, too, and `é.jsonl` could not be
-    named. What is printed stays in the locale's encoding, which the terminal expects.
+    Explicit encodings are not enough: libraries open files too, and `é.jsonl` could not be named.
+    Output keeps the locale's encoding, which the terminal expects.
     """
     encoding = locale.getencoding()
     if sys.flags.utf8_mode or encoding.lower().replace("-", "") == "utf8":
@@ -25,9 +25,9 @@ def restart_in_utf8() -> None:
 
 
 def ensure_home() -> None:
-    """Give users without a home folder one for as long as the command runs.
+    """Give users without a home folder a temporary one for the duration of the command.
 
-    Else this program and its libraries would make a folder named `~` in the current one.
+    Otherwise this program and its libraries would create a folder named `~` in the current one.
     """
     if not os.path.isabs(os.path.expanduser("~")):
         os.environ["HOME"] = tempfile.mkdtemp(prefix="dpo-run-home-")

@@ -1,7 +1,7 @@
-"""A function of a Python file that the user names on the command line.
+"""A function of a Python file that is named on the command line.
 
-The file runs as any program of the user's would: nothing confines it. It is loaded from its own
-place alone, without putting its folder on the import path, and its sha256 goes into the run.
+The file runs unrestricted, as any program of the user's would. It is loaded without adding its
+folder to the import path, and its sha256 is stored in the run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ OUT_OF_MEMORY = "OutOfMemoryError"  # torch's, which the loop answers with small
 
 @dataclass(frozen=True)
 class UserFunction:
-    """function: called as the file wrote it; its errors become a ConfigError that ends with the
-    traceback inside the file. key: what named the file, for messages."""
+    """function: the file's own; errors in it become a ConfigError that ends with the traceback
+    inside the file. key: that named the file, for messages."""
 
     key: str
     path: str
@@ -46,7 +46,7 @@ class UserFunction:
 @cache  # one load per process: what runs is what was hashed
 def user_function(key: str, path: str, name: str) -> UserFunction:
     """The function `name` of a file. ConfigError for a file that cannot be read, does not run, or
-    has no such function."""
+    does not define the function."""
     try:
         with open(path, "rb") as file:
             source = file.read()
@@ -64,7 +64,7 @@ def user_function(key: str, path: str, name: str) -> UserFunction:
 
 
 def _told(error: Exception, path: str) -> str:
-    """`ValueError: no`, then the lines of the file on the way to it."""
+    """`ValueError: no`, followed by the lines of the file in its traceback."""
     said = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
     if isinstance(error, SyntaxError) and error.filename == path:

@@ -84,7 +84,7 @@ def test_keys_that_stand_twice(tmp_path: Path) -> None:
         ("b.jsonl", f'{{"m": [{twice}]}}'),
     ):
         (tmp_path / name).write_text(content)
-        assert "the key 'chosen' stands twice" in refused(tmp_path / name)
+        assert "the key 'chosen' occurs twice" in refused(tmp_path / name)
 
 
 def adapted(row: dict[str, Any], **limits: float) -> list[PreferenceExample]:

@@ -67,10 +67,10 @@ def load(path: Path) -> tuple[dict[str, list[EncodedExample]], dict[str, Any]] |
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """Of a safetensors file: its header is JSON behind 8 bytes of its length."""
+    """A safetensors file's metadata: its header is 8 bytes of length, followed by JSON."""
     size = int.from_bytes(content[:8], "little")
-    found = json.loads(content[8 : 8 + size]).get("__metadata__")
-    return found if isinstance(found, dict) else {}
+    metadata = json.loads(content[8 : 8 + size]).get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _checksum(arrays: Arrays, meta: str) -> str:

@@ -183,10 +183,10 @@ def _check_held(
         raise BadRow("are left out by the chat template", TOOLS)
     if answer.get("reasoning_content") or THINK.search(answer["content"]):
         try:
-            asked = chat.render(messages)
+            prompt_text = chat.render(messages)
         except TemplateError as error:
             raise BadRow(f"is rejected by the chat template ({error})", "prompt") from error
-        if len(THINK.findall(text)) - len(THINK.findall(asked)) > 1:
+        if len(THINK.findall(text)) - len(THINK.findall(prompt_text)) > 1:
             raise BadRow("has a think block in addition to that of the chat template", field)
 
 

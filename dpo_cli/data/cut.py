@@ -1,4 +1,4 @@
-"""Texts cut by characters before they are tokenized, and batches of texts for the tokenizer."""
+"""Truncation of texts by characters before tokenization, and batches of texts for the tokenizer."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ CHARACTERS = 2**22  # per call: a token takes some 700 bytes in it
 
 def cut(pieces: Sequence[Piece], most: int, at_end: bool) -> list[Piece]:
     """The first `most` characters of a text, or with `at_end` the last."""
-    left, kept = most, []
+    remaining, parts = most, []
     for piece in reversed(pieces) if at_end else pieces:
-        text = piece.text[max(0, len(piece.text) - left) :] if at_end else piece.text[:left]
+        text = (
+            piece.text[max(0, len(piece.text) - remaining) :] if at_end else piece.text[:remaining]
+        )
         if len(text) < len(piece.text):
             piece = piece._replace(text=text, start=piece.start and not at_end)  # noqa: PLW2901
         if text:
-            kept.append(piece)
-        left -= len(text)
-    return kept[::-1] if at_end else kept
+            parts.append(piece)
+        remaining -= len(text)
+    return parts[::-1] if at_end else parts
 
 
 def size(pieces: Sequence[Piece]) -> int:
@@ -30,7 +32,7 @@ def size(pieces: Sequence[Piece]) -> int:
 
 
 def chunks(examples: Sequence[PreferenceExample]) -> Iterator[list[PreferenceExample]]:
-    """The examples in order, as many at once as the tokenizer's memory allows."""
+    """Batches of examples in order, as large as the tokenizer's memory allows."""
     chunk: list[PreferenceExample] = []
     characters = 0
     for example in examples:
@@ -45,5 +47,5 @@ def chunks(examples: Sequence[PreferenceExample]) -> Iterator[list[PreferenceExa
 
 def _characters(example: PreferenceExample) -> int:
     prompt = example.prompt
-    asked = [prompt] if isinstance(prompt, str) else [str(m["content"]) for m in prompt]
-    return sum(map(len, (*asked, *map(response_text, example.responses))))
+    prompt_texts = [prompt] if isinstance(prompt, str) else [str(m["content"]) for m in prompt]
+    return sum(map(len, (*prompt_texts, *map(response_text, example.responses))))

@@ -124,12 +124,12 @@ def _json_object(path: Path, number: int, line: bytes) -> Row:
 
 
 def unique(pairs: list[tuple[str, Any]]) -> Row:
-    """An object of JSON. ValueError where a key stands twice: one of the values would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """A JSON object. ValueError for a duplicate key: one of the values would be lost."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands twice")
-    return found
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
+    return row
 
 
 def _read_json(path: Path, meter: Meter) -> list[Row]:

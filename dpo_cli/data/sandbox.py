@@ -1,4 +1,4 @@
-"""Jinja's sandbox without operations that cannot be interrupted: a chat template comes with a model
+"""Jinja's sandbox without operations that cannot be interrupted: chat templates come with models
 and may be hostile."""
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ MOST_DIGITS = 64  # to round to
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Small numbers only: one operation on long ones takes hours, in which no signal is heard.
-    Without a loader, templates include, import and extend nothing."""
+    """Limits the size of numbers: a single operation on long ones takes hours and cannot be
+    interrupted. Without a loader, templates cannot include, import or extend others."""
 
     intercepted_binops = frozenset({"*", "**", "/", "//", "%"})
 

@@ -1,4 +1,4 @@
-"""The signals at which a run saves and stops."""
+"""The signals on which a run saves and stops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def stopping_signals() -> list[signal.Signals]:
-    """Without SIGHUP (the terminal was closed) where the process was started to ignore it, as by
-    `nohup`."""
+    """Without SIGHUP (closed terminal) if the process was started to ignore it, as by `nohup`."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in STOPPING if not (ignored and number == signal.SIGHUP)]

@@ -37,7 +37,7 @@ class Head:
         return len(self.weight) if self.vocab is None else self.vocab
 
     def refused(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why the fused kernel cannot be used there, or None; probed once per process."""
+        """Why the fused kernel cannot be used on a device, or None; probed once per process."""
         shape = fused_head.Shape(
             device, dtype, self.tokens, self.bias is not None, self.softcap is not None
         )
@@ -48,7 +48,7 @@ class Head:
         return self.refused(self.weight.device, self.weight.dtype) is None
 
     def rounding(self, device: torch.device, dtype: torch.dtype) -> str:
-        """How log-probabilities are rounded there, for cache keys; "" on a CPU."""
+        """How log-probabilities are rounded on a device, for cache keys; "" on a CPU."""
         if device.type != "cuda":
             return ""
         kind = "eager" if self.refused(device, dtype) else "fused"

@@ -1,7 +1,7 @@
-"""What training on preferences does beside its loss: displacement, length, likelihood.
+"""Side effects of preference training: displacement, length, likelihood.
 
 Each figure is one number per example, (E,), whose mean is logged; docs/losses.md says what to do
-when one moves.
+when one changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MOMENTS = tuple(f"moments/{name}" for name in ("x", "y", "xx", "yy", "xy"))
 
 @torch.no_grad()
 def diagnostics(logprobs: RankedLogprobs, beta: float) -> Iterator[tuple[str, Tensor]]:
-    """Figures of the best against the last response of each list.
+    """Figures of the best compared with the last response of each list.
 
     logps/accuracies: the policy itself prefers the chosen response, without the reference.
     gradient_weight: sigmoid(-beta h), the weight of DPO's gradient (arXiv 2305.18290 section 4).
@@ -42,26 +42,26 @@ def diagnostics(logprobs: RankedLogprobs, beta: float) -> Iterator[tuple[str, Te
 
 @torch.no_grad()
 def moments(logprobs: RankedLogprobs) -> Iterator[tuple[str, Tensor]]:
-    """What `with_correlation` needs of the margin, x, and the difference in tokens, y."""
+    """Moments of the margin, x, and the difference in tokens, y, for `with_correlation`."""
     rho, lengths = logprobs.logratios.detach(), logprobs.lengths
     x, y = rho[:, 0] - rho[:, -1], lengths[:, 0] - lengths[:, -1]
     yield from zip(_MOMENTS, (x, y, x * x, y * y, x * y), strict=True)
 
 
 def with_correlation(figures: Mapping[str, float]) -> dict[str, float]:
-    """Mean figures with Pearson's correlation of margin and length in place of the moments; without
-    it where one of the two does not vary."""
+    """Mean figures with Pearson's correlation of margin and length instead of the moments; without
+    it if one of the two is constant."""
     x, y, xx, yy, xy = (figures[name] for name in _MOMENTS)
-    kept = {name: value for name, value in figures.items() if name not in _MOMENTS}
+    result = {name: value for name, value in figures.items() if name not in _MOMENTS}
     spread = (xx - x * x) * (yy - y * y)
-    # Of float32 sums, a variance of rounding alone is no variance.
+    # A variance that is only float32 rounding counts as zero.
     if spread > (1e-6 * max(xx, 1e-12)) * (1e-6 * max(yy, 1e-12)):
-        kept[CORRELATION] = (xy - x * y) / math.sqrt(spread)
-    return kept
+        result[CORRELATION] = (xy - x * y) / math.sqrt(spread)
+    return result
 
 
 def warning(figures: Mapping[str, float]) -> str | None:
-    """The line of a run whose held-out chosen responses became far less likely."""
+    """A warning if held-out chosen responses became much less likely."""
     fallen = figures.get("logratios/chosen")
     if fallen is None or fallen > DISPLACED:
         return None

@@ -48,7 +48,7 @@ def no_shift(logratios: Tensor, desirable: Tensor, beta: float) -> Tensor:
 
 
 def mean_reward(logratios: Tensor, desirable: Tensor, beta: float) -> Tensor:
-    """delta of BCO, without gradient; the mean of one class alone where the other is absent."""
+    """delta of BCO, without gradient; the mean of one class if the other is absent."""
     reward, right = beta * logratios.detach(), desirable.float()
     counts = right.sum(), (1.0 - right).sum()
     sums = (reward * right).sum(), (reward * (1.0 - right)).sum()

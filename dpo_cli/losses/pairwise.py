@@ -57,7 +57,7 @@ def ipo_loss(logprobs: RankedLogprobs, beta: float = 0.1) -> Tensor:
 
 
 def ipo_sum_loss(logprobs: RankedLogprobs, beta: float = 0.1) -> Tensor:
-    """IPO as its paper writes it (2310.12036 eq. 17): rho summed over tokens."""
+    """IPO as in its paper (2310.12036 eq. 17): rho summed over tokens."""
     return (difference(logprobs.logratios) - 1.0 / (2.0 * beta)) ** 2
 
 
@@ -80,8 +80,8 @@ def dpop_loss(logprobs: RankedLogprobs, beta: float = 0.1, dpop_lambda: float = 
 
 
 def rdpo_loss(logprobs: RankedLogprobs, beta: float = 0.1, length_penalty: float = 0.05) -> Tensor:
-    """R-DPO, 2403.19159 eq. 9: the reward is beta rho plus a length term, which takes the
-    preference for length upon itself.
+    """R-DPO, 2403.19159 eq. 9: the reward is beta rho plus a length term that absorbs the
+    preference for length.
 
     -log sigmoid(beta h + alpha (|y_w| - |y_l|)), alpha = length_penalty
     """
@@ -111,7 +111,7 @@ def sppo_loss(logprobs: RankedLogprobs, beta: float = 0.1) -> Tensor:
 
 
 def aot_loss(logprobs: RankedLogprobs, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """AOT on paired data, 2406.05882: the distribution of log pi_w - log pi_l is to dominate the
+    """AOT on paired data, 2406.05882: the distribution of log pi_w - log pi_l should dominate the
     reference's, so both are sorted over the E pairs first; not a sum over pairs."""
     assert logprobs.reference is not None
     policy = difference(logprobs.policy).sort().values
@@ -145,7 +145,7 @@ def discopop_loss(
 
 
 def file_loss(logprobs: RankedLogprobs, beta: float = 0.1, loss_file: str | None = None) -> Tensor:
-    """`loss(logprobs, beta)` of the user's own file: (E, 2) log-probabilities -> (E,)."""
+    """`loss(logprobs, beta)` of the user's file: (E, 2) log-probabilities -> (E,)."""
     assert loss_file is not None  # checked with the configuration
     own = user_function("stage.loss_file", loss_file, "loss")
     losses: Tensor = own(logprobs, beta)

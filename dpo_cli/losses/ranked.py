@@ -1,7 +1,7 @@
-"""Log-probabilities of ranked responses, as every preference loss takes them.
+"""Log-probabilities of ranked responses, the input of every preference loss.
 
-Nothing here imports torch when it is itself imported: the table of losses is read by the
-configuration, which is checked before torch is loaded.
+This module does not import torch at import time: the configuration, which is checked before torch
+is loaded, reads the table of losses.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class RankedLogprobs:
     """Log-probabilities of K ranked responses to each of E prompts, best first.
 
     policy: (E, K) float32, summed over the tokens of a response.
-    reference: the same of the reference; None for losses that compare with none.
+    reference: the same of the reference; None for losses without a reference.
     lengths: (E, K) number of tokens of each response.
     """
 
@@ -60,7 +60,7 @@ class RankedLogprobs:
         )
 
     def under(self, divergence: str, alpha: float) -> RankedLogprobs:
-        """With f'(pi / pi_ref) of another divergence in place of the log-ratios."""
+        """With f'(pi / pi_ref) of another divergence instead of the log-ratios."""
         if divergence == "reverse_kl":
             return self
         score = DIVERGENCES[divergence](self.logratios, alpha)
@@ -79,7 +79,7 @@ def _paired(values: Tensor) -> Tensor:
 
 
 def difference(values: Tensor) -> Tensor:
-    """(E, 2) -> (E,): of the chosen minus of the rejected response."""
+    """(E, 2) -> (E,): of the chosen minus that of the rejected response."""
     assert values.shape[1] == 2, "pairwise losses take exactly two responses"
     return values[:, 0] - values[:, 1]
 

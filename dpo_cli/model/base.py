@@ -1,4 +1,4 @@
-"""The content of the weights under an adapter, or that a run starts from: the same, or refused."""
+"""The content of the weights under an adapter or at the start of a run, which must not change."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ OTHER_BASE = "model.other_base"
 
 @dataclass(frozen=True)
 class Content:
-    """files: of the base, and then of an adapter that is merged into it, as they are hashed; the
-    base has `count` of them. shape: what the base's config.json says of the function."""
+    """files: of the base, followed by those of an adapter merged into it, being hashed; the base
+    has `count` of them. shape: the entries of its config.json that affect the function."""
 
     files: FileDigest
     count: int
@@ -34,7 +34,7 @@ class Content:
 
     def digest(self, key: str, count: int | None = None) -> str:
         """sha256 of the first `count` files (default: all) and the shape; a collective. ConfigError
-        if they changed while they were read."""
+        if they changed while being read."""
         known = current().from_first(lambda: self.files.value(count))
         if known is None:
             raise ConfigError(f"{key}: its files changed while they were read: start again")
@@ -42,7 +42,7 @@ class Content:
 
 
 def content_of(files: Sequence[Path], adapter: Sequence[Path] = ()) -> Content | None:
-    """Start to hash files of weights; None if there are none."""
+    """Start hashing weight files; None if there are none."""
     hashed = hash_files([*files, *adapter]) if files else None
     return None if hashed is None else Content(hashed, len(files), _shape(files[0].parent))
 
@@ -57,7 +57,7 @@ def _shape(folder: Path) -> str:
 
 
 def content_at(config: ModelConfig, key: str = "model.path") -> Content | None:
-    """Of a folder or hub id whose weights are not loaded; None for a model from scratch."""
+    """Content of a folder or hub id that is not loaded; None for a model from scratch."""
     if config.path is None and config.architecture is not None:
         return None
     origin, (source, options) = origin_of(config, key), source_of(config, key)
@@ -66,9 +66,9 @@ def content_at(config: ModelConfig, key: str = "model.path") -> Content | None:
 
 
 def content_in(model: PreTrainedModel) -> Content | None:
-    """Of the files that a model was loaded from."""
-    found: Content | None = getattr(model, CONTENT, None)
-    return found
+    """Content of the files that a model was loaded from."""
+    content: Content | None = getattr(model, CONTENT, None)
+    return content
 
 
 def refuse_other_base(
@@ -78,8 +78,8 @@ def refuse_other_base(
     key: str,
     note: Callable[[str], Any],
 ) -> None:
-    """ConfigError for an adapter that was trained over a base of other content, or a note where
-    `model.other_base` allows it. An adapter that does not say is taken as it is."""
+    """ConfigError for an adapter trained on a base with other content, or a note if
+    `model.other_base` allows it. An adapter without a record of its base is accepted."""
     trained_over = load_provenance(origin.adapter).get(BASE) if origin.adapter else None
     if trained_over is None or content is None:
         return

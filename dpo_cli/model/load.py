@@ -200,12 +200,12 @@ def context_length(model: PreTrainedModel) -> int:
 
 
 def _positions(config: PretrainedConfig) -> int:
-    found = getattr(config.get_text_config(), "max_position_embeddings", 2**20)
-    if not isinstance(found, int) or found < 1:
+    positions = getattr(config.get_text_config(), "max_position_embeddings", 2**20)
+    if not isinstance(positions, int) or positions < 1:
         raise ConfigError(
-            f"config.json: max_position_embeddings={found}: expected the tokens of the longest text"
+            f"config.json: max_position_embeddings={positions}: expected the maximum tokens"
         )
-    return found
+    return positions
 
 
 def hf_config(

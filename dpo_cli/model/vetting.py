@@ -1,5 +1,5 @@
-"""The files of a model's folder, vetted before a library reads them: what they may choose, and how
-large their numbers may be."""
+"""Check the files of a model's folder before a library reads them: which choices they may make, and
+how large their numbers may be."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ BOUNDS = [(re.compile(pattern), most) for pattern, most in (
 
 
 def vet(folder: Path, where: str) -> None:
-    """ConfigError, which `where` begins, for files of a local folder that may not be read."""
+    """Raise ConfigError, whose message starts with `where`, for files of a local folder that must
+    not be read."""
     if (folder / CONFIG).is_file() and (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
             f"{where}: contains an adapter beside a whole model: move {ADAPTER_CONFIG} and its "
@@ -93,7 +94,7 @@ def entries(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _choice(name: str, value: Any) -> str | None:
-    """Why a key may not choose what it does."""
+    """Why a key may not have its value."""
     if name in REFUSED and value not in (None, {}, []):
         return REFUSED[name]
     if name not in SHIPPED:
@@ -148,8 +149,8 @@ LONGEST, MOST_NAMES, PLAUSIBLE_RANK = 4096, 10_000, 1024
 
 
 def vet_adapter(facts: dict[str, Any], largest: int, where: str) -> None:
-    """ConfigError for an adapter_config.json with values of the wrong types, that names code, or
-    that is larger than its weights. largest: dimension of those."""
+    """ConfigError for an adapter_config.json with values of the wrong type, that names code, or
+    with sizes above those of its weights. largest: dimension of these."""
     where = f"{where}: {ADAPTER_CONFIG}"
     for name, (expected, fits) in ADAPTER_TYPES.items():
         if name in facts and not fits(facts[name]):
@@ -172,8 +173,8 @@ def vet_adapter(facts: dict[str, Any], largest: int, where: str) -> None:
 
 
 def shards(index: Path, where: str) -> list[str]:
-    """The names of the files in an index of weights: safetensors inside its folder, whatever
-    links lead there. Raises ConfigError."""
+    """The file names in an index of weights: safetensors inside its folder, after following links.
+    Raises ConfigError."""
     table = read_object(index, where).get("weight_map")
     names = set(table.values()) if isinstance(table, dict) else set()
     if not names or not all(isinstance(name, str) for name in names):
@@ -189,21 +190,21 @@ def shards(index: Path, where: str) -> list[str]:
 
 
 def _is_inside(name: str, folder: Path) -> bool:
-    """Whether a file is in a folder, or the blob that the hub's cache links to in its place."""
+    """Whether a file is in a folder, or a link there to the blobs of the hub's cache."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return False
     places = [folder.resolve()]
     if folder.parent.name == "snapshots":
         places.append((folder.parent.parent / "blobs").resolve())
     try:
-        found = (folder / name).resolve()
-    except (OSError, RuntimeError):  # a circle of links
+        target = (folder / name).resolve()
+    except (OSError, RuntimeError):  # circular links
         return False
-    return any(map(found.is_relative_to, places))
+    return any(map(target.is_relative_to, places))
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     text = " ".join(str(error).split())
     if not text or not isinstance(error, AssertionError | OSError | ValueError | RuntimeError):
         text = f"{type(error).__name__}: {text}".rstrip(": ")

@@ -56,9 +56,9 @@ def facts_of(preview: Preview) -> Facts | None:
     if workload_of is None:
         return None
     workload = workload_of(config, preview.splits)
-    found = hf_config(config.model, preview.tokenizer)
+    hf = hf_config(config.model, preview.tokenizer)
     with loading(config.model.path or config.model.name, "model.path"):
-        shape = shape_of(found, preview.auto)
+        shape = shape_of(hf, preview.auto)
     return Facts(
         shape,
         replace(texts_of(workload.lengths, workload.steps), new=workload.new_tokens),

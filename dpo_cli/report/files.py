@@ -197,12 +197,12 @@ def write_run_files(run_dir: Path, config: dict[str, Any], argv: Sequence[str]) 
     with disk_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
     write_bytes(run_dir / "config.yaml", encode(to_yaml(config)))
-    told = _write_versions(run_dir / "versions.json")
+    changes = _write_versions(run_dir / "versions.json")
     commands = run_dir / "command.txt"
     with disk_errors(commands):
         earlier = commands.read_bytes() if commands.exists() else b""
     write_bytes(commands, earlier + encode(command_line(argv) + "\n"))
-    return told
+    return changes
 
 
 def _write_versions(path: Path) -> str:
@@ -212,10 +212,10 @@ def _write_versions(path: Path) -> str:
         changed = {name: before[name] for name in now if before.get(name, now[name]) != now[name]}
     except (OSError, ValueError, AttributeError):  # the first start, or a torn file
         before, changed = {}, {}
-    kept = {name: value for name, value in before.items() if name.endswith(EARLIER)}
+    earlier = {name: value for name, value in before.items() if name.endswith(EARLIER)}
     for name, old in changed.items():
-        kept[name + EARLIER] = ", ".join(filter(None, (kept.get(name + EARLIER), old)))
-    write_redacted_json(path, now | kept)
+        earlier[name + EARLIER] = ", ".join(filter(None, (earlier.get(name + EARLIER), old)))
+    write_redacted_json(path, now | earlier)
     parts = [f"{n} {now[n]} (before: {old})" for n, old in changed.items() if n in TOLD]
     return f"other versions than before, so results may differ: {', '.join(parts)}" if parts else ""
 

@@ -1,8 +1,8 @@
-"""Console output that outlives its terminal, and a copy of it in the run folder.
+"""Console output that survives its terminal, and a copy of it in the run folder.
 
-What is printed goes to the terminal as long as that takes it, and as plain lines without secrets
-to the folder's console.log. Once a run has its folder, a terminal that is gone, a closed pipe or a
-full disk behind `> file` ends nothing.
+Output goes to the terminal as long as it can be written, and as plain lines without secrets to the
+folder's console.log. Once a run has its folder, a closed terminal or pipe, or a full disk behind `>
+file`, does not end it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CODES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|
 
 
 class Log:
-    """Lines of console.log: in memory until there is a folder for them."""
+    """Lines of console.log, kept in memory until there is a folder for them."""
 
     def __init__(self) -> None:
         self.folder: Path | None = None
@@ -32,7 +32,8 @@ class Log:
         self._lock = threading.RLock()
 
     def add(self, lines: str) -> None:
-        """Complete lines. What the folder's disk does not take is lost: it is a copy."""
+        """Add complete lines. Lines that the folder's disk cannot store are lost, as this is a
+        copy."""
         with self._lock:
             self._lines += lines
             if self.folder is None or not self._lines or not self.folder.is_dir():
@@ -47,7 +48,8 @@ class Log:
 
 
 class Copy:
-    """A text file whose complete lines go to a log, without what a carriage return overwrites."""
+    """A text file whose complete lines go to a log, without text overwritten after a carriage
+    return."""
 
     def __init__(self, log: Log) -> None:
         self.log, self._begun = log, ""
@@ -72,7 +74,7 @@ def _last_shown(line: str) -> str:
 
 
 class Terminal:
-    """stdout or stderr, as far as it can be written to."""
+    """stdout or stderr, as long as it can be written to."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.lasting, self._gone = stream, False, False
@@ -103,7 +105,7 @@ class Terminal:
 
 
 class Copied:
-    """A terminal whose text is copied. Stands in for sys.stdout and sys.stderr."""
+    """A terminal whose text is copied. Replaces sys.stdout and sys.stderr."""
 
     def __init__(self, terminal: Terminal, copy: Copy) -> None:
         self.terminal, self.copy = terminal, copy
@@ -121,7 +123,7 @@ class Copied:
 
 @contextmanager
 def copied_output() -> Iterator[None]:
-    """Around a command: stdout and stderr are `Copied`, for `go_on_in`."""
+    """Run a command with stdout and stderr as `Copied`, for `go_on_in`."""
     log, before = Log(), (sys.stdout, sys.stderr)
     _open_closed()
     out, err = (Copied(Terminal(_never_raising(stream)), Copy(log)) for stream in before)
@@ -141,8 +143,8 @@ def copied_output() -> Iterator[None]:
 
 
 def _open_closed() -> None:
-    """Where the shell closed a standard stream (`2>&-`), the next file opened would take its place,
-    and what is printed."""
+    """If the shell closed a standard stream (`2>&-`), the next opened file would get its
+    descriptor, and with it the output."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -151,7 +153,8 @@ def _open_closed() -> None:
 
 
 def _never_raising(stream: TextIO | None) -> TextIO:
-    """A stream that escapes what its encoding lacks. None: it was closed before the start."""
+    """A stream that escapes characters its encoding does not have. None: it was closed before the
+    start."""
     if stream is None:
         return open(os.devnull, "w", encoding="utf-8")
     if hasattr(stream, "reconfigure"):
@@ -160,14 +163,14 @@ def _never_raising(stream: TextIO | None) -> TextIO:
 
 
 def outlast_terminals() -> None:
-    """From now on, what can no longer be printed is passed over."""
+    """From now on, output that can no longer be written is discarded."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Copied):
             stream.terminal.lasting = True
 
 
 def go_on_in(folder: Path) -> None:
-    """`outlast_terminals`, with all that is and was printed in the folder's console.log."""
+    """`outlast_terminals`, with all previous and further output in the folder's console.log."""
     outlast_terminals()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Copied):

@@ -79,9 +79,9 @@ class OwnScorer:
     function: UserFunction
 
     def __call__(self, rows: Sequence[Completed]) -> list[float]:
-        found = self.function([row.prompt for row in rows], [row.completion for row in rows])
+        result = self.function([row.prompt for row in rows], [row.completion for row in rows])
         try:
-            values = [float(value) for value in found]
+            values = [float(value) for value in result]
         except (TypeError, ValueError) as error:
             raise self.function.wrong(f"reward() returned no list of numbers: {error}") from error
         if len(values) != len(rows):
@@ -219,15 +219,15 @@ def _normalization(session: Session, config: RewardModelFn) -> Normalization | N
         )
         return None
     try:
-        found = Normalization(float(facts["mean"]), float(facts["std"]))
+        normalization = Normalization(float(facts["mean"]), float(facts["std"]))
     except (KeyError, TypeError, ValueError):
-        found = Normalization(math.nan, math.nan)
-    if not (math.isfinite(found.mean) and 0.0 < found.std < math.inf):
+        normalization = Normalization(math.nan, math.nan)
+    if not (math.isfinite(normalization.mean) and 0.0 < normalization.std < math.inf):
         raise DataError(
             f"{config.path}: its dpo_run.json has no finite mean and std of rewards ({facts}); set "
             "reward_fn.normalized=false"
         )
-    return found
+    return normalization
 
 
 def scorer_digest(scorer: Scorer) -> str | None:

@@ -233,7 +233,7 @@ def read(folder: Path, shape: tuple[int, int]) -> Tensor | None:
     remove_leftovers(folder.parent)
     files = cache.read_folder(folder)
     try:
-        found: Tensor | None = load_tensors(files[LOGPROBS])["logprobs"] if files else None
+        logprobs: Tensor | None = load_tensors(files[LOGPROBS])["logprobs"] if files else None
     except (KeyError, SafetensorError):
         return None
-    return found if found is not None and found.shape == shape else None
+    return logprobs if logprobs is not None and logprobs.shape == shape else None

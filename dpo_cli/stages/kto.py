@@ -63,7 +63,7 @@ class Labelled:
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Train on single responses; metrics named as those of pairs."""
+    """Train on single responses; metrics have the names of those on pairs."""
     stage = cast(KtoConfig, session.config.stage)
     loaded = load_policy_and_data(session, beside_its_start(session))
     splits = loaded.splits
@@ -126,8 +126,8 @@ def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
 
 
 def labelled(rows: Sequence[EncodedExample], splits: EncodedSplits, stage: KtoConfig) -> Labelled:
-    """Each response as an example of its own: of a pair or list the best is desirable and the
-    others are not; a single one has its label as its score."""
+    """Each response as a separate example: of a pair or list the best is desirable and the others
+    are not; a single response has its label as its score."""
     examples: list[EncodedExample] = []
     desirable: list[bool] = []
     for row in rows:
@@ -141,23 +141,21 @@ def labelled(rows: Sequence[EncodedExample], splits: EncodedSplits, stage: KtoCo
 
 
 def mismatched(examples: Sequence[EncodedExample], max_length: int) -> list[EncodedExample]:
-    """Each example with the response to the next other prompt as its second, for KTO's z_0.
-
-    It is truncated to the room that its new prompt leaves, at least one token.
-    """
+    """Each example with the response to the next different prompt as its second one, for KTO's z_0,
+    truncated to the space its new prompt leaves, at least one token."""
     prompts = [example.prompt_ids.tobytes() for example in examples]
-    made = []
+    result = []
     for place, example in enumerate(examples):
         order = [(place + ahead) % len(examples) for ahead in range(1, len(examples))]
         other = next((i for i in order if prompts[i] != prompts[place]), place)
         room = max(1, max_length - len(example.prompt_ids))
         ids = examples[other].response_ids[0][:room]
-        made.append(replace(example, response_ids=(example.response_ids[0], ids)))
-    return made
+        result.append(replace(example, response_ids=(example.response_ids[0], ids)))
+    return result
 
 
 def balance_lines(rows: Labelled, stage: KtoConfig) -> Iterator[str]:
-    """How many responses are desirable, and what to set where their weights are out of balance."""
+    """The number of desirable responses, and which weight to set if they are out of balance."""
     good = int(rows.desirable.sum())
     bad = len(rows) - good
     yield f"{good:,} desirable and {bad:,} undesirable responses"
@@ -184,7 +182,7 @@ def kto_output(
     rows: Labelled,
     stage: KtoConfig,
 ) -> LossOutput:
-    """Sum of the weighted losses over the pack's responses, and their figures."""
+    """Sum of the weighted losses over the pack's responses, with figures."""
     against = reference_of(batch)
     assert against is not None
     loss, lengths = SINGLE_LOSSES[stage.loss], batch.sequence_lengths.view(-1, batch.branches)
@@ -220,7 +218,7 @@ def evaluate(
     reference_of: ReferenceOf | None,
     stage: KtoConfig,
 ) -> dict[str, float]:
-    """The training figures on the held-out rows; empty without any."""
+    """The training figures on the held-out rows; empty without rows."""
     if reference_of is None:
         return {}
     figures = mean_figures(

@@ -1,4 +1,4 @@
-"""The objective of stage=dpo on a pack: reference, losses, and the paper's figures."""
+"""The objective of stage=dpo on a pack: reference, losses, and the paper's metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ReferenceOf = Callable[[Batch], Tensor | None]  # a pack -> (E, K) reference log
 
 
 def without_reference(batch: Batch) -> None:
-    """The `ReferenceOf` of losses that compare with none."""
+    """The `ReferenceOf` of losses without a reference."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def dpo_loss(
 
 
 def objective(logprobs: RankedLogprobs, stage: DpoConfig) -> Tensor:
-    """(E,) the configured losses of each example, with the NLL of the chosen mixed in."""
+    """(E,) the configured losses of each example, plus the NLL of the chosen response."""
     total = None
     for name, weight in losses_of(stage).items():
         losses = weight * loss_of_lists(name, logprobs, stage)
@@ -158,7 +158,7 @@ def objective(logprobs: RankedLogprobs, stage: DpoConfig) -> Tensor:
 
 
 def loss_of_lists(name: str, logprobs: RankedLogprobs, stage: DpoConfig) -> Tensor:
-    """(E,) one loss of each list: a pairwise one is averaged over all pairs of the list."""
+    """(E,) one loss per list: a pairwise loss is averaged over all pairs of the list."""
     loss = LOSSES[name]
     options = {key: getattr(stage, key) for key in loss.arguments}
     if loss.difference:

@@ -1,5 +1,5 @@
-"""Expressions of an adapter's configuration, tried on the model's layers before PEFT matches them:
-some never end."""
+"""Regular expressions of an adapter's configuration, tested on the model's layers before PEFT
+matches them, as some do not terminate."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dpo_cli.errors import ConfigError
 SECONDS = 5.0  # of the processor, for all layers together
 FIELDS = re.compile(r"modules|pattern|parameters")
 SPECIAL = re.compile(r"[*+?{}()\[\]|\\^$]")
-# What PEFT makes of an expression or a name, in tuners_utils and utils.other.
+# The patterns that PEFT builds from an expression or a name, in tuners_utils and utils.other.
 FORMS = ("{}", r"(^|.*\.){}($|\..*)", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r"(.*\.)?({})$")
 
 
-def refuse_unfit(config: peft.PeftConfig, model: PreTrainedModel, told: str) -> None:
-    """ConfigError for expressions that take too long, and for tokens that the model lacks. told:
-    prefix of settings' names in messages."""
+def refuse_unfit(config: peft.PeftConfig, model: PreTrainedModel, prefix: str) -> None:
+    """ConfigError for expressions that take too long, and for tokens outside the model's
+    vocabulary. prefix: of settings' names in messages."""
     names = [name for name, _ in model.named_modules()]
     try:
         with bounded(SECONDS):
             for field, text in _expressions(vars(config)):
-                where = f"{told}{field}={text[:80]}"
+                where = f"{prefix}{field}={text[:80]}"
                 for form in FORMS:
                     expression = re.compile(form.replace("{}", text))
                     for name in names:
@@ -36,24 +36,24 @@ def refuse_unfit(config: peft.PeftConfig, model: PreTrainedModel, told: str) -> 
         raise ConfigError(f"{where}: {error} to match: write a list of layers' names") from None
     except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"{where}: is no regular expression: {error}") from None
-    _refuse_tokens(config, model, told)
+    _refuse_tokens(config, model, prefix)
 
 
 def _expressions(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Field and text of all that PEFT may read as a regular expression."""
+    """Field and text of everything that PEFT may use as a regular expression."""
     for field, value in fields.items():
         if FIELDS.search(field):
             texts = [value] if isinstance(value, str) else list(value or ())
             yield from ((field, str(text)) for text in texts if SPECIAL.search(str(text)))
 
 
-def _refuse_tokens(config: peft.PeftConfig, model: PreTrainedModel, told: str) -> None:
+def _refuse_tokens(config: peft.PeftConfig, model: PreTrainedModel, prefix: str) -> None:
     rows = len(cast(Any, model.get_input_embeddings()).weight)
     for field in ("trainable_token_indices", "token_indices"):
-        given = getattr(config, field, None) or []
-        lists = given.values() if isinstance(given, dict) else [given]
+        indices = getattr(config, field, None) or []
+        lists = indices.values() if isinstance(indices, dict) else [indices]
         for index in (index for each in lists for index in each):
             if not isinstance(index, int) or not 0 <= index < rows:
                 raise ConfigError(
-                    f"{told}{field}: {str(index)[:80]}: the model has tokens 0 to {rows - 1}"
+                    f"{prefix}{field}: {str(index)[:80]}: the model has tokens 0 to {rows - 1}"
                 )
