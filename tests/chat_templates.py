@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerFast
 
-import small_tokenizers as small
+import small_tokenizers
 
 CHATML_TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
 CHATML_OPEN = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -101,7 +101,9 @@ ENDS = {
 def tokenizer(family: str) -> PreTrainedTokenizerFast:
     """Byte level, `</s>` its EOS, with the special tokens of all families."""
     made = PreTrainedTokenizerFast(
-        tokenizer_object=small.byte_level_backend(*SPECIAL), eos_token="</s>", bos_token="<s>"
+        tokenizer_object=small_tokenizers.byte_level_backend(*SPECIAL),
+        eos_token="</s>",
+        bos_token="<s>",
     )
     made.add_tokens(["<think>", "</think>"])  # as Qwen 3 has them: tokens, but not special
     made.chat_template = TEMPLATES[family]

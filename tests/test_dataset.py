@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import AutoTokenizer
 
-import small_tokenizers as small
+import small_tokenizers
 from dpo_cli.config import (
     HhDataConfig,
     ImdbDataConfig,
@@ -250,7 +250,7 @@ class TestLoadSplits:
         assert splits.revision is None
         share = load_splits(dataclasses.replace(config, eval_rows=0.25), 0)
         assert [e.prompt for e in share.eval] == [e.prompt for e in splits.eval]
-        again = load_encoded(config, small.byte_level(), 256, 0, None)
+        again = load_encoded(config, small_tokenizers.byte_level(), 256, 0, None)
         assert (
             len(again.train) + len(again.eval) + sum(map(len, again.drops.dropped.values())) == 25
         )
@@ -282,7 +282,7 @@ class TestCache:
         ranked = "ranked" in rows[0]
         settings = {"responses_field": "ranked", "scores_field": "s"} if ranked else {}
         full = JsonlDataConfig(path=str(file), **({"eval_rows": 8} | settings | config))
-        return load_encoded(full, small.byte_level(), 64, 0, cache)
+        return load_encoded(full, small_tokenizers.byte_level(), 64, 0, cache)
 
     def test_second_load_is_the_first(
         self, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -335,7 +335,7 @@ class TestCache:
         assert self.load(file, cache).fingerprint != base.fingerprint
         assert len(list(cache.iterdir())) == 4
         key = JsonlDataConfig(path=str(file), eval_rows=8)
-        other = load_encoded(key, small.words(), 64, 0, cache)
+        other = load_encoded(key, small_tokenizers.words(), 64, 0, cache)
         assert other.train[0].prompt_ids.tolist() == [other.train[0].row % 30, 101]
 
     def test_cut_responses_are_other_rows(self, file: Path, tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ class TestCache:
             assert found.fingerprint != base.fingerprint
             examples = [*found.train, *found.eval]
             assert {e.row for e in examples} == {*range(40)} - {4}
-            eos = small.byte_level().eos_token_id
+            eos = small_tokenizers.byte_level().eos_token_id
             for e in examples:
                 ended = [ids[-1] == eos for ids in e.response_ids]
                 assert ended == [(e.row, side) not in cut for side in (0, 1)]
@@ -400,7 +400,7 @@ class TestShow:
     def test_what_is_shown(self, file: Path) -> None:
         row = {"prompt": "[bold red]the[/] \x1b[31m\x07", "chosen": " cat\n", "rejected": "w" * 99}
         file.write_text("\n".join(map(json.dumps, [row, row | {"chosen": ""}])))
-        tokenizer = small.byte_level()
+        tokenizer = small_tokenizers.byte_level()
         config = JsonlDataConfig(path=str(file), max_length=60)
         text = self.show(load_encoded(config, tokenizer, 64, 0, None), tokenizer)
         assert "\x1b" not in text
@@ -419,8 +419,8 @@ class TestShow:
         ]
         file.write_text("\n".join(map(json.dumps, rows)))
         config = JsonlDataConfig(path=str(file))
-        splits = load_encoded(config, small.words(), 4096, 0, None)
-        lines = self.show(splits, small.words(), examples=0).splitlines()
+        splits = load_encoded(config, small_tokenizers.words(), 4096, 0, None)
+        lines = self.show(splits, small_tokenizers.words(), examples=0).splitlines()
         cells = {
             line.split("│")[1].strip(): [c.strip() for c in line.split("│")[2:-1]]
             for line in lines
@@ -432,11 +432,11 @@ class TestShow:
 
     def test_empty_split(self, file: Path) -> None:
         config = JsonlDataConfig(path=str(file))
-        splits = load_encoded(config, small.words(), 64, 0, None)
-        assert "0 eval examples" in self.show(splits, small.words(), split="eval")
+        splits = load_encoded(config, small_tokenizers.words(), 64, 0, None)
+        assert "0 eval examples" in self.show(splits, small_tokenizers.words(), split="eval")
 
     def test_token_text_keeps_sentencepiece_spaces(self) -> None:
-        tokenizer = small.llama()
+        tokenizer = small_tokenizers.llama()
         vocab = tokenizer.get_vocab()
         assert token_text(vocab["▁dog"], tokenizer) == "·dog"
         assert token_text(vocab["<0x0A>"], tokenizer) == "\\n"

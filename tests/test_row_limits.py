@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import small_tokenizers as small
+import small_tokenizers
 from dpo_cli.config import JsonlDataConfig
 from dpo_cli.data import encode
 from dpo_cli.data.adapt import adapt
@@ -109,9 +109,11 @@ def test_a_cut_text_has_the_tokens_of_the_whole_one(
     name: str, keep: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for the end that is truncated anyway."""
-    tokenizer = {"byte level": small.byte_level, "llama": small.llama, "chatml": small.chatml}[
-        name
-    ]()
+    tokenizer = {
+        "byte level": small_tokenizers.byte_level,
+        "llama": small_tokenizers.llama,
+        "chatml": small_tokenizers.chatml,
+    }[name]()
     rng = np.random.default_rng(0)
     words = rng.choice(["good", "bad ", "\nfilm", "a", " the  "], 120_000)
     text = " ".join(words)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import small_tokenizers as small
+import small_tokenizers
 from dpo_cli.config import JsonlDataConfig
 from dpo_cli.data import cache as row_cache
 from dpo_cli.data import dataset
@@ -97,7 +97,7 @@ def test_a_file_that_is_written_while_it_is_read_is_not_cached(
     rows = [{"prompt": f"a {n}", "chosen": " good", "rejected": " bad"} for n in range(4)]
     path.write_text("\n".join(map(json.dumps, rows[:2])))
     config = JsonlDataConfig(path=str(path))
-    tokenizer = small.byte_level()
+    tokenizer = small_tokenizers.byte_level()
 
     def load() -> int:
         return len(dataset.load_encoded(config, tokenizer, 64, 0, tmp_path / "cache").train)

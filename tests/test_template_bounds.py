@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-import small_tokenizers as small
+import small_tokenizers
 from dpo_cli.bounded import OverLimit, bounded
 from dpo_cli.data import template as templates
 from dpo_cli.data.chat import chat_format
@@ -59,7 +59,7 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize("name", [*HOSTILE, *FILES])
 def test_a_hostile_template_ends_in_one_line(quick, name):
-    tokenizer = small.byte_level({**HOSTILE, **FILES}[name])
+    tokenizer = small_tokenizers.byte_level({**HOSTILE, **FILES}[name])
     began = time.process_time()
     with pytest.raises(ConfigError, match=r"chat template.*data\.chat_template=") as found:
         chat_format(tokenizer, tokenizer_facts(tokenizer))
@@ -70,8 +70,12 @@ def test_a_hostile_template_ends_in_one_line(quick, name):
 
 def test_a_template_that_loops_for_one_row_ends_the_run(quick):
     """Dropping that row would only lead to the next: the template is refused."""
-    tokenizer = small.byte_level(
-        "{% if messages[0].content == 'slow' %}" + LOOP + ENDS + "{% endif %}" + small.CHATML
+    tokenizer = small_tokenizers.byte_level(
+        "{% if messages[0].content == 'slow' %}"
+        + LOOP
+        + ENDS
+        + "{% endif %}"
+        + small_tokenizers.CHATML
     )
     assert encode(tokenizer, user("fast"), "b")
     with pytest.raises(ConfigError, match="seconds for one conversation"):
@@ -81,15 +85,16 @@ def test_a_template_that_loops_for_one_row_ends_the_run(quick):
 @pytest.mark.parametrize("broken", ["{{ 1 // 0 }}", "{{ [].x.y }}", "{{ ([] | first).a }}"])
 def test_a_row_that_the_template_trips_over_is_dropped(broken):
     """Whatever kind of error it raises, and in whichever of the renderings."""
-    tokenizer = small.byte_level("{% if messages[0].content == 'bad' %}" + broken + "{% endif %}"
-                                 + small.CHATML)  # fmt: skip
+    tokenizer = small_tokenizers.byte_level(
+        "{% if messages[0].content == 'bad' %}" + broken + "{% endif %}" + small_tokenizers.CHATML
+    )
     assert encode(tokenizer, user("bad"), "b") == []
     assert encode(tokenizer, user("good"), "b") != []
 
 
 def test_ordinary_templates_write_long_conversations():
     """60 turns of 2,000 characters, some with the signs of arithmetic."""
-    tokenizer = small.chatml()
+    tokenizer = small_tokenizers.chatml()
     talk: list[Message] = []
     for turn in range(60):
         talk += [*user(f"{turn} * 3 = ? " * 200), answer("yes" * 700)]
@@ -102,7 +107,7 @@ def test_arithmetic_of_ordinary_templates_is_as_before():
     source = (
         "{{ 2 ** 3 }} {{ 7 % 4 }} {{ 7 // 2 }} {{ 6 * 7 }} {{ 'a' * 3 }} {{ '%s-%d' % (1, 4) }}"
     )
-    tokenizer = small.byte_level(f"{source} {{{{ 2.567 | round(1) }}}} {{{{ 1 / 4 }}}}")
+    tokenizer = small_tokenizers.byte_level(f"{source} {{{{ 2.567 | round(1) }}}} {{{{ 1 / 4 }}}}")
     assert Renderer(tokenizer)(user("a")) == "8 3 3 42 aaa 1-4 2.6 0.25"
 
 
