@@ -76,3 +76,8 @@ class Preempted(UserError):
     """Stopped by a signal; the state was saved and the run can be resumed."""
 
     exit_code = 75
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

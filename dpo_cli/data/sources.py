@@ -25,7 +25,7 @@ from dpo_cli.data.files import (
 )
 from dpo_cli.durable import file_digest, mismatch
 from dpo_cli.durable.refusals import as_refusal
-from dpo_cli.errors import ConfigError, DataError
+from dpo_cli.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -215,7 +215,7 @@ def _load_from_disk(folder: Path) -> Dataset:
         return datasets.Dataset.load_from_disk(str(folder))
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         raise DataError(
-            f"{folder}: cannot be read as a folder of datasets.save_to_disk ({_brief(error)})"
+            f"{folder}: cannot be read as a folder of datasets.save_to_disk ({first_line(error)})"
         ) from error
 
 
@@ -263,11 +263,6 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, HTTPError, DatasetsError) as error:
         raise DataError(
-            f"cannot read {hub_id} from the hub ({_brief(error)}): "
+            f"cannot read {hub_id} from the hub ({first_line(error)}): "
             "use a local copy with data.path=<file or folder>"
         ) from error
-
-
-def _brief(error: BaseException) -> str:
-    """The first line of an error, or its type if it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from dpo_cli.errors import first_line
+
 HALF = (torch.bfloat16, torch.float16)
 ALIGNED, TILE = 8, 64  # columns: multiple of 16 bytes in half precision; tile of a matmul
 ROWS = 6  # probed
@@ -113,7 +115,7 @@ def error_of(shape: Shape) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except (TritonError, *PROBE_ERRORS) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
 
 
 def _difference(shape: Shape) -> str | None:

@@ -23,7 +23,7 @@ from dpo_cli.config import ExportConfig, ModelConfig
 from dpo_cli.data.trained import TRAINED_PROMPTS
 from dpo_cli.durable.provenance import PROVENANCE
 from dpo_cli.durable.stored import stored_json, yaml_of_run
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, first_line
 from dpo_cli.evaluation.policies import run_of, training_cost
 from dpo_cli.model.attention.interface import Placement
 from dpo_cli.model.classifier import CLASSIFIER
@@ -195,8 +195,7 @@ def push(folder: Path, repository: str) -> None:
             commit_message="Model exported by dpo-run",
         )  # fmt: skip
     except (OSError, ValueError, HTTPError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"stage.push_to_hub={repository}: {first} (log in with `hf auth login`, or set "
-            f"HF_TOKEN); the model itself is in {folder}"
+            f"stage.push_to_hub={repository}: {first_line(error)} (log in with `hf auth login`, or "
+            f"set HF_TOKEN); the model itself is in {folder}"
         ) from error

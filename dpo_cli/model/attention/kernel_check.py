@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_cli.errors import first_line
 from dpo_cli.model.attention import kernels, varlen
 from dpo_cli.model.attention.interface import Placement, Seen
 from dpo_cli.model.attention.layout import Layout
@@ -55,7 +56,7 @@ def _mismatch(packed: Layout, exact: PaddedLayout, layer: Seen, on: Placement) -
     try:
         difference = _kernel_difference(packed, exact, layer, on)
     except PROBE_ERRORS as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     if not difference < TOLERANCE[on.dtype in HALF]:
         return f"its result or gradient differs by {difference:.1%} for {layer}"
     return None

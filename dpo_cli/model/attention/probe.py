@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.device_memory import ran_out
-from dpo_cli.errors import ConfigError, NonFiniteError
+from dpo_cli.errors import ConfigError, NonFiniteError, first_line
 from dpo_cli.logprobs import logits_of
 from dpo_cli.model import forward
 from dpo_cli.model.adapters.quantize import dense_weights, dequantized
@@ -186,7 +186,7 @@ class _Trial:
             with interface.recording_calls() as seen:
                 figures = self._figures(self.packed(self.model, self._examples()))
         except PROBE_ERRORS as error:
-            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return first_line(error)
         if kernel in PACKED and not seen:
             return "it ignores the registered attention"
         self.seen = self.seen or list(dict.fromkeys(seen))

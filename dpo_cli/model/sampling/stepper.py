@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from dpo_cli.device_memory import ran_out
+from dpo_cli.errors import first_line
 from dpo_cli.logprobs import promoted
 from dpo_cli.model.attention.interface import attention_as
 from dpo_cli.model.sampling import prefix_cache
@@ -26,14 +27,7 @@ from dpo_cli.model.sampling.draw import draw
 from dpo_cli.model.sampling.graphs import Graphs, refusing_to_wait
 from dpo_cli.model.sampling.sampled import Completion, Ends, Sampled, SamplingOptions, ended_by
 from dpo_cli.model.sampling.static_cache import Room, StaticCache
-from dpo_cli.model.sampling.trial import (
-    Note,
-    Trial,
-    first_line,
-    in_half_precision,
-    mismatch,
-    passes_once,
-)
+from dpo_cli.model.sampling.trial import Note, Trial, in_half_precision, mismatch, passes_once
 
 STEPS_MISMATCH = "dpo_static_steps"  # attribute of a model: why static steps are wrong, or None
 KERNEL_MISMATCH = "dpo_decode_kernel"  # the same for the Triton kernel

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpo_cli.device_memory import ran_out
-from dpo_cli.errors import ConfigError
+from dpo_cli.errors import ConfigError, first_line
 from dpo_cli.model.attention.interface import (
     PACKED,
     attention_as,
@@ -118,10 +118,6 @@ def mismatch(model: PreTrainedModel, decode: Callable[[Trial, Tensor], Tensor]) 
 def in_half_precision(model: PreTrainedModel) -> bool:
     """Whether matrix products are in half precision, by the weights or the caller's autocast."""
     return model.dtype in HALF or torch.is_autocast_enabled(model.device.type)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _plain(model: PreTrainedModel, trial: Trial) -> Tensor:
