@@ -272,7 +272,7 @@ def test_an_adapter_beside_a_whole_model_is_refused(copy, adapter):
     for path in adapter.glob("adapter*"):
         shutil.copy(path, copy)
     change(copy, "adapter_config.json", {"target_modules": LOOP})
-    refused(load, copy, "contains an adapter beside a whole model")
+    refused(load, copy, "contains both an adapter and a model")
 
 
 def test_a_model_larger_than_its_files_is_not_made(copy):

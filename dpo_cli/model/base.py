@@ -51,7 +51,7 @@ def _shape(folder: Path) -> str:
     try:
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         named = facts.items()
-    except (OSError, ValueError, AttributeError):  # told where the model is built
+    except (OSError, ValueError, AttributeError):  # reported when the model is built
         return ""
     return json.dumps({k: v for k, v in named if k not in NOT_THE_FUNCTION}, sort_keys=True)
 
@@ -93,6 +93,6 @@ def refuse_other_base(
     )
     if not config.other_base:
         raise ConfigError(
-            f"{line}: restore them, or set {OTHER_BASE}=true to use it over these all the same"
+            f"{line}: restore them, or set {OTHER_BASE}=true to use it on these anyway"
         )
     note(line)

@@ -46,8 +46,8 @@ def vet(folder: Path, where: str) -> None:
     not be read."""
     if (folder / CONFIG).is_file() and (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
-            f"{where}: contains an adapter beside a whole model: move {ADAPTER_CONFIG} and its "
-            "weights to a folder of their own"
+            f"{where}: contains both an adapter and a model: move {ADAPTER_CONFIG} and its "
+            "weights to another folder"
         )
     if (folder / CONFIG).is_file():
         vet_config(folder / CONFIG, where)

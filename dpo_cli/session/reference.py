@@ -108,8 +108,8 @@ def load_reference(session: Session, loaded: Loaded, named: str | None) -> Refer
     config, policy = session.config, loaded.model
     origin = reference_origin(config, policy)
     if origin is not None:
-        beside = None if origin.adapter is None else REFERENCE  # see `keep_start`
-        return Reference(policy, shared=True, adapter=beside)
+        adapter = None if origin.adapter is None else REFERENCE  # see `load_start_adapter`
+        return Reference(policy, shared=True, adapter=adapter)
     if named is not None:
         return Reference(load_named(session, named, loaded.tokenizer, how=AS_TRAINED))
     return Reference(load(session, config.model, loaded.tokenizer, how=AS_TRAINED))
@@ -136,7 +136,9 @@ def _adapter_folder(origin: Origin) -> Path | None:
     return None if origin.adapter is None else origin.adapter.resolve()
 
 
-def keep_start(config: RunConfig, note: Callable[[str], None], policy: PreTrainedModel) -> None:
+def load_start_adapter(
+    config: RunConfig, note: Callable[[str], None], policy: PreTrainedModel
+) -> None:
     """Load the adapter of a reference on the same base beside the trained one, before sharding."""
     origin = reference_origin(config, policy)
     if origin is not None and origin.adapter is not None:
@@ -147,9 +149,9 @@ def keep_start(config: RunConfig, note: Callable[[str], None], policy: PreTraine
         lora.add_reference(policy, origin)
 
 
-def beside_its_start(session: Session) -> Loading:
-    """How to load a policy whose reference may be the adapter it starts from (`keep_start`)."""
-    return Loading(before_sharding=partial(keep_start, session.config, session.note))
+def policy_loading(session: Session) -> Loading:
+    """How to load a policy whose reference may be its initial adapter (`load_start_adapter`)."""
+    return Loading(before_sharding=partial(load_start_adapter, session.config, session.note))
 
 
 def reference_key(

@@ -24,7 +24,7 @@ from dpo_cli.session.preview import (
     step_rows,
     trained_model_rows,
 )
-from dpo_cli.session.reference import beside_its_start
+from dpo_cli.session.reference import policy_loading
 from dpo_cli.session.rows import (
     batches_of,
     begin_training,
@@ -53,7 +53,7 @@ from dpo_cli.user_code import user_function
 def run(session: Session) -> dict[str, Any]:
     """Train on ranked responses; metrics as in the paper's reference code."""
     stage = cast(DpoConfig, session.config.stage)
-    loaded = load_policy_and_data(session, beside_its_start(session))
+    loaded = load_policy_and_data(session, policy_loading(session))
     train, held_out = loaded.splits.train, loaded.splits.eval
     check_branches([*train, *held_out], stage)
     named = reference.reference_path(session.config, loaded) if reads_reference(stage) else None

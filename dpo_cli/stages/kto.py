@@ -29,7 +29,7 @@ from dpo_cli.session.preview import (
     step_rows,
     trained_model_rows,
 )
-from dpo_cli.session.reference import beside_its_start
+from dpo_cli.session.reference import policy_loading
 from dpo_cli.session.rows import (
     batches_of,
     begin_training,
@@ -65,7 +65,7 @@ class Labelled:
 def run(session: Session) -> dict[str, Any]:
     """Train on single responses; metrics have the names of those on pairs."""
     stage = cast(KtoConfig, session.config.stage)
-    loaded = load_policy_and_data(session, beside_its_start(session))
+    loaded = load_policy_and_data(session, policy_loading(session))
     splits = loaded.splits
     train, held_out = labelled(splits.train, splits, stage), labelled(splits.eval, splits, stage)
     for line in balance_lines(train, stage):

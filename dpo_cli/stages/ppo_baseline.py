@@ -38,7 +38,7 @@ from dpo_cli.session.preview import (
     trained_model_rows,
 )
 from dpo_cli.session.prompts import distinct_prompts
-from dpo_cli.session.reference import beside_its_start, load_reference, reference_path
+from dpo_cli.session.reference import load_reference, policy_loading, reference_path
 from dpo_cli.session.rows import begin_training, packed_rows
 from dpo_cli.session.sampling import sample_writer
 from dpo_cli.session.session import Session
@@ -127,7 +127,7 @@ class Ppo:
 
 def run(session: Session) -> dict[str, Any]:
     """Alternate between a rollout and training on it for some epochs."""
-    loaded = load_policy_and_data(session, beside_its_start(session))
+    loaded = load_policy_and_data(session, policy_loading(session))
     reference = reference_path(session.config, loaded)
     ppo = prepare(session, loaded, reference)
     stage, actors = ppo.stage, ppo.actors
