@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scripts.faults import beyond, damage, ranks, runs, saves
+from scripts.faults import beyond, command_lines, damage, ranks, runs, saves
 from scripts.faults.covered import by_tests
 from scripts.faults.lab import Lab
 
@@ -105,4 +105,7 @@ CASES = [
         "resumes at a rollout's boundary"),
     row("B9", "a checkpoint of another layout", "refused, with a message", beyond.older_layout),
     row("B10", "the same recipe twice at once", "the second is refused"),
+    row("B29", "random command lines: keys that exist or nearly do, with absurd values",
+        "a documented exit code, no traceback, no file, at most 5 s",
+        command_lines.random_command_lines),
 ]  # fmt: skip

@@ -1,0 +1,110 @@
+"""Random command lines: keys that exist or nearly do, with values that fit or are absurd.
+
+Each ends with a documented exit code, in lines without a traceback, in a few seconds, and leaves no
+file: all are dry runs, in forks of a process that has the imports behind it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+from scripts.faults.lab import Failed, Lab
+
+LINES = 2_000
+CODES = {0, 2, 3, 4, 5, 6, 74, 75}  # of the README
+SECONDS = 5.0
+ABSURD = [
+    "", "null", "true", "0", "-1", "1e308", "-1e308", "nan", "inf", "-inf", "9" * 400, "0.5",
+    "1e-320", "x", "x" * 3000, "'a b'", "'\u2028'", "'\x1b[31mred'", "'\x00'", "[]", "[1,2]",
+    "[[1],[2]]",
+    "[null]", "{}", "{a: 1}", "{a: {b: [1]}}", "'{'", "${seed}", "${no.such}", "${oc.env:HOME}",
+    "${oc.env:NO_SUCH}", "'${'", "???", "..", "/", "~", "'../../x'", "0x10", "1_000", "1,2",
+    "'ünïcödé'", "'\ud83d\ude00'", "-", "+", "=", "'='", "\\", "'", "2026-02-30",
+    "99999999999999999999",
+]  # fmt: skip
+WORDS = [
+    "resume=nowhere", "recipe=nothing", "-m", "--cfg", "job", "--help", "-h", "--hydra-help",
+    "--info", "--multirun", "--config-name=x", "--config-dir=.", "--resolve", "--package",
+    "hydra.run.dir=x", "hydra.sweep.dir=x", "hydra/launcher=slurm", "hydra.mode=MULTIRUN",
+    "=", "=1", "a", "a=",
+    ".=1", "..a=1", "stage.=1", "stage..beta=1", "@", "stage@x=dpo", "~stage", "~stage.beta",
+    "~seed=1", "+", "++", "--", "-", "seed", "seed==1", "preset=qwen3-8b-qlora-24gb", "preset=no",
+]  # fmt: skip
+
+
+def command_lines(seed: int, count: int) -> list[list[str]]:
+    """The same lines for the same seed and keys."""
+    from dpo_cli.config.hints import TABLES, groups, option_schema
+    from dpo_cli.config.keys import facts
+
+    draw = random.Random(seed)
+    options = {group: sorted(TABLES.get(group, {})) for group in groups()}
+    options = {group: names for group, names in options.items() if names}
+    keys = {group: {name: list(facts(option_schema(group, name)())) for name in names}
+            for group, names in options.items()}  # fmt: skip
+    return [_line(draw, options, keys) for _ in range(count)]
+
+
+def _line(draw: random.Random, options: dict, keys: dict) -> list[str]:
+    words, chosen = [], {}
+    for group in draw.sample(sorted(options), draw.randint(0, 3)):
+        chosen[group] = draw.choice(options[group])
+        words.append(f"{group}={chosen[group] if draw.random() < 0.9 else draw.choice(ABSURD)}")
+    for _ in range(draw.randint(1, 4)):
+        if draw.random() < 0.15:
+            words.append(draw.choice(WORDS))
+            continue
+        group = draw.choice(sorted(options))
+        name, value, fact = draw.choice(keys[group][chosen.get(group, options[group][0])])
+        key = _misspelled(draw, f"{group}.{name}") if draw.random() < 0.1 else f"{group}.{name}"
+        words.append(f"{draw.choice(['', '', '', '+', '++'])}{key}={_value(draw, value, fact)}")
+    draw.shuffle(words)
+    return words
+
+
+def _misspelled(draw: random.Random, key: str) -> str:
+    place = draw.randrange(len(key))
+    return key[:place] + draw.choice(["", "x", ".", "_"]) + key[place + 1 :]
+
+
+def _value(draw: random.Random, value: object, fact: object) -> str:
+    kind = draw.random()
+    if kind < 0.35 and getattr(fact, "choices", ()):
+        return draw.choice(fact.choices)  # type: ignore[attr-defined]
+    if kind < 0.5:
+        return "null" if value is None else str(value).replace(" ", "")
+    if kind < 0.6 and isinstance(value, (int, float)):
+        return str(value * draw.choice([2, -1, 10**6, 1e-9]))
+    return draw.choice(ABSURD)
+
+
+def random_command_lines(lab: Lab) -> str:
+    """As the row of the table: what was seen, or Failed with the line that did it."""
+    lab.preload()
+    count = int(os.environ.get("DPO_RUN_FUZZ_LINES", LINES))
+    codes: Counter[int] = Counter()
+    slowest = 0.0
+    before = _files(lab.folder)
+    for words in command_lines(lab.seed, count):
+        try:
+            done = lab._fork([*words, "hardware=cpu", "dry_run=true"], None, 60)
+        except ValueError:  # a NUL, which no process can be given
+            continue
+        codes[done.code] += 1
+        slowest = max(slowest, done.seconds)
+        left = _files(lab.folder) - before
+        what = next((what for what, seen in (
+            ("a traceback", "Traceback" in done.output), ("a slow one", done.seconds > SECONDS),
+            ("an undocumented exit code", done.code not in CODES), (f"files {left}", left),
+        ) if seen), None)  # fmt: skip
+        if what is not None:
+            raise Failed(f"{what}: {words!r}: exit {done.code}, {done.last}")
+    told = ", ".join(f"{code}: {times}" for code, times in sorted(codes.items()))
+    return f"{sum(codes.values()):,} lines, by exit code {told}; the slowest {slowest:.1f} s"
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path) for path in folder.rglob("*") if path.name != "fork.txt"}
