@@ -114,3 +114,15 @@ def test_the_map_names_every_module():
         if name.startswith("_"):
             continue
         assert any(p.fullmatch(name) for p in patterns), f"the README's map lacks {name}"
+
+
+def test_each_line_of_security_names_tests_that_exist() -> None:
+    text = (ROOT / "SECURITY.md").read_text()
+    rows = re.findall(r"^\| (?!input|---)(.*) \|$", text, re.MULTILINE)
+    assert len(rows) >= 10
+    for row in rows:
+        named = re.findall(r"`(\w+)(?:::(test_\w+))?`", row.rpartition(" | ")[2])
+        assert named, row
+        for module, test in named:
+            source = (ROOT / "tests" / f"test_{module}.py").read_text()
+            assert not test or f"def {test}(" in source, row

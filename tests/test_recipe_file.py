@@ -35,6 +35,16 @@ def written(path: Path, text: str) -> Path:
             "steps: [{name: a, overrides: ['+model.trust_remote_code=true']}]",
             "step a: model.trust_remote_code: a file may not allow foreign code to run",
         ),
+        (
+            "steps: [{name: a, overrides: ['+hydra.job.env_set.PYTHONPATH=/tmp']}]",
+            "step a: hydra.job.env_set.PYTHONPATH: a file sets none of Hydra's keys but those of",
+        ),
+        ("steps: [{name: a, overrides: {hydra: {searchpath: [x]}}}]", "hydra.searchpath: a file"),
+        ("steps: [{name: a, overrides: ['hydra/callbacks=x']}]", "hydra/callbacks: a file sets"),
+        (
+            "steps: [{name: a, sweep: true, overrides: ['hydra.launcher._target_=os.system']}]",
+            "hydra.launcher._target_: a file sets none",
+        ),
         ("steps: [{name: a, sweep: true, overrides: {seed: 1}}]", "step 1: a sweep's overrides"),
         (
             "steps: [{name: a}]\nreport: [{label: x, step: b}]",
@@ -209,3 +219,9 @@ def test_folders_in_lists_are_quoted_as_hydra_needs(tmp_path: Path) -> None:
         ["x=['/my runs/0','/my runs/1']", "y=1"],
         {"a (seed=0)": Path("/my runs/0"), "a (seed=1)": Path("/my runs/1")},
     )
+
+
+def test_a_recipe_may_choose_how_its_sweep_is_made(tmp_path: Path) -> None:
+    text = "steps: [{name: a, sweep: true, overrides: ['hydra/sweeper=optuna', 'seed=0,1', "
+    path = written(tmp_path / "r.yaml", text + "'hydra.sweeper.n_trials=3']}]")
+    assert load_recipe(path, []).steps[0].overrides[0] == "hydra/sweeper=optuna"

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from dpo_cli.config import LoraConfig, ModelConfig
-from dpo_cli.errors import ConfigError
+from dpo_cli.durable.provenance import load_provenance
+from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.adapters import patterns
 from dpo_cli.model.adapters.active import Adaptation
 from dpo_cli.model.load import count_parameters, hf_config, load_model, load_tokenizer
@@ -292,3 +293,13 @@ def test_weights_that_only_look_like_safetensors(copy):
     refused(load, copy)
     save_file({}, copy / "model.safetensors")
     refused(load, copy)
+
+
+@pytest.mark.parametrize("text", [
+    "[1]", "nothing", DEEP, '{"date": 5}', '{"date": "today"}', '{"reference": ["a"]}', "\xff",
+])  # fmt: skip
+def test_how_it_was_trained_is_read_or_refused(copy, text):
+    assert load_provenance(copy) == {}
+    (copy / "dpo_run.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"dpo_run\.json: .*restore or remove it$"):
+        load_provenance(copy)

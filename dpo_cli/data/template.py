@@ -24,7 +24,7 @@ from dpo_cli.records import Message
 chat_template_utils.ImmutableSandboxedEnvironment = Sandbox  # type: ignore[misc]
 
 NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-SECONDS = 10.0  # of the processor, for one conversation
+SECONDS = 2.0  # of the processor, for one conversation
 LONGEST_TEMPLATE = 2**20  # characters
 # Most characters of a rendering: so many, and so many for each character of the conversation.
 WRITTEN, WRITTEN_PER_CHARACTER = 2**16, 16

@@ -20,6 +20,7 @@ from dpo_cli.errors import ConfigError, UserError
 from dpo_cli.model.vetting import (
     ADAPTER_CONFIG,
     CONFIG,
+    HOLDS_ADAPTER,
     one_line,
     read_object,
     vet,
@@ -207,8 +208,13 @@ def loading(source: str, key: str, options: Mapping[str, Any] | None = None) -> 
             from transformers.utils import cached_file
 
             quiet = {"_raise_exceptions_for_missing_entries": False}
-            if config := cached_file(source, CONFIG, **quiet, **options):
+            config, adapter = (
+                cached_file(source, name, **quiet, **options) for name in (CONFIG, ADAPTER_CONFIG)
+            )
+            if config:
                 vet_config(Path(config), where)
+            if adapter:  # transformers would load it, with all that it says
+                raise ConfigError(f"{where}: {HOLDS_ADAPTER}: download each to a folder of its own")
         yield
     except UserError:
         raise

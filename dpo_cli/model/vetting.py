@@ -15,6 +15,7 @@ CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"  # the latter is P
 TOKENIZER_CONFIG, INDEX = "tokenizer_config.json", "model.safetensors.index.json"
 MOST_BYTES = {CONFIG: 2**24, ADAPTER_CONFIG: 2**24, TOKENIZER_CONFIG: 2**26, INDEX: 2**26}
 
+HOLDS_ADAPTER = "contains both an adapter and a model"
 # What transformers ships; anything else is code from elsewhere, such as a repository of the hub.
 SHIPPED = {
     "attn_implementation": ("eager", "sdpa", "flex_attention"),
@@ -46,8 +47,7 @@ def vet(folder: Path, where: str) -> None:
     not be read."""
     if (folder / CONFIG).is_file() and (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
-            f"{where}: contains both an adapter and a model: move {ADAPTER_CONFIG} and its "
-            "weights to another folder"
+            f"{where}: {HOLDS_ADAPTER}: move {ADAPTER_CONFIG} and its weights to another folder"
         )
     if (folder / CONFIG).is_file():
         vet_config(folder / CONFIG, where)
@@ -75,7 +75,13 @@ def read_object(path: Path, where: str) -> dict[str, Any]:
 
 def vet_config(path: Path, where: str) -> None:
     """ConfigError for a config.json that names code or files, or has absurd sizes."""
-    for key, value in entries(read_object(path, where)):
+    facts = read_object(path, where)
+    names = facts.get("architectures")
+    if not _names(names):
+        raise ConfigError(
+            f"{where}: {path.name}: architectures={str(names)[:80]}: expected a list of names"
+        )
+    for key, value in entries(facts):
         name = key.rpartition(".")[2]
         why = _choice(name.lstrip("_"), value) or _size(name, value)
         if why:
@@ -206,6 +212,7 @@ def _is_inside(name: str, folder: Path) -> bool:
 def one_line(error: BaseException, most: int = 300) -> str:
     """The message of an error, in one line."""
     text = " ".join(str(error).split())
-    if not text or not isinstance(error, AssertionError | OSError | ValueError | RuntimeError):
-        text = f"{type(error).__name__}: {text}".rstrip(": ")
+    bare = isinstance(error, ArithmeticError | AttributeError | LookupError | TypeError)
+    if bare or not text:  # whose texts say little without the name
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
     return text if len(text) <= most else f"{text[: most - 1]}…"

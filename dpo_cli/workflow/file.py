@@ -49,6 +49,7 @@ RESERVED = {
         "a file may not allow foreign code to run",
     ),
 }
+HYDRA, SWEEPS = re.compile(r"hydra(?![a-z])"), re.compile(r"hydra[./](?:sweeper|launcher)(?![a-z])")
 REFERENCE = re.compile(r"\$\{([^{}]*)\}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _KEY = re.compile(r"[a-z][a-z0-9_]*")
@@ -242,7 +243,7 @@ def _check(path: Path, recipe: Recipe, repeats: bool) -> None:
         raise ConfigError(f"{path}: two steps are named {twice[0]}")
     for step in recipe.steps:
         for word in step.overrides:
-            if reason := RESERVED.get(key_of(word)):
+            if reason := RESERVED.get(key_of(word)) or _of_hydra(word):
                 raise ConfigError(f"{path}: step {step.name}: {key_of(word)}: {reason}")
         if step.once and not repeats:
             raise ConfigError(f"{path}: step {step.name}: once: nothing repeats (no repeat:)")
@@ -260,3 +261,11 @@ def _check_report(path: Path, rows: Sequence[Any], names: Sequence[str]) -> None
             wrong = str(row.get("step"))
             hint = did_you_mean(wrong, names)
             raise ConfigError(f"{path}: report {number}: step={wrong}: no such step{hint}")
+
+
+def _of_hydra(override: str) -> str | None:
+    """Why a recipe may not set one of Hydra's own keys, some of which name code to run."""
+    key = key_of(override)
+    if "_target_" not in override and (not HYDRA.match(key) or SWEEPS.match(key)):
+        return None
+    return "a file sets none of Hydra's keys but those of hydra.sweeper and hydra.launcher"

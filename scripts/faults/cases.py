@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scripts.faults import beyond, command_lines, damage, ranks, runs, saves
+from scripts.faults import beyond, command_lines, damage, hostile, ranks, runs, saves
 from scripts.faults.covered import by_tests
 from scripts.faults.lab import Lab
 
@@ -105,6 +105,16 @@ CASES = [
         "resumes at a rollout's boundary"),
     row("B9", "a checkpoint of another layout", "refused, with a message", beyond.older_layout),
     row("B10", "the same recipe twice at once", "the second is refused"),
+    row("B11", "modules with the names of libraries in the current folder: sweep, ranks",
+        "no code but ours runs", hostile.current_folder),
+    row("B12", "config.json and index files that name code or files elsewhere, or absurd sizes",
+        "exit 2 in one line, before anything is built", hostile.model_folder),
+    row("B13", "adapter_config.json with endless expressions, wrong types, absurd sizes",
+        "exit 2 in one line", hostile.adapter_folder),
+    row("B14", "chat templates that loop, read files or fill the memory", "exit 2 in one line",
+        hostile.chat_template),
+    row("B15", "a secret given by environment, override, recipe and address: runs, sweeps, recipes",
+        "in no file, whatever its shape"),
     row("B29", "random command lines: keys that exist or nearly do, with absurd values",
         "a documented exit code, no traceback, no file, at most 5 s",
         command_lines.random_command_lines),

@@ -86,6 +86,14 @@ COVERED = {
         "test_judge.py::test_what_an_answer_decides",
     ),
     "B10": ("test_recipe.py::test_two_of_one_recipe_do_not_meet",),
+    "B15": (
+        "test_secrets.py::test_what_a_run_was_composed_of",
+        "test_secrets.py::test_the_folder_of_a_run",
+        "test_secrets.py::test_the_folder_of_a_sweep",
+        "test_secrets.py::test_a_job_that_goes_on_is_given_its_secret_again",
+        "test_secrets.py::test_the_folder_of_a_recipe",
+        "test_secrets.py::test_rows_and_other_files_that_stages_write",
+    ),
     "B5": (
         "test_recipe_sweep.py::test_a_killed_sweep_goes_on",
         "test_recipe_sweep.py::test_only_the_jobs_that_failed_run_again",

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dpo_cli.bounded import OverLimit, bounded
 from dpo_cli.errors import ConfigError
 
-SECONDS = 5.0  # of the processor, for all layers together
+SECONDS = 2.0  # of the processor, for all layers together
 FIELDS = re.compile(r"modules|pattern|parameters")
 SPECIAL = re.compile(r"[*+?{}()\[\]|\\^$]")
 # The patterns that PEFT builds from an expression or a name, in tuners_utils and utils.other.
@@ -43,7 +43,8 @@ def _expressions(fields: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Field and text of everything that PEFT may use as a regular expression."""
     for field, value in fields.items():
         if FIELDS.search(field):
-            texts = [value] if isinstance(value, str) else list(value or ())
+            several = isinstance(value, list | tuple | set | dict)
+            texts = value if several else [value]
             yield from ((field, str(text)) for text in texts if SPECIAL.search(str(text)))
 
 
@@ -52,7 +53,7 @@ def _refuse_tokens(config: peft.PeftConfig, model: PreTrainedModel, prefix: str)
     for field in ("trainable_token_indices", "token_indices"):
         indices = getattr(config, field, None) or []
         lists = indices.values() if isinstance(indices, dict) else [indices]
-        for index in (index for each in lists for index in each):
+        for index in (i for each in lists for i in (each if isinstance(each, list) else [each])):
             if not isinstance(index, int) or not 0 <= index < rows:
                 raise ConfigError(
                     f"{prefix}{field}: {str(index)[:80]}: the model has tokens 0 to {rows - 1}"
