@@ -115,6 +115,8 @@ CASES = [
         hostile.chat_template),
     row("B15", "a secret given by environment, override, recipe and address: runs, sweeps, recipes",
         "in no file, whatever its shape"),
+    row("B16", "random values in a model's, an adapter's and a recipe's files",
+        "read, or refused in one line, within seconds"),
     row("B29", "random command lines: keys that exist or nearly do, with absurd values",
         "a documented exit code, no traceback, no file, at most 5 s",
         command_lines.random_command_lines),

@@ -86,6 +86,12 @@ COVERED = {
         "test_judge.py::test_what_an_answer_decides",
     ),
     "B10": ("test_recipe.py::test_two_of_one_recipe_do_not_meet",),
+    "B16": (
+        "test_fuzz_folders.py::test_a_models_files",
+        "test_fuzz_folders.py::test_an_adapters_settings",
+        "test_fuzz_folders.py::test_an_index",
+        "test_fuzz_folders.py::test_a_recipe",
+    ),
     "B15": (
         "test_secrets.py::test_what_a_run_was_composed_of",
         "test_secrets.py::test_the_folder_of_a_run",
