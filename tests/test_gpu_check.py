@@ -145,7 +145,7 @@ def test_what_does_not_fit_into_the_minutes(toys: Any, tmp_path: Path) -> None:
     assert toys("fine")[1] == 0
     step = steps.STEPS[7]
     late = runner.Run("cuda", tmp_path, None, None, step.seconds / 2, SimpleNamespace())
-    outcome = late.made(step, 1)
+    outcome = late.outcome_of_step(step, 1)
     assert outcome.status == "skipped"
     assert "are left (--minutes)" in outcome.why[0]
 

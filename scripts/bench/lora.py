@@ -98,7 +98,7 @@ def start_equal(model: Any, job: Job) -> None:
             if weight.requires_grad:
                 weight.data = weight.data.float()
     state = load_file(Path(job.adapter) / "adapter_model.safetensors")
-    found = peft.set_peft_model_state_dict(model, state)
-    lacking = [key for key in found.missing_keys if "lora_" in key]
-    assert not lacking, lacking
-    assert not found.unexpected_keys, found.unexpected_keys
+    loaded = peft.set_peft_model_state_dict(model, state)
+    missing = [key for key in loaded.missing_keys if "lora_" in key]
+    assert not missing, missing
+    assert not loaded.unexpected_keys, loaded.unexpected_keys

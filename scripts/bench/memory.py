@@ -52,7 +52,7 @@ def own_parser() -> argparse.ArgumentParser:
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """One result per run, with the names of its conditions."""
-    found = []
+    results = []
     for preset in args.presets:
         plan = make_plan(args, PRESETS[preset], folder / preset)
         plan.prepare(args.threads)
@@ -60,13 +60,13 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             job = replace(make_job(args, plan), precision=precision)
             for case in args.cases:
                 side = Side(case, "memory", CASES[case])
-                result = run_side(side, job, folder / f"{preset}-{precision}-{len(found)}")
+                result = run_side(side, job, folder / f"{preset}-{precision}-{len(results)}")
                 result |= {"preset": preset, "precision": precision, "case": case}
                 result["ratio"] = result["estimated_mb"] / result["peak_memory_mb"]
                 parts = " ".join(f"{k} {v:.0f}" for k, v in result["parts_mb"].items())
                 say(f"{' '.join(row_of(result))} ({result['moment']})  {parts}")
-                found.append(result)
-    return found
+                results.append(result)
+    return results
 
 
 def row_of(run: Record) -> list[str]:

@@ -79,12 +79,12 @@ class Plan:
         values = json.loads(path.read_text())
         return cls(**values | {"shape": Shape(**values["shape"])})
 
-    def made(self) -> bool:
+    def is_ready(self) -> bool:
         return self.ids.is_file() and (self.r is None or self.adapter_start.is_dir())
 
     def prepare(self, threads: int, launch: Launch = PLAIN) -> None:
         """Create model and rows unless they exist."""
-        if self.made():
+        if self.is_ready():
             return
         path = Path(self.folder) / "plan.json"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def compared(record: Record) -> str:
     parts = {"loss": f"losses {loss}", "rewards/": f"margins of the rewards {loss}",
              "logps/": f"log-probabilities {logps}"}  # fmt: skip
     logged = next(iter(record["sides"].values()))["figures_by_step"]
-    agreed = ", ".join(told for start, told in parts.items()
+    agreed = ", ".join(text for start, text in parts.items()
                        if any(name.startswith(start) for name in logged))  # fmt: skip
     return f"{limits} Both sides logged the same in every step: {agreed}."
 

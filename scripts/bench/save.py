@@ -83,9 +83,9 @@ def methods_of(args: argparse.Namespace) -> dict[str, Callable[[Path], object]]:
     """Name -> function that writes into a new folder; `background` writes the data of `copy`."""
     model, optimizer = trained(args.layers, args.width, args.vocab, args.device)
     tokenizer = contents.of_tokenizer(build_tokenizer(args.vocab))
-    host, taken = HostCopy(torch.device(args.device)), []
+    host, copies = HostCopy(torch.device(args.device)), []
 
-    def made() -> contents.Contents:
+    def new_contents() -> contents.Contents:
         weights = contents.of_model(model, tokenizer, {})
         return weights | contents.of_training(optimizer, None, checkpoint.state_json(1, {}))
 
@@ -93,7 +93,7 @@ def methods_of(args: argparse.Namespace) -> dict[str, Callable[[Path], object]]:
         write_tensors(path, tensors)
 
     def background(folder: Path) -> None:
-        thread = threading.Thread(target=checkpoint.publish, args=(folder, 1, taken.pop()))
+        thread = threading.Thread(target=checkpoint.publish, args=(folder, 1, copies.pop()))
         thread.start()
         thread.join()
 
@@ -101,8 +101,8 @@ def methods_of(args: argparse.Namespace) -> dict[str, Callable[[Path], object]]:
         "plain": plain_writer(model, optimizer, synced=False),
         "synced": plain_writer(model, optimizer, synced=True),
         "hashed": plain_writer(model, optimizer, synced=False, write_file=hashed),
-        "foreground": lambda folder: checkpoint.publish(folder, 1, made()),
-        "copy": lambda folder: taken.append(host.take(made())),
+        "foreground": lambda folder: checkpoint.publish(folder, 1, new_contents()),
+        "copy": lambda folder: copies.append(host.take(new_contents())),
         "background": background,
     }
 

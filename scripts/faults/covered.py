@@ -124,11 +124,13 @@ def by_tests(number: str) -> Callable[[Lab], str]:
     def run(lab: Lab) -> str:
         tests = COVERED[number]
         outcomes = {
-            n: results for n, results in results(lab).items() if n.partition("[")[0] in tests
+            name: outcome
+            for name, outcome in results(lab).items()
+            if name.partition("[")[0] in tests
         }
         ran = {name.partition("[")[0] for name in outcomes}
         check(ran == set(tests), f"did not run: {', '.join(set(tests) - ran)}")
-        wrong = [f"{name}: {results}" for name, results in outcomes.items() if results != "passed"]
+        wrong = [f"{name}: {outcome}" for name, outcome in outcomes.items() if outcome != "passed"]
         check(not wrong, f"{len(wrong)} of {len(outcomes)} tests: {'; '.join(wrong[:3])}")
         names = ", ".join(test.rpartition("::")[2] for test in tests)
         return f"{len(outcomes)} tests passed: {names}"
@@ -139,15 +141,15 @@ def by_tests(number: str) -> Callable[[Lab], str]:
 def results(lab: Lab) -> dict[str, str]:
     """Outcome of each test of all selected cases, by `file::Class::name[parameters]`."""
     if not lab.outcomes:
-        wanted = dict.fromkeys(test for number, tests in COVERED.items()
+        tests = dict.fromkeys(test for number, tests in COVERED.items()
                                if number in lab.selected for test in tests)  # fmt: skip
         report = lab.folder / "tests.xml"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
-                   f"--junitxml={report}", *(f"tests/{test}" for test in wanted)]  # fmt: skip
+                   f"--junitxml={report}", *(f"tests/{test}" for test in tests)]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if not report.is_file() or done.returncode not in (0, 1):
             raise Failed(f"pytest ended with {done.returncode}: {done.stdout.strip()[-300:]}")
-        lab.outcomes = {name: how if how == "passed" else f"{how}: {why[:120]}"
-                        for name, (how, why) in outcomes_of(report).items()}  # fmt: skip
+        lab.outcomes = {name: status if status == "passed" else f"{status}: {why[:120]}"
+                        for name, (status, why) in outcomes_of(report).items()}  # fmt: skip
     return lab.outcomes

@@ -123,16 +123,16 @@ def disk_full(lab: Lab) -> str:
         )  # fmt: skip
         check(done.returncode != 99 and out.with_suffix(".codes").exists(),
               f"no small disk could be mounted: {done.stderr.strip()}")  # fmt: skip
-        code, *kept = out.with_suffix(".codes").read_text().split()
+        code, *remaining = out.with_suffix(".codes").read_text().split()
         said = out.with_suffix(".1").read_text()
         check(code == "74", f"{share} checkpoints: exit {code}: {said.strip()[-160:]}")
         check("No space left" in said and "MB free" in said, f"told: {said.strip()[-160:]}")
-        again = out.with_suffix(".resumed").read_text().strip()
-        check(again == "0", f"resume with room: exit {again}")
+        resume_code = out.with_suffix(".resumed").read_text().strip()
+        check(resume_code == "0", f"resume with room: exit {resume_code}")
         resumed = lab.fresh("from-disk")
         shutil.copytree(out.with_suffix(".final"), resumed / "final")
         check(same_final(resumed, truth), "final weights differ")
-        output.append(f"{share}: exit 74 beside {len(kept)} whole")
+        output.append(f"{share}: exit 74 beside {len(remaining)} whole")
     return f"tmpfs of {'; '.join(output)}; resumed with room: 3/3, final sha256 identical"
 
 

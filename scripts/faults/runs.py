@@ -223,9 +223,9 @@ def not_finite(lab: Lab) -> str:
     lab.forked(*words, code=4, what="NaN weight")
     check(not steps_of(run) and not (run / "final").exists(), "something was saved")
     blown = lab.cut(lab.saves(), "blown", 3)
-    kept = digest_of(checkpoint(blown, 2))
+    digest = digest_of(checkpoint(blown, 2))
     lab.forked(f"resume={blown}", "optim.lr=1e20", code=4, what="rate 1e20")
-    check(steps_of(blown) == [2] and digest_of(checkpoint(blown, 2)) == kept,
+    check(steps_of(blown) == [2] and digest_of(checkpoint(blown, 2)) == digest,
           f"checkpoints left: {steps_of(blown)}")  # fmt: skip
     check(not (blown / "final").exists(), "a final model was published")
     return f"NaN in {name}: exit 4, nothing saved; rate 1e20: exit 4, step-2 as it was"

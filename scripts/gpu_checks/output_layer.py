@@ -69,13 +69,17 @@ class Work:
     def facts(self, name: str) -> Iterator[tuple[str, str, float]]:
         """(name, unit, value) of the chunked head with plain operations or with the kernel."""
         with self._refusing(name == "plain operations"):
-            found, gradient = self.step()
-            exact, right = self._exactly()
-            yield name, "log-probabilities, largest error", _largest(found[:CHECKED] - exact)
-            off = (gradient[:CHECKED] - right).norm() / right.norm()
+            logprobs, gradient = self.step()
+            exact, exact_gradient = self._exactly()
+            yield name, "log-probabilities, largest error", _largest(logprobs[:CHECKED] - exact)
+            off = (gradient[:CHECKED] - exact_gradient).norm() / exact_gradient.norm()
             yield name, "gradients, relative error", float(off)
-            yield name, "scoring and training, largest difference", _largest(self.score() - found)
-            del found, gradient
+            yield (
+                name,
+                "scoring and training, largest difference",
+                _largest(self.score() - logprobs),
+            )
+            del logprobs, gradient
             products = 3 if self.shape.whole else 2
             flop = 2.0 * self.shape.tokens * self.shape.width * self.shape.vocab
             before = self._memory(reset=True)
@@ -92,10 +96,10 @@ class Work:
         counts = [CHECKED] * (self.shape.tokens // CHECKED)
         leaves = [self.hidden, self.weight] if self.shape.whole else [self.hidden]
         with torch.autocast(self.device.type, BF16):
-            loss, found = fused_loss(
+            loss, logprobs = fused_loss(
                 self.hidden, self.head, self.targets, counts, lambda values, _: values.sum()
             )
-        return found, torch.autograd.grad(loss, leaves)[0]
+        return logprobs, torch.autograd.grad(loss, leaves)[0]
 
     def score(self) -> Tensor:
         with torch.autocast(self.device.type, BF16):

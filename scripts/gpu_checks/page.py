@@ -37,8 +37,8 @@ class Outcome:
         return "; ".join(f"{name} {shown(value)}" for name, value in self.facts.items())
 
     def record(self) -> dict[str, Any]:
-        kept = {k: v for k, v in asdict(self).items() if k != "step"}
-        return {"step": self.step.number, "name": self.step.name, **kept}
+        values = {k: v for k, v in asdict(self).items() if k != "step"}
+        return {"step": self.step.number, "name": self.step.name, **values}
 
 
 def outcome_of(
@@ -48,25 +48,25 @@ def outcome_of(
     steps."""
     answer = answer or {}
     facts = answer.get("facts", {})
-    made = Outcome(step, "ok", facts=facts, versions=answer.get("versions", {}), seconds=seconds)
+    outcome = Outcome(step, "ok", facts=facts, versions=answer.get("versions", {}), seconds=seconds)
     if answer.get("skipped"):
-        made.status, made.why = "skipped", [answer["skipped"]]
-        return made
+        outcome.status, outcome.why = "skipped", [answer["skipped"]]
+        return outcome
     verdict = judge(step.expected, facts, device)
     if code == CUT_OFF:  # what it had not seen by then has not failed
-        late, made.why = f"cut off after {seconds:.0f} s by --minutes", verdict.wrong
-        made.status = "FAIL" if made.why else "skipped"
-        made.why.insert(0, late)
-        return made
-    made.why, made.notes = verdict.failures, verdict.notes
+        late, outcome.why = f"cut off after {seconds:.0f} s by --minutes", verdict.wrong
+        outcome.status = "FAIL" if outcome.why else "skipped"
+        outcome.why.insert(0, late)
+        return outcome
+    outcome.why, outcome.notes = verdict.failures, verdict.notes
     if code is None:
-        made.why.insert(0, f"killed after {seconds:.0f} s")
+        outcome.why.insert(0, f"killed after {seconds:.0f} s")
     elif answer.get("error"):
-        made.why.insert(0, answer["error"])
+        outcome.why.insert(0, answer["error"])
     elif code:
-        made.why.insert(0, f"its process ended with code {code}")
-    made.status = "FAIL" if made.why else "ok"
-    return made
+        outcome.why.insert(0, f"its process ended with code {code}")
+    outcome.status = "FAIL" if outcome.why else "ok"
+    return outcome
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Circumstances:
 
 def page(circumstances: Circumstances, outcomes: Sequence[Outcome], steps: Sequence[Step]) -> str:
     """Markdown of the results so far."""
-    made = {outcome.step.number: outcome for outcome in outcomes}
+    by_number = {outcome.step.number: outcome for outcome in outcomes}
     machine = circumstances.machine
     name = machine["name"] if circumstances.device == "cuda" else f"CPU ({machine['cpu']})"
     versions: dict[str, str] = {}
@@ -102,7 +102,7 @@ def page(circumstances: Circumstances, outcomes: Sequence[Outcome], steps: Seque
         "| # | step | result | s | seen |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for step in steps:
-        outcome = made.get(step.number)
+        outcome = by_number.get(step.number)
         if outcome is None:
             lines.append(row([step.number, step.name, "not run", "", ""]))
         else:
@@ -112,17 +112,17 @@ def page(circumstances: Circumstances, outcomes: Sequence[Outcome], steps: Seque
     if circumstances.device == "cpu":
         lines += ["", "On a CPU every step has a small form: its figures say nothing about speed."]
     for step in steps:
-        if step.number in made:
-            lines += ["", *section(step, made[step.number])]
+        if step.number in by_number:
+            lines += ["", *section(step, by_number[step.number])]
     return "\n".join(lines) + "\n"
 
 
 def section(step: Step, outcome: Outcome) -> list[str]:
     heading = f"## {step.number}. {step.name}: {outcome.status}"
     lines = [heading, "", f"{step.checks[0].upper()}{step.checks[1:]}.", ""]
-    told = [f"- {outcome.status}: {why}" for why in outcome.why]
-    told += [f"- outside the estimate: {note}" for note in outcome.notes]
-    lines += [*told, ""] if told else []
+    notes = [f"- {outcome.status}: {why}" for why in outcome.why]
+    notes += [f"- outside the estimate: {note}" for note in outcome.notes]
+    lines += [*notes, ""] if notes else []
     expected = "; ".join(expect.bounds() for expect in step.expected)
     lines += [f"Expected: {expected}.", ""] if expected else []
     if outcome.facts:

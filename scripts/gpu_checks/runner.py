@@ -50,8 +50,8 @@ class Report:
             self.outcomes.append(outcome)
             self.outcomes.sort(key=lambda o: o.step.number)
             print(outcome.line(), flush=True)
-            told = {key: value for key, value in outcome.record().items() if key != "versions"}
-            print(json.dumps(told, default=str), flush=True)
+            record = {key: value for key, value in outcome.record().items() if key != "versions"}
+            print(json.dumps(record, default=str), flush=True)
             self.write()
 
     def write(self) -> None:
@@ -110,11 +110,11 @@ class Run:
     def one(self, step: Step, beside: int) -> None:
         """A step that breaks the script itself counts as failed."""
         try:
-            self.report.add(self.made(step, beside))
+            self.report.add(self.outcome_of_step(step, beside))
         except Exception as error:  # noqa: BLE001
             self.report.add(Outcome(step, "FAIL", [f"{type(error).__name__}: {error}"]))
 
-    def made(self, step: Step, beside: int) -> Outcome:
+    def outcome_of_step(self, step: Step, beside: int) -> Outcome:
         left = self.until - time.monotonic()
         if left < (ENOUGH * step.seconds if self.device == "cuda" else 1):
             why = f"{max(0, left):.0f} s are left (--minutes), it takes about {step.seconds}"

@@ -70,8 +70,8 @@ def seconds(setup: Setup, work: Callable[[], object]) -> float:
 def agreement(model: Any, kernel: str, prompts: Prompts, new: int) -> Iterator[Fact]:
     """Log-probabilities of greedy continuations, by dpo-run and by transformers."""
     use_kernel(model, kernel)
-    found = greedy_sampled(model, prompts, new)
+    ours = greedy_sampled(model, prompts, new)
     model.set_attn_implementation("sdpa")
-    best = greedy_generated(model, prompts, new)
-    away = max(abs(a - b) / abs(b) for a, b in zip(found, best, strict=True))
-    yield "greedy log-probabilities, relative difference", away
+    theirs = greedy_generated(model, prompts, new)
+    difference = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+    yield "greedy log-probabilities, relative difference", difference

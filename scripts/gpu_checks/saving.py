@@ -60,11 +60,11 @@ def check(setup: Setup) -> Iterator[Fact]:
 
 def seven(setup: Setup) -> Iterator[Fact]:
     """Step 17: the same with the weights of the 7B benchmark."""
-    made = [path for path in setup.folder("bench").glob("made-*/model/config.json")
+    configs = [path for path in setup.folder("bench").glob("made-*/model/config.json")
             if json.loads(path.read_text()).get("hidden_size") == SEVEN_WIDTH]  # fmt: skip
-    if not made:
+    if not configs:
         raise Skip("there is no 7B model of the benchmark (steps 10, 11, 16)")
-    yield from loading(setup, "load, s", made[0].parent)
+    yield from loading(setup, "load, s", configs[0].parent)
 
 
 def write_model(setup: Setup, folder: Path) -> None:

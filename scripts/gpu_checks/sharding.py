@@ -44,9 +44,9 @@ def check(setup: Setup) -> Iterator[Fact]:
         tokens = greedy(model, rows, setup.device)
         model = build(kernel)
         shard(model, make_mesh(setup.device, 1, 1, "full"), torch.bfloat16)
-        found, optimizer = train(model, rows, setup.device)
-        pairs = list(zip(found, expected, strict=True))
-        yield "losses", " ".join(f"{loss:.4f}" for loss, _ in found)
+        figures, optimizer = train(model, rows, setup.device)
+        pairs = list(zip(figures, expected, strict=True))
+        yield "losses", " ".join(f"{loss:.4f}" for loss, _ in figures)
         yield "losses, largest difference", max(abs(a[0] - b[0]) for a, b in pairs)
         yield "gradient norms, relative difference", max(abs(a[1] / b[1] - 1) for a, b in pairs)
         yield "after a checkpoint, largest difference of weights", restored(setup, model, optimizer)
@@ -89,8 +89,8 @@ def train(model: Any, rows: list[EncodedExample], device: str) -> tuple[list[Any
 
 def greedy(model: Any, rows: list[EncodedExample], device: str) -> list[list[int]]:
     with torch.autocast(device, torch.bfloat16):
-        found = sampled(model, [row.prompt_ids for row in rows], 1, 4, temperature=0.0)
-    return [completion.ids.tolist() for completion in found]
+        completions = sampled(model, [row.prompt_ids for row in rows], 1, 4, temperature=0.0)
+    return [completion.ids.tolist() for completion in completions]
 
 
 def restored(setup: Setup, model: Any, optimizer: Any) -> float:

@@ -36,13 +36,13 @@ def ours(setup: Setup) -> Iterator[Fact]:
 
 
 def trl(setup: Setup) -> Iterator[Fact]:
-    yield from beside(setup, 7, "ours", measured(setup, "TRL", LARGE, *side_of_trl(setup)))
+    yield from compared_with(setup, 7, "ours", measured(setup, "TRL", LARGE, *side_of_trl(setup)))
 
 
 def compiled(setup: Setup) -> Iterator[Fact]:
     compile_blocks = "--ours=hardware.compile=blocks"
     words = ("--sides=ours", *(() if setup.small else (compile_blocks,)))
-    yield from beside(setup, 7, "ours", measured(setup, "compiled", LARGE, *words))
+    yield from compared_with(setup, 7, "ours", measured(setup, "compiled", LARGE, *words))
 
 
 def lora(setup: Setup) -> Iterator[Fact]:
@@ -50,8 +50,8 @@ def lora(setup: Setup) -> Iterator[Fact]:
 
 
 def lora_trl(setup: Setup) -> Iterator[Fact]:
-    found = measured(setup, "TRL", SEVEN, "--lora=lora", *side_of_trl(setup))
-    yield from beside(setup, 10, "ours", found)
+    facts = measured(setup, "TRL", SEVEN, "--lora=lora", *side_of_trl(setup))
+    yield from compared_with(setup, 10, "ours", facts)
 
 
 def side_of_trl(setup: Setup) -> tuple[str, ...]:
@@ -61,8 +61,8 @@ def side_of_trl(setup: Setup) -> tuple[str, ...]:
 
 def qlora(setup: Setup) -> Iterator[Fact]:
     kind = "lora" if setup.small else "qlora"
-    found = measured(setup, "QLoRA", SEVEN, f"--lora={kind}", "--sides=ours")
-    yield from beside(setup, 10, "ours", found, same=False)
+    facts = measured(setup, "QLoRA", SEVEN, f"--lora={kind}", "--sides=ours")
+    yield from compared_with(setup, 10, "ours", facts, same=False)
 
 
 def weights(setup: Setup) -> Iterator[Fact]:
@@ -105,13 +105,13 @@ def measured(setup: Setup, name: str, shape: tuple[str, ...], *words: str) -> It
     yield "command", record["command"]
 
 
-def beside(
-    setup: Setup, number: int, other: str, found: Iterator[Fact], same: bool = True
+def compared_with(
+    setup: Setup, number: int, other: str, facts: Iterator[Fact], same: bool = True
 ) -> Iterator[Fact]:
     """The facts of this step, compared with those of an earlier one, if it ran. same: both train
     the same, so their losses must agree."""
     mine: dict[str, Any] = {}
-    for fact, value in found:
+    for fact, value in facts:
         mine[fact] = value
         yield fact, value
     path = Path(setup.work, f"step-{number}.json")
@@ -126,7 +126,7 @@ def beside(
         else:
             yield f"{what}, {name} / {other}", ratio
     if same:
-        losses = [[float(x) for x in facts["losses"].split()] for facts in (mine, theirs)]
+        losses = [[float(x) for x in step["losses"].split()] for step in (mine, theirs)]
         away = max(abs(a - b) for a, b in zip(*losses, strict=True))
         yield "losses, largest difference from ours", away
 
