@@ -78,7 +78,7 @@ def model_folder(lab: Lab) -> str:
 def adapter_folder(lab: Lab) -> str:
     """Case B13: adapter_config.json, merged and trained on."""
     words = (*OVER, "stage=sft", "lora=lora", "train.max_steps=1", f"model.path={lab.base()}")
-    trained = lab.whole("adapter", *words) / "final"
+    trained = lab.uninterrupted("adapter", *words) / "final"
     for name, changes in ADAPTERS.items():
         folder = _changed(lab, "adapter_config.json", changes, trained)
         _refused(lab, name, ["stage=export", "model=custom", f"model.path={folder}"])
@@ -118,6 +118,6 @@ def _refused(lab: Lab, name: str, words: list[str]) -> None:
     began = time.monotonic()
     run = [] if "dry_run=true" in words else [f"run_dir={lab.fresh('refused')}"]
     done = lab.forked(*words, *run, code=2, what=name)
-    lines = [line for line in done.told.splitlines() if line.strip()]
-    check(len(lines) == 1 and lines[0].startswith("error: "), f"{name}: told {lines[:3]}")
+    lines = [line for line in done.output.splitlines() if line.strip()]
+    check(len(lines) == 1 and lines[0].startswith("error: "), f"{name}: printed {lines[:3]}")
     check(time.monotonic() - began < SECONDS, f"{name}: took {time.monotonic() - began:.0f} s")
