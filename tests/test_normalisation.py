@@ -210,14 +210,14 @@ def test_a_published_folder_is_whole_whenever_its_file_is_replaced(tmp_path, mon
     durable.publish_folder(tmp_path / "f", lambda at: [
         (at / name).write_text('{"old": 1}') for name in ("a.json", "b.json")
     ])  # fmt: skip
-    left, real = iter(range(writes)), durable.write_json
+    left, real = iter(range(writes)), durable.write_bytes
 
-    def write_json(path, value):
+    def write_bytes(path, data):
         if next(left, None) is None:
             raise KeyboardInterrupt
-        real(path, value)
+        real(path, data)
 
-    monkeypatch.setattr(durable, "write_json", write_json)
+    monkeypatch.setattr(durable, "write_bytes", write_bytes)
     ends = contextlib.nullcontext() if writes == 3 else pytest.raises(KeyboardInterrupt)
     with ends:
         durable.replace_json(tmp_path / "f", "a.json", {"new": 1})

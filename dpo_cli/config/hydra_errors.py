@@ -113,7 +113,7 @@ def _gist(error: Exception, overrides: Sequence[str]) -> str:
         text = str(part or "").strip()
         if text and text.splitlines()[0] not in lines:
             lines.append(text.splitlines()[0])
-    return f"{': '.join(lines) or type(error).__name__} (in: {' '.join(overrides)})"
+    return f"{': '.join(lines) or 'cannot be composed'} (in: {' '.join(overrides)})"
 
 
 def _needs_sweep(word: str, overrides: Sequence[str]) -> str:
