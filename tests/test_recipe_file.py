@@ -19,9 +19,34 @@ def written(path: Path, text: str) -> Path:
     return path
 
 
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (BOMB, "more than 20,000 values, with its aliases written out"),
+        (f"steps: {'[' * 100_000}", "nested more than 32 deep"),
+        ("steps: &a [*a]", "the alias *a is undefined, or within itself"),
+        (f"# {'x' * 300_000}", "larger than 256 KB, which no file of settings is"),
+        ("\x00", "control characters are not allowed"),
+        ("3", "expected the keys"),
+        ("!!set {a}", "expected the keys"),
+        ("a: !!python/object:os.system x", "could not determine a constructor"),
+        ("steps: 3", "steps: expected a list of steps"),
+        ("steps: [3]", "step 1: expected the keys"),
+        ("vars: [1]\nsteps: [{name: a}]", "vars: expected names and values"),
+        ("vars: {1: 2}\nsteps: [{name: a}]", "vars: 1: a name must be text"),
+        ("steps: [{name: a, overrides: 5}]", "overrides: expected keys and values, or a list"),
+        ("steps: [{name: a, overrides: [{x: 1}]}]", "overrides are written key=value"),
+        ("steps: [{name: a, minutes: .nan}]", "minutes=nan: expected a number above 0"),
+        ("steps: [{name: a, minutes: 1e400}]", "minutes=inf: expected a number above 0"),
+        ("report: x\nsteps: [{name: a}]", "report: expected a list such as"),
+        ("report: [{step: a}]\nsteps: [{name: a}]", "report 1: label: expected text"),
+        ("description: [x]\nsteps: [{name: a}]", "description: expected text"),
+        (f"steps: [{{name: a, overrides: {{seed: {'9' * 5000}}}}}]", "Exceeds the limit"),
         ("steps: []", "has no steps"),
         ("stepps: []", "stepps: unknown key; did you mean steps?"),
         ("[1]", "expected the keys description, repeat, report, steps, vars"),
@@ -83,6 +108,12 @@ def test_a_mistake_in_the_file(text: str, expected: str, tmp_path: Path) -> None
     assert str(caught.value).startswith(str(path))
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_more_steps_than_can_be_checked_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "small.yaml", f"repeat: {{seed: {list(range(1001))}}}\n{STEPS}")
+    with pytest.raises(ConfigError, match="recipe small: 1,001 steps to run, at most 1,000"):
+        expand(load_recipe(path))
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ class OwnScorer:
         result = self.function([row.prompt for row in rows], [row.completion for row in rows])
         try:
             values = [float(value) for value in result]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise self.function.wrong(f"reward() returned no list of numbers: {error}") from error
         if len(values) != len(rows):
             raise self.function.wrong(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scripts.faults import beyond, command_lines, damage, hostile, ranks, runs, saves
+from scripts.faults import beyond, command_lines, damage, hostile, ranks, refused, runs, saves
 from scripts.faults.covered import by_tests
 from scripts.faults.lab import Lab
 
@@ -117,6 +117,18 @@ CASES = [
         "in no file, whatever its shape"),
     row("B16", "random values in a model's, an adapter's and a recipe's files",
         "read, or refused in one line, within seconds"),
+    row("B23", "no file locks, EFBIG, EIO, a full disk, a quota, a read-only disk",
+        "exit 74, one line with its own remedy", refused.by_the_system),
+    row("B24", "resume in a locale without UTF-8", "same settings, same folder",
+        refused.other_locale),
+    row("B25", "rows, lines, cells, files beyond their limits; a .gz that expands a thousandfold",
+        "refused in bounded memory, with the key to raise the limit; long texts are truncated"),
+    row("B26", "cache entries that vanish, are unreadable, or change while they are read",
+        "computed again; the cache's permissions are kept"),
+    row("B27", "recipes with alias bombs, deep nesting and values of wrong types",
+        "exit 2, one line"),
+    row("B28", "judges without a verdict, scores that are not finite, keys and columns twice",
+        "exit 3 or 4, no figure"),
     row("B29", "random command lines: keys that exist or nearly do, with absurd values",
         "a documented exit code, no traceback, no file, at most 5 s",
         command_lines.random_command_lines),

@@ -115,6 +115,26 @@ COVERED = {
         "test_ppo.py::test_a_signal_waits_for_the_rollouts_end",
     ),
     "B9": ("test_checkpoint.py::test_another_layout_is_refused_with_the_ways_on",),
+    "B25": (
+        "test_row_limits.py::test_a_line_that_is_too_long",
+        "test_row_limits.py::test_a_compressed_file_is_read_no_further_than_its_limits",
+        "test_row_limits.py::test_cells_and_columns",
+        "test_row_limits.py::test_a_cut_text_has_the_tokens_of_the_whole_one",
+    ),
+    "B26": (
+        "test_shared_caches.py::test_entries_have_the_permissions_of_the_cache",
+        "test_shared_caches.py::test_a_damaged_entry_is_none",
+        "test_shared_caches.py::test_a_file_that_is_written_while_it_is_read_is_not_cached",
+    ),
+    "B27": ("test_recipe_file.py::test_a_mistake_in_the_file",),
+    "B28": (
+        "test_win_rate.py::test_without_any_verdict_there_is_no_figure",
+        "test_win_rate.py::test_a_policy_that_overflows_gives_no_figure",
+        "test_lexicon.py::test_valences_that_overflow_are_no_score",
+        "test_normalisation.py::test_facts_that_cannot_scale_a_reward",
+        "test_row_limits.py::test_keys_that_stand_twice",
+        "test_row_limits.py::test_cells_and_columns",
+    ),
 }
 
 
