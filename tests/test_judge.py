@@ -7,7 +7,7 @@ import pytest
 from dpo_cli.config.endpoint import Endpoint, endpoint_from_environment
 from dpo_cli.errors import ConfigError
 from dpo_cli.evaluation.judge import Match, RewardJudge
-from dpo_cli.evaluation.judge_prompts import parse_choice, question
+from dpo_cli.evaluation.judge_prompts import MAX_SHOWN, parse_choice, question
 from dpo_cli.rewards.scorers import Completed, length
 from judge_server import KEY
 
@@ -55,6 +55,14 @@ def test_questions_are_the_papers():
     )
     assert text.endswith('\nMore helpful: <"A" or "B">')
     assert "more positive" in question("sentiment", "The film", " x", " y")
+
+
+def test_a_judge_is_not_sent_a_text_without_end():
+    prompt, answer = "start" + "x" * 10**6 + "end", "first" + "y" * 10**6
+    text = question("dialogue", prompt, answer, "b")
+    assert len(text) < 2.1 * MAX_SHOWN
+    assert "xend\n\nResponse A:\nfirstyy" in text
+    assert "start" not in text
 
 
 def test_dialogues_of_several_turns_keep_their_roles():

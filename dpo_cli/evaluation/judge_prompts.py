@@ -73,8 +73,12 @@ TEMPLATES = {"summary": SUMMARY, "dialogue": DIALOGUE, "sentiment": SENTIMENT}
 
 
 def question(task: str, prompt: Prompt, a: str, b: str) -> str:
-    """The message to the judge; `a` and `b` are completions of `prompt`."""
-    return TEMPLATES[task].format(prompt=readable(prompt), a=a.strip(), b=b.strip())
+    """The message to the judge; `a` and `b` are completions of `prompt`.
+
+    Of a longer text it contains MAX_SHOWN characters: a prompt's last, a completion's first.
+    """
+    asked = readable(prompt)[-MAX_SHOWN:]
+    return TEMPLATES[task].format(prompt=asked, a=a.strip()[:MAX_SHOWN], b=b.strip()[:MAX_SHOWN])
 
 
 def readable(prompt: Prompt) -> str:
@@ -99,6 +103,7 @@ _LINE = re.compile(  # the line's last such label; the sentence may precede it
 _LETTER = re.compile(rf"{_NOUN}([AB]){_DRESS}\.?{_DRESS}", flags=re.IGNORECASE)
 _FENCED = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", flags=re.DOTALL)
 _ESCAPES = re.compile("\x1b\\[[0-9;?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?")
+MAX_SHOWN = 2**17  # characters of a prompt and of each completion
 MAX_ANSWER = 8000  # characters of an answer that are read, from its end
 MAX_CHOICE = 60  # characters of a text that stands for the letter
 

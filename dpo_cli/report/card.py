@@ -13,6 +13,7 @@ from dpo_cli.config import STAGES
 from dpo_cli.durable import encode, write_bytes
 from dpo_cli.durable.provenance import load_provenance
 from dpo_cli.durable.redact import redact
+from dpo_cli.escapes import printable
 from dpo_cli.losses import LOSSES
 from dpo_cli.report.card_usage import usage
 from dpo_cli.report.files import (
@@ -206,6 +207,7 @@ def _table(heads: tuple[str, str], values: Mapping[str, Any] | None) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
+    text = printable(text)
     runs = [len(run) for run in re.findall("`+", text)]
     fence = "`" * max([3, *(length + 1 for length in runs)])
     return f"{fence}{language}\n{text}{fence}\n"

@@ -14,6 +14,7 @@ from dpo_cli.config import LabelConfig
 from dpo_cli.data.adapters.columns import as_bool
 from dpo_cli.data.adapters.messages import messages
 from dpo_cli.data.drops import BadRow
+from dpo_cli.data.files import Meter, Most, bounded_lines
 from dpo_cli.durable import mismatch
 from dpo_cli.errors import DataError
 from dpo_cli.evaluation.labels import Pair, all_pairs, bradley_terry, flipped
@@ -56,7 +57,8 @@ def run(session: Session) -> dict[str, Any]:
             f"let it end with dpo-run resume={stage.samples}"
         )
     files = {name: Path(stage.samples) / f"{name}.jsonl" for name in ("train", "eval")}
-    sampled = {name: read_rows(path) for name, path in files.items() if path.is_file()}
+    most = Most.of(session.config.data)
+    sampled = {name: read_rows(path, most) for name, path in files.items() if path.is_file()}
     if not sampled:
         raise DataError(f"stage.samples={stage.samples}: no train.jsonl or eval.jsonl there")
     implicit = stage.by == "implicit"
@@ -180,14 +182,13 @@ def pair_figures(
     return figures | ({"agreement": sum(g > 0 for g in gaps) / len(gaps)} if drawn else {})
 
 
-def read_rows(path: Path) -> list[Sampled]:
+def read_rows(path: Path, most: Most) -> list[Sampled]:
     """Rows of a file that stage=sample wrote. Raises DataError with file and line."""
     if reason := mismatch(path):
         raise DataError(reason)
-    with path.open(
-        "rb"
-    ) as lines:  # as text, lines would also split at U+2028, which JSON may contain
-        return list(_rows(path, lines))
+    # As text, lines would also split at U+2028, which JSON may contain.
+    with path.open("rb") as stream:
+        return list(_rows(path, bounded_lines(stream, Meter(path, most))))
 
 
 def _rows(path: Path, lines: Iterable[bytes]) -> Iterable[Sampled]:
@@ -200,7 +201,7 @@ def _rows(path: Path, lines: Iterable[bytes]) -> Iterable[Sampled]:
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
                 raise TypeError("completions must be a list of texts")
             yield Sampled(prompt, texts, _finished(row, len(texts)))
-        except (ValueError, KeyError, TypeError, BadRow) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, BadRow) as error:
             raise DataError(
                 f"{path}:{number}: not a sampled row {{prompt, completions}}: {error}"
             ) from None

@@ -23,7 +23,11 @@ ABSURD = [
     "[null]", "{}", "{a: 1}", "{a: {b: [1]}}", "'{'", "${seed}", "${no.such}", "${oc.env:HOME}",
     "${oc.env:NO_SUCH}", "'${'", "???", "..", "/", "~", "'../../x'", "0x10", "1_000", "1,2",
     "'ünïcödé'", "'\ud83d\ude00'", "-", "+", "=", "'='", "\\", "'", "2026-02-30",
-    "99999999999999999999",
+    "99999999999999999999", "9" * 5000, "1e400", "${", "${..seed}", "${.name}", "${model}",
+    "${oc.decode:'1'}", "${oc.create:{a:1}}", "${hydra:run.dir}", "${hydra:nothing}", "{1:2}",
+    "range(1,3)", "choice(1)", "sort(3,1)", "glob(*)", "interval(0,1)", "tag(a,1)", "int(1.5)",
+    "float(a)", "str([1])", "json_str(a)", "extend_list(1)", "(", "[1,", "{a:", "a\nb", "\udcff",
+    "/dev/zero", "/proc/self/mem", "~nobody/x", "x" * 300, "$(id)", "%s{}%n", "\u202e",
 ]  # fmt: skip
 WORDS = [
     "resume=nowhere", "recipe=nothing", "-m", "--cfg", "job", "--help", "-h", "--hydra-help",
@@ -32,6 +36,10 @@ WORDS = [
     "=", "=1", "a", "a=",
     ".=1", "..a=1", "stage.=1", "stage..beta=1", "@", "stage@x=dpo", "~stage", "~stage.beta",
     "~seed=1", "+", "++", "--", "-", "seed", "seed==1", "preset=qwen3-8b-qlora-24gb", "preset=no",
+    "hydra.run.dir=${..seed}", "hydra.job.env_set={A:{b:1}}", "hydra.job.name=[1]",
+    "hydra.searchpath=5", "hydra.callbacks.a._target_=os.system", "_target_=x", "data._target_=x",
+    "data=[1,2]", "data@data.x=jsonl", "defaults=[]", "vars.x=1", "a:b=1", "[a]=1", "$x=1",
+    "stage.name=[1]", "lora.name=[1]",
 ]  # fmt: skip
 
 
