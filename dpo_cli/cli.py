@@ -6,7 +6,6 @@ A user's mistake is reported in one line with an exit code; a bug keeps its trac
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import sys
@@ -20,9 +19,9 @@ from typing import TYPE_CHECKING
 from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.usage import quick_answer
 from dpo_cli.distributed import launch
-from dpo_cli.durable.refusals import as_refusal
+from dpo_cli.durable.refusals import as_refusal, warn_outside_calls
 from dpo_cli.errors import ConfigError, PeerLost, UserError
-from dpo_cli.escapes import PrintableFormatter, in_one_line, say
+from dpo_cli.escapes import escape_messages, in_one_line, say
 from dpo_cli.report.output import copied_output, go_on_in, outlast_terminals
 from dpo_cli.surroundings import ensure_home, restart_in_utf8
 
@@ -41,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     if argv is None:
         restart_in_utf8()
-    if logging.lastResort is not None:  # prints warnings while no handler is set up
-        logging.lastResort.setFormatter(PrintableFormatter())
+    escape_messages()
+    warn_outside_calls()
     words = sys.argv[1:] if argv is None else list(argv)
     with copied_output():
         code = _exit_code(words)

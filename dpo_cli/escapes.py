@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,11 +39,19 @@ def say(text: str, error: bool = False) -> None:
     print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
 
 
-class PrintableFormatter(logging.Formatter):
-    """Log records as text that cannot control a terminal."""
+class PrintableRecord(logging.LogRecord):
+    """A log record, of any library, whose message cannot control a terminal."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+@functools.cache
+def escape_messages() -> None:
+    """From now on, what loggers and warnings print in this process is printable."""
+    logging.setLogRecordFactory(PrintableRecord)
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable(plain(*args, **kwargs))
 
 
 def printable_values(value: Any) -> Any:

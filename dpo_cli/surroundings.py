@@ -29,6 +29,6 @@ def ensure_home() -> None:
 
     Otherwise this program and its libraries would create a folder named `~` in the current one.
     """
-    if not os.path.isabs(os.path.expanduser("~")):
+    if os.environ.get("HOME") == "" or not os.path.isabs(os.path.expanduser("~")):
         os.environ["HOME"] = tempfile.mkdtemp(prefix="dpo-run-home-")
         atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)

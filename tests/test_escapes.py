@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cli_helpers import fails
-from dpo_cli.escapes import PrintableFormatter, in_one_line, printable, printable_values, say
+from dpo_cli.escapes import escape_messages, in_one_line, printable, printable_values, say
 from dpo_cli.report.frontier import Cloud, draw_frontier
 
 EVIL = "a\x1b]0;PWN\x07\x1b[31m\u202eb\u2028c\x9b\ud800"
 SHOWN = "a\\x1b]0;PWN\\x07\\x1b[31m\\u202eb\\u2028c\\x9b\\ud800"
 
 
-def test_controls_are_escaped_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_controls_are_escaped_everywhere(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     assert printable(EVIL) == SHOWN
     assert (
         printable("é 文 \U0001f468\u200d\U0001f469 \t\n") == "é 文 \U0001f468\u200d\U0001f469 \t\n"
@@ -24,8 +27,10 @@ def test_controls_are_escaped_everywhere(capsys: pytest.CaptureFixture[str]) -> 
     assert printable_values({EVIL: [EVIL, (1, EVIL)]}) == {SHOWN: [SHOWN, [1, SHOWN]]}
     say(EVIL, error=True)
     assert capsys.readouterr().err == f"{SHOWN}\n"
-    record = logging.LogRecord("x", logging.WARNING, "x", 1, "%s", (EVIL,), None)
-    assert PrintableFormatter().format(record) == SHOWN
+    escape_messages()
+    logging.getLogger("of a library").warning("%s", EVIL)
+    assert caplog.messages == [SHOWN]
+    assert SHOWN in warnings.formatwarning(EVIL, UserWarning, "x.py", 1)
 
 
 def test_a_line_is_one_line_and_not_endless() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from cli_helpers import fails
 from dpo_cli import cli
 from dpo_cli.durable import disk_errors, write_text
-from dpo_cli.durable.refusals import as_refusal
+from dpo_cli.durable.refusals import as_refusal, warn_outside_calls
 from dpo_cli.errors import ConfigError, DiskError
 from dpo_cli.train.guard import run_lock
 
@@ -74,6 +76,23 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "dispatch", broken)
     with pytest.raises(KeyError):
         cli.main(["stage=sft"])
+
+
+def test_a_thread_of_a_library_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard writes in a thread, which raises there and again at its caller's next write."""
+
+    def write() -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), "events")
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    warn_outside_calls.__wrapped__()  # not only once
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().err.startswith("warning: events: File too large: raise the limit")
 
 
 def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

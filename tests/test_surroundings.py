@@ -53,9 +53,12 @@ def test_a_user_without_a_home_gets_no_folder_named_so(
     monkeypatch.setenv("HOME", "/home/somebody")
     surroundings.ensure_home()
     assert os.environ["HOME"] == "/home/somebody"
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", "")
+    surroundings.ensure_home()
+    assert Path(os.environ["HOME"]).parent == tmp_path
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", unknown)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert os.path.expanduser("~/a") == "~/a"
     surroundings.ensure_home()
     assert Path("~").expanduser().parent == tmp_path

@@ -111,7 +111,8 @@ def _compile(value: str | bool) -> str:
 
 
 def _user_cache() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    base = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    base = base if os.path.isabs(base) else "~/.cache"  # as the XDG specification says
     return os.environ.get("DPO_RUN_CACHE") or f"{base}/dpo-run"
 
 

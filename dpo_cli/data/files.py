@@ -54,11 +54,9 @@ class Meter:
     most: Most
     read: int = 0
 
-    def add(self, size: int, rows: int, where: str = "") -> None:
-        """Of `rows` rows of `size` bytes together; where: of one row, to check its own limit."""
+    def add(self, size: int, rows: int) -> None:
+        """Of `rows` rows of `size` bytes together."""
         self.read += size + ROW_BYTES * rows
-        if where and size > self.most.row:
-            raise DataError(f"{self.path}, {where}: {too_long(self.most.row)}")
         if self.read > self.most.file:
             raise DataError(
                 f"{self.path}: more than {self.most.file / MB:,.0f} MB of rows: split it, or set "
@@ -93,10 +91,12 @@ def suffix(path: Path) -> str:
 
 def bounded_lines(stream: IO[AnyStr], meter: Meter) -> Iterator[AnyStr]:
     """The lines of a file, none of which is read further than a row may be long."""
-    number = 0
-    while line := stream.readline(meter.most.row + 1):
+    number, most = 0, meter.most.row
+    while line := stream.readline(most + 1):
         number += 1
-        meter.add(len(line), 1, f"line {number}")
+        if len(line) > most:
+            raise DataError(f"{meter.path}, line {number}: {too_long(most)}")
+        meter.add(len(line), 1)
         yield line
 
 

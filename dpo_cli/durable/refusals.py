@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 from dpo_cli.errors import ConfigError, DiskError, UserError
+from dpo_cli.escapes import say
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDIES = {
@@ -57,6 +61,30 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
+@functools.cache
+def warn_outside_calls() -> None:
+    """Tell in one line what is refused where nobody catches it: to a library's thread (whose
+    caller hears of it later), or to a file that is flushed when the process ends."""
+    in_thread, ignored = threading.excepthook, sys.unraisablehook
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        if not _warned(args.exc_value):
+            in_thread(args)
+
+    def of_end(args: sys.UnraisableHookArgs) -> None:
+        if not _warned(args.exc_value):
+            ignored(args)
+
+    threading.excepthook, sys.unraisablehook = of_thread, of_end
+
+
+def _warned(error: BaseException | None) -> bool:
+    refusal = as_refusal(error) if error else None
+    if refusal is not None:
+        say(f"warning: {refusal}", error=True)
+    return refusal is not None
+
+
 def _refused(error: BaseException) -> tuple[int | None, str]:
     """The error's number, and its text."""
     if isinstance(error, OSError):
@@ -79,7 +107,7 @@ def _shown(path: Path) -> str:
 
 def _free_space(path: Path | None) -> str:
     """Of the disk that the path is on; nothing where that cannot be asked."""
-    for place in (path or Path.cwd()).absolute().parents:
+    for place in path.parents if path else ():
         try:
             return f" ({shutil.disk_usage(place).free / 2**20:,.0f} MB free)"
         except OSError:
