@@ -101,7 +101,7 @@ def test_what_runs_too_long_is_killed(tmp_path: Path) -> None:
     assert (done.code, done.last) == (3, "error: no")
     with pytest.raises(lab.Failed, match="a run: exit 3: error: no"):
         done.must(0, "a run")
-    with pytest.raises(lab.Failed, match="`yes` not told: error: no"):
+    with pytest.raises(lab.Failed, match="`yes` not printed: error: no"):
         done.must(3, "", "yes")
     assert done.must(3, "", "no") is done.must(None) is done
 
