@@ -1,5 +1,6 @@
 """Hostile chat templates: an end in seconds and one line, and no file of the machine."""
 
+import resource
 import signal
 import time
 
@@ -113,10 +114,16 @@ def test_arithmetic_of_ordinary_templates_is_as_before():
 
 def test_limits_are_taken_back():
     """The next work has all the time and memory again, and other handlers are as they were."""
-    before = signal.getsignal(signal.SIGVTALRM)
-    for act, limit in ((lambda: list(iter(int, 1)), "seconds"), (lambda: bytes(2**31), "memory")):
+    before, memory = signal.getsignal(signal.SIGVTALRM), resource.getrlimit(resource.RLIMIT_AS)
+    acts = {  # the second cannot be interrupted: its signal comes when it has filled the memory
+        "seconds": lambda: [i + 1 for i in iter(int, 1)],
+        "more than": lambda: list(iter(int, 1)),
+        "memory": lambda: bytes(2**31),
+    }
+    for limit, act in acts.items():
         with pytest.raises(OverLimit, match=limit), bounded(0.1):
             act()
     assert signal.getsignal(signal.SIGVTALRM) == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+    assert resource.getrlimit(resource.RLIMIT_AS) == memory
     assert len(bytearray(2**31)) == 2**31

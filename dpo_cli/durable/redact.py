@@ -19,7 +19,7 @@ REDACTED = "[redacted]"
 
 # TOKENIZERS_PARALLELISM, AUTHOR and PATH are no secrets, and MY_KEY_FILE is a path, not a key.
 _NAME = re.compile(
-    r"TOKEN(?!IZER)|KEY(?!BOARD|MAP|RING)|SECRET|(?<!BY)(?<!COM)PASS(?!THROUGH|IVE)|CREDENTIAL"
+    r"TOKEN(?!IZER)|KEY(?!BOARD|MAP|RING)|SECRET|(?<!BY)(?<!COM)PASS(?!THROUGH|IVE|ENGER|AGE)|CREDENTIAL"
     r"|AUTH(?!OR(?!I[SZ]ATION))|DSN|WEBHOOK|COOKIE|BEARER|(?:^|_)PATS?(?:_|\d|$)|_PWD(?:_|$)"
     r"|(?:^|_)(?:JWT|SAS)(?:_|$)|CONN(?:ECTION)?_?STR",
     flags=re.IGNORECASE,

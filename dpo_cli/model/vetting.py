@@ -13,6 +13,8 @@ from dpo_cli.errors import ConfigError
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"  # the latter is PEFT's
 TOKENIZER_CONFIG, INDEX = "tokenizer_config.json", "model.safetensors.index.json"
+TEMPLATES = "*.jinja", "additional_chat_templates/*.jinja"
+MOST_TEMPLATE_BYTES = 2**22
 MOST_BYTES = {CONFIG: 2**24, ADAPTER_CONFIG: 2**24, TOKENIZER_CONFIG: 2**26, INDEX: 2**26}
 
 HOLDS_ADAPTER = "contains both an adapter and a model"
@@ -55,6 +57,9 @@ def vet(folder: Path, where: str) -> None:
         read_object(folder / ADAPTER_CONFIG, where)
     if (folder / TOKENIZER_CONFIG).is_file():
         read_object(folder / TOKENIZER_CONFIG, where)
+    for path in (path for pattern in TEMPLATES for path in folder.glob(pattern)):
+        if not path.is_file() or path.stat().st_size > MOST_TEMPLATE_BYTES:
+            raise ConfigError(f"{where}: {path.name}: is no file of a few megabytes; remove it")
     if (folder / INDEX).is_file():
         shards(folder / INDEX, where)
 
