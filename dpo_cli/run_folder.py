@@ -220,7 +220,9 @@ def _load(folder: Path, name: str) -> DictConfig:
     try:
         return OmegaConf.load(path)  # type: ignore[return-value]
     except FileNotFoundError:
-        raise ConfigError(f"resume={folder}: not a run folder, it has no {path}") from None
+        killed = is_bare(folder) and (folder / LOCK).exists()
+        remedy = ": its start was killed, start it again by its own command" if killed else ""
+        raise ConfigError(f"resume={folder}: not a run folder, it has no {path}{remedy}") from None
     except (OSError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"resume={folder}: cannot read {path}: {error}") from error
 

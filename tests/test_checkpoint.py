@@ -120,6 +120,20 @@ def test_prune_goes_by_number_and_keeps_the_best(saved):
     assert sorted(p.name for p in saved.iterdir()) == ["step-1", "step-3"]
 
 
+def test_a_removal_that_was_cut_short_leaves_no_damaged_step(saved, monkeypatch):
+    def die(path):
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.prune(saved, step=3, keep=2, protect=None)
+    assert [p.name[:11] for p in saved.iterdir() if damage(p)] == [".tmp-step-1"]
+    remove_leftovers(saved)
+    assert sorted(p.name for p in saved.iterdir()) == ["step-2", "step-3"]
+
+
 def test_prune_does_not_count_damaged_leftovers(saved):
     (saved / "step-900").mkdir()
     checkpoint.prune(saved, step=3, keep=2, protect=None)

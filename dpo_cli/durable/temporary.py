@@ -78,6 +78,14 @@ def _locked(path: Path, wait: bool) -> int | None:
     return None
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder; killed in between, what is left of it is a leftover, not a damaged folder.
+    Raises OSError."""
+    leaving = path.with_name(f"{PREFIX}{path.name}-{secrets.token_hex(4)}")
+    path.rename(leaving)
+    shutil.rmtree(leaving)
+
+
 def remove_leftovers(folder: Path, of: str = "", alone: bool = False) -> None:
     """Remove what killed writers left in a folder, and put back what they were replacing.
 

@@ -32,8 +32,8 @@ class Log:
         self._lock = threading.RLock()
 
     def add(self, lines: str) -> None:
-        """Add complete lines. Lines that the folder's disk cannot store are lost, as this is a
-        copy."""
+        """Add complete lines. Lines that the folder's disk cannot store are written with the
+        next ones; a full disk ends nothing, as this is a copy."""
         with self._lock:
             self._lines += lines
             if self.folder is None or not self._lines or not self.folder.is_dir():
@@ -44,7 +44,7 @@ class Log:
             text = printable(redact(_CODES.sub("", self._lines)))
             with suppress(OSError), (self.folder / LOG).open("ab") as file:
                 file.write(encode(text))
-            self._lines = ""
+                self._lines = ""  # else the next ones take them along
 
 
 class Copy:

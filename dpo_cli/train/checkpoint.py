@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from dpo_cli.distributed import sharded_checkpoint
 from dpo_cli.distributed.fsdp import full_tensor, reshard
 from dpo_cli.distributed.ranks import ALONE, Ranks
 from dpo_cli.durable import damage, publish_folder
+from dpo_cli.durable.temporary import remove_folder
 from dpo_cli.errors import CheckpointError
 from dpo_cli.train import contents
 from dpo_cli.train.contents import HEADS, OPTIMIZER, RNG, Contents
@@ -185,7 +185,7 @@ def prune(folder: Path, step: int, keep: int, protect: int | None) -> None:
     remaining = {*[s for s in steps if s <= step][-keep:], protect}
     for old in steps:
         if old not in remaining:
-            shutil.rmtree(folder / f"step-{old}")
+            remove_folder(folder / f"step-{old}")
 
 
 def restore(
