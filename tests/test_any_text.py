@@ -16,8 +16,8 @@ from small_runs import configure, train
 
 # Ends of lines to str.splitlines, controls, a mark that turns text around, a lone surrogate.
 TEXT = "a\nb\rc\x0bd\x0ce\x1cf\x1dg\x1eh\x85i\u2028j\u2029k\x1bl\x07m\u202en'\"\\${o}\x00p"
-LONE = TEXT + "\udcff"
 NAME = TEXT.replace("\x00", "")
+LONE = NAME + "\udcff"
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_rounding_weights_comes_last_and_says_what_it_costs() -> None:
     found = advice(30.0, "stage=sft", "train.micro_batch_tokens=1024", shape=GPT2_XL)
     words = [one.change.words for one in found]
     assert words[-1] == "hardware.weights=bf16"
-    assert "rounds" in found[-1].change.caveat
+    assert "rounding" in found[-1].change.caveat
     assert "lora=lora" in words
 
 

@@ -309,7 +309,7 @@ def test_losses_without_a_reference_load_none(sft, tmp_path, monkeypatch):
         raise AssertionError("no reference is needed")
 
     monkeypatch.setattr(reference, "compute", refuse)
-    monkeypatch.setattr("dpo_cli.stages.dpo.load_reference", refuse)
+    monkeypatch.setattr("dpo_cli.stages.preference.load_reference", refuse)
     train(tmp_path / "r", *DPO, f"model.path={sft}", "stage.loss=simpo", "train.max_steps=2")
 
 
