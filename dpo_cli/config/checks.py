@@ -33,7 +33,6 @@ from dpo_cli.durable.refusals import as_refusal
 from dpo_cli.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
-WRITTEN = ("run_dir", "cache_dir")
 GENERATED_IGNORES = (
     "hub_id", "hub_config", "revision", "path", "eval_path", "train_split", "eval_split",
     "max_rows",
@@ -83,11 +82,10 @@ def _bounds(config: RunConfig) -> Iterator[str]:
 def _files(config: RunConfig, coming: Sequence[Path]) -> Iterator[str]:
     for key, value, fact in facts(config):
         for path in value if isinstance(value, list) else [value]:
-            if path is None or (fact.path is None and key not in WRITTEN):
-                continue
-            if any("\ud800" <= letter <= "\udfff" for letter in path):
-                yield f"{key}: is no UTF-8 text, so libraries cannot open it; rename the folder"
-            if fact.path is None:
+            # YAML cannot hold it either, so the run's own config.yaml could not be read again.
+            if isinstance(path, str) and any("\ud800" <= letter <= "\udfff" for letter in path):
+                yield f"{key}: is no UTF-8 text; rename the file or folder, or write another text"
+            if path is None or fact.path is None:
                 continue
             # a hub id looks like owner/name
             local = fact.path == LOCAL or path.startswith((".", "/")) or path.count("/") > 1
