@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from dpo_cli.config import LoraConfig, ModelConfig
@@ -16,6 +17,7 @@ from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.adapters import patterns
 from dpo_cli.model.adapters.active import Adaptation
 from dpo_cli.model.load import count_parameters, hf_config, load_model, load_tokenizer
+from dpo_cli.model.source import loading
 from small_adapters import write_base
 from test_adapter_kinds import low_rank, written
 
@@ -303,3 +305,21 @@ def test_how_it_was_trained_is_read_or_refused(copy, text):
     (copy / "dpo_run.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"dpo_run\.json: .*restore or remove it$"):
         load_provenance(copy)
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("config.json", "names code from elsewhere"), ("adapter_config.json", "both an adapter and")],
+)
+def test_a_repository_of_the_hub_is_vetted_as_well(copy, monkeypatch, file, says):
+    (copy / file).write_text(json.dumps({"attn_implementation": "a/b"}))
+    asked = []
+
+    def cached_file(source, name, revision, **_):
+        asked.append((source, name, revision))
+        return str(copy / name) if (copy / name).is_file() else None
+
+    monkeypatch.setattr(transformers.utils, "cached_file", cached_file)
+    with pytest.raises(ConfigError, match=says), loading("a/b", "model.hub_id", {"revision": "1"}):
+        raise AssertionError("read before it was vetted")
+    assert ("a/b", file, "1") in asked

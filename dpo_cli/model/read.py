@@ -71,7 +71,6 @@ def read_pretrained(
     refuse_other_base(content, origin, config, key, on.note)
     setattr(model, CONTENT, content)
     _normalize(model, adaptation, merged, on)
-    _refuse_adapter_inside(model, f"{key}={source}")
     fit_embedding(model, origin)
     missing = sorted([*report["missing_keys"], *(str(k) for k in report["mismatched_keys"])])
     lacking = _merged(model, origin, missing, merged, key)
@@ -104,14 +103,6 @@ def _merged(
 
         merge(model, origin, key)
     return [name for name in missing if name not in shapes]
-
-
-def _refuse_adapter_inside(model: PreTrainedModel, where: str) -> None:
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ConfigError(
-            f"{where}: contains an adapter that transformers has loaded; download the adapter "
-            "alone and set model.path to its folder"
-        )
 
 
 def _refuse_incomplete(model: PreTrainedModel, missing: list[str], where: str) -> None:
