@@ -49,7 +49,9 @@ class Cli(Protocol):
 @pytest.fixture(autouse=True)
 def isolation(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo what another test may have set in this process."""
-    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)  # a command sets it for its children
+    # A command sets it for its children; set first, so that it is gone after the test, too.
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.delenv("PYTHONSAFEPATH")
     monkeypatch.setenv("DPO_RUN_CACHE", str(tmp_path_factory.mktemp("cache")))
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)

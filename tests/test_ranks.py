@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def start_ranks(count: int, jobs: list[dict[str, Any]], root: Path) -> None:
     script = Path(__file__).with_name("rank_jobs.py")
     done = subprocess.run(
         [*command, f"--nproc-per-node={count}", str(script), str(path)],
+        env={k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"},  # it imports beside it
         check=False, capture_output=True, text=True, timeout=110,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
