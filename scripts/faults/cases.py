@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scripts.faults import beyond, command_lines, damage, hostile, ranks, refused, runs, saves
+from scripts.faults import (
+    beyond,
+    command_lines,
+    damage,
+    hostile,
+    kills,
+    ranks,
+    refused,
+    runs,
+    saves,
+    terminals,
+    workflows,
+)
 from scripts.faults.covered import by_tests
 from scripts.faults.lab import Lab
 
@@ -117,6 +129,18 @@ CASES = [
         "in no file, whatever its shape"),
     row("B16", "random values in a model's, an adapter's and a recipe's files",
         "read, or refused in one line, within seconds"),
+    row("B17", "kill -9 before every operation on files of a run's start and end",
+        "it starts or resumes, identical, nothing half-written is left", kills.start_and_end),
+    row("B18", "kill -9 before every operation on files of sample, label, evaluate, export",
+        "as B17", kills.other_stages),
+    row("B19", "kill -9 before every operation of a recipe's and a sweep's own files",
+        "the same command goes on, nothing half-written is left", workflows.own_files),
+    row("B20", "kill -9 before every operation of the caches of rows and log-probs",
+        "computed again, identical, nothing half-written is left", kills.caches),
+    row("B21", "the weights under an adapter change: resume, evaluate, export, merge",
+        "refused with a diff, or told where allowed", terminals.other_base),
+    row("B22", "the terminal goes away: closed pipe, full disk, closed streams, SIGHUP, nohup",
+        "trains on, or saves and exits 75; console.log goes on", terminals.gone),
     row("B23", "no file locks, EFBIG, EIO, a full disk, a quota, a read-only disk",
         "exit 74, one line with its own remedy", refused.by_the_system),
     row("B24", "resume in a locale without UTF-8", "same settings, same folder",

@@ -1,4 +1,5 @@
-"""Hooks under the file system: inject a fault before the n-th operation of a save.
+"""Hooks under the file system: inject a fault before the n-th operation of a save, or of a whole
+command in one folder.
 
 Python reports each `open`, `mkdir`, `rename`, `remove` and `rmdir` to an audit hook before
 executing it; `fsync` is wrapped. Operations of other threads are ignored: a save has a thread of
@@ -28,12 +29,18 @@ Fault = Callable[[Operation, list[Operation]], None]
 
 class Watch:
     """Calls `fault(operation, earlier operations)` before each operation during the `call`-th call
-    of a scope: save (a complete save with its prune), prune, or final."""
+    of a scope: save (a complete save with its prune), prune, final, or the whole command.
 
-    def __init__(self, fault: Fault, scope: str = "save", call: int = 2) -> None:
+    under: operations on other folders are ignored.
+    """
+
+    def __init__(
+        self, fault: Fault, scope: str = "save", call: int = 2, under: Path | None = None
+    ) -> None:
         self.fault, self.scope, self.call = fault, scope, call
-        self.calls, self.inside = 0, False
-        self.thread = 0
+        self.under = "" if under is None else str(under)
+        self.calls, self.inside = 0, scope == "command"
+        self.thread = threading.get_ident()
         self.done: list[Operation] = []
 
     def install(self) -> None:
@@ -45,7 +52,8 @@ class Watch:
             real_sync(handle)
 
         os.fsync = fsync
-        self._wrap_scope()
+        if self.scope != "command":
+            self._wrap_scope()
 
     def _wrap_scope(self) -> None:
         from dpo_cli.train import checkpoint, saving
@@ -77,7 +85,7 @@ class Watch:
         return self.inside and threading.get_ident() == self.thread
 
     def _before(self, kind: str, path: str) -> None:
-        if not self._is_watched():
+        if not (self._is_watched() and path.startswith(self.under)):
             return
         operation = (kind, path)
         self.inside = False  # what the fault itself does is none

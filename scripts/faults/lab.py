@@ -31,6 +31,7 @@ TINY = (
     "logger.report=false", "hardware=cpu", "train.sample_prompts=0",
 )  # fmt: skip
 OVER = tuple(w for w in TINY if not w.startswith("model.arch"))  # with model.path
+UNTRAINED = tuple(w for w in OVER if not w.startswith("train."))  # for stages that only read
 SFT = (*TINY, "stage=sft", "optim.lr=3e-3")
 SAVES = (*SFT, "train.max_steps=3", "train.save_every_steps=1", "train.eval_every_steps=1")
 PPO = (
@@ -67,7 +68,7 @@ class Done:
         return next((line for line in lines if line.startswith("error:")), lines[-1])[:160]
 
     def must(self, code: int | None, what: str = "", *output: str) -> Done:
-        """Returns itself; raises Failed for another exit code (None: any), or if `told` was not
+        """Returns itself; raises Failed for another exit code (None: any), or if `output` was not
         printed."""
         name = f"{what}: " if what else ""
         check(code in (None, self.code), f"{name}exit {self.code}: {self.last}")

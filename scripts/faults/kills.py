@@ -1,0 +1,168 @@
+"""Kills before every operation on the files of whole commands, each of which must go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from scripts.faults.crash import Operation, Watch, killer, recorder
+from scripts.faults.lab import (
+    OVER,
+    SAVES,
+    UNTRAINED,
+    Done,
+    Failed,
+    Lab,
+    check,
+    final_digest,
+    same_final,
+)
+
+LEFTOVERS = (".tmp-", ".old-")
+QUICK = ("stage.max_new_tokens=4", "stage.batch_size=16")
+Same = Callable[[Path, Path], bool]  # whether a folder has the results of an uninterrupted one
+
+
+def operations(lab: Lab, words: Sequence[str], run: Path, under: Path) -> list[Operation]:
+    """What a command does to the files of a folder, in its main thread, in order."""
+    found = lab.folder / "operations.json"
+    found.unlink(missing_ok=True)
+    lab.forked(*words, f"run_dir={run}", fault=watch(recorder(found), under).install)
+    return [tuple(entry) for entry in json.loads(found.read_text())]
+
+
+def watch(fault: Callable[[Operation, list[Operation]], None], under: Path) -> Watch:
+    return Watch(fault, "command", under=under)
+
+
+def goes_on(lab: Lab, run: Path, words: Sequence[str]) -> Done:
+    """`resume=<folder>`, or the same command again: one of them must work."""
+    done = lab.forked(f"resume={run}", code=None)
+    return done if done.code == 0 else lab.forked(*words, f"run_dir={run}", code=None)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.name.startswith(LEFTOVERS)]
+
+
+def killed_everywhere(
+    lab: Lab, words: Sequence[str], same: Same, until: Callable[[Operation], bool] | None = None
+) -> str:
+    """How many operations of a command it was killed before; Failed where it did not go on, ended
+    with other results, or left something half-written.
+
+    until: of the operation at which to stop; default: the last.
+    """
+    truth, run = lab.fresh("undisturbed"), lab.fresh("killed")
+    lab.forked(*words, f"run_dir={truth}")
+    ops = operations(lab, words, run, run)
+    count = next((i for i, op in enumerate(ops) if until and until(op)), len(ops))
+    bad = []
+    for at in range(count):
+        shutil.rmtree(run, ignore_errors=True)
+        fault = watch(killer(at), run)
+        what = f"{ops[at][0]} {Path(ops[at][1]).name}"
+        lab.forked(*words, f"run_dir={run}", fault=fault.install, code=-9, what=what)
+        done = goes_on(lab, run, words)
+        if done.code or not same(run, truth):
+            bad.append(f"{what}: exit {done.code}, {done.last}")
+        elif left := leftovers(run):
+            bad.append(f"{what}: left {left}")
+    check(count and not bad, f"{len(bad)} of {count}: {'; '.join(bad[:3])}")
+    return str(count)
+
+
+def start_and_end(lab: Lab) -> str:
+    """Case B17."""
+    count = killed_everywhere(lab, SAVES, same_final, until=lambda op: "checkpoints" in op[1])
+    return (
+        f"killed before each of {count} operations up to the first checkpoint, and of "
+        f"{killed_at_the_end(lab)} from the final model on: went on each time, final sha256 "
+        "identical, nothing left"
+    )
+
+
+def killed_at_the_end(lab: Lab) -> int:
+    """The final model, figures, curves, card and report of a run that has its last checkpoint."""
+    words = (*(w for w in SAVES if not w.startswith("logger.")), "logger.progress=plain")
+    truth, run = lab.uninterrupted("ends", *words), lab.folder / "killed"
+    found, bad = lab.folder / "operations.json", []
+    resumed = lab.cut(truth, "killed")
+    lab.forked(f"resume={resumed}", fault=watch(recorder(found), run).install)
+    ops = [tuple(entry) for entry in json.loads(found.read_text())]
+    for at, (kind, path) in enumerate(ops):
+        lab.cut(truth, "killed")
+        fault = watch(killer(at), run)
+        lab.forked(f"resume={run}", fault=fault.install, code=-9, what=f"{kind} {path}")
+        done = lab.forked(f"resume={run}", code=None)
+        whole = (run / "summary.json").is_file() and (run / "report.html").is_file()
+        if done.code or not whole or not same_final(run, truth) or leftovers(run):
+            bad.append(f"{kind} {Path(path).name}: exit {done.code}, left {leftovers(run)}")
+    check(ops and not bad, f"{len(bad)} of {len(ops)}: {'; '.join(bad[:3])}")
+    return len(ops)
+
+
+def other_stages(lab: Lab) -> str:
+    """Case B18: sample, label, evaluate, export."""
+    base, pairs = f"model.path={lab.base()}", ("pairs.jsonl", "train.jsonl", "eval.jsonl")
+    sample = (*UNTRAINED, base, "stage=sample", "stage.completions=2", *QUICK)
+    drawn = lab.uninterrupted("drawn", *sample)
+    label = ("stage=label", f"stage.samples={drawn}", "reward_fn=length")
+    commands: dict[str, tuple[tuple[str, ...], Same]] = {
+        "sample": ((base, "stage=sample", *QUICK), same_files(*pairs)),
+        "label": (label, same_files(*pairs)),
+        "evaluate": ((base, "stage=evaluate", "stage.prompts=4", *QUICK),
+                     same_files("points.jsonl", "samples.jsonl")),
+        "export": ((base, "stage=export"), same_final),
+    }  # fmt: skip
+    told = []
+    for name, (words, same) in commands.items():
+        try:
+            told.append(f"{name} {killed_everywhere(lab, (*UNTRAINED, *words), same)}")
+        except Failed as failed:
+            raise Failed(f"{name}: {failed}") from None
+    return f"killed before each operation: {', '.join(told)}; went on each time, results identical"
+
+
+def same_files(*names: str) -> Same:
+    """Those of the files that the uninterrupted run has, byte for byte."""
+
+    def same(run: Path, truth: Path) -> bool:
+        found = [name for name in names if (truth / name).is_file()]
+        return bool(found) and all(
+            (run / name).is_file() and (run / name).read_bytes() == (truth / name).read_bytes()
+            for name in found
+        )
+
+    return same
+
+
+def caches(lab: Lab) -> str:
+    """Case B20: the caches of encoded rows and of the reference's log-probabilities."""
+    rows = lab.folder / "rows.jsonl"
+    rows.write_text("".join(
+        json.dumps({"prompt": f"p{i} ", "chosen": f"good {i}", "rejected": f"bad {i}"}) + "\n"
+        for i in range(24)
+    ))  # fmt: skip
+    words = (*(w for w in OVER if not w.startswith("data.")), "stage=dpo", "data=jsonl",
+             f"data.path={rows}", "data.eval_rows=8", "data.max_length=64", "train.max_steps=1",
+             f"model.path={lab.base()}")  # fmt: skip
+    cache, truth = lab.fresh("own-cache"), lab.fresh("uncached")
+    words = (*words, f"cache_dir={cache}")
+    lab.forked(*words, f"run_dir={truth}")
+    found, bad = lab.folder / "operations.json", []
+    shutil.rmtree(cache)
+    run = lab.fresh("caching")
+    lab.forked(*words, f"run_dir={run}", fault=watch(recorder(found), cache).install)
+    ops = [tuple(entry) for entry in json.loads(found.read_text())]
+    for at, (kind, path) in enumerate(ops):
+        shutil.rmtree(cache, ignore_errors=True)
+        fault = watch(killer(at), cache)
+        lab.forked(*words, f"run_dir={lab.fresh('caching')}", fault=fault.install, code=-9)
+        done = lab.forked(*words, f"run_dir={lab.fresh('caching')}", code=None)
+        if done.code or final_digest(run) != final_digest(truth) or leftovers(cache):
+            bad.append(f"{kind} {Path(path).name}: exit {done.code}, left {leftovers(cache)}")
+    check(ops and not bad, f"{len(bad)} of {len(ops)}: {'; '.join(bad[:3])}")
+    return f"killed before each of {len(ops)} operations: computed again, identical, nothing left"
