@@ -34,6 +34,7 @@ WORDS = {  # what is given -> what is said of it
     "+data.chat_template_kwargs={1:2}": "expected names and values",
     "seed=${seed}": "seed",
     "seed=${oc.env:NO_SUCH_VARIABLE}": "NO_SUCH_VARIABLE",
+    "data.path=${.name}x data=jsonl": "data.path=jsonlx: no such file or folder",
     "run_dir=[a]": "run_dir=['a']: expected text",
 }
 

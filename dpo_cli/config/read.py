@@ -50,7 +50,10 @@ def prepare(cfg: DictConfig, typed: Sequence[str] = (), coming: Sequence[Path] =
 
 def _overrides(cfg: DictConfig) -> list[str]:
     """All that the configuration was composed with; nothing where Hydra's node is left out."""
-    return list(cfg.hydra.overrides.task) if "hydra" in cfg else []
+    if "hydra" not in cfg:
+        return []
+    words: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
+    return [str(word) for word in words]  # as they are: `a=${.b}` means another place in here
 
 
 def with_default_reward(config: RunConfig, typed: Sequence[str]) -> RunConfig:
