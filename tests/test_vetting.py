@@ -18,6 +18,7 @@ from dpo_cli.model.adapters import patterns
 from dpo_cli.model.adapters.active import Adaptation
 from dpo_cli.model.load import count_parameters, hf_config, load_model, load_tokenizer
 from dpo_cli.model.source import loading
+from dpo_cli.model.vetting import vet_adapter
 from small_adapters import write_base
 from test_adapter_kinds import low_rank, written
 
@@ -323,3 +324,9 @@ def test_a_repository_of_the_hub_is_vetted_as_well(copy, monkeypatch, file, says
     with pytest.raises(ConfigError, match=says), loading("a/b", "model.hub_id", {"revision": "1"}):
         raise AssertionError("read before it was vetted")
     assert ("a/b", file, "1") in asked
+
+
+def test_a_key_with_a_line_break_is_told_in_one_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        vet_adapter({"a\nb": "x" * 5000}, 8, "model.path=m")
+    assert "\n" not in str(caught.value)

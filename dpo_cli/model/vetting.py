@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import ConfigError
+from dpo_cli.escapes import in_one_line
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"  # the latter is PEFT's
 TOKENIZER_CONFIG, INDEX = "tokenizer_config.json", "model.safetensors.index.json"
@@ -74,7 +75,7 @@ def read_object(path: Path, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise TypeError("must be one JSON object, {...}")
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{where}: {path.name} cannot be read: {error}") from None
+        raise ConfigError(in_one_line(f"{where}: {path.name} cannot be read: {error}")) from None
     return value
 
 
@@ -90,7 +91,9 @@ def vet_config(path: Path, where: str) -> None:
         name = key.rpartition(".")[2]
         why = _choice(name.lstrip("_"), value) or _size(name, value)
         if why:
-            raise ConfigError(f"{where}: {path.name}: {key}={str(value)[:80]}: {why}")
+            raise ConfigError(
+                in_one_line(f"{where}: {path.name}: {key[:80]}={str(value)[:80]}: {why}")
+            )
 
 
 def entries(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -165,7 +168,9 @@ def vet_adapter(facts: dict[str, Any], largest: int, where: str) -> None:
     where = f"{where}: {ADAPTER_CONFIG}"
     for name, (expected, fits) in ADAPTER_TYPES.items():
         if name in facts and not fits(facts[name]):
-            raise ConfigError(f"{where}: {name}={str(facts[name])[:80]}: expected {expected}")
+            raise ConfigError(
+                in_one_line(f"{where}: {name}={str(facts[name])[:80]}: expected {expected}")
+            )
     for key, value in entries(facts):
         name, why = key.rpartition(".")[2], None
         rank = key.startswith("rank_pattern.") or name in ("r", "init_r", "target_r", "rank")
@@ -180,7 +185,7 @@ def vet_adapter(facts: dict[str, Any], largest: int, where: str) -> None:
         ):
             why = "is too long"
         if why:
-            raise ConfigError(f"{where}: {key[:80]}={str(value)[:80]}: {why}")
+            raise ConfigError(in_one_line(f"{where}: {key[:80]}={str(value)[:80]}: {why}"))
 
 
 def shards(index: Path, where: str) -> list[str]:
@@ -193,9 +198,9 @@ def shards(index: Path, where: str) -> list[str]:
     for name in sorted(names):
         if not name.endswith(".safetensors") or not _is_inside(name, index.parent):
             raise ConfigError(
-                f"{where}: {index.name}: {name[:80]}: weights must be .safetensors files inside "
-                "the folder; copy them there, or convert them with save_pretrained(..., "
-                "safe_serialization=True)"
+                f"{where}: {index.name}: {in_one_line(name[:80])}: weights must be "
+                ".safetensors files inside the folder; copy them there, or convert them with "
+                "save_pretrained(..., safe_serialization=True)"
             )
     return sorted(names)
 
