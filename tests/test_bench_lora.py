@@ -77,6 +77,7 @@ def test_adapters_do_the_same_work_as_trls(bench: Bench, lora: str, tmp_path: Pa
 
 
 @needs_trl
+@pytest.mark.slow
 def test_sides_of_two_commands_make_one_page(bench: Bench, tmp_path: Path) -> None:
     page, kept = tmp_path / f"dpo-lora-{NAME}.md", f"--keep={tmp_path / 'kept'}"
     words = ("--lora=lora", kept, "--minutes=5")

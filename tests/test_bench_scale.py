@@ -16,6 +16,7 @@ from scripts.bench.page import short
 SIZES = ("--length=24", "--lengths=12,24", "--batches=1,2", "--models=1x32,2x64", "--vocab=61")
 
 
+@pytest.mark.slow
 def test_each_curve_changes_one_size(
     monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:

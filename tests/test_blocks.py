@@ -131,6 +131,7 @@ def test_the_reference_runs_the_policys_own_code(graphs, family):
     assert graphs()[0] <= 2
 
 
+@pytest.mark.slow
 def test_switching_adapters_off_compiles_once_more(graphs):
     peft = pytest.importorskip("peft")
 
@@ -168,6 +169,7 @@ def one_rank():
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [0, 1])
 def test_sharded_blocks_compile_inside_their_hooks(graphs, one_rank, every):
     def figures(model, row):

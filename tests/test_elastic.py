@@ -70,6 +70,7 @@ def test_the_error_of_all_ranks_is_told_once(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "final").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(tmp_path: Path) -> None:
     script = Path(__file__).resolve().parent.parent / "scripts" / "faults" / "rank.py"
     words = ("launch", "hang", *SFT, "hardware.devices=2", "train.max_steps=5", "run_dir=run",
@@ -86,6 +87,7 @@ def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_all(tmp_path: Path) -
     assert "in never_answers" in after  # where the one that hangs is
 
 
+@pytest.mark.slow
 def test_torchrun_evaluates_as_one_process_does(tmp_path: Path) -> None:
     """Also: the folder's name, which each rank would make up for itself, is one."""
     words = ("stage=evaluate", *TINY[:7], "reward_fn=length", "stage.prompts=6",
@@ -149,6 +151,7 @@ def test_torchrun_starts_one_run_only(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
 
 
+@pytest.mark.slow
 def test_ranks_out_of_memory_go_on_with_smaller_rows(
     tmp_path: Path, alone: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -217,7 +217,10 @@ def test_memory_that_runs_out_elsewhere_is_explained(tmp_path, monkeypatch):
         assert remedy in told
 
 
-@pytest.mark.parametrize("stage", ["dpo", "sft", "reward"])
+SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "reward")]
+
+
+@pytest.mark.parametrize("stage", ["dpo", *SLOW])
 def test_evaluation_finds_its_room_and_training_keeps_it(stage, tmp_path, monkeypatch):
     train(tmp_path / "plain", *words(stage))
     machine = Machine(most=150)

@@ -46,7 +46,14 @@ def short(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> Machine:
     return machine
 
 
-@pytest.mark.parametrize("name", ["hidden_states", "sequence_logprobs", "rewards"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("hidden_states", marks=pytest.mark.slow),
+        "sequence_logprobs",
+        pytest.param("rewards", marks=pytest.mark.slow),
+    ],
+)
 def test_an_evaluation_finds_its_room(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -71,6 +71,7 @@ def test_a_recipe_sees_changed_rows(tmp_path):
     assert outside_files([f"data.path={path}"], tmp_path) == {}  # the recipe's own files
 
 
+@pytest.mark.slow
 def test_a_sweep_over_a_group(cli, tmp_path):
     """Keys that only the swept options have must not be looked for in the default ones."""
     train(tmp_path / "sft", "stage=sft", "train.max_steps=1")

@@ -285,3 +285,26 @@ class TestHub:
         assert [a[:2] for a in asked] == [("o/n", "v1")]
         assert asked[0][2] <= 10
         assert loaded == [("o/n", "c", s, "ab" * 20) for s in ("train", "test")]
+
+    @pytest.mark.parametrize(
+        ("splits", "held"),
+        [(["train", "test"], "test"), (["validation", "train"], "validation"), (["train"], None)],
+    )
+    def test_a_usual_held_out_split_is_found(
+        self, monkeypatch: pytest.MonkeyPatch, splits: list[str], held: str | None
+    ) -> None:
+        asked = []
+
+        def get_dataset_split_names(repo: str, name: str | None, *, revision: str) -> list[str]:
+            asked.append((repo, name, revision))
+            return splits
+
+        monkeypatch.setattr(datasets, "get_dataset_split_names", get_dataset_split_names)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        commit = "ab" * 20
+        monkeypatch.setattr(sources, "resolve_commit", lambda hub_id, revision: commit)
+        source = find_source(JsonlDataConfig(hub_id="o/n", hub_config="c"), "eval")
+        assert (source.split if source else None) == held
+        assert asked == [("o/n", "c", commit)]
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        assert find_source(JsonlDataConfig(hub_id="o/n"), "eval") is None

@@ -440,7 +440,12 @@ if ranks == 1 or dist.get_rank() == 0:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells a peak")
 @pytest.mark.parametrize(
-    ("kind", "ranks", "most"), [("lora", 1, 1.7), ("full", 1, 3.3), ("full", 2, 3.0)]
+    ("kind", "ranks", "most"),
+    [
+        ("lora", 1, 1.7),
+        pytest.param("full", 1, 3.3, marks=pytest.mark.slow),
+        pytest.param("full", 2, 3.0, marks=pytest.mark.slow),
+    ],
 )
 def test_peak_memory_of_the_host_in_sizes_of_the_file(tmp_path, kind, ranks, most):
     """Its mapped pages are one, float32 masters two, half of them on two ranks; what is copied for

@@ -158,8 +158,8 @@ class TrainConfig:
     log_every_steps: int = key(1, "steps between lines of metrics.jsonl", bound=at_least(1))
     shuffle: bool = key(True, "another order of the data in each epoch")
     router_aux_loss_coef: float = key(
-        0.0, "adds this much of transformers' load-balancing loss of a mixture of experts "
-        "(sft, dpo, reward)", bound=at_least(0, 1e6),
+        0.0, "adds this much of transformers' load-balancing loss of a mixture of experts to the "
+        "training loss (sft, dpo, reward); eval/loss is without it", bound=at_least(0, 1e6),
     )  # fmt: skip
     best_metric: str = key(
         "loss", "held-out metric that names the best checkpoint; sft: also perplexity, dpo and "

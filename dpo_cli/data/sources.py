@@ -112,7 +112,7 @@ def find_source(config: DataConfig, which: Which) -> Source | None:
         raise ConfigError(f"data={config.name}: set data.path=<file or folder> or data.hub_id=")
     split = config.train_split if which == "train" else held
     if split == AUTO:
-        split = ON_HUB.get(config.name)
+        split = ON_HUB.get(config.name) or _usual_hub_split(config)
     return None if split is None else _hub_source(config, config.hub_id, split)
 
 
@@ -225,6 +225,23 @@ def _hub_source(config: DataConfig, hub_id: str, split: str) -> Source:
     return Source(
         origin, hub_id=hub_id, hub_config=config.hub_config, revision=commit, split=split
     )  # fmt: skip
+
+
+def _usual_hub_split(config: DataConfig) -> str | None:
+    """The first held-out split with a common name that a dataset of the hub has.
+
+    Offline, where splits cannot be listed, there is none: what is cached is the training split.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return None
+    hub_id = str(config.hub_id)
+    commit = resolve_commit(hub_id, config.revision)
+    with _hub_errors(hub_id):
+        names = datasets.get_dataset_split_names(hub_id, config.hub_config, revision=commit)
+    return next((name for name in USUAL if name in names), None)
 
 
 @cache  # so that train and eval rows of a run come from one commit
