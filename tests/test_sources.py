@@ -7,7 +7,9 @@ import gzip
 import json
 import pickle
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -15,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from composing import problems
 from dpo_cli.config import HhDataConfig, JsonlDataConfig
 from dpo_cli.data import sources
 from dpo_cli.data.sources import content_digest, find_source, read_rows
@@ -28,13 +31,23 @@ ROWS = [
 
 
 def write_json_lines(path: Path, rows: list[dict] = ROWS) -> None:
-    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (gzip.open if path.suffix == ".gz" else open)(path, "wb").write(text.encode())
+    path.parent.mkdir(exist_ok=True)
+    (gzip.open if path.suffix == ".gz" else open)(path, "wb").write(json_lines(rows))
 
 
-def write_csv(path: Path) -> None:
+def json_lines(rows: list[dict] = ROWS) -> bytes:
+    return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode()
+
+
+def write_arrow(path: Path, new: Callable[..., Any]) -> None:
+    table = pyarrow.Table.from_pylist(ROWS)
+    with new(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+def write_csv(path: Path, delimiter: str = ",") -> None:
     with path.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(ROWS[0]))
+        writer = csv.DictWriter(stream, list(ROWS[0]), delimiter=delimiter)
         writer.writeheader()
         writer.writerows(ROWS)
 
@@ -48,6 +61,15 @@ WRITERS = {
         pyarrow.Table.from_pylist(ROWS), path, row_group_size=2
     ),
     "rows.csv": write_csv,
+    "rows.tsv": lambda path: write_csv(path, "\t"),
+    "rows.ndjson": write_json_lines,
+    "rows.jsonl.zst": lambda path: path.write_bytes(
+        pyarrow.compress(json_lines(), codec="zstd", asbytes=True)
+    ),
+    "rows.arrow": lambda path: write_arrow(path, pyarrow.ipc.new_stream),
+    "file.arrow": lambda path: write_arrow(path, pyarrow.ipc.new_file),
+    "data.json": lambda path: path.write_text(json.dumps({"data": ROWS}, indent=1)),
+    "line.json": lambda path: path.write_text(json.dumps({"version": "1", "rows": ROWS})),
     "saved": lambda path: datasets.Dataset.from_list(ROWS).save_to_disk(path),
 }
 
@@ -59,6 +81,23 @@ def test_every_format_gives_the_same_rows(name: str, tmp_path: Path) -> None:
     assert list(rows.rows) == ROWS
     assert rows.origin == name
     assert rows.revision is None
+
+
+def test_a_pattern_of_files(tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "b" / "2.jsonl", ROWS[1:])
+    write_json_lines(tmp_path / "a" / "1.jsonl", ROWS[:1])
+    write_json_lines(tmp_path / "a" / "1.other", ROWS)
+    rows = read_rows(JsonlDataConfig(path=f"{tmp_path}/*/*.jsonl"), "train")
+    assert list(rows.rows) == ROWS
+    assert problems(["stage=dpo", "data=jsonl", f"data.path={tmp_path}/*/*.jsonl"]) == []
+    (told,) = problems(["stage=dpo", "data=jsonl", f"data.path={tmp_path}/*.jsonl"])
+    assert told.endswith("no such file or folder")
+
+
+def test_one_conversation_is_no_list_of_rows(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}]}
+    (tmp_path / "one.json").write_text(json.dumps(row))
+    assert read_rows(JsonlDataConfig(path=str(tmp_path / "one.json")), "train").rows == [row]
 
 
 def test_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
@@ -171,7 +210,7 @@ def test_bad_json_line_is_named(tmp_path: Path) -> None:
 
 
 def test_torn_files(tmp_path: Path) -> None:
-    for name in ("rows.jsonl.gz", "rows.parquet"):
+    for name in ("rows.jsonl.gz", "rows.jsonl.zst", "rows.parquet", "file.arrow"):
         WRITERS[name](tmp_path / name)
         whole = (tmp_path / name).read_bytes()
         for content in (whole[: len(whole) // 2], whole[:-1], b"no" + whole[2:-4] + b"such"):

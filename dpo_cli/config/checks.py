@@ -7,6 +7,7 @@ A line is `key=value: what is wrong; the remedy`. What a stage asks of its own k
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from dpo_cli.config import (
     SentimentRewardFn,
     spec_of,
 )
-from dpo_cli.config.datasets import CHAT_TEMPLATES
+from dpo_cli.config.datasets import CHAT_TEMPLATES, column_problems
 from dpo_cli.config.keys import LOCAL, facts
 from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.config.stages.base import no_effect
@@ -91,7 +92,8 @@ def _files(config: RunConfig, coming: Sequence[Path]) -> Iterator[str]:
             local = fact.path == LOCAL or path.startswith((".", "/")) or path.count("/") > 1
             if any(map(Path(path).is_relative_to, coming)):
                 continue
-            refused = _refused(path) if local else None
+            pattern = key.startswith("data.") and glob.has_magic(path) and glob.glob(path)
+            refused = _refused(path) if local and not pattern else None
             if isinstance(refused, (FileNotFoundError, NotADirectoryError)):
                 or_file = " file or" if fact.path == LOCAL else ""
                 yield f"{key}={path}: no such{or_file} folder"
@@ -163,6 +165,7 @@ def _data(config: RunConfig) -> Iterator[str]:
         hint = did_you_mean(data.chat_template, CHAT_TEMPLATES)
         known = ", ".join(CHAT_TEMPLATES)
         yield f"data.chat_template={data.chat_template}: must be one of {known}, or a file{hint}"
+    yield from column_problems(data)
     spec, label = spec_of(config.stage), getattr(data, "label_field", None)
     if label and spec.trains and not spec.takes_labels:
         yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,8 @@ class DataConfig:
     revision: str | None = key(None, "branch, tag or commit on the hub; the commit is recorded")
     path: str | None = key(
         None,
-        "local file (.jsonl, .jsonl.gz, .json, .parquet, .csv) or folder; takes precedence over "
-        "data.hub_id",
+        "local file (.jsonl, .ndjson, .jsonl.gz, .jsonl.zst, .json, .parquet, .arrow, .csv, .tsv), "
+        "pattern of files (data/*.jsonl) or folder; takes precedence over data.hub_id",
         path=LOCAL,
     )
     eval_path: str | None = key(None, "file or folder of held-out rows", path=LOCAL)
@@ -152,11 +153,41 @@ class UltrafeedbackDataConfig(DataConfig):
     name: str = key("ultrafeedback", "which adapter reads the rows")
 
 
+# Formats of data=jsonl: how each is read. Which columns have it: data/adapters/formats.py.
+FORMATS = {
+    "pairs": "prompt, chosen and rejected (or question, response_j, response_k ...)",
+    "implicit": "chosen and rejected texts that begin with the same prompt",
+    "sharegpt": "ShareGPT: turns from human and gpt; the last one, or chosen and rejected, answer",
+    "swift": "ms-swift: messages, of which the last is chosen, and rejected_response",
+    "axolotl": "messages as the prompt, chosen and rejected messages",
+    "nemo": "NeMo: context and completions by rank",
+    "alpaca": "alpaca: instruction and input as the prompt, output (or chosen and rejected)",
+    "ultrafeedback": "UltraFeedback: completions ordered by score",
+    "nectar": "Nectar: answers ordered by rank",
+    "helpsteer": "HelpSteer: two responses, ordered by the strength of preference",
+    "ranked": "prompt and responses, best first or by scores",
+    "kto": "prompt, completion and label",
+    "completion": "prompt and completion (or response, answer, output)",
+    "messages": "conversations, of which the last message answers",
+    "text": "texts without a prompt",
+    "prompts": "prompts without responses",
+}
+# Keys that name columns: with any of them set, the format is not looked for.
+COLUMN_KEYS = (
+    "prompt_field", "chosen_field", "rejected_field", "responses_field", "scores_field",
+    "label_field", "finished_field",
+)  # fmt: skip
+
+
 @dataclass
 class JsonlDataConfig(DataConfig):
     """Your own rows: text or chat prompts with chosen and rejected responses."""
 
     name: str = key("jsonl", "which adapter reads the rows")
+    format: str = key(
+        "auto", "how rows are read; auto: by their columns | columns: those that data.*_field name",
+        choices=("auto", "columns", *FORMATS),
+    )  # fmt: skip
     prompt_field: str | None = key(
         "prompt", "field of the prompt; null: the messages before the answer"
     )
@@ -184,6 +215,16 @@ class JsonlDataConfig(DataConfig):
     finished_field: str | None = key(
         None, "field of one bool per response; false: it was truncated and gets no EOS"
     )
+
+
+def column_problems(data: DataConfig) -> Iterator[str]:
+    """Column keys that a chosen format does not read."""
+    if not isinstance(data, JsonlDataConfig) or data.format in ("auto", "columns"):
+        return
+    for name in COLUMN_KEYS:
+        value = getattr(data, name)
+        if value != getattr(JsonlDataConfig(), name):
+            yield f"data.{name}={value}: has no effect with data.format={data.format}; remove it"
 
 
 DATA_SCHEMAS: dict[str, type[DataConfig]] = {

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from dpo_cli.config import DataConfig
+from dpo_cli.config import DataConfig, JsonlDataConfig
+from dpo_cli.config.datasets import FORMATS
 from dpo_cli.data.adapters import ADAPTERS
+from dpo_cli.data.adapters.formats import recognized
 from dpo_cli.data.drops import MISSING, BadRow, DropReport, response_name
 from dpo_cli.data.files import Most, Row, too_long
 from dpo_cli.data.notes import note_scores
@@ -23,6 +25,7 @@ def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[
     A column missing from the very first row is treated as a wrong setting, not a bad row.
     """
     parse = ADAPTERS[config.name]
+    config = _with_format(config, rows, drops)
     examples_of_all: list[PreferenceExample] = []
     most = Most.of(config).row
     for index, row in rows.numbered(config.max_rows, seed):
@@ -50,6 +53,16 @@ def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[
         reasons = "; ".join(drops.summary_lines()) or "it is empty"
         raise DataError(f"{rows.origin}: no row can be used: {reasons}")
     return examples_of_all
+
+
+def _with_format(config: DataConfig, rows: Rows, drops: DropReport) -> DataConfig:
+    """With the format of the rows, which is reported."""
+    if not isinstance(config, JsonlDataConfig):
+        return config
+    config = recognized(config, rows.rows)
+    if config.format in FORMATS:
+        drops.formats[FORMATS[config.format]] = len(rows.rows)
+    return config
 
 
 def in_one_form(examples: list[PreferenceExample]) -> list[PreferenceExample]:

@@ -243,7 +243,7 @@ def _fit(
             )
     ended = list(zip(texts, map(list, written.end_ids), strict=True))
     long_prompt = len(prompt) > limits.max_prompt_length
-    longest = max(len(ids) + len(end) for ids, end in ended)
+    longest = max((len(ids) + len(end) for ids, end in ended), default=0)
     if truncated_prompt := long_prompt and len(prompt) + longest > limits.max_length:
         prompt = _shorten(prompt, limits.max_prompt_length, encoder.keep_prompt, facts)
     room = limits.max_length - len(prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ SAVED_DATASET = ("dataset_dict.json", "state.json")  # written by datasets.save_
 MB = 2**20
 ROW_BYTES = 256  # that a row takes in memory beside its texts, so that empty ones count, too
 MOST_FILE_MB = 8192  # where data.max_file_mb is null
+ROW_LISTS = ("data", "rows", "examples", "instances")  # names of a list of rows in an object
 # A text is compressed to a tenth; what expands more than this was made to.
 GZIP_RATIO, GZIP_MB = 100, 64
 
@@ -40,7 +42,7 @@ class Most:
 
     def for_file(self, path: Path) -> Most:
         """With the limit of a compressed file by its size, unless one is given."""
-        if path.suffix != ".gz" or self.given:
+        if path.suffix not in OPEN or self.given:
             return self
         expanded = max(GZIP_MB * MB, GZIP_RATIO * path.stat().st_size)
         return Most(self.row, min(self.file, expanded))
@@ -76,7 +78,7 @@ def read_file(path: Path, most: Most) -> list[Row]:
         raise DataError(f"{path}: unknown file type; supported are {', '.join(READERS)}")
     try:
         meter = Meter(path, most.for_file(path))
-        if path.suffix != ".gz":  # known before it is read
+        if path.suffix not in OPEN:  # known before it is read
             Meter(path, meter.most).add(path.stat().st_size, 0)
         return reader(path, meter)
     except (OSError, EOFError, zlib.error) as error:
@@ -86,7 +88,7 @@ def read_file(path: Path, most: Most) -> list[Row]:
 
 def suffix(path: Path) -> str:
     """`.jsonl`, or `.jsonl.gz` of a compressed file."""
-    return "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
+    return "".join(path.suffixes[-2:]) if path.suffix in OPEN else path.suffix
 
 
 def bounded_lines(stream: IO[AnyStr], meter: Meter) -> Iterator[AnyStr]:
@@ -101,9 +103,15 @@ def bounded_lines(stream: IO[AnyStr], meter: Meter) -> Iterator[AnyStr]:
 
 
 def _read_json_lines(path: Path, meter: Meter) -> list[Row]:
-    open_binary = gzip.open if path.suffix == ".gz" else open
-    with open_binary(path, "rb") as stream:
+    with OPEN.get(path.suffix, open)(path, "rb") as stream:
         return list(_json_rows(path, stream, meter))
+
+
+def _open_zstd(path: Path, mode: str) -> IO[bytes]:
+    import pyarrow
+
+    assert mode == "rb"
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 
 def _json_rows(path: Path, stream: Any, meter: Meter) -> Iterator[Row]:
@@ -133,18 +141,36 @@ def unique(pairs: list[tuple[str, Any]]) -> Row:
 
 
 def _read_json(path: Path, meter: Meter) -> list[Row]:
-    """A list of objects; JSON Lines files often have this suffix too."""
+    """A list of objects, or an object with one; JSON Lines files often have this suffix too."""
     with path.open("rb") as stream:
-        if stream.read(MB).lstrip()[:1] == b"{":
+        first = stream.readline(meter.most.row + 1)
+        if first.lstrip()[:1] == b"{" and (len(first) > meter.most.row or _is_json(first)):
             stream.seek(0)
-            return list(_json_rows(path, stream, meter))
+            rows = list(_json_rows(path, stream, meter))
+            return _inner(rows[0]) or rows if len(rows) == 1 else rows
     try:
-        rows = json.loads(path.read_bytes(), object_pairs_hook=unique)
+        value = json.loads(path.read_bytes(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    listed = _inner(value) if isinstance(value, dict) else value
+    if not isinstance(listed, list) or not all(isinstance(row, dict) for row in listed):
         raise DataError(f"{path}: expected a list of objects, or one object per line")
-    return rows
+    return listed
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _inner(value: dict[str, Any]) -> list[Row] | None:
+    """The rows of an object that has a list of them under a usual name."""
+    lists = (value.get(name) for name in ROW_LISTS)
+    found = (rows for rows in lists if isinstance(rows, list) and rows)
+    return next((rows for rows in found if all(isinstance(row, dict) for row in rows)), None)
 
 
 def _read_parquet(path: Path, meter: Meter) -> list[Row]:
@@ -163,6 +189,27 @@ def _read_parquet(path: Path, meter: Meter) -> list[Row]:
     return rows
 
 
+def _read_arrow(path: Path, meter: Meter) -> list[Row]:
+    """Arrow's stream format, which the datasets library writes, or its file format."""
+    import pyarrow
+
+    rows: list[Row] = []
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            try:
+                batches = pyarrow.ipc.open_stream(source)
+            except pyarrow.ArrowInvalid:
+                opened = pyarrow.ipc.open_file(source)
+                batches = map(opened.get_batch, range(opened.num_record_batches))
+            for batch in batches:
+                refuse_twice(path, batch.schema.names)
+                meter.add(batch.nbytes, batch.num_rows)
+                rows += batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable arrow file ({error})") from error
+    return rows
+
+
 def refuse_twice(path: Path, names: Sequence[str]) -> None:
     """Raise DataError where two columns have one name: all values of one would be lost."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -173,7 +220,8 @@ def _read_csv(path: Path, meter: Meter) -> list[Row]:
     """The first line names the columns; every value is a string."""
     csv.field_size_limit(min(meter.most.row, 2**31 - 1))  # the default rejects over 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(bounded_lines(stream, meter), strict=True)
+        mark = "\t" if path.suffix == ".tsv" else ","
+        reader = csv.DictReader(bounded_lines(stream, meter), strict=True, delimiter=mark)
         try:
             refuse_twice(path, list(reader.fieldnames or ()))
             rows = list(reader)
@@ -190,12 +238,18 @@ def _told(error: Exception, meter: Meter) -> str:
     return f"a cell is {too_long(meter.most.row)}" if large else str(error)
 
 
+OPEN: dict[str, Callable[[Path, Any], Any]] = {".gz": gzip.open, ".zst": _open_zstd}
+
 READERS: dict[str, Callable[[Path, Meter], list[Row]]] = {
     ".jsonl": _read_json_lines,
     ".jsonl.gz": _read_json_lines,
+    ".jsonl.zst": _read_json_lines,
+    ".ndjson": _read_json_lines,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import random
@@ -154,6 +155,9 @@ def _local_source(
     if place.is_file():
         return Source(place.name, files=(place,))
     if not place.is_dir():
+        matching = sorted(Path(name) for name in glob.glob(str(place), recursive=True))
+        if files := [file for file in matching if file.is_file()]:
+            return Source(path, files=tuple(files))
         raise DataError(f"{key}={path}: no such file or folder")
     if is_saved_dataset(place):
         return Source(place.name, saved=_saved_split(place, split, key))

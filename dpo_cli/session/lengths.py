@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dpo_cli.config import EvaluateConfig, PpoConfig, SampleConfig
+from dpo_cli.errors import ConfigError
 from dpo_cli.records import EncodedExample
 from dpo_cli.statistics import share_interval
 
@@ -32,6 +33,8 @@ def with_new_tokens(
     """The stage with its `max_new_tokens`, taken from the rows if it is null."""
     if stage.max_new_tokens is not None:
         return stage
+    if not any(e.response_ids for e in examples):
+        raise ConfigError("stage.max_new_tokens=null: the rows have no responses to set it by")
     tokens = needed_tokens(examples)
     note(f"stage.max_new_tokens={tokens}: {PERCENTILE}% of the data's responses are no longer")
     return replace(stage, max_new_tokens=tokens)

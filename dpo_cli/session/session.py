@@ -103,7 +103,8 @@ def load_data(
     """Encoded rows for a model of that context length. announce: note what was dropped."""
     config = session.config
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
-    for line in splits.drops.summary_lines() if announce else []:
+    drops = splits.drops
+    for line in (*drops.format_lines(), *drops.summary_lines()) if announce else ():
         session.note(line)
     session.data_facts = {
         "name": config.data.name, "hub_id": config.data.hub_id, "path": config.data.path,

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.config import DataConfig, RewardModelFn, RunConfig
+from dpo_cli.config import DataConfig, RewardModelFn, RunConfig, spec_of
+from dpo_cli.config.datasets import FORMATS
 from dpo_cli.data import trained
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.errors import DataError
@@ -41,10 +42,21 @@ def refuse_same(config: DataConfig, splits: EncodedSplits) -> None:
         )
 
 
+def refuse_labels(config: RunConfig, splits: EncodedSplits) -> None:
+    """DataError if a stage would take responses that are labeled undesirable for good ones."""
+    spec = spec_of(config.stage)
+    if FORMATS["kto"] in splits.drops.formats and spec.trains and not spec.takes_labels:
+        raise DataError(
+            f"{splits.origin}: rows with a label each, which stage={config.stage.name} does not "
+            "read: use stage=kto, or data.format=completion to take every response for good"
+        )
+
+
 def held_out_line(config: RunConfig, splits: EncodedSplits) -> str | None:
     """A note for a training run without held-out rows, or whose initial weights were trained on
-    some of them; None if neither. Raises DataError as `refuse_same` does."""
+    some of them; None if neither. Raises DataError as `refuse_same` and `refuse_labels` do."""
     refuse_same(config.data, splits)
+    refuse_labels(config, splits)
     if not splits.eval:
         return (
             "no rows are held out, so nothing is measured on prompts outside the training data; "

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.config import KtoConfig, RunConfig
 from dpo_cli.data.dataset import EncodedSplits
+from dpo_cli.errors import DataError
 from dpo_cli.losses.kto import SINGLE_LOSSES, kl_estimate
 from dpo_cli.model.forward import loss_and_logprobs
 from dpo_cli.records import Batch, EncodedExample, LossOutput
@@ -131,6 +132,11 @@ def labelled(rows: Sequence[EncodedExample], splits: EncodedSplits, stage: KtoCo
     examples: list[EncodedExample] = []
     desirable: list[bool] = []
     for row in rows:
+        if len(row.response_ids) == 1 and row.scores is None:
+            raise DataError(
+                f"stage=kto: row {row.row} has one response and no label: give pairs, or a column "
+                "label (data.label_field) that is true or false"
+            )
         for place, ids in enumerate(row.response_ids):
             examples.append(replace(row, response_ids=(ids,), scores=None))
             single = len(row.response_ids) == 1 and row.scores is not None
@@ -146,7 +152,7 @@ def mismatched(examples: Sequence[EncodedExample], max_length: int) -> list[Enco
     prompts = [example.prompt_ids.tobytes() for example in examples]
     result = []
     for place, example in enumerate(examples):
-        order = [(place + ahead) % len(examples) for ahead in range(1, len(examples))]
+        order = ((place + ahead) % len(examples) for ahead in range(1, len(examples)))
         other = next((i for i in order if prompts[i] != prompts[place]), place)
         room = max(1, max_length - len(example.prompt_ids))
         ids = examples[other].response_ids[0][:room]

@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_cli.config import JsonlDataConfig
 from dpo_cli.data.adapters.columns import as_bool, as_number, as_text, column, kind
+from dpo_cli.data.adapters.formats import in_columns
 from dpo_cli.data.adapters.messages import (
     as_list,
     messages,
@@ -22,16 +23,17 @@ from dpo_cli.records import Message, PreferenceExample, Prompt, Response
 
 
 def parse(row: dict[str, Any], index: int, config: JsonlDataConfig) -> Iterable[PreferenceExample]:
-    """Columns are named by `data.*_field`.
+    """Columns are named by `data.*_field`, or those of `data.format` (see formats.py).
 
     A prompt is a text or a list of messages. A response is a text or a conversation whose last
     message is the answer; the messages before it must equal the prompt (or end with it, if that is
     a text), or are the prompt if the row has none. A list of responses with scores is sorted by
     them. With a system message or tools, a text prompt becomes a user message.
     """
+    row, config = in_columns(row, config)
     answers = _answers(row, config)
     split = [_response(value, field) for field, value in answers]
-    prompt = _prompt(row, config, split[0][0])
+    prompt = _prompt(row, config, split[0][0] if split else [])
     for (field, _), (before, _) in zip(answers, split, strict=True):
         prompt = _agreed(prompt, before, field)
     responses = tuple(response for _, response in split)
@@ -58,7 +60,7 @@ def _answers(row: dict[str, Any], config: JsonlDataConfig) -> list[tuple[str, An
         return [(field, column(row, field)) for field in fields if field is not None]
     name = config.responses_field
     ranked = as_list(column(row, name), name)
-    if not isinstance(ranked, list) or not ranked:
+    if not isinstance(ranked, list) or not (ranked or config.format == "prompts"):
         raise BadRow(f"is {kind(ranked)}, not a list of responses", name)
     return [(name, value) for value in ranked]
 
@@ -121,6 +123,8 @@ def _with_tools(prompt: Prompt, row: dict[str, Any], config: JsonlDataConfig) ->
 def _scores(row: dict[str, Any], config: JsonlDataConfig, count: int) -> tuple[float, ...] | None:
     if config.label_field is not None:
         value = column(row, config.label_field)
+        if isinstance(value, str):  # of a CSV
+            value = {"true": 1, "1": 1, "false": 0, "0": 0}.get(value.strip().lower(), value)
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise BadRow(f"is {kind(value)}, not true or false, 1 or 0", config.label_field)
         return (float(value),)
