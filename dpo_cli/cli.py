@@ -102,6 +102,10 @@ def dispatch(words: list[str]) -> int:
     # Of libraries' own children too (compilers, launchers): none imports from the current folder.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     os.environ.setdefault("USE_HUB_KERNELS", "NO")  # transformers fetches code for some families
+    if words[:1] == ["convert"]:
+        from dpo_cli.workflow.convert import convert
+
+        return convert(words[1:])
     quiet_hydra()
     ensure_home()
     if launch.rank() is not None:

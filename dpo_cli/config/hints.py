@@ -18,6 +18,7 @@ from dpo_cli.config import (
     RunConfig,
 )
 from dpo_cli.config.keys import Fact
+from dpo_cli.config.peers import counterpart
 
 TABLES: dict[str, Mapping[str, type]] = {
     "data": DATA_SCHEMAS,
@@ -144,6 +145,8 @@ def unknown_key(path: str, options: Mapping[str, str]) -> str:
     near_leaf = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
     if leaf in by_leaf:
         hint = f"did you mean {by_leaf[leaf]}?"
+    elif "." not in path and (theirs := counterpart(path)):
+        hint = theirs
     elif close:
         hint = f"did you mean {close[0]}{_of(holders.get(close[0]))}?"
     else:

@@ -19,6 +19,7 @@ from dpo_cli.config.hints import (
     valid_keys,
 )
 from dpo_cli.config.paths import recipes_dir
+from dpo_cli.config.peers import counterpart
 from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.errors import ConfigError
 
@@ -99,7 +100,7 @@ def _unknown(key: str, overrides: Sequence[str]) -> str:
         )
     hint = did_you_mean(key, [*choosable(), *root_keys(), "recipe", "resume"])
     leaves = {valid.rpartition(".")[2] for valid in valid_keys(chosen)}
-    if not hint or "." in key or key in leaves:  # lr means optim.lr, not lora
+    if not hint or "." in key or key in leaves or counterpart(key):  # lr: optim.lr, not lora
         return unknown_key(key, chosen)
     return f"{key}: unknown group or key{hint}"
 

@@ -50,6 +50,7 @@ Ways to run
   -m                        sweep over values separated by commas; on Slurm: hydra/launcher=slurm
   recipe=NAME vars.x=...    ordered steps; run again, it goes on where it stopped
   --config-dir DIR          your own YAML files: DIR/model/mine.yaml is then model=mine
+  convert FILE              the command for a file of TRL, axolotl or LLaMA-Factory
   stage=dpo --help          what the keys of an option mean (any group: optim=adamw --help)
   --cfg job | --info | --hydra-help | --shell-completion | --version
 
