@@ -191,10 +191,11 @@ def test_words_of_the_reference_code(capsys: pytest.CaptureFixture[str]) -> None
         ("base_model: a/b\nrl: kto", "kto", set()),
         ("base_model: a/b\nrl: grpo", "dpo", {"rl"}),
         ("stage: rm\nmodel_name_or_path: a/b", "reward", set()),
-        ("model_name_or_path: a/b\nmax_steps: -1\nsave_steps: 0.1", "sft", {"save_steps"}),
+        ("model_name_or_path: a/b\nmax_steps: -1\nsave_steps: 0.1", "sft",
+         {"(trainer)", "save_steps"}),
         ("model_name_or_path: a/b\nbeta: 0.1\nfp16: true\noptim: lion\nloss_type: sft", "dpo",
          {"fp16", "optim", "loss_type"}),
-        ("model_name_or_path: a/b\ndesirable_weight: 1.5", "kto", set()),
+        ("model_name_or_path: a/b\ndesirable_weight: 1.5", "kto", {"(trainer)"}),
     ],
 )  # fmt: skip
 def test_what_is_left_has_a_reason(
@@ -225,6 +226,29 @@ def test_a_file_that_is_none(
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dataset_mixer: {a/b: 1.0}\ndataset_splits: [train_prefs, test_prefs]",
+        "dataset_mixture: {datasets: [{id: a/b, split: train_prefs}]}\n"
+        "dataset_test_split: test_prefs",
+    ],
+)
+def test_a_mixture_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    (tmp_path / "c.yaml").write_text(f"model_name_or_path: a/b\nloss_type: ipo\n{text}")
+    words, left, _ = converted(capsys, str(tmp_path / "c.yaml"))
+    assert left == {}
+    assert words["data.hub_id"] == "a/b"
+    assert words["data.train_split"] == "train_prefs"
+    assert words["data.eval_split"] == "test_prefs"
+
+
+def test_a_mixture_of_several_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text("loss_type: ipo\ndataset_mixer: {a/b: 1.0, c/d: 0.5}")
+    _, left, _ = converted(capsys, str(tmp_path / "c.yaml"))
+    assert left == {"dataset_mixer": "one data set at a time: data.path or data.hub_id"}
 
 
 def test_each_counterpart_is_a_key() -> None:

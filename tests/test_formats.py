@@ -85,7 +85,10 @@ DEMONSTRATIONS: dict[str, list[dict[str, Any]]] = {
     "messages": [{"messages": [USER, said(GOOD)]}, {"conversations": [USER, said(GOOD)]}],
     "sharegpt": [{"conversations": [HUMAN, gpt(GOOD)]}],
     "alpaca": [{"instruction": Q, "input": "", "output": GOOD}],
-    "kto": [{"prompt": Q, "completion": GOOD, "label": True}],
+    "kto": [
+        {"prompt": Q, "completion": GOOD, "label": True},
+        {"messages": [USER, said(GOOD)], "label": False},
+    ],
 }  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def workplace(tmp_path_factory) -> Path:
     rated = [{"prompt": p, "response": c, "good": i % 2 == 0} for i, (p, c, _) in enumerate(said)]
     for name, content in (("pairs.jsonl", rows), ("hh.jsonl", hh), ("rated.jsonl", rated)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in content))
+    (folder / "config.yaml").write_text("base_model: my-model\nrl: dpo\nlearning_rate: 1e-6\n")
     return folder
 
 
@@ -58,6 +59,8 @@ def stand_ins(words: list[str]) -> list[str]:
     if names := [w.removeprefix("recipe=") for w in words if w.startswith("recipe=")]:
         small = RECIPE if names == ["preferences"] else ()
         return [*words, *small, f"run_dir=recipe-{names[0]}"]
+    if words[0] == "convert":
+        return words
     extra = [w for w in HUB if not any(v.startswith(w.split("=")[0] + "=") for v in words)]
     local = extra if "data=hh" in words else []
     if "stage=inspect" in words or "--cfg" in words or "--help" in words:

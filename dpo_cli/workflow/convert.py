@@ -34,8 +34,8 @@ STAGES = {
 }  # fmt: skip
 OPTIMIZERS = {
     "adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "adamw": "adamw",
-    "adamw_8bit": "adamw8bit", "adamw_bnb_8bit": "adamw8bit", "paged_adamw_8bit": "adamw8bit",
-    "rmsprop": "rmsprop",
+    "paged_adamw_32bit": "adamw", "adamw_8bit": "adamw8bit", "adamw_bnb_8bit": "adamw8bit",
+    "paged_adamw_8bit": "adamw8bit", "rmsprop": "rmsprop",
 }  # fmt: skip
 SCHEDULES = {"constant_with_warmup": "constant", "constant": "constant", "linear": "linear",
              "cosine": "cosine"}  # fmt: skip
@@ -52,7 +52,7 @@ def convert(words: Sequence[str]) -> int:
     conversion = converted(*_read(words))
     command = [as_override(key, value) for key, value in conversion.words.items()]
     print(" \\\n  ".join(["dpo-run", *map(shlex.quote, command)]))
-    done, count = len(conversion.carried), len(conversion.carried) + len(conversion.left)
+    done, count = len(conversion.carried), len(conversion.theirs)
     print(f"carried {done} of {count} settings of {conversion.tool}", file=sys.stderr)
     for name, why in conversion.left.items():
         print(in_one_line(f"  {name}: {why}"), file=sys.stderr)
@@ -92,12 +92,11 @@ def converted(theirs: dict[str, Any], folder: Path) -> Conversion:
         if name in SAME:
             result.words.setdefault(SAME[name], value)
             result.carried.add(name)
-    for name in theirs.keys() - result.carried - result.left.keys():
+    for name in [n for n in theirs if n not in result.carried | result.left.keys()]:
         result.left[name] = WITHOUT.get(name) or (
             f"see {CHANGED[name]}" if name in CHANGED else "nothing of dpo-run does this"
         )
     _only_of_stage(result)
-    result.left = {name: result.left[name] for name in theirs if name in result.left}
     return result
 
 
@@ -135,6 +134,8 @@ def _stage(result: Conversion) -> None:
         stage = "kto" if "desirable_weight" in result.theirs else "dpo"
         if loss is None and stage == "dpo" and not any(name in result.theirs for name in hints):
             stage = "sft"
+        if loss is None:
+            result.left["(trainer)"] = f"not in the file; taken for stage={stage}"
     else:
         loss = result.first("loss")
         stage = "sft" if loss == "sft" else "dpo"

@@ -15,6 +15,7 @@ COLUMNS = {"prompt": "prompt_field", "response": "chosen_field", "chosen": "chos
            "rejected": "rejected_field", "system": "system_field", "tools": "tools_field",
            "kto_tag": "label_field", "messages": "chosen_field"}  # fmt: skip
 
+ONE = "one data set at a time: data.path or data.hub_id"
 # Names of columns by which a format is recognized (data/adapters/formats.py).
 USUAL = {
     "prompt", "question", "instruction", "input", "history", "system", "tools", "output",
@@ -73,10 +74,29 @@ def read_data(result: Conversion) -> None:
         words["data.path" if is_local(named, result.folder) else "data.hub_id"] = named
     elif named is not None:
         name = next(n for n in ("dataset_name", "datasets", "dataset") if n in result.carried)
-        result.drop(name, "one data set at a time: data.path or data.hub_id")
+        result.drop(name, ONE)
+    _mixture(result)
     cut = result.first("truncation_mode")
     if cut in ("keep_end", "keep_start"):
         words["data.keep_prompt"] = cut.removeprefix("keep_")
+
+
+def _mixture(result: Conversion) -> None:
+    """The alignment handbook's dataset_mixer, or dataset_mixture, of a single data set."""
+    mixer, mixture = result.first("dataset_mixer"), result.first("dataset_mixture")
+    listed = mixture.get("datasets") if isinstance(mixture, dict) else None
+    if isinstance(mixer, dict) and len(mixer) == 1:
+        result.words |= {"data": "jsonl", "data.hub_id": next(iter(mixer))}
+        splits = result.first("dataset_splits")
+        if isinstance(splits, list) and splits:
+            result.words["data.train_split"] = splits[0]
+            result.words |= {"data.eval_split": splits[1]} if len(splits) > 1 else {}
+    elif isinstance(listed, list) and len({str(part.get("id")) for part in listed}) == 1:
+        result.words |= {"data": "jsonl", "data.hub_id": str(listed[0]["id"])}
+        result.words |= {"data.train_split": listed[0].get("split", "train")}
+    else:
+        for name in result.theirs.keys() & {"dataset_mixer", "dataset_mixture"}:
+            result.drop(name, ONE)
 
 
 def _axolotl_data(result: Conversion, named: Any) -> None:

@@ -112,7 +112,8 @@ READERS: dict[str, Format] = {
         layouts.ranked,
     ),
     "kto": Format(
-        lambda r: has(r, "label") and bool(first_of(r, ANSWERS)), layouts.kto
+        lambda r: has(r, "label") and bool(first_of(r, ANSWERS) or conversations_of(r)),
+        layouts.kto,
     ),
     "completion": Format(
         lambda r: bool(first_of(r, PROMPTS)) and bool(first_of(r, ANSWERS)), layouts.completion

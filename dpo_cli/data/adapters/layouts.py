@@ -249,7 +249,9 @@ def _objects(row: Row, name: str) -> list[Row]:
 
 
 def kto(row: Row) -> Row:
-    return completion(row) | {"label": column(row, "label")}
+    name = None if first_of(row, ANSWERS) else conversations_of(row)
+    read = completion(row) if name is None else {"prompt": None, "chosen": row[name]}
+    return read | {"label": column(row, "label")}
 
 
 def completion(row: Row) -> Row:
