@@ -220,6 +220,44 @@ def rows_file(folder: Path, *rows: dict[str, Any]) -> list[str]:
     return ["data=jsonl", f"data.path={path}", "train.max_steps=1", "train.batch_size=2", *small]
 
 
+GENERATION = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TALK = [
+    USER, said(GOOD), {"role": "user", "content": "And at dusk?"}, said("A longer way."),
+    {"role": "user", "content": "Thanks"}, said("Gladly."),
+]  # fmt: skip
+
+
+def test_all_turns_are_what_a_template_marks_as_generated(tmp_path):
+    splits, config = read(tmp_path, {"messages": TALK}, turns="all")
+    of = tokenizer("ChatML")
+    of.chat_template = GENERATION
+    encoded = encode_examples(splits.train, of, config, Limits(512, 256), DropReport())
+    marked = of.apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
+    expected = [i for i, m in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if m]
+    assert [i for e in encoded for r in e.response_ids for i in r.tolist()] == expected
+    for example in encoded:  # each after the tokens that come before it in the conversation
+        ids = [*example.prompt_ids.tolist(), *example.response_ids[0].tolist()]
+        assert ids == marked["input_ids"][: len(ids)]
+
+
+def test_a_conversation_is_held_out_as_a_whole(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"Q{i}"}, *TALK[1:]]} for i in range(12)]
+    splits, _ = read(tmp_path, *rows, turns="all", eval_rows=9)
+    assert len(splits.eval) == 9
+    assert len(splits.train) == 27
+    opened = [{e.prompt[0]["content"] for e in part} for part in (splits.train, splits.eval)]
+    assert not opened[0] & opened[1]
+
+
+def test_all_turns_of_a_pair_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="data.turns=all: is for rows with one response"):
+        read(tmp_path, {"prompt": Q, "chosen": GOOD, "rejected": BAD}, turns="all")
+
+
 FILMS = ["A film", "This movie", "The story", "An actor", "The music", "A scene"]
 
 

@@ -188,6 +188,10 @@ class JsonlDataConfig(DataConfig):
         "auto", "how rows are read; auto: by their columns | columns: those that data.*_field name",
         choices=("auto", "columns", *FORMATS),
     )  # fmt: skip
+    turns: str = key(
+        "last", "answers of a conversation that are trained on: last | all (each is an example, "
+        "whose prompt is the turns before it)", choices=("last", "all"),
+    )  # fmt: skip
     prompt_field: str | None = key(
         "prompt", "field of the prompt; null: the messages before the answer"
     )

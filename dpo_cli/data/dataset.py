@@ -153,7 +153,7 @@ def _read_splits(
     examples, chosen = both[:trained], both[trained:]
     count = _eval_count(config, len(chosen))
     if count is not None and count < len(chosen):
-        _, chosen = hold_out(chosen, count)
+        _, chosen = hold_out(chosen, count, _by_turn(config))
         note_fewer(chosen, count, eval_drops)
     note_overlap(examples, chosen, eval_drops)
     drops.absorb(eval_drops, EVAL_PREFIX)
@@ -171,13 +171,18 @@ def _hold_out_of(
             f"data.eval_rows={config.eval_rows} leaves no training rows: {rows.origin} has "
             f"{limit:,} that can be used"
         )
-    remaining, chosen = hold_out(examples, count)
+    remaining, chosen = hold_out(examples, count, _by_turn(config))
     note_fewer(chosen, count, drops)
     room = limit - len(chosen)
     if room < len(remaining):
         picked = sorted(random.Random(seed).sample(range(len(remaining)), room))
         remaining = [remaining[place] for place in picked]
     return remaining, chosen
+
+
+def _by_turn(config: DataConfig) -> bool:
+    """Whether a conversation may give several examples."""
+    return getattr(config, "turns", "last") == "all"
 
 
 def _eval_count(config: DataConfig, rows: int) -> int | None:

@@ -19,6 +19,7 @@ from dpo_cli.data.adapters.messages import (
 )
 from dpo_cli.data.drops import BadRow
 from dpo_cli.data.template import TOOLS
+from dpo_cli.errors import ConfigError
 from dpo_cli.records import Message, PreferenceExample, Prompt, Response
 
 
@@ -49,7 +50,19 @@ def parse(row: dict[str, Any], index: int, config: JsonlDataConfig) -> Iterable[
         finished = None if finished is None else tuple(finished[place] for place in order)
         scores = tuple(scores[place] for place in order)
     prompt = _with_tools(_with_system(prompt, row, config), row, config)
+    if config.turns == "all":
+        yield from _earlier_turns(prompt, len(responses), index)
     yield PreferenceExample(prompt, responses, index, scores, finished)
+
+
+def _earlier_turns(prompt: Prompt, responses: int, index: int) -> Iterable[PreferenceExample]:
+    """The assistant's turns in a prompt, each as the response to the messages before it."""
+    if responses > 1:
+        raise ConfigError("data.turns=all: is for rows with one response, not for pairs and lists")
+    for place, message in enumerate([] if isinstance(prompt, str) else prompt):
+        if place and message["role"] == "assistant" and prompt[place - 1]["role"] != "assistant":
+            answer = message if message.keys() - {"role", "content"} else message["content"]
+            yield PreferenceExample(prompt[:place], (answer,), index)
 
 
 def _answers(row: dict[str, Any], config: JsonlDataConfig) -> list[tuple[str, Any]]:
