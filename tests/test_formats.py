@@ -221,8 +221,8 @@ def rows_file(folder: Path, *rows: dict[str, Any]) -> list[str]:
 
 
 GENERATION = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
-    "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TALK = [
@@ -254,7 +254,7 @@ def test_a_conversation_is_held_out_as_a_whole(tmp_path):
 
 
 def test_all_turns_of_a_pair_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="data.turns=all: is for rows with one response"):
+    with pytest.raises(ConfigError, match=r"data\.turns=all: is for rows with one response"):
         read(tmp_path, {"prompt": Q, "chosen": GOOD, "rejected": BAD}, turns="all")
 
 
