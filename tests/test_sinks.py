@@ -141,6 +141,21 @@ def test_wandb_goes_on_in_the_same_run_without_secrets(tmp_path, monkeypatch):
     assert fake.finished == 2
 
 
+@pytest.mark.parametrize(
+    ("key", "variable", "project"),
+    [("mine", "theirs", "mine"), (None, "theirs", "theirs"), (None, None, "dpo-run")],
+)
+def test_wandbs_project_may_be_in_the_environment(tmp_path, monkeypatch, key, variable, project):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    if variable:
+        monkeypatch.setenv("WANDB_PROJECT", variable)
+    logger = LoggerConfig(tensorboard=False, wandb=True, wandb_project=key)
+    open_sinks(logger, tmp_path, 0, {})
+    assert fake.started[0]["project"] == project
+
+
 def test_wandb_that_cannot_start_is_one_line_and_closes_the_rest(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb("api_key not configured"))
     closed = []

@@ -233,7 +233,9 @@ class LoggerConfig:
     plots: bool = key(True, "draw PNG curves")
     report: bool = key(True, "write report.html: the run on one page that needs no network")
     wandb: bool = key(False, "log to Weights & Biases; needs dpo-run[wandb] and WANDB_API_KEY")
-    wandb_project: str = key("dpo-run", "project at Weights & Biases")
+    wandb_project: str | None = key(
+        None, "project at Weights & Biases; null: $WANDB_PROJECT, else dpo-run"
+    )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -126,7 +127,9 @@ class WandbSink:
             ) from error
         try:
             self._run = wandb.init(
-                project=printable(logger.wandb_project),
+                project=printable(
+                    logger.wandb_project or os.environ.get("WANDB_PROJECT") or "dpo-run"
+                ),
                 name=printable(run_dir.name),
                 id=_wandb_run_id(run_dir / "wandb_run_id.txt"),
                 resume="allow",
