@@ -13,10 +13,11 @@ from chat_templates import ENDS, TEMPLATES, tokenizer
 from dpo_cli.config import HhDataConfig, JsonlDataConfig
 from dpo_cli.data.adapters import jsonl
 from dpo_cli.data.chat import turn_end
-from dpo_cli.data.dataset import for_tokenizer, load_encoded, load_splits
+from dpo_cli.data.dataset import load_encoded, load_splits
 from dpo_cli.data.drops import BadRow, DropReport
 from dpo_cli.data.encode import encode_completed, encode_examples
 from dpo_cli.data.limits import Limits
+from dpo_cli.data.part import for_tokenizer
 from dpo_cli.data.template import Renderer
 from dpo_cli.errors import ConfigError
 from dpo_cli.records import EncodedExample

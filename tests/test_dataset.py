@@ -27,7 +27,7 @@ from dpo_cli.config import (
     SeDataConfig,
     SentimentDataConfig,
 )
-from dpo_cli.data import dataset
+from dpo_cli.data import part as reading
 from dpo_cli.data.adapt import adapt
 from dpo_cli.data.dataset import (
     EncodedSplits,
@@ -295,7 +295,7 @@ class TestCache:
         rows[5]["prompt"] = "long " * 100
         file.write_text("\n".join(map(json.dumps, rows)))
         first = self.load(file, tmp_path / "cache")
-        monkeypatch.setattr(dataset, "read_source", None)  # it must not be asked again
+        monkeypatch.setattr(reading, "read_source", None)  # it must not be asked again
         second = self.load(file, tmp_path / "cache")
         assert encoded_lists(second.train) == encoded_lists(first.train)
         assert encoded_lists(second.eval) == encoded_lists(first.eval)
@@ -324,7 +324,7 @@ class TestCache:
             examples = [*found.train, *found.eval]
             assert len(examples) == len(rows)
             assert all(e.prompt == rows[e.row]["prompt"] for e in examples)
-            monkeypatch.setattr(dataset, "read_source", None)
+            monkeypatch.setattr(reading, "read_source", None)
 
     def test_changes_are_seen(self, file: Path, tmp_path: Path) -> None:
         cache = tmp_path / "cache"

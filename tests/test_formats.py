@@ -13,10 +13,11 @@ from composing import problems
 from dpo_cli.config import JsonlDataConfig
 from dpo_cli.config.datasets import FORMATS
 from dpo_cli.data.adapters.formats import READERS
-from dpo_cli.data.dataset import Splits, load_splits
+from dpo_cli.data.dataset import load_splits
 from dpo_cli.data.drops import DropReport
 from dpo_cli.data.encode import encode_examples
 from dpo_cli.data.limits import Limits
+from dpo_cli.data.part import Splits
 from dpo_cli.errors import ConfigError, DataError
 from small_runs import TINY, metrics, train
 
@@ -118,7 +119,7 @@ def test_each_format_has_a_reader():
 @pytest.mark.parametrize(("name", "row"), cases(PAIRS))
 def test_a_pair_has_the_same_tokens_in_each(tmp_path, name, row):
     splits, _ = read(tmp_path, row)
-    assert splits.drops.format_lines() == [f"1 rows, read as {FORMATS[name]}"]
+    assert splits.drops.reading == [f"1 rows, read as {FORMATS[name]}"]
     expected = ids(tmp_path, {"prompt": Q, "chosen": GOOD, "rejected": BAD}, format="columns")
     assert ids(tmp_path, row) == ids(tmp_path, row, format=name) == expected
 
@@ -126,7 +127,7 @@ def test_a_pair_has_the_same_tokens_in_each(tmp_path, name, row):
 @pytest.mark.parametrize(("name", "row"), cases(DEMONSTRATIONS))
 def test_a_demonstration_has_the_same_tokens_in_each(tmp_path, name, row):
     splits, _ = read(tmp_path, row)
-    assert splits.drops.format_lines() == [f"1 rows, read as {FORMATS[name]}"]
+    assert splits.drops.reading == [f"1 rows, read as {FORMATS[name]}"]
     own = {"prompt": Q, "chosen": GOOD}
     expected = ids(tmp_path, own, format="columns", rejected_field=None)
     assert ids(tmp_path, row) == ids(tmp_path, row, format=name) == expected
@@ -188,7 +189,7 @@ def test_keys_that_name_columns_take_precedence(tmp_path):
     row = {"messages": [USER, said(BAD)], "prompt": Q, "good": GOOD, "rejected": BAD}
     splits, _ = read(tmp_path, row, chosen_field="good")
     assert splits.train[0].responses == (GOOD, BAD)
-    assert splits.drops.format_lines() == []
+    assert splits.drops.reading == []
 
 
 def test_ties_and_bad_rows_are_dropped_with_their_reason(tmp_path):

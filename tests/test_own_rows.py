@@ -10,11 +10,12 @@ import pytest
 
 from chat_templates import tokenizer
 from dpo_cli.config import JsonlDataConfig
-from dpo_cli.data.dataset import Splits, load_splits
+from dpo_cli.data.dataset import load_splits
 from dpo_cli.data.drops import DropReport
 from dpo_cli.data.encode import encode_examples
 from dpo_cli.data.held_out import hold_out
 from dpo_cli.data.limits import Limits
+from dpo_cli.data.part import Splits
 from dpo_cli.data.trained import prompt_key
 from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.records import PreferenceExample

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import small_tokenizers
 from dpo_cli.config import JsonlDataConfig
 from dpo_cli.data import cache as row_cache
-from dpo_cli.data import dataset
+from dpo_cli.data import dataset, part
 from dpo_cli.durable import cache
 from dpo_cli.records import EncodedExample
 from dpo_cli.session import reference
@@ -102,7 +102,7 @@ def test_a_file_that_is_written_while_it_is_read_is_not_cached(
     def load() -> int:
         return len(dataset.load_encoded(config, tokenizer, 64, 0, tmp_path / "cache").train)
 
-    real = dataset.read_source
+    real = part.read_source
 
     def slow(*args: Any) -> Any:
         found = real(*args)
@@ -110,7 +110,7 @@ def test_a_file_that_is_written_while_it_is_read_is_not_cached(
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset, "read_source", slow)
+        patch.setattr(part, "read_source", slow)
         assert load() == 2
     assert load() == load() == 4
     path.write_text("\n".join(map(json.dumps, rows[:2])))

@@ -27,6 +27,7 @@ from dpo_cli.config import (
 )
 from dpo_cli.config.datasets import CHAT_TEMPLATES, column_problems
 from dpo_cli.config.keys import LOCAL, facts
+from dpo_cli.config.mix import mix_problems
 from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.config.stages.base import no_effect
 from dpo_cli.config.unread import unread, unread_problems, value_at
@@ -155,7 +156,7 @@ def _data(config: RunConfig) -> Iterator[str]:
             f"data.rows={value_at(config, 'data.rows')}: makes more than {MOST_GENERATED:,} "
             f"reviews with data.responses={value_at(config, 'data.responses')}"
         )
-    local = isinstance(data, SentimentDataConfig) or not spec_of(config.stage).reads_rows
+    local = data.name in ("sentiment", "mix") or not spec_of(config.stage).reads_rows
     if not (local or data.path or data.hub_id):
         yield f"data={data.name}: no rows; set data.path=<file or folder>"
     for name in GENERATED_IGNORES if isinstance(data, SentimentDataConfig) else ():
@@ -165,7 +166,7 @@ def _data(config: RunConfig) -> Iterator[str]:
         hint = did_you_mean(data.chat_template, CHAT_TEMPLATES)
         known = ", ".join(CHAT_TEMPLATES)
         yield f"data.chat_template={data.chat_template}: must be one of {known}, or a file{hint}"
-    yield from column_problems(data)
+    yield from (*column_problems(data), *mix_problems(data))
     spec, label = spec_of(config.stage), getattr(data, "label_field", None)
     if label and spec.trains and not spec.takes_labels:
         yield (

@@ -221,6 +221,17 @@ class JsonlDataConfig(DataConfig):
     )
 
 
+@dataclass
+class MixDataConfig(DataConfig):
+    """Several datasets, each with its share."""
+
+    name: str = key("mix", "which adapter reads the rows")
+    sources: dict[str, Any] = key(
+        {}, "name: {path: ..., data: jsonl, share: 1.0, and other keys of that dataset}; share: of "
+        "its training rows: 0.5 half of them, 2 each twice",
+    )  # fmt: skip
+
+
 def column_problems(data: DataConfig) -> Iterator[str]:
     """Column keys that a chosen format does not read."""
     if not isinstance(data, JsonlDataConfig) or data.format in ("auto", "columns"):
@@ -240,4 +251,5 @@ DATA_SCHEMAS: dict[str, type[DataConfig]] = {
     "imdb": ImdbDataConfig,
     "ultrafeedback": UltrafeedbackDataConfig,
     "jsonl": JsonlDataConfig,
+    "mix": MixDataConfig,
 }

@@ -61,7 +61,7 @@ def _with_format(config: DataConfig, rows: Rows, drops: DropReport) -> DataConfi
         return config
     config = recognized(config, rows.rows)
     if config.format in FORMATS:
-        drops.formats[FORMATS[config.format]] = len(rows.rows)
+        drops.reading.append(f"{len(rows.rows):,} rows, read as {FORMATS[config.format]}")
     return config
 
 

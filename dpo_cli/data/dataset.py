@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,32 +14,28 @@ from transformers import PreTrainedTokenizerBase
 
 import dpo_cli
 from dpo_cli.config import DataConfig, SentimentDataConfig
+from dpo_cli.config.datasets import MixDataConfig
 from dpo_cli.data import cache
-from dpo_cli.data.adapt import adapt, in_one_form
 from dpo_cli.data.drops import DropReport
 from dpo_cli.data.encode import encode_examples
-from dpo_cli.data.files import Most
-from dpo_cli.data.held_out import hold_out, note_fewer, note_overlap
 from dpo_cli.data.limits import Limits, resolve_limits
-from dpo_cli.data.sources import Rows, Source, content_digest, find_source, read_source
+from dpo_cli.data.mix import read_mix, sources
+from dpo_cli.data.part import (
+    EVAL_PREFIX,
+    Part,
+    Splits,
+    eval_count,
+    for_tokenizer,
+    part_of,
+    read_part,
+)
+from dpo_cli.data.sources import Source, content_digest
 from dpo_cli.data.template import use_template_file, writes_the_date
 from dpo_cli.data.tokens import tokenizer_digest
-from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.records import EncodedExample, PreferenceExample
+from dpo_cli.errors import DataError
+from dpo_cli.records import EncodedExample
 
 GENERATED = "sentiment"  # the dataset that is generated rather than read
-EVAL_PREFIX = "eval split: "  # of messages about rows of a separate eval split
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Examples in source order. origin: name of the source, for messages; revision: hub commit."""
-
-    train: list[PreferenceExample]
-    eval: list[PreferenceExample]
-    drops: DropReport
-    origin: str
-    revision: str | None
 
 
 @dataclass(frozen=True)
@@ -66,16 +61,18 @@ def load_splits(
     """
     if tokenizer is not None:
         config = for_tokenizer(config, tokenizer)
+    if isinstance(config, MixDataConfig):
+        return read_mix(config, seed, sources(config, tokenizer))
     if config.name == GENERATED:
         from dpo_cli.data.adapters.sentiment import generate
 
         assert isinstance(config, SentimentDataConfig)
         rows = config.rows if config.max_rows is None else min(config.rows, config.max_rows)
-        config = dataclasses.replace(config, eval_rows=_eval_count(config, rows))
+        config = dataclasses.replace(config, eval_rows=eval_count(config, rows))
         train, held = generate(config, seed)
         report = DropReport(read=len(train) + len(held))
         return Splits(train, held, report, "generated film reviews", None)
-    return _read_splits(config, seed, _train_source(config), find_source(config, "eval"))
+    return read_part(part_of(config), seed)
 
 
 def load_encoded(
@@ -94,7 +91,8 @@ def load_encoded(
     config = for_tokenizer(config, tokenizer)
     if config.name == GENERATED:
         return _encode_splits(load_splits(config, seed), True, tokenizer, config, limits)
-    sources = _train_source(config), find_source(config, "eval")
+    parts, read = _reading(config, tokenizer, seed)
+    sources = [source for part in parts for source in (part.train, part.eval)]
     path, contents = None, None
     if cache_dir is not None:
         contents = _contents(sources)
@@ -102,19 +100,11 @@ def load_encoded(
         path = cache_dir / f"rows-{key[:24]}.safetensors"
         if (stored := cache.load(path)) is not None:
             return _from_cache(*stored)
-    splits = _read_splits(config, seed, *sources)
-    encoded = _encode_splits(splits, sources[1] is not None, tokenizer, config, limits)
+    own_file = any(part.eval is not None for part in parts)
+    encoded = _encode_splits(read(), own_file, tokenizer, config, limits)
     if path is not None and _still(contents, sources):
         cache.save(path, {"train": encoded.train, "eval": encoded.eval}, _cache_meta(encoded))
     return encoded
-
-
-def for_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> DataConfig:
-    """The adapter's settings for a tokenizer: HH dialogues become messages for a chat model, which
-    in their own format would never end a turn."""
-    if config.name != "hh" or config.chat_template != "auto" or tokenizer.chat_template is None:
-        return config
-    return dataclasses.replace(config, chat_template="always")
 
 
 def fingerprint(examples: Sequence[EncodedExample]) -> str:
@@ -128,69 +118,15 @@ def fingerprint(examples: Sequence[EncodedExample]) -> str:
     return total.hexdigest()
 
 
-def _train_source(config: DataConfig) -> Source:
-    source = find_source(config, "train")
-    assert source is not None
-    return source
-
-
-def _read_splits(
-    config: DataConfig, seed: int, train: Source, eval_source: Source | None
-) -> Splits:
-    """max_rows limits the training rows only; it does not change what is held out."""
-    drops = DropReport()
-    most = Most.of(config)
-    rows = read_source(train, most)
-    if eval_source is None and config.eval_rows:
-        remaining, chosen = _hold_out_of(rows, config, seed, drops)
-        return Splits(remaining, chosen, drops, train.origin, train.revision)
-    examples = adapt(rows, config, seed, drops)
-    if eval_source is None:
-        return Splits(examples, [], drops, train.origin, train.revision)
-    eval_drops = DropReport()
-    chosen = adapt(read_source(eval_source, most), config, seed, eval_drops)
-    both, trained = in_one_form([*examples, *chosen]), len(examples)
-    examples, chosen = both[:trained], both[trained:]
-    count = _eval_count(config, len(chosen))
-    if count is not None and count < len(chosen):
-        _, chosen = hold_out(chosen, count, _by_turn(config))
-        note_fewer(chosen, count, eval_drops)
-    note_overlap(examples, chosen, eval_drops)
-    drops.absorb(eval_drops, EVAL_PREFIX)
-    return Splits(examples, chosen, drops, train.origin, train.revision)
-
-
-def _hold_out_of(
-    rows: Rows, config: DataConfig, seed: int, drops: DropReport
-) -> tuple[list[PreferenceExample], list[PreferenceExample]]:
-    examples = adapt(rows, dataclasses.replace(config, max_rows=None), seed, drops)
-    limit = len(examples) if config.max_rows is None else min(config.max_rows, len(examples))
-    count = _eval_count(config, limit) or 0
-    if count >= limit:
-        raise ConfigError(
-            f"data.eval_rows={config.eval_rows} leaves no training rows: {rows.origin} has "
-            f"{limit:,} that can be used"
-        )
-    remaining, chosen = hold_out(examples, count, _by_turn(config))
-    note_fewer(chosen, count, drops)
-    room = limit - len(chosen)
-    if room < len(remaining):
-        picked = sorted(random.Random(seed).sample(range(len(remaining)), room))
-        remaining = [remaining[place] for place in picked]
-    return remaining, chosen
-
-
-def _by_turn(config: DataConfig) -> bool:
-    """Whether a conversation may give several examples."""
-    return getattr(config, "turns", "last") == "all"
-
-
-def _eval_count(config: DataConfig, rows: int) -> int | None:
-    """`data.eval_rows` as a number: below 1 it is a share of the rows."""
-    count = config.eval_rows
-    if count is None:
-        return None
-    return round(count * rows) if count < 1 else int(count)
+def _reading(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> tuple[list[Part], Callable[[], Splits]]:
+    """What there is to read, and a function that reads it."""
+    if isinstance(config, MixDataConfig):
+        named = sources(config, tokenizer)
+        return [source.part for source in named], lambda: read_mix(config, seed, named)
+    part = part_of(config)
+    return [part], lambda: read_part(part, seed)
 
 
 def _encode_splits(

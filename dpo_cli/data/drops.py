@@ -23,14 +23,14 @@ class DropReport:
 
     read: number of rows read. dropped: reason -> rows (a row with several examples is listed once
     per dropped example). truncated: what -> rows. noted: note -> rows that are used unchanged.
-    formats: how rows are read -> their number in the file.
+    reading: lines that say how rows are read, and what is taken of each source of a mix.
     """
 
     read: int = 0
     dropped: dict[str, list[int]] = field(default_factory=dict)
     truncated: dict[str, list[int]] = field(default_factory=dict)
     noted: dict[str, list[int]] = field(default_factory=dict)
-    formats: dict[str, int] = field(default_factory=dict)
+    reading: list[str] = field(default_factory=list)
 
     def add(self, reason: str, row: int) -> None:
         self.dropped.setdefault(reason, []).append(row)
@@ -44,7 +44,7 @@ class DropReport:
     def absorb(self, other: DropReport, prefix: str) -> None:
         """Add the report of another file, with `prefix` before its reasons."""
         self.read += other.read
-        self.formats |= {prefix + form: count for form, count in other.formats.items()}
+        self.reading += [prefix + line for line in other.reading]
         for name in ("dropped", "truncated", "noted"):
             for reason, rows in getattr(other, name).items():
                 getattr(self, name).setdefault(prefix + reason, []).extend(rows)
@@ -57,10 +57,6 @@ class DropReport:
             for label, table in tables.items()
             for reason, rows in sorted(table.items(), key=lambda item: -len(item[1]))
         ]
-
-    def format_lines(self) -> list[str]:
-        """One line per format in which rows are read."""
-        return [f"{count:,} rows, read as {form}" for form, count in self.formats.items()]
 
 
 def row_list(rows: list[int]) -> str:

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.config import DataConfig
 from dpo_cli.data.adapters.hh import to_messages
-from dpo_cli.data.dataset import for_tokenizer
 from dpo_cli.data.drops import BadRow, DropReport
 from dpo_cli.data.encode import encode_completed
 from dpo_cli.data.limits import resolve_limits
+from dpo_cli.data.part import for_tokenizer
 from dpo_cli.errors import DataError
 from dpo_cli.model.attention.interface import MAX_TOKENS, kernel_of
 from dpo_cli.model.load import context_length

@@ -116,7 +116,7 @@ def data_rows(preview: Preview) -> Iterator[Row]:
     held_out = held_out_line(config, splits) if spec_of(config.stage).trains else None
     yield "data", splits.origin
     yield "rows", f"{len(splits.train):,} to train on, {len(splits.eval):,} held out"
-    for line in (*splits.drops.format_lines(), *splits.drops.summary_lines()):
+    for line in (*splits.drops.reading, *splits.drops.summary_lines()):
         yield "", line
     if held_out is not None:
         yield "", held_out

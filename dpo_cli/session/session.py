@@ -104,7 +104,7 @@ def load_data(
     config = session.config
     splits = load_encoded(config.data, tokenizer, context, config.seed, Path(config.cache_dir))
     drops = splits.drops
-    for line in (*drops.format_lines(), *drops.summary_lines()) if announce else ():
+    for line in (*drops.reading, *drops.summary_lines()) if announce else ():
         session.note(line)
     session.data_facts = {
         "name": config.data.name, "hub_id": config.data.hub_id, "path": config.data.path,

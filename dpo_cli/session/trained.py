@@ -45,7 +45,8 @@ def refuse_same(config: DataConfig, splits: EncodedSplits) -> None:
 def refuse_labels(config: RunConfig, splits: EncodedSplits) -> None:
     """DataError if a stage would take responses that are labeled undesirable for good ones."""
     spec = spec_of(config.stage)
-    if FORMATS["kto"] in splits.drops.formats and spec.trains and not spec.takes_labels:
+    labels = any(line.endswith(FORMATS["kto"]) for line in splits.drops.reading)
+    if labels and spec.trains and not spec.takes_labels:
         raise DataError(
             f"{splits.origin}: rows with a label each, which stage={config.stage.name} does not "
             "read: use stage=kto, or data.format=completion to take every response for good"
