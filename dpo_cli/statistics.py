@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 Z_95 = 1.959963984540054  # standard normal: P(|z| < Z_95) = 0.95
@@ -17,6 +17,23 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
         return mean, math.nan
     variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
     return mean, math.sqrt(variance / n)
+
+
+def clustered_mean(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[float, float]:
+    """Mean of all values and its standard error if those of a group depend on each other.
+
+    The cluster-robust error, sqrt(G / (G - 1) sum over groups of (sum of deviations)^2) / n; for
+    groups of one it is that of `mean_and_error`. NaN for a single group.
+    """
+    n = len(values)
+    mean = math.fsum(values) / n
+    sums: dict[Hashable, float] = {}
+    for value, group in zip(values, groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + value - mean
+    if len(sums) < 2:
+        return mean, math.nan
+    spread = math.fsum(total**2 for total in sums.values()) * len(sums) / (len(sums) - 1)
+    return mean, math.sqrt(spread) / n
 
 
 def distinct_ngrams(texts: Sequence[str], n: int) -> float:
@@ -79,13 +96,6 @@ class WinRate:
     value: float
     low: float
     high: float
-
-
-def share_of(right: Sequence[float]) -> WinRate:
-    """Mean of values 0, 1/2 (a tie) or 1, with Wilson's interval."""
-    ties = sum(value == 0.5 for value in right)
-    wins = sum(value == 1.0 for value in right)
-    return win_rate(wins, len(right) - wins - ties, ties)
 
 
 def win_rate(wins: int, losses: int, ties: int) -> WinRate:

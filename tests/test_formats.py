@@ -19,7 +19,7 @@ from dpo_cli.data.encode import encode_examples
 from dpo_cli.data.limits import Limits
 from dpo_cli.data.part import Splits
 from dpo_cli.errors import ConfigError, DataError
-from small_runs import TINY, metrics, train
+from small_runs import metrics, train_on_rows
 
 Q, GOOD, BAD = "Why is the sky blue?", "Rayleigh scattering.", "It is painted."
 USER = {"role": "user", "content": Q}
@@ -217,47 +217,7 @@ def test_a_chosen_format_and_column_keys_exclude_each_other():
 def rows_file(folder: Path, *rows: dict[str, Any]) -> list[str]:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    small = [w for w in TINY if w.startswith(("model", "train.", "hardware", "logger"))]
-    return ["data=jsonl", f"data.path={path}", "train.max_steps=1", "train.batch_size=2", *small]
-
-
-GENERATION = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m.content }}<|im_end|>{% endif %}\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TALK = [
-    USER, said(GOOD), {"role": "user", "content": "And at dusk?"}, said("A longer way."),
-    {"role": "user", "content": "Thanks"}, said("Gladly."),
-]  # fmt: skip
-
-
-def test_all_turns_are_what_a_template_marks_as_generated(tmp_path):
-    splits, config = read(tmp_path, {"messages": TALK}, turns="all")
-    of = tokenizer("ChatML")
-    of.chat_template = GENERATION
-    encoded = encode_examples(splits.train, of, config, Limits(512, 256), DropReport())
-    marked = of.apply_chat_template(TALK, return_assistant_tokens_mask=True, return_dict=True)
-    expected = [i for i, m in zip(marked["input_ids"], marked["assistant_masks"], strict=True) if m]
-    assert [i for e in encoded for r in e.response_ids for i in r.tolist()] == expected
-    for example in encoded:  # each after the tokens that come before it in the conversation
-        ids = [*example.prompt_ids.tolist(), *example.response_ids[0].tolist()]
-        assert ids == marked["input_ids"][: len(ids)]
-
-
-def test_a_conversation_is_held_out_as_a_whole(tmp_path):
-    rows = [{"messages": [{"role": "user", "content": f"Q{i}"}, *TALK[1:]]} for i in range(12)]
-    splits, _ = read(tmp_path, *rows, turns="all", eval_rows=9)
-    assert len(splits.eval) == 9
-    assert len(splits.train) == 27
-    opened = [{e.prompt[0]["content"] for e in part} for part in (splits.train, splits.eval)]
-    assert not opened[0] & opened[1]
-
-
-def test_all_turns_of_a_pair_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.turns=all: is for rows with one response"):
-        read(tmp_path, {"prompt": Q, "chosen": GOOD, "rejected": BAD}, turns="all")
+    return ["data=jsonl", f"data.path={path}", "train.max_steps=1", "train.batch_size=2"]
 
 
 FILMS = ["A film", "This movie", "The story", "An actor", "The music", "A scene"]
@@ -266,22 +226,27 @@ FILMS = ["A film", "This movie", "The story", "An actor", "The music", "A scene"
 def test_labels_train_kto_and_nothing_that_would_take_all_for_good(tmp_path):
     rows = [{"prompt": f, "completion": " good", "label": i % 2 == 0} for i, f in enumerate(FILMS)]
     words = rows_file(tmp_path, *rows)
-    train(tmp_path / "k", "stage=kto", *words, "data.eval_rows=2")
+    train_on_rows(tmp_path / "k", "stage=kto", *words, "data.eval_rows=2")
     assert any("loss" in row for row in metrics(tmp_path / "k"))
     with pytest.raises(DataError, match="a label each, which stage=sft does not read: use stage=k"):
-        train(tmp_path / "s", "stage=sft", *words)
+        train_on_rows(tmp_path / "s", "stage=sft", *words)
     words = rows_file(tmp_path, *({"prompt": film, "completion": " good"} for film in FILMS))
     with pytest.raises(DataError, match="row 0 has one response and no label"):
-        train(tmp_path / "p", "stage=kto", *words)
+        train_on_rows(tmp_path / "p", "stage=kto", *words)
 
 
 def test_prompts_alone_are_sampled_from(tmp_path):
     words = rows_file(tmp_path, *({"prompt": film} for film in FILMS))
-    ppo = ("train.batch_size=4", "stage.rollout_samples=4", "stage.normalize=false")
+    ppo = (
+        "train.batch_size=4",
+        "train.max_steps=4",
+        "stage.rollout_samples=4",
+        "stage.normalize=false",
+    )
     sampling = ("reward_fn=length", "stage.max_new_tokens=4", "train.sample_prompts=0")
-    train(tmp_path / "p", "stage=ppo-baseline", *words, *ppo, *sampling)
+    train_on_rows(tmp_path / "p", "stage=ppo-baseline", *words, *ppo, *sampling)
     assert any("score" in row for row in metrics(tmp_path / "p"))
     with pytest.raises(DataError, match=r"row 0 has 0 response\(s\), but 2 are needed"):
-        train(tmp_path / "d", "stage=dpo", *words)
+        train_on_rows(tmp_path / "d", "stage=dpo", *words)
     with pytest.raises(ConfigError, match="the rows have no responses to set it by"):
-        train(tmp_path / "n", "stage=ppo-baseline", *words, *ppo, "reward_fn=length")
+        train_on_rows(tmp_path / "n", "stage=ppo-baseline", *words, *ppo, "reward_fn=length")

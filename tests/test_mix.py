@@ -15,7 +15,7 @@ from dpo_cli.config.datasets import MixDataConfig
 from dpo_cli.config.literals import as_override
 from dpo_cli.data.dataset import load_splits
 from dpo_cli.data.part import Splits
-from small_runs import metrics, train
+from small_runs import metrics, train_on_rows
 
 
 def write(path: Path, prompts: range, chosen: str = " good", rejected: str = " bad") -> str:
@@ -113,10 +113,10 @@ def test_a_run_trains_on_a_mix_and_goes_on_bit_for_bit(tmp_path):
     words = ("stage=dpo", "data=mix", as_override("data.sources", sources), "data.eval_rows=6",
              "train.max_steps=4", "train.save_every_steps=2", "train.batch_size=4")  # fmt: skip
     for name in ("whole", "again"):
-        train(tmp_path / name, *words)
+        train_on_rows(tmp_path / name, *words)
     shutil.rmtree(tmp_path / "again" / "final")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-4")
     (tmp_path / "again" / "summary.json").unlink()
-    train(tmp_path / "again", *words, "resume=true")
+    train_on_rows(tmp_path / "again", *words, "resume=true")
     losses = [[row.get("loss") for row in metrics(tmp_path / n)] for n in ("whole", "again")]
     assert losses[0] == losses[1]

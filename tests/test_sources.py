@@ -17,8 +17,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from composing import problems
+from composing import composed, problems
 from dpo_cli.config import HhDataConfig, JsonlDataConfig
+from dpo_cli.config.read import prepare
 from dpo_cli.data import sources
 from dpo_cli.data.sources import content_digest, find_source, read_rows
 from dpo_cli.errors import ConfigError, DataError
@@ -89,7 +90,7 @@ def test_a_pattern_of_files(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "a" / "1.other", ROWS)
     rows = read_rows(JsonlDataConfig(path=f"{tmp_path}/*/*.jsonl"), "train")
     assert list(rows.rows) == ROWS
-    assert problems(["stage=dpo", "data=jsonl", f"data.path={tmp_path}/*/*.jsonl"]) == []
+    prepare(composed("stage=dpo", "data=jsonl", f"data.path={tmp_path}/*/*.jsonl"))
     (told,) = problems(["stage=dpo", "data=jsonl", f"data.path={tmp_path}/*.jsonl"])
     assert told.endswith("no such file or folder")
 

@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from dpo_cli.statistics import Bin, calibration_error, reliability, win_rate
+from dpo_cli.statistics import (
+    Bin,
+    calibration_error,
+    clustered_mean,
+    mean_and_error,
+    reliability,
+    win_rate,
+)
 
 
 def test_calibration_by_hand():
@@ -51,3 +58,14 @@ def test_an_interval_ends_where_the_score_test_rejects(wins, losses, ties):
 def test_without_a_match_there_is_no_rate():
     found = win_rate(0, 0, 0)
     assert all(math.isnan(value) for value in (found.value, found.low, found.high))
+
+
+def test_the_error_of_pairs_that_share_prompts_by_hand():
+    """Deviations from .5 of a, a, b, b: +.5 +.5 and -.5 -.5, so sqrt(2/1 (1 + 1)) / 4 = .5."""
+    assert clustered_mean([1.0, 1.0, 0.0, 0.0], "aabb") == (0.5, pytest.approx(0.5))
+    assert clustered_mean([1.0, 1.0, 0.0, 0.0], "abab") == (0.5, 0.0)
+    values = [1.0, 0.0, 0.5, 1.0, 1.0]
+    assert clustered_mean(values, range(5)) == pytest.approx(mean_and_error(values))
+    mean, error = clustered_mean([1.0, 0.0], "aa")
+    assert mean == 0.5
+    assert math.isnan(error)

@@ -28,7 +28,7 @@ def sources_of(config: MixDataConfig) -> dict[str, tuple[DataConfig, float]]:
         path = f"data.sources.{name}"
         values = dict(given) if isinstance(given, dict) else {}
         kind, share = values.pop("data", "jsonl"), values.pop("share", 1.0)
-        if not isinstance(given, dict) or not values:
+        if not isinstance(given, dict) or not given:
             problems.append(f"{path}={given}: expected keys such as {{path: pairs.jsonl}}")
         elif kind not in DATA_SCHEMAS or kind in ("mix", "sentiment"):
             hint = did_you_mean(str(kind), DATA_SCHEMAS)

@@ -24,7 +24,12 @@ from dpo_cli.session.lengths import finished_share
 from dpo_cli.session.rows import over_rows
 from dpo_cli.session.sampling import completion_text
 from dpo_cli.session.session import Session
-from dpo_cli.statistics import distinct_ngrams, mean_and_error, share_of
+from dpo_cli.statistics import (
+    clustered_mean,
+    distinct_ngrams,
+    mean_and_error,
+    share_interval,
+)
 
 Tick = Callable[[int], None]
 
@@ -139,7 +144,7 @@ def preference_accuracy(
     rows: Sequence[EncodedExample],
 ) -> dict[str, float]:
     """Share of pairs whose chosen response ranks first (a tie counts one half), with its standard
-    error and Wilson's 95% interval, `_low` and `_high`.
+    error and Wilson's 95% interval, `_low` and `_high`, both over prompts.
 
     `accuracy`: by the implicit reward log pi - log pi_ref; `likelihood_accuracy`: by log pi.
     """
@@ -156,17 +161,25 @@ def preference_accuracy(
             return ranked_right(logprobs, sizes), implied
 
         results = session.within_memory(
-            lambda: [result for _, result in over_rows(session, rows, both, tick=tick)]
+            lambda: [
+                (row.example_ids.tolist(), result)
+                for row, result in over_rows(session, rows, both, tick=tick)
+            ]
         )
-    for likelihood, implied in results:
+    groups: list[bytes] = []
+    for places, (likelihood, implied) in results:
+        groups += [rows[place].prompt_ids.tobytes() for place in places]
         shares["likelihood_accuracy"] += likelihood
         shares["accuracy"] += implied
     figures: dict[str, float] = {"pairs": len(rows)}
     for name, right in shares.items():
         if right:
-            figures[name], figures[f"{name}_se"] = mean_and_error(right)
-            share = share_of(right)
-            figures |= {f"{name}_low": share.low, f"{name}_high": share.high}
+            mean, error = clustered_mean(right, groups)
+            share = share_interval(mean, len(set(groups)))
+            figures |= {
+                name: mean, f"{name}_se": error, f"{name}_low": share.low,
+                f"{name}_high": share.high,
+            }  # fmt: skip
     return figures
 
 

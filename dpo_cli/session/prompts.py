@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from dpo_cli.durable import write_checked_text
 from dpo_cli.records import EncodedExample
 
 
-def distinct_prompts(examples: list[EncodedExample]) -> list[EncodedExample]:
+def distinct_prompts(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
     """The first example of each prompt."""
     first: dict[bytes, EncodedExample] = {}
     for example in examples:

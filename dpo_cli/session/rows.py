@@ -18,6 +18,7 @@ from dpo_cli.model.rope import refuse_beyond_cuts
 from dpo_cli.model.source import origin_of
 from dpo_cli.packing import pack_all, pack_share, pack_sorted
 from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.session.prompts import distinct_prompts
 from dpo_cli.session.session import Session
 from dpo_cli.statistics import share_interval
 from dpo_cli.train.task import Totals
@@ -138,11 +139,16 @@ def mean_figures(
     return totals.means() if totals.sums else {}
 
 
-def with_interval(figures: dict[str, float], name: str, count: int) -> dict[str, float]:
-    """Add the 95% interval (`_low`, `_high`) of the figure `name`, a share of `count` rows."""
+def with_interval(
+    figures: dict[str, float], name: str, examples: Sequence[EncodedExample]
+) -> dict[str, float]:
+    """Add the 95% interval (`_low`, `_high`) of the figure `name`, a share of the examples.
+
+    It is as wide as that of one example per prompt: several of a prompt are not independent.
+    """
     if name not in figures:
         return figures
-    share = share_interval(figures[name], count)
+    share = share_interval(figures[name], len(distinct_prompts(examples)))
     return {**figures, f"{name}_low": share.low, f"{name}_high": share.high}
 
 

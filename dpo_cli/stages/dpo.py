@@ -150,4 +150,4 @@ def evaluate(
     )
     if line := warning(means):
         session.note(line)
-    return with_interval(with_correlation(means), "rewards/accuracies", len(examples))
+    return with_interval(with_correlation(means), "rewards/accuracies", examples)

@@ -189,7 +189,7 @@ def evaluate(
     for row, (out, values) in over_rows(session, rows.examples, measured, keep_last=True):
         totals.add(out)
         rows.rewards[row.example_ids] = values
-    means = with_interval(totals.means(), "rewards/accuracies", len(rows.examples))
+    means = with_interval(totals.means(), "rewards/accuracies", rows.examples)
     return {**means, "ece": calibration_error(reliability(pair_margins(rows.rewards)))}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dpo_cli.config import JsonlDataConfig
 from dpo_cli.config.datasets import COLUMN_KEYS
@@ -46,7 +47,7 @@ def recognized(config: JsonlDataConfig, rows: Sequence[Row]) -> JsonlDataConfig:
     name = "columns"
     if all(getattr(config, key) == getattr(DEFAULTS, key) for key in COLUMN_KEYS):
         first = (rows[place] for place in range(min(len(rows), LOOKED_AT)))
-        found = Counter(name for row in first if (name := _format_of(row)))
+        found = Counter(form for row in first if (form := _format_of(row)))
         name = max(READERS, key=lambda each: found[each]) if found else name
     return replace(config, format=name)
 
@@ -64,7 +65,7 @@ def in_columns(row: Row, config: JsonlDataConfig) -> tuple[Row, JsonlDataConfig]
         source = getattr(config, f"{key}_field")
         if source is not None and row.get(source) is not None:
             read = {key: row[source], **read}
-    fields = {
+    fields: dict[str, Any] = {
         f"{key}_field": key if key in read else None
         for key in ("rejected", "responses", "scores", "label", "system")
     }

@@ -59,10 +59,11 @@ def _earlier_turns(prompt: Prompt, responses: int, index: int) -> Iterable[Prefe
     """The assistant's turns in a prompt, each as the response to the messages before it."""
     if responses > 1:
         raise ConfigError("data.turns=all: is for rows with one response, not for pairs and lists")
-    for place, message in enumerate([] if isinstance(prompt, str) else prompt):
-        if place and message["role"] == "assistant" and prompt[place - 1]["role"] != "assistant":
+    turns = [] if isinstance(prompt, str) else prompt
+    for place, message in enumerate(turns):
+        if place and message["role"] == "assistant" and turns[place - 1]["role"] != "assistant":
             answer = message if message.keys() - {"role", "content"} else message["content"]
-            yield PreferenceExample(prompt[:place], (answer,), index)
+            yield PreferenceExample(turns[:place], (answer,), index)
 
 
 def _answers(row: dict[str, Any], config: JsonlDataConfig) -> list[tuple[str, Any]]:
