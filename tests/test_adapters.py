@@ -42,7 +42,7 @@ def reason(parse: Any, row: dict[str, Any], config: Any) -> str:
 
 
 def test_every_data_set_has_an_adapter() -> None:
-    assert set(ADAPTERS) | {"sentiment"} == set(DATA_SCHEMAS)
+    assert set(ADAPTERS) | {"sentiment", "mix"} == set(DATA_SCHEMAS)
 
 
 class TestHh:

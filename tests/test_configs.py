@@ -32,6 +32,7 @@ REQUIRED = {
 NEEDS = {  # what an option cannot do without
     "model/custom": ["model.hub_id=somebody/something"],
     "data/jsonl": ["data.hub_id=somebody/something"],
+    "data/mix": ["data.sources={a: {data: hh, hub_id: somebody/something}}"],
     "stage/export": ["model.path=."],
     "stage/label": ["stage.samples=."],
     "stage/frontier": ["stage.evaluations=[.]"],

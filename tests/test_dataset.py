@@ -94,16 +94,16 @@ class TestAdapt:
         }
 
     def test_column_missing_from_the_first_row_names_the_key(self) -> None:
-        rows = [{"instruction": "q", "chosen": "a", "rejected": "b"}] * 3
+        rows = [{"ask": "q", "chosen": "a", "rejected": "b"}] * 3
         with pytest.raises(DataError) as caught:
             self.read(rows)
         assert str(caught.value) == (
-            "pairs.jsonl: no column 'prompt' (it has: instruction, chosen, rejected): "
+            "pairs.jsonl: no column 'prompt' (it has: ask, chosen, rejected): "
             "set data.prompt_field="
         )
-        assert self.read(rows, prompt_field="instruction")[0] == [0, 1, 2]
+        assert self.read(rows, prompt_field="ask")[0] == [0, 1, 2]
         with pytest.raises(DataError, match=r"'win' .*data\.chosen_field="):
-            self.read(rows, prompt_field="instruction", chosen_field="win")
+            self.read(rows, prompt_field="ask", chosen_field="win")
         with pytest.raises(DataError, match=r"'text' .*data\.text_field="):
             adapt(Rows(rows, "x", None), ImdbDataConfig(), 0, DropReport())
         with pytest.raises(DataError, match=r"no column 'question'.*data=jsonl"):

@@ -140,8 +140,10 @@ def test_two_texts_share_their_prompt(tmp_path):
     talk = "\n\nHuman: Hi\n\nAssistant:"
     (two,) = read(tmp_path, {"chosen": f"{talk} yes it is", "rejected": f"{talk} yes"})[0].train
     assert (two.prompt, two.responses) == (talk, (" yes it is", " yes"))
-    with pytest.raises(DataError, match="chosen begins with no prompt"):
+    with pytest.raises(DataError, match="no column 'prompt'"):
         read(tmp_path, {"chosen": "one", "rejected": "two"})
+    with pytest.raises(DataError, match="chosen begins with no prompt"):
+        read(tmp_path, {"chosen": "one", "rejected": "two"}, format="implicit")
 
 
 def test_a_text_has_no_prompt(tmp_path):

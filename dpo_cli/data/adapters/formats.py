@@ -25,6 +25,7 @@ from dpo_cli.data.adapters.layouts import (
     has,
     is_list_of,
     pair_of,
+    shared_prompt,
     value_of,
 )
 from dpo_cli.data.adapters.messages import is_written
@@ -103,8 +104,9 @@ READERS: dict[str, Format] = {
         layouts.alpaca,
     ),
     "implicit": Format(
-        lambda r: all(isinstance(r.get(n), str) and not is_written(r[n])
-                      for n in ("chosen", "rejected")) and not first_of(r, PROMPTS),
+        lambda r: all(isinstance(r.get(n), str) for n in ("chosen", "rejected"))
+        and not first_of(r, PROMPTS) and shared_prompt(r["chosen"], r["rejected"]) > 0
+        and not is_written(r["chosen"]),
         layouts.implicit,
     ),
     "pairs": Format(lambda r: pair_of(r) is not None, layouts.pairs),

@@ -142,6 +142,8 @@ def _two(history: Any) -> list[Any]:
 def pairs(row: Row) -> Row:
     chosen, rejected = (column(row, name) for name in pair_of(row) or PAIRS[0])
     name = first_of(row, PROMPTS)
+    if not any(each in row for each in PROMPTS) and isinstance(chosen, str):
+        raise BadRow(MISSING, PROMPTS[0])
     return {"prompt": None if name is None else row[name], "chosen": chosen, "rejected": rejected}
 
 
@@ -149,15 +151,20 @@ def implicit(row: Row) -> Row:
     """Two texts that begin with the same prompt: it ends at the last white space of what they
     share, which the answers keep, or with the last `Assistant:` of transcripts."""
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
+    end = shared_prompt(chosen, rejected)
+    if not end:
+        raise BadRow("begins with no prompt that the rejected text shares", "chosen")
+    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
+
+
+def shared_prompt(chosen: str, rejected: str) -> int:
+    """Characters of the prompt that two texts begin with; 0 if they share no word."""
     shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071  # by characters
     end = shared.rfind(ASSISTANT)
     if end >= 0:
-        end += len(ASSISTANT)
-    else:
-        end = max((place for place, letter in enumerate(shared) if letter.isspace()), default=0)
-    if not shared[:end].strip():
-        raise BadRow("begins with no prompt that the rejected text shares", "chosen")
-    return {"prompt": shared[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
+        return end + len(ASSISTANT)
+    end = max((place for place, letter in enumerate(shared) if letter.isspace()), default=0)
+    return end if shared[:end].strip() else 0
 
 
 def axolotl(row: Row) -> Row:
