@@ -39,6 +39,7 @@ PAIRS: dict[str, list[dict[str, Any]]] = {
         {"prompt": Q, "chosen": GOOD, "rejected": BAD},
         {"prompt": [USER], "chosen": [said(GOOD)], "rejected": [said(BAD)]},
         {"chosen": [USER, said(GOOD)], "rejected": [USER, said(BAD)]},
+        {"chosen": json.dumps([USER, said(GOOD)]), "rejected": json.dumps([USER, said(BAD)])},
         {"prompt": Q, "chosen": [USER, said(GOOD)], "rejected": [USER, said(BAD)], "messages": []},
         {"question": Q, "chosen": GOOD, "rejected": BAD},
         {"question": Q, "response_j": GOOD, "response_k": BAD},

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_cli.data.adapters.columns import as_number, as_text, column, kind, text
 from dpo_cli.data.adapters.hh import ASSISTANT, HUMAN, dialogue_messages
-from dpo_cli.data.adapters.messages import as_list, messages
+from dpo_cli.data.adapters.messages import as_list, is_written, messages
 from dpo_cli.data.drops import MISSING, BadRow
 
 Row = dict[str, Any]
@@ -142,7 +142,8 @@ def _two(history: Any) -> list[Any]:
 def pairs(row: Row) -> Row:
     chosen, rejected = (column(row, name) for name in pair_of(row) or PAIRS[0])
     name = first_of(row, PROMPTS)
-    if not any(each in row for each in PROMPTS) and isinstance(chosen, str):
+    text_only = isinstance(chosen, str) and not is_written(chosen)
+    if text_only and not any(each in row for each in PROMPTS):
         raise BadRow(MISSING, PROMPTS[0])
     return {"prompt": None if name is None else row[name], "chosen": chosen, "rejected": rejected}
 
