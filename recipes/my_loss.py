@@ -1,15 +1,15 @@
-"""A loss of your own, to copy:
+"""A user-defined loss, to copy:
 
     dpo-run stage=dpo stage.loss=file stage.loss_file=recipes/my_loss.py
 
-The file runs as any program of yours would; it must be named on the command line.
+The file runs with your permissions; it must be set on the command line.
 """
 
 from torch.nn.functional import logsigmoid
 
 
 def loss(logprobs, beta):
-    """The losses of E pairs, (E,).
+    """Losses of E pairs: (E,).
 
     logprobs.policy, logprobs.reference: (E, 2) log-probabilities, summed over tokens, chosen first;
     logprobs.lengths: (E, 2) tokens. beta: stage.beta. This one is DPO with a margin of 1.

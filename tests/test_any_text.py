@@ -67,7 +67,7 @@ def start(folder: Path, *words: str) -> None:
 
 def test_a_folder_whose_name_is_no_text_is_refused_before_anything_is_done() -> None:
     for key in ("run_dir", "cache_dir", "model.path", "logger.wandb_project"):
-        with pytest.raises(ConfigError, match=f"{key}: is no UTF-8 text"):
+        with pytest.raises(ConfigError, match=f"{key}: is not valid UTF-8"):
             configure(as_override(key, "a\udcff"))
 
 

@@ -62,7 +62,7 @@ def test_keys_of_earlier_versions_are_taken_and_told(
 ) -> None:
     cli.main(["stage=dpo", "stage.length_normalised=true"])
     assert capsys.readouterr().err == (
-        "note: stage.length_normalised is called stage.length_normalized now\n"
+        "note: stage.length_normalised is now called stage.length_normalized\n"
     )
     assert starts[0][0].stage == DpoConfig(length_normalized=True)
 
@@ -145,8 +145,8 @@ def test_a_closed_pipe_is_no_error(clean_env: dict[str, str]) -> None:
         ("judge.api_key=x", "judge.api_key: unknown key; set the environment variable OPENAI_API_"),
         ("stage=dpo reward_fn=length", "reward_fn=length: has no effect with stage=dpo; remove it"),
         ("judge=http", "judge=http: has no effect with stage=sft; remove it"),
-        ("+train.batch_size=3", "+train.batch_size: this key exists already; leave out the +"),
-        ("~train.nothing", "~train.nothing: there is no such key to leave out"),
+        ("+train.batch_size=3", "+train.batch_size: this key exists already; remove the +"),
+        ("~train.nothing", "~train.nothing: there is no such key to remove"),
         ("data.max_rows=3", "data.max_rows=3: has no effect with data=sentiment; remove it"),
         ("train={a:1}", "train: choose an option, train=<name>, or set its keys one by one"),
         ("stage=null", "Config group override must be a string or a list. Got NoneType (in: st"),
@@ -205,7 +205,7 @@ def test_several_problems_are_a_list(empty: Path, capsys: pytest.CaptureFixture[
         ("defaults: [nope]\n", "model/nope: no such YAML file"),
         ("- 1\n", "conf/model/mine.yaml: expected keys and values, such as"),
         ("name: a\nhub_id: b/c\nattentoin: x\n", "model.attentoin: unknown key; did you mean mode"),
-        ("name: a\nhub_id: b/c\ntrust_remote_code: true\n", "write it on the command line"),
+        ("name: a\nhub_id: b/c\ntrust_remote_code: true\n", "set it on the command line"),
         ("name: a\nhub_id: {_target_: os.system}\n", "model.hub_id._target_: a config may not"),
     ],
 )

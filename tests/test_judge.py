@@ -157,6 +157,6 @@ def test_addresses_that_cannot_be_used_are_not_shown(monkeypatch, base):
 @pytest.mark.parametrize("key", ["sk-two words", "sk-line\nbreak", "sk-\u00fcmlaut"])
 def test_a_key_that_no_header_can_carry(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(ConfigError, match=r"^OPENAI_API_KEY: has blanks") as caught:
+    with pytest.raises(ConfigError, match=r"^OPENAI_API_KEY: contains spaces") as caught:
         endpoint_from_environment()
     assert "sk-" not in str(caught.value)

@@ -267,9 +267,9 @@ def test_the_plan_counts_what_is_trained(base, sft, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("lora=lora", "lora=lora: model=tiny has random weights, which an adapter's folder"),
+        ("lora=lora", "lora=lora: model=tiny has random weights, which an adapter check"),
         ("lora=lora model=gpt2 lora.target_modules=[]", "lora.target_modules=[]: must be [all-li"),
-        ("lora=int8 model=gpt2 lora.use_dora=true", "loses the scales of weights in 8 bits"),
+        ("lora=int8 model=gpt2 lora.use_dora=true", "ignores the scales of int8 weights"),
         ("lora=lora model=gpt2 lora.r=0", "lora.r=0: must be at least 1"),
         ("lora=lora model=gpt2 lora.lr_scale=0", "lora.lr_scale=0.0: must be above 0"),
         ("lora=lora model=gpt2 lora.quantization=fp4", "must be one of nf4, int8"),

@@ -177,8 +177,8 @@ def test_a_judge_gives_win_rates_without_a_reward(sft, tmp_path, monkeypatch):
             ["stage=ppo-baseline", "reward_fn=none"],
             "reward_fn=none: stage=ppo-baseline needs a reward",
         ),
-        (["stage=evaluate", "reward_fn=none", "stage.opponent=chosen"], "nothing judges who wins"),
-        (["stage=evaluate", "reward_fn=none", "stage.reference_samples=16"], "the optimum is that"),
+        (["stage=evaluate", "reward_fn=none", "stage.opponent=chosen"], "win rates need a judge"),
+        (["stage=evaluate", "reward_fn=none", "stage.reference_samples=16"], "the optimum needs a reward"),
     ],
 )
 def test_what_cannot_do_without_a_reward(words, message):

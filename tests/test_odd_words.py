@@ -21,7 +21,7 @@ WORDS = {  # what is given -> what is said of it
     "stage=evaluate stage.reference_samples=16 stage.best_of=[1,999999]": "at most 100,000",
     "stage=sample stage.temperatures=[1.0,1e-300]": "must be 0 (greedy) or 0.0001 to 10,000",
     "model=tiny model.architecture.layers=1000 model.architecture.hidden=65536": "random weights",
-    "data.rows=1000000 stage=dpo data.responses=1000": "makes more than 10,000,000 reviews",
+    "data.rows=1000000 stage=dpo data.responses=1000": "more than 10,000,000 reviews",
     "stage.name=[1]": "stage.name=[1]: unknown",
     "stage.name={a:1}": "unknown; one of",
     "data=[1,2]": "data=[1,2]: data takes one option's name",

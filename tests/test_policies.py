@@ -131,7 +131,7 @@ def test_methods_by_loss():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("stage.reference_samples=8", "reference_samples=8: says too little of the optimum"),
+        ("stage.reference_samples=8", "reference_samples=8: too few to estimate the optimum"),
         ("stage.best_of=[2]", r"best_of=\[2\]: has no effect with stage.reference_samples=0"),
         ("stage.best_of=[0] stage.reference_samples=16", "must be at least 1"),
         ("stage.reference_samples=16 stage.optimum=.", "stage.optimum=.: has no effect"),

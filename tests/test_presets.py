@@ -98,7 +98,7 @@ def test_a_preset_fits_and_tells_its_memory(name: str) -> None:
     assert found < 0.95 * limit / 2**30
     header, about = (conf_dir() / "preset" / f"{name}.yaml").read_text().splitlines()[:2]
     assert header == "# @package _global_"  # Hydra looks for it before anything else
-    told = re.search(r": about (\d+) GiB a GPU for DPO\.$", about)
+    told = re.search(r": about (\d+) GiB per GPU for DPO\.$", about)
     assert told, about
     assert float(told[1]) == pytest.approx(found, abs=0.51)
 

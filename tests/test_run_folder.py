@@ -181,7 +181,7 @@ def test_foreign_code_is_allowed_anew_at_each_start(
 ) -> None:
     trust = "model.trust_remote_code=true"
     cli.main(["run_dir=a", trust])
-    assert "write it on the command line" in fails(capsys, "resume=a")
+    assert "set it on the command line" in fails(capsys, "resume=a")
     cli.main(["resume=a", trust])
     assert starts[-1][0].model.trust_remote_code
 

@@ -222,7 +222,7 @@ def test_the_reference_must_be_known(toy, tmp_path):
          "stage.win_temperatures=[inf]: must be 0 (greedy) or 0.0001 to 10,000"),
         (["stage.opponent=./nowhere"], "stage.opponent=./nowhere: no such folder"),
         (["stage.opponent=chosen", "judge=http"],
-         "judge=http: whom to ask? Set the environment variable OPENAI_BASE_URL=<address of an "
+         "judge=http: needs an endpoint; set the environment variable OPENAI_BASE_URL=<URL of an "
          "OpenAI-compatible server, such as http://localhost:8000/v1>, or OPENAI_API_KEY for "
          "OpenAI's; or use judge=reward_fn"),
     ],

@@ -1,6 +1,6 @@
-"""Cross-field checks: every problem of a configuration, told together.
+"""Cross-field checks: every problem of a configuration, reported together.
 
-A line is `key=value: what is wrong; the remedy`. What a stage asks of its own keys is checked in
+A line is `key=value: what is wrong; the remedy`. The keys of a stage are checked in
 `stages/<name>.py`.
 """
 
@@ -45,9 +45,9 @@ OPTIM_OPTIONS = {"adamw": {"betas"}, "rmsprop": {"alpha"}, "adamw8bit": {"betas"
 
 
 def check(config: RunConfig, typed: Sequence[str] = (), coming: Sequence[Path] = ()) -> None:
-    """Raise ConfigError with all problems, a line each.
+    """Raise ConfigError with all problems, one per line.
 
-    typed: the command line's words; coming: folders whose files need not be there yet.
+    typed: the command line's overrides; coming: folders that earlier steps will write.
     """
     parts = (_choices, _bounds, partial(_files, coming=coming), _model, _data)
     rest = (_reward_fn, _lora, _train, _optim, _hardware)
@@ -65,7 +65,7 @@ def _choices(config: RunConfig) -> Iterator[str]:
         if value is None or not fact.choices or value in fact.choices:
             continue
         if key == "hardware.precision" and value in ("fp16", "float16", "half"):
-            yield f"{key}={value}: not offered, log-probs overflow in it; use bf16 or fp32"
+            yield f"{key}={value}: not supported: log-probs overflow in it; use bf16 or fp32"
         elif (config.stage.name, key, value) == ("dpo", "stage.loss", "dpo"):
             yield "stage.loss=dpo: DPO's own loss is called sigmoid; use stage.loss=sigmoid"
         else:
@@ -84,9 +84,9 @@ def _bounds(config: RunConfig) -> Iterator[str]:
 def _files(config: RunConfig, coming: Sequence[Path]) -> Iterator[str]:
     for key, value, fact in facts(config):
         for path in value if isinstance(value, list) else [value]:
-            # YAML cannot hold it either, so the run's own config.yaml could not be read again.
+            # YAML rejects it as well, so the run's config.yaml could not be read again.
             if isinstance(path, str) and any("\ud800" <= letter <= "\udfff" for letter in path):
-                yield f"{key}: is no UTF-8 text; rename the file or folder, or write another text"
+                yield f"{key}: is not valid UTF-8; rename the file or folder, or use another text"
             if path is None or fact.path is None:
                 continue
             # a hub id looks like owner/name
@@ -108,20 +108,20 @@ def _files(config: RunConfig, coming: Sequence[Path]) -> Iterator[str]:
 
 
 def _refused(path: str) -> OSError | None:
-    """Why a path is no file or folder that can be looked at; None where it is."""
+    """The error for a path that is not an accessible file or folder, else None."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
         return error
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return None
-    return FileNotFoundError(errno.ENOENT, "a device or a pipe, which may never end")
+    return FileNotFoundError(errno.ENOENT, "a device or a pipe, whose reading may never end")
 
 
 def _model(config: RunConfig) -> Iterator[str]:
     model = config.model
-    named = model.path or model.hub_id or model.architecture or value_at(config, "stage.policies")
-    if not named and spec_of(config.stage).reads_model:
+    source = model.path or model.hub_id or model.architecture or value_at(config, "stage.policies")
+    if not source and spec_of(config.stage).reads_model:
         yield (
             f"model={model.name}: no weights; set model.path=<folder> or model.hub_id=<owner/name>"
         )
@@ -144,7 +144,7 @@ def _model(config: RunConfig) -> Iterator[str]:
 
 
 def _weights(shape: ArchitectureConfig) -> int:
-    """Of a GPT-2 of this shape: 12 hidden^2 per block, and the embeddings."""
+    """Parameters of a GPT-2 of this shape: 12 hidden^2 per block, and the embeddings."""
     return shape.hidden * (12 * shape.layers * shape.hidden + shape.vocab + shape.context)
 
 
@@ -153,8 +153,8 @@ def _data(config: RunConfig) -> Iterator[str]:
     generated = data.rows * (data.responses or 1) if isinstance(data, SentimentDataConfig) else 0
     if generated > MOST_GENERATED:
         yield (
-            f"data.rows={value_at(config, 'data.rows')}: makes more than {MOST_GENERATED:,} "
-            f"reviews with data.responses={value_at(config, 'data.responses')}"
+            f"data.rows={value_at(config, 'data.rows')}: with data.responses="
+            f"{value_at(config, 'data.responses')} more than {MOST_GENERATED:,} reviews"
         )
     local = data.name in ("sentiment", "mix") or not spec_of(config.stage).reads_rows
     if not (local or data.path or data.hub_id):
@@ -170,25 +170,25 @@ def _data(config: RunConfig) -> Iterator[str]:
     spec, label = spec_of(config.stage), getattr(data, "label_field", None)
     if label and spec.trains and not spec.takes_labels:
         yield (
-            f"data.label_field={label}: stage={config.stage.name} would take undesirable "
-            "responses for good ones; use stage=kto"
+            f"data.label_field={label}: stage={config.stage.name} would train on undesirable "
+            "responses as well; use stage=kto"
         )
     longest, prompt = data.max_length, data.max_prompt_length
     if longest is not None and prompt is not None and prompt >= longest:
         yield (
             f"data.max_prompt_length={prompt}: must be below data.max_length={longest}, "
-            "the response needs room"
+            "which includes the response"
         )
-    fewest, most = (
+    minimum, maximum = (
         value_at(config, "data.min_prompt_words"),
         value_at(config, "data.max_prompt_words"),
     )
-    if fewest is not None and most < fewest:
-        yield f"data.max_prompt_words={most}: must be at least data.min_prompt_words={fewest}"
+    if minimum is not None and maximum < minimum:
+        yield f"data.max_prompt_words={maximum}: must be at least data.min_prompt_words={minimum}"
 
 
 def _reward_fn(config: RunConfig) -> Iterator[str]:
-    """Only where the stage reads it."""
+    """Problems of the reward, if the stage uses it."""
     chosen, stage = config.reward_fn, config.stage
     if unread(config, "reward_fn"):
         return
@@ -224,8 +224,8 @@ def _lora(config: RunConfig) -> Iterator[str]:
         return
     if model.path is None and model.architecture is not None:
         yield (
-            f"lora={lora.name}: model={model.name} has random weights, which an adapter's folder "
-            "would not hold; train them whole (lora=none), or set model.path=<folder>"
+            f"lora={lora.name}: model={model.name} has random weights, which an adapter checkpoint "
+            "does not contain; use full fine-tuning (lora=none), or set model.path=<folder>"
         )
     if not lora.target_modules or (ALL_LINEAR in lora.target_modules[1:]):
         yield (
@@ -234,7 +234,7 @@ def _lora(config: RunConfig) -> Iterator[str]:
         )
     if lora.use_dora and lora.quantization == "int8":
         yield (
-            "lora.use_dora=true: PEFT's loses the scales of weights in 8 bits; use "
+            "lora.use_dora=true: PEFT's DoRA ignores the scales of int8 weights; use "
             "lora.quantization=nf4 or lora.use_dora=false"
         )
 
@@ -247,8 +247,8 @@ def _train(config: RunConfig) -> Iterator[str]:
     coefficient = config.train.router_aux_loss_coef
     if coefficient and config.hardware.compile == "blocks":
         yield (
-            f"train.router_aux_loss_coef={coefficient}: routers are not watched in compiled "
-            "blocks; use hardware.compile=none"
+            f"train.router_aux_loss_coef={coefficient}: router logits cannot be captured in "
+            "compiled blocks; use hardware.compile=none"
         )
     steps, minutes = config.train.save_every_steps, config.train.save_every_minutes
     if steps is not None and minutes is not None:
@@ -258,7 +258,7 @@ def _train(config: RunConfig) -> Iterator[str]:
 def _optim(config: RunConfig) -> Iterator[str]:
     optim = config.optim
     if spec_of(config.stage).trains and optim.lr == 0:
-        yield "optim.lr=0.0: nothing would be learnt; set it above 0"
+        yield "optim.lr=0.0: nothing would be trained; set it above 0"
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         yield f"optim.betas={optim.betas}: must be two numbers in [0, 1)"
     defaults = type(optim)()
@@ -278,21 +278,21 @@ def _hardware(config: RunConfig) -> Iterator[str]:
     if trains and hardware.weights == "bf16" and hardware.precision == "fp32":
         yield (
             "hardware.weights=bf16: needs hardware.precision=bf16; or use hardware.weights=fp32, "
-            "which keeps small changes of the weights"
+            "in which small updates are not lost to rounding"
         )
     if trains and hardware.residual == "bf16" and hardware.precision == "fp32":
         yield "hardware.residual=bf16: needs hardware.precision=bf16; or use hardware.residual=fp32"
     if trains and hardware.kernels == "liger" and hardware.compile == "blocks":
-        yield "hardware.kernels=liger: has no use with hardware.compile=blocks; leave it out"
+        yield no_effect("hardware.kernels", "liger", "hardware.compile=blocks")
     if hardware.sharding == "hybrid" and hardware.nodes == 1:
         yield (
-            "hardware.sharding=hybrid: keeps a copy of the weights on each of several nodes, "
-            "hardware.nodes is 1; use hardware.sharding=full"
+            "hardware.sharding=hybrid: replicates the weights across nodes, and hardware.nodes "
+            "is 1; use hardware.sharding=full"
         )
     if ranks == 1:
         return
     devices = f"hardware.devices={hardware.devices}"
     if config.optim.name == "adamw8bit" and trains:
-        yield f"optim=adamw8bit: cannot be shared by {devices}; use optim=adamw or rmsprop"
+        yield f"optim=adamw8bit: cannot be sharded ({devices}); use optim=adamw or rmsprop"
     if config.model.attention == "plain":
-        yield f"model.attention=plain: not offered with {devices}; use model.attention=auto"
+        yield f"model.attention=plain: not supported with {devices}; use model.attention=auto"

@@ -8,11 +8,11 @@ from typing import Any
 
 from dpo_cli.config.keys import LOCAL, above, at_least, day, key
 
-# Ways of writing conversations; another value of data.chat_template is a Jinja file.
+# How conversations are rendered; any other value of data.chat_template is a Jinja file.
 CHAT_TEMPLATES = ("auto", "always", "never", "human_assistant")
 
 
-# Keys of how a row becomes tokens, whichever file it comes from.
+# Keys of how rows are tokenized, independent of the file they come from.
 WRITING = (
     "max_length", "max_prompt_length", "keep_prompt", "chat_template", "chat_template_kwargs",
     "date", "special_tokens",
@@ -21,11 +21,11 @@ WRITING = (
 
 @dataclass
 class DataConfig:
-    """Keys every dataset has. `path` (local file or folder) takes precedence over `hub_id`."""
+    """Keys of every dataset. `path` (local file or folder) takes precedence over `hub_id`."""
 
     name: str = key("jsonl", "which adapter reads the rows")
     hub_id: str | None = key(None, "dataset on the hub, owner/name")
-    hub_config: str | None = key(None, "configuration of the hub's dataset, where it has several")
+    hub_config: str | None = key(None, "configuration of the hub dataset, if it has several")
     revision: str | None = key(None, "branch, tag or commit on the hub; the commit is recorded")
     path: str | None = key(
         None,
@@ -37,22 +37,22 @@ class DataConfig:
     train_split: str = key("train", "split to train on")
     eval_split: str | None = key(
         "auto",
-        "held-out split; auto: test, validation or the like, where there is one; null: hold out "
+        "held-out split; auto: test, validation or similar, if there is one; null: hold out "
         "data.eval_rows of the training split",
     )
     eval_rows: int | float | None = key(
-        None, "held-out rows: a count, or below 1 a share; null: all of the eval split, else none",
+        None, "held-out rows: a count, or a fraction below 1; null: the whole eval split, if any",
         bound=at_least(0),
     )  # fmt: skip
     max_rows: int | None = key(
         None, "seeded sample of this many rows of each split; null: all", bound=at_least(1)
     )
     max_row_mb: float = key(
-        64.0, "MB of a row, a line or a cell; longer ones are refused", bound=above(0, 2047)
+        64.0, "maximum MB of a row, a line or a cell; larger ones are errors", bound=above(0, 2047)
     )
     max_file_mb: float | None = key(
-        None, "MB of a file, uncompressed; null: 8192, of a .gz no more than 64 or 100 times its "
-        "size", bound=above(0, 10**7),
+        None, "maximum MB of a file, uncompressed; null: 8192, for a .gz at most 64, or 100 times "
+        "its size", bound=above(0, 10**7),
     )  # fmt: skip
     max_length: int | None = key(
         None, "tokens of prompt and response; null: the model's context, at most 512",
@@ -67,14 +67,14 @@ class DataConfig:
     )
     chat_template: str = key(
         "auto",
-        "when the model's chat template renders prompts: auto (messages) | always | never | "
+        "when to apply the model's chat template: auto (to messages) | always | never | "
         "human_assistant (Human:/Assistant: instead) | a Jinja file",
     )
     chat_template_kwargs: dict[str, Any] = key(
         {}, "variables of the chat template, such as {enable_thinking: false}"
     )
     date: str | None = key(
-        None, "what a chat template is told of today; null: the day the run began", bound=day()
+        None, "today's date in the chat template; null: the day the run started", bound=day()
     )
     special_tokens: str = key(
         "text", "special tokens written in texts: text (as characters) | parse (as tokens)",
@@ -90,13 +90,13 @@ class SentimentDataConfig(DataConfig):
     rows: int = key(4000, "reviews to generate for training", bound=at_least(1, 10**6))
     eval_split: str | None = key(None, "no effect: the reviews are generated")
     eval_rows: int | float | None = key(
-        400, "reviews to generate for evaluation; below 1: as a share of data.rows",
+        400, "reviews to generate for evaluation; below 1: as a fraction of data.rows",
         bound=at_least(0, 10**6),
     )  # fmt: skip
     min_prompt_words: int = key(2, "words of the shortest prompt", bound=at_least(1, 1000))
     max_prompt_words: int = key(8, "words of the longest prompt", bound=at_least(1, 1000))
     responses: int | None = key(
-        None, "responses per prompt; null: 2 where the stage compares them, else 1",
+        None, "responses per prompt; null: 2 if the stage compares them, else 1",
         bound=at_least(1, 1000),
     )  # fmt: skip
 
@@ -193,7 +193,7 @@ class JsonlDataConfig(DataConfig):
         "whose prompt is the turns before it)", choices=("last", "all"),
     )  # fmt: skip
     prompt_field: str | None = key(
-        "prompt", "field of the prompt; null: the messages before the answer"
+        "prompt", "field of the prompt; null: the messages before the response"
     )
     chosen_field: str = key("chosen", "field of the preferred response")
     rejected_field: str | None = key(
@@ -207,14 +207,14 @@ class JsonlDataConfig(DataConfig):
     )
     label_field: str | None = key(
         None,
-        "field that tells whether the row's only response (chosen_field) is desirable, true or "
-        "false, 1 or 0: for stage=kto",
+        "for stage=kto: field with the label of the row's only response (chosen_field), true or 1 "
+        "if desirable, else false or 0",
     )
     system_field: str | None = key(
         "system", "field of a system message before the prompt; may be absent; null: not read"
     )
     tools_field: str | None = key(
-        "tools", "field of the functions a conversation may call, a list or its JSON; may be absent"
+        "tools", "field of the functions a conversation may call, a list or JSON; may be absent"
     )
     finished_field: str | None = key(
         None, "field of one bool per response; false: it was truncated and gets no EOS"

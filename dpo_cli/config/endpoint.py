@@ -1,6 +1,7 @@
-"""Where a judge's language model is: OPENAI_BASE_URL and OPENAI_API_KEY of the environment.
+"""The endpoint of a judge's language model: OPENAI_BASE_URL and OPENAI_API_KEY.
 
-Not keys of the configuration: that is written to files, and a key may not be.
+Environment variables rather than configuration keys: the configuration is written to files, and
+secrets must not be.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from urllib.parse import urlsplit
 from dpo_cli.errors import ConfigError
 
 OPENAI = "https://api.openai.com/v1"
-SHORTEST_SECRET = 8  # characters; local servers are content with "EMPTY" or "x"
+SHORTEST_SECRET = 8  # characters; for local servers people use "EMPTY" or "x"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """base: address without a slash at its end. key: for the server alone."""
+    """base: URL without a trailing slash. key: secret, sent only to this server."""
 
     base: str
     key: str | None = field(default=None, repr=False)
@@ -28,31 +29,31 @@ class Endpoint:
 
     @property
     def host(self) -> str:
-        """Name and port, for messages."""
+        """Host name and port, for messages."""
         return urlsplit(self.base).netloc
 
     def hide(self, text: str) -> str:
-        """`text` without the key: a server may repeat what it was sent."""
+        """`text` with the key redacted: a server may echo its request."""
         if self.key is None or len(self.key) < SHORTEST_SECRET:
             return text
         return text.replace(self.key, "[redacted]")
 
 
 def endpoint_from_environment() -> Endpoint:
-    """The server to ask; OpenAI's own only where there is a key for it.
+    """The judge's server; OpenAI's own only if OPENAI_API_KEY is set.
 
-    Raises ConfigError, which never shows a value: the address might hold a password.
+    Raises ConfigError, which never shows a value: a URL might contain a password.
     """
     base = os.environ.get("OPENAI_BASE_URL", "").strip()
     key = os.environ.get("OPENAI_API_KEY", "").strip() or None
     if not base and key is None:
         raise ConfigError(
-            "judge=http: whom to ask? Set the environment variable OPENAI_BASE_URL=<address of an "
-            "OpenAI-compatible server, such as http://localhost:8000/v1>, or OPENAI_API_KEY for "
+            "judge=http: needs an endpoint; set the environment variable OPENAI_BASE_URL=<URL of "
+            "an OpenAI-compatible server, such as http://localhost:8000/v1>, or OPENAI_API_KEY for "
             "OpenAI's; or use judge=reward_fn"
         )
     if key is not None and not _is_word(key):  # http.client would show it in its error
-        raise ConfigError("OPENAI_API_KEY: has blanks or characters that no key has")
+        raise ConfigError("OPENAI_API_KEY: contains spaces, control or non-ASCII characters")
     base = (base or OPENAI).rstrip("/").removesuffix("/chat/completions")
     if problem := _problem(base):
         raise ConfigError(f"OPENAI_BASE_URL: {problem}")
@@ -64,17 +65,17 @@ def _is_word(text: str) -> bool:
 
 
 def _problem(base: str) -> str | None:
-    """Why the address cannot be used."""
+    """Why the URL cannot be used, or None."""
     try:
         parts = urlsplit(base)
-        named = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         (parts.hostname or "").encode("idna")
-    except ValueError:  # a port that is no number, a name with an empty part
-        named = False
-    if not (named and _is_word(base)):
-        return "is no address; give one such as http://localhost:8000/v1"
+    except ValueError:  # a port that is not a number, a host name with an empty label
+        valid = False
+    if not (valid and _is_word(base)):
+        return "is not a URL; set one such as http://localhost:8000/v1"
     if "@" in parts.netloc:
-        return "holds a user's name; give the key in OPENAI_API_KEY"
+        return "contains a user name; set the key in OPENAI_API_KEY"
     if parts.query or parts.fragment:
-        return "has a query (? or #), which is not supported; give the address alone"
+        return "has a query or fragment (? or #), which is not supported; remove it"
     return None

@@ -1,4 +1,4 @@
-"""Values of YAML and the command line as the dataclasses of the schema, with typed fields."""
+"""Convert values of YAML and the command line to the schema's dataclasses, with typed fields."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Mismatch(Exception):
 def fit(schema: Any, values: Any, path: str, chosen: Mapping[str, str], problems: list[str]) -> Any:
     """An instance of `schema`; keys absent from `values` keep their defaults.
 
-    path: the group's dotted key, "" for the root; chosen: the options that pick schemas. Unknown
-    keys and values of a wrong type are added to `problems`, a line each.
+    path: the group's dotted key, "" for the root; chosen: group -> option, which select schemas.
+    Unknown keys and values of the wrong type are appended to `problems`, one line each.
     """
     if not isinstance(values, dict):
         problems.append(f"{path}={values}: expected a group of keys")
@@ -58,7 +58,7 @@ def fit(schema: Any, values: Any, path: str, chosen: Mapping[str, str], problems
 
 
 def _many(key: str, value: Any) -> str:
-    """`hardware.device=2` asks for two of them."""
+    """A hint for `hardware.device=2`, which means two devices."""
     counted = key == "hardware.device" and type(value) is int
     return f"; did you mean hardware.devices={value}?" if counted else ""
 
@@ -70,7 +70,7 @@ def _required(schema: Any) -> set[str]:
 
 
 def _list(value: Any, item: Any) -> list[Any]:
-    """A list of one text may be given as that text."""
+    """A list; one string stands for a list of one."""
     if item is str and isinstance(value, str):
         value = [value]
     if not isinstance(value, list):
@@ -79,7 +79,7 @@ def _list(value: Any, item: Any) -> list[Any]:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """`value` as `kind`; numbers may come as text, from the environment or as 1e-5 in YAML."""
+    """`value` as `kind`; numbers may be strings, from the environment or as 1e-5 in YAML."""
     if get_origin(kind) is list:
         return _list(value, *get_args(kind))
     if get_origin(kind) is UnionType:
@@ -88,7 +88,7 @@ def _convert(value: Any, kind: Any) -> Any:
         raise Mismatch(" or ".join(NAMES[part] for part in get_args(kind)))
     if kind is str and not isinstance(value, str):
         raise Mismatch("text; put it in quotes")  # YAML reads a bare off as false, 7e1 as 70.0
-    if isinstance(value, str) and "\0" in value:  # no file's name and no argument may hold it
+    if isinstance(value, str) and "\0" in value:  # not allowed in file names and arguments
         raise Mismatch("text without NUL characters")
     if type(value) is kind:
         return value

@@ -1,4 +1,4 @@
-"""What a mistyped key or option most likely meant."""
+"""Suggestions for mistyped keys and options, and lists of the valid ones."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ ALIASES = {  # what other tools call a key -> its name here
 
 
 def renamed(schema: Any) -> dict[str, str]:
-    """Names that keys had in earlier versions -> their names now."""
+    """Names of keys in earlier versions -> their current names."""
     fields = dataclasses.fields(schema)
     return {fact.old: f.name for f in fields if (fact := f.metadata.get("fact")) and fact.old}
 
 
 @functools.cache
 def known_facts() -> list[tuple[str, Fact]]:
-    """(dotted key, facts) of every group and option, so a key may come several times."""
+    """(dotted key, facts) of every group and option; a key may occur several times."""
     hints = get_type_hints(RunConfig)
     schemas = [(group, schema) for group, table in TABLES.items() for schema in table.values()]
     schemas += [(group, hints[group]) for group in groups() if group not in TABLES]
@@ -127,7 +127,7 @@ def valid_keys(options: Mapping[str, str]) -> list[str]:
 
 
 def unknown_key(path: str, options: Mapping[str, str]) -> str:
-    """One line about a key that the chosen options do not have."""
+    """The error line for a key that the chosen options do not have."""
     holders = _holders(options)
     if path in ENVIRONMENT:
         return f"{path}: unknown key; set the environment variable {ENVIRONMENT[path]}"
@@ -139,10 +139,10 @@ def unknown_key(path: str, options: Mapping[str, str]) -> str:
     valid = valid_keys(options)
     by_leaf = {key.rpartition(".")[2]: key for key in reversed(valid)}
     leaf = path.rpartition(".")[2]
-    # A common `stage.` alone makes no two keys alike.
-    near = [key for key in (*valid, *holders) if _alike(leaf, key.rpartition(".")[2])]
-    close = difflib.get_close_matches(path, near, n=1, cutoff=0.6)
-    near_leaf = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
+    # Compare the last part as well: the shared `stage.` makes any two keys similar.
+    similar = [key for key in (*valid, *holders) if _similar(leaf, key.rpartition(".")[2])]
+    close = difflib.get_close_matches(path, similar, n=1, cutoff=0.6)
+    close_leaf = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.7)
     if leaf in by_leaf:
         hint = f"did you mean {by_leaf[leaf]}?"
     elif "." not in path and (theirs := counterpart(path)):
@@ -150,11 +150,11 @@ def unknown_key(path: str, options: Mapping[str, str]) -> str:
     elif close:
         hint = f"did you mean {close[0]}{_of(holders.get(close[0]))}?"
     else:
-        hint = f"did you mean {by_leaf[near_leaf[0]]}?" if near_leaf else "see dpo-run --cfg job"
+        hint = f"did you mean {by_leaf[close_leaf[0]]}?" if close_leaf else "see dpo-run --cfg job"
     return f"{path}: unknown key; {hint}"
 
 
-def _alike(word: str, other: str) -> bool:
+def _similar(word: str, other: str) -> bool:
     return difflib.SequenceMatcher(None, word, other).ratio() >= 0.6
 
 
@@ -163,7 +163,7 @@ def _of(holder: str | None) -> str:
 
 
 def _holders(options: Mapping[str, str]) -> dict[str, str]:
-    """Keys that only other options of data and stage have -> those, `stage=dpo, ...`."""
+    """Keys that only other options have -> these options, `stage=dpo, ...`."""
     valid = set(valid_keys(options))
     holders: dict[str, list[str]] = {}
     for group, table in TABLES.items():

@@ -1,4 +1,4 @@
-"""The key=value words of a command: parsed and composed by Hydra, and those of a sweep."""
+"""Parse and compose the key=value overrides of a command, and those of a sweep, with Hydra."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from dpo_cli.config.read import refuse_targets
 from dpo_cli.errors import ConfigError
 
 HYDRA_VERSION = "1.3"
-# What composing raises for values of odd shapes (a list as a name, a group's option that is a
-# number, a name too long for a file), besides Hydra's own errors.
+# Raised by composition for values of odd types (a list as a name, a number as a group's option, a
+# name too long for a file), besides Hydra's own errors.
 ODD = (
     ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RecursionError,
     TypeError, ValueError,
@@ -33,13 +33,13 @@ LISTED = (ValueType.SIMPLE_CHOICE_SWEEP, ValueType.CHOICE_SWEEP, ValueType.RANGE
 
 
 def quiet_hydra() -> None:
-    """Have Hydra raise its errors instead of printing and exiting, and keep its advice."""
+    """Have Hydra raise its errors instead of printing and exiting, and silence its warnings."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     warnings.filterwarnings("ignore", module=r"hydra|omegaconf")
 
 
 def composed(words: Sequence[str], config_name: str | None = None) -> DictConfig:
-    """The configuration with Hydra's node, as a single run gets it. Creates no folder."""
+    """The configuration of one run, with Hydra's node. Creates no folder. Raises ConfigError."""
     with as_config_error(words, *ODD):
         _refuse_several(words)
     with (
@@ -48,9 +48,9 @@ def composed(words: Sequence[str], config_name: str | None = None) -> DictConfig
     ):
         cfg = compose(config_name or "config", list(words), return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)  # for ${hydra:...} in values
-        for key in READ:  # with interpolations that cannot be resolved it would fail later
+        for key in READ:  # an interpolation that cannot be resolved would fail later
             _plain(OmegaConf.select(cfg, key, throw_on_missing=True))
-    # Callbacks are objects that Hydra makes from names in the config: any code at all.
+    # Hydra instantiates callbacks from names in the config: arbitrary code.
     refuse_targets(OmegaConf.to_container(cfg.hydra.callbacks, resolve=False), "hydra.callbacks")
     return cfg
 
@@ -60,21 +60,21 @@ def _plain(value: Any) -> Any:
 
 
 def _refuse_several(words: Sequence[str]) -> None:
-    """Hydra would merge the options of `data=[hh,shp]`; a run has one of each group."""
+    """ConfigError for `data=[hh,shp]`, which Hydra would merge; a run has one option per group."""
     for word in OverridesParser.create().parse_overrides(list(words)):
         if word.key_or_group in choosable() and isinstance(word.value(), list):
             raise ConfigError(f"{word.input_line}: {word.key_or_group} takes one option's name")
 
 
 def with_new_names(words: Sequence[str]) -> list[str]:
-    """The words with keys of earlier versions under their names of today, each told once."""
+    """The overrides with keys of earlier versions renamed, and a note for each on stderr."""
     current = []
     for word in words:
         key, equals, value = word.partition("=")
         bare = key.lstrip("+~")
         new = renamed_keys().get(bare)
         if new:
-            print(f"note: {bare} is called {new} now", file=sys.stderr)
+            print(f"note: {bare} is now called {new}", file=sys.stderr)
         current.append(f"{key[: len(key) - len(bare)]}{new or bare}{equals}{value}")
     return current
 
@@ -85,7 +85,7 @@ def parsed(words: Sequence[str]) -> list[Override]:
 
 
 def values(word: Override) -> list[Any]:
-    """The word's value, or those of a sweep; none where only Hydra's sweeper knows them."""
+    """An override's value, or those of a sweep; empty if only Hydra's sweeper knows them."""
     if not word.is_sweep_override():
         return [word.value()]
     if word.value_type not in LISTED:
@@ -94,18 +94,18 @@ def values(word: Override) -> list[Any]:
 
 
 def job_count(words: Sequence[str]) -> int | None:
-    """How many jobs a sweep over the words has; None where only Hydra's sweeper knows."""
+    """The number of jobs of a sweep; None if only Hydra's sweeper knows it."""
     counts = [len(values(word)) for word in parsed(words) if word.is_sweep_override()]
     return math.prod(counts) if all(counts) else None
 
 
 def first_job(words: Sequence[str]) -> list[str]:
-    """The words of the sweep's first job: each swept key with the first of its values."""
+    """The overrides of the sweep's first job: each swept key with its first value."""
     first = []
     for word in parsed(words):
         if not word.is_sweep_override():
             first.append(str(word.input_line))
-        elif word.value_type in LISTED:  # a glob's choices are on disk, an interval's drawn
+        elif word.value_type in LISTED:  # globs match files, intervals are sampled
             first.append(f"{word.get_key_element()}={next(iter(word.sweep_string_iterator()))}")
     return first
 
@@ -114,11 +114,11 @@ def for_every_option(words: Sequence[str]) -> list[str]:
     """`++key=value` for the keys of a swept group.
 
     Hydra first composes a sweep with the default option of a swept group, which may not have
-    the key; the strict schema still refuses what a job's own option does not know.
+    the key; the strict schema still rejects keys that a job's option does not have.
     """
-    read = parsed(words)
-    swept = {word.key_or_group for word in read if word.is_sweep_override()}
+    overrides = parsed(words)
+    swept = {word.key_or_group for word in overrides if word.is_sweep_override()}
     return [
         f"++{line}" if line.partition(".")[0] in swept and not line.startswith(("+", "~")) else line
-        for line in (str(word.input_line) for word in read)
+        for line in (str(word.input_line) for word in overrides)
     ]

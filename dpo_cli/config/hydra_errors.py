@@ -1,4 +1,4 @@
-"""Hydra's errors in one line each, with what was probably meant."""
+"""Hydra's errors as one line each, with a suggestion."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ LAUNCHER = "hydra/launcher"
 
 @contextmanager
 def as_config_error(overrides: Sequence[str], *more: type[Exception]) -> Iterator[None]:
-    """Raise what Hydra, OmegaConf and YAML complain about as a ConfigError.
+    """Convert errors of Hydra, OmegaConf and YAML to ConfigError.
 
-    more: further kinds, for a body that does nothing but compose.
+    more: further exception types, for a body that only composes.
     """
     try:
         yield
@@ -72,7 +72,7 @@ def _missing_option(error: MissingConfigException) -> str:
     if group == LAUNCHER and option.startswith("submitit"):
         return f"{group}={option}: needs hydra-submitit-launcher; pip install 'dpo-run[slurm]'"
     if not options and group in choosable():
-        return f"{group}/{option}: no such YAML file, but another one names it in its defaults"
+        return f"{group}/{option}: no such YAML file, but another one lists it in its defaults"
     if not options:
         return _unknown_group(group, overrides=())
     hint = did_you_mean(option, options)
@@ -80,7 +80,7 @@ def _missing_option(error: MissingConfigException) -> str:
 
 
 def _unknown(key: str, overrides: Sequence[str]) -> str:
-    """A key or group that the composed YAML does not have."""
+    """The message for a key or group that the composed YAML does not have."""
     chosen = dict(DEFAULT_OPTIONS)
     for word in overrides:
         name, _, option = word.lstrip("+").partition("=")
@@ -94,10 +94,7 @@ def _unknown(key: str, overrides: Sequence[str]) -> str:
     if group == "hydra":
         return f"{key}: unknown key; see dpo-run --cfg hydra"
     if key in valid_keys(chosen) and group in groups():
-        return (
-            f"{key}: the YAML of the chosen {group} leaves this key out; "
-            f"write +{key}=... or add it there"
-        )
+        return f"{key}: missing in the YAML of the chosen {group}; use +{key}=... or add it there"
     hint = did_you_mean(key, [*choosable(), *root_keys(), "recipe", "resume"])
     leaves = {valid.rpartition(".")[2] for valid in valid_keys(chosen)}
     if not hint or "." in key or key in leaves or counterpart(key):  # lr: optim.lr, not lora
@@ -106,7 +103,7 @@ def _unknown(key: str, overrides: Sequence[str]) -> str:
 
 
 def _gist(error: Exception, overrides: Sequence[str]) -> str:
-    """Anything else: the whole of a YAML error, first lines of other errors and their cause."""
+    """Any other error: the full text of a YAML error, else the first lines of it and its cause."""
     if isinstance(error, yaml.YAMLError):
         return " ".join(str(error).split())  # file, line and what is wrong there
     lines = []
@@ -125,11 +122,11 @@ def _needs_sweep(word: str, overrides: Sequence[str]) -> str:
 
 
 def _exists(key: str, overrides: Sequence[str]) -> str:
-    return f"+{key}: this key exists already; leave out the +"
+    return f"+{key}: this key exists already; remove the +"
 
 
 def _nothing_to_delete(key: str, overrides: Sequence[str]) -> str:
-    return f"~{key}: there is no such key to leave out"
+    return f"~{key}: there is no such key to remove"
 
 
 def _unknown_group(group: str, overrides: Sequence[str]) -> str:
@@ -140,7 +137,7 @@ def _no_keys(option: str, overrides: Sequence[str]) -> str:
     return f"conf/{option}.yaml: expected keys and values, such as path: my-model"
 
 
-ANSWERS: list[tuple[str, Callable[[str, Sequence[str]], str]]] = [  # what Hydra says -> we say
+ANSWERS: list[tuple[str, Callable[[str, Sequence[str]], str]]] = [  # Hydra's message -> ours
     (r"Ambiguous value for argument '(.+)'$", _needs_sweep),
     (r"Sweep parameters '(.+)' requires --multirun", _needs_sweep),
     (r"An item is already at '([^']+)'", _exists),

@@ -1,9 +1,9 @@
-"""One key of the configuration: its default, its meaning, and the values it may have.
+"""One key of the configuration: its default, meaning and allowed values.
 
-    beta: float = key(0.1, "strength of the pull towards the reference", bound=above(0))
+    beta: float = key(0.1, "strength of the KL penalty towards the reference", bound=above(0))
 
-The facts stand beside the field; checks, help, the reference page and the expansion of `~` in paths
-read them here. Types are those of the annotation.
+These facts are field metadata, which checks, help and the expansion of `~` in paths read. The type
+is the field's annotation.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MOST = 10**9  # of a number that nothing bounds earlier: no count of rows or steps is larger
-HUGE = 1e30  # of a factor on weights and gradients, which are float32
-COLDEST, HOTTEST = 0.0001, 10_000  # temperatures of sampling
+MOST = 10**9  # default upper bound of numbers: no count of rows or steps is larger
+HUGE = 1e30  # upper bound of factors on weights and gradients, which are float32
+COLDEST, HOTTEST = 0.0001, 10_000  # sampling temperatures
 
-LOCAL, LOCAL_OR_HUB = "local", "local or hub"  # what a key's path names
+LOCAL, LOCAL_OR_HUB = "local", "local or hub"  # kinds of paths
 
 
 @dataclass(frozen=True)
 class Bound:
-    """says: what help pages say of it. problem: what is wrong with a value, None if nothing is."""
+    """says: its text in help pages. problem: what is wrong with a value, None if nothing is."""
 
     says: str
     problem: Callable[[Any], str | None]
@@ -32,16 +32,14 @@ class Bound:
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known of a key, beside its type and default."""
+    """The facts of a key, besides its type and default."""
 
-    meaning: str = ""  # one line, in words of the user
-    choices: tuple[str, ...] = ()  # the only values; (): any of the type
+    meaning: str = ""  # one line, for the user
+    choices: tuple[str, ...] = ()  # the allowed values; (): any of the type
     bound: Bound | None = None
-    path: str | None = (
-        None  # LOCAL: must exist | LOCAL_OR_HUB: a folder or a hub id | None: no path
-    )
+    path: str | None = None  # LOCAL: must exist | LOCAL_OR_HUB: folder or hub id | None: no path
     old: str | None = None  # the key's name in earlier versions
-    code: bool = False  # it has foreign code run: only the command line may say so
+    code: bool = False  # it runs foreign code: settable on the command line only
 
 
 def key(
@@ -54,7 +52,7 @@ def key(
     old: str | None = None,
     code: bool = False,
 ) -> Any:
-    """A dataclass field with its facts; a list or dict as default is copied for each instance."""
+    """A dataclass field with its facts; a default list or dict is copied for each instance."""
     fact = Fact(meaning, tuple(choices), bound, path, old, code)
     metadata = {"fact": fact}
     if isinstance(default, (list, dict)):
@@ -63,7 +61,7 @@ def key(
 
 
 def facts(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Fact]]:
-    """(dotted key, value, facts) of every key of a configuration: its own, then those of groups."""
+    """(dotted key, value, facts) of every key: those of the root, then those of the groups."""
     groups = []
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
@@ -75,28 +73,28 @@ def facts(node: Any, prefix: str = "") -> Iterator[tuple[str, Any, Fact]]:
         yield from facts(value, inner)
 
 
-def at_least(least: float, most: float = MOST) -> Bound:
-    """Of a number, or of every number of a list."""
+def at_least(low: float, high: float = MOST) -> Bound:
+    """Inclusive bounds of a number, or of every number of a list."""
 
     def problem(value: float) -> str | None:
-        if least <= value <= most:
+        if low <= value <= high:
             return None
-        return f"must be at most {_shown(most)}" if value > most else f"must be at least {least}"
+        return f"must be at most {_shown(high)}" if value > high else f"must be at least {low}"
 
-    return Bound(f"must be {_shown(least)} to {_shown(most)}", problem)
+    return Bound(f"must be {_shown(low)} to {_shown(high)}", problem)
 
 
-def above(least: float, most: float = MOST) -> Bound:
+def above(low: float, high: float = MOST) -> Bound:
     def problem(value: float) -> str | None:
-        if least < value <= most:
+        if low < value <= high:
             return None
-        return f"must be at most {_shown(most)}" if value > most else f"must be above {least}"
+        return f"must be at most {_shown(high)}" if value > high else f"must be above {low}"
 
-    return Bound(f"must be above {_shown(least)}, at most {_shown(most)}", problem)
+    return Bound(f"must be above {_shown(low)}, at most {_shown(high)}", problem)
 
 
 def within(interval: str) -> Bound:
-    """An interval as mathematicians write it, such as `[0, 0.5)`."""
+    """An interval in mathematical notation, such as `[0, 0.5)`."""
     low, high = (float(end) for end in interval[1:-1].split(","))
 
     def problem(value: float) -> str | None:
@@ -108,12 +106,12 @@ def within(interval: str) -> Bound:
 
 
 def heat(greedy: bool = True) -> Bound:
-    """Of sampling; greedy: 0 is one, too. Logits divided by less than the coldest overflow."""
-    warm = at_least(COLDEST, HOTTEST)
+    """A sampling temperature; greedy: allows 0. Logits divided by less than COLDEST overflow."""
+    positive = at_least(COLDEST, HOTTEST)
     if not greedy:
-        return warm
-    says = warm.says.replace("must be", "must be 0 (greedy) or")
-    return Bound(says, lambda value: None if value == 0 or not warm.problem(value) else says)
+        return positive
+    says = positive.says.replace("must be", "must be 0 (greedy) or")
+    return Bound(says, lambda value: None if value == 0 or not positive.problem(value) else says)
 
 
 def _shown(number: float) -> str:
@@ -121,7 +119,7 @@ def _shown(number: float) -> str:
 
 
 def day() -> Bound:
-    says = "must be a day such as 2026-01-31"
+    says = "must be a date such as 2026-01-31"
 
     def problem(text: str) -> str | None:
         try:

@@ -11,7 +11,7 @@ _WORDS = ("true", "false", "null", "nan", "inf")  # Hydra would not read these a
 
 
 def as_override(key: str, value: Any) -> str:
-    """`key=value` in Hydra's grammar, text quoted where it needs to be."""
+    """`key=value` in Hydra's grammar, with text quoted if necessary."""
     return f"{key}={_literal(value)}"
 
 
@@ -32,7 +32,6 @@ def _literal(value: Any) -> str:
 def _quoted(text: str) -> str:
     if _BARE.fullmatch(text) and text.lower() not in _WORDS:
         return text
-    # Backslashes count only before a quote and before ${ (which would interpolate), where
-    # each is doubled.
+    # Backslashes are special only before a quote and before ${ (an interpolation): doubled there.
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
     return "'" + re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", escaped) + "'"

@@ -1,4 +1,4 @@
-"""Where the YAML files lie: in the package once installed, at the top of a checkout."""
+"""Folders of the YAML files: in the package if installed, at the top of a checkout."""
 
 from __future__ import annotations
 
@@ -18,6 +18,6 @@ def recipes_dir() -> Path:
 
 
 def _yaml_dir(name: str) -> Path:
-    # The packaged copy first: beside an installed package, `conf/` would be a stranger's.
+    # The packaged copy first: next to an installed package, `conf/` would be someone else's.
     packaged = PACKAGE / f"_{name}"
     return packaged if packaged.is_dir() else PACKAGE.parent / name

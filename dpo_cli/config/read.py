@@ -1,7 +1,7 @@
-"""From a composed Hydra config to a `RunConfig`: typed, complete and checked.
+"""Convert a composed Hydra config to a `RunConfig`: typed, complete and checked.
 
-Nothing below this knows Hydra. No `_target_` is ever followed: names of losses, datasets
-and stages are looked up in closed tables.
+No module below this uses Hydra. `_target_` is never instantiated: names of losses, datasets and
+stages are looked up in closed tables.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import dpo_cli.config.store  # noqa: F401  # whoever composes finds the defaults
+import dpo_cli.config.store  # noqa: F401  # registers the defaults for composition
 from dpo_cli.config import (
     HttpJudgeConfig,
     NoRewardFn,
@@ -35,30 +35,29 @@ from dpo_cli.errors import ConfigError
 
 
 def prepare(cfg: DictConfig, typed: Sequence[str] = (), coming: Sequence[Path] = ()) -> RunConfig:
-    """`build`, `finalize` and `check` in one.
+    """`build`, `finalize` and `check` a configuration. Raises ConfigError.
 
-    typed: what the user wrote on the command line; coming: folders whose files need not be
-    there yet.
+    typed: the command line's overrides; coming: folders that earlier steps will write.
     """
     config = finalize(build(cfg))
     words = _overrides(cfg)
-    if words:  # of a resumed run, those it was started with
+    if words:  # of a resumed run, those of its first start
         config = with_default_reward(with_run_data(config, words), words)
     check(config, typed, coming)
     return config
 
 
 def _overrides(cfg: DictConfig) -> list[str]:
-    """All that the configuration was composed with; nothing where Hydra's node is left out."""
+    """The overrides that the configuration was composed with; empty without Hydra's node."""
     if "hydra" not in cfg:
         return []
     words: Any = OmegaConf.to_container(cfg.hydra.overrides.task, resolve=False)
-    return [str(word) for word in words]  # as they are: `a=${.b}` means another place in here
+    return [str(word) for word in words]  # unresolved: `a=${.b}` is relative to another node here
 
 
 def with_default_reward(config: RunConfig, typed: Sequence[str]) -> RunConfig:
-    """The reward of the generated reviews rates nothing else: an evaluation of other data that
-    names no reward has none."""
+    """Without an explicit reward, an evaluation of other data than the generated reviews, which
+    the default reward rates, has none."""
     default = isinstance(config.reward_fn, SentimentRewardFn)
     named = any(word.lstrip("+").startswith("reward_fn") for word in typed)
     generated = isinstance(config.data, SentimentDataConfig)
@@ -68,9 +67,9 @@ def with_default_reward(config: RunConfig, typed: Sequence[str]) -> RunConfig:
 
 
 def build(cfg: DictConfig) -> RunConfig:
-    """Resolve the interpolations once and fit every group to its dataclass.
+    """Resolve the interpolations and convert every group to its dataclass.
 
-    Raises ConfigError that names all unknown keys and all values of a wrong type.
+    Raises ConfigError that lists all unknown keys and all values of the wrong type.
     """
     values = _plain(cfg)
     problems: list[str] = []
@@ -84,7 +83,7 @@ def build(cfg: DictConfig) -> RunConfig:
 
 
 def finalize(config: RunConfig) -> RunConfig:
-    """Fill in the values that depend on others."""
+    """Fill in defaults that depend on other keys, and expand `~` in paths."""
     lr = config.optim.lr
     if lr is None:
         scratch = config.model.path is None and config.model.architecture is not None
@@ -109,7 +108,7 @@ def finalize(config: RunConfig) -> RunConfig:
 
 
 def _compile(value: str | bool) -> str:
-    """hardware.compile was a switch once."""
+    """hardware.compile was a bool in earlier versions."""
     return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
 
 
@@ -120,7 +119,7 @@ def _user_cache() -> str:
 
 
 def _with_home(node: Any) -> Any:
-    """`~` at the start of paths: shells leave it alone after `key=`."""
+    """Expand `~` at the start of paths: shells do not after `key=`."""
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
@@ -136,7 +135,7 @@ def _with_home(node: Any) -> Any:
 
 
 def refuse_targets(node: Any, path: str = "") -> None:
-    """Hydra's `_target_` names code to run; a configuration may not."""
+    """ConfigError for Hydra's `_target_`, which names code to run. path: of `node`."""
     children: Any = ()
     if isinstance(node, Mapping):
         if "_target_" in node:
@@ -149,13 +148,13 @@ def refuse_targets(node: Any, path: str = "") -> None:
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
-    """Resolved values of everything but Hydra's own node."""
+    """Resolved values of all nodes but Hydra's own."""
     values: dict[str, Any] = {}
     for key in cfg:
         if key == "hydra":
             continue
         try:
-            # Key by key, in place: interpolations may point at the root or at hydra.
+            # Key by key, in place: interpolations may refer to the root or to hydra.
             value = cfg[key]
             if OmegaConf.is_config(value):
                 refuse_targets(OmegaConf.to_container(value, resolve=False), str(key))
@@ -170,7 +169,7 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _option(group: str, values: Any, problems: list[str]) -> str:
-    """The name that picks the schema of a group with several."""
+    """The option's name, which selects the schema of a group with several."""
     name = values.get("name") if isinstance(values, dict) else None
     if not isinstance(name, str) or name not in TABLES[group]:
         known = ", ".join(TABLES[group])

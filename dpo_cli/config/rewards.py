@@ -11,7 +11,7 @@ SCALES = ("probability", "log_odds")
 
 @dataclass
 class RewardFnConfig:
-    """What says how good a completion is, one number each."""
+    """Rates completions, one number each."""
 
     name: str = key("sentiment", "what scores a completion")
 
@@ -32,7 +32,7 @@ class ClassifierRewardFn(RewardFnConfig):
     hub_id: str | None = key("siebert/sentiment-roberta-large-english", "owner/name on the hub")
     revision: str | None = key(None, "branch, tag or commit on the hub")
     label: str | int | None = key(
-        None, "name or index of the wanted class; null: POSITIVE if there is one, else the last"
+        None, "name or index of the class to reward; null: POSITIVE if there is one, else the last"
     )
     scale: str = key("probability", "probability (in [0, 1]) | log_odds", choices=SCALES)
     max_length: int = key(
@@ -43,12 +43,13 @@ class ClassifierRewardFn(RewardFnConfig):
 
 @dataclass
 class RewardModelFn(RewardFnConfig):
-    """A reward model that stage=reward trained, or any with one score."""
+    """A reward model of stage=reward, or any sequence classifier with one output."""
 
     name: str = key("reward_model", "what scores a completion")
     path: str | None = key(None, "folder of the model, or of its run", path=LOCAL)
     normalized: bool = key(
-        True, "rewards of mean 0 and std 1 on the reference samples that its run measured",
+        True, "normalize rewards to mean 0 and std 1 on the base model's samples, as its run "
+        "measured them",
         old="normalised",
     )  # fmt: skip
 
@@ -59,7 +60,7 @@ class LexiconRewardFn(RewardFnConfig):
 
     name: str = key("lexicon", "what scores a completion")
     path: str | None = key(
-        None, "file of lines `word<TAB>valence`, as VADER's; takes precedence over the lists",
+        None, "file of lines `word<TAB>valence` as in VADER; takes precedence over the lists",
         path=LOCAL,
     )  # fmt: skip
     positive: list[str] = key([], "words of valence 1")
@@ -68,24 +69,24 @@ class LexiconRewardFn(RewardFnConfig):
 
 @dataclass
 class PythonRewardFn(RewardFnConfig):
-    """A function of your own: `reward(prompts, completions)` returns one number each."""
+    """A user-defined function: `reward(prompts, completions)` returns one number each."""
 
     name: str = key("python", "what scores a completion")
     file: str | None = key(
-        None, "the Python file that defines it, which runs as yourself", path=LOCAL, code=True
+        None, "Python file that defines it; runs with your permissions", path=LOCAL, code=True
     )
 
 
 @dataclass
 class LengthRewardFn(RewardFnConfig):
-    """Number of words: a reward nobody wants, to see length exploitation."""
+    """Number of words: a poor reward, to demonstrate length exploitation."""
 
     name: str = key("length", "what scores a completion")
 
 
 @dataclass
 class NoRewardFn(RewardFnConfig):
-    """Nothing scores completions."""
+    """No reward."""
 
     name: str = key("none", "what scores a completion")
 
@@ -103,7 +104,7 @@ REWARD_FN_SCHEMAS: dict[str, type[RewardFnConfig]] = {
 
 @dataclass
 class JudgeConfig:
-    """What decides which of two completions wins."""
+    """Decides which of two completions wins."""
 
     name: str = key("reward_fn", "what compares two completions")
 
@@ -116,21 +117,21 @@ class HttpJudgeConfig(JudgeConfig):
     """
 
     name: str = key("http", "what compares two completions")
-    model: str = key("gpt-4", "model to ask at the endpoint of OPENAI_BASE_URL")
+    model: str = key("gpt-4", "model name at the endpoint of OPENAI_BASE_URL")
     task: str | None = key(
-        None, "the question, in the paper's words; null: by the dataset",
+        None, "which of the paper's judge prompts to use; null: by the dataset",
         choices=("dialogue", "summary", "sentiment"),
     )  # fmt: skip
-    both_orders: bool = key(True, "ask A/B and B/A; verdicts that disagree are a tie")
+    both_orders: bool = key(True, "judge both orders (A/B, B/A); verdicts that disagree are a tie")
     max_tokens: int = key(256, "tokens per answer", bound=at_least(1, 10**6))
-    timeout_seconds: float = key(60.0, "limit of one request", bound=above(0, 86_400))
+    timeout_seconds: float = key(60.0, "timeout of a request", bound=above(0, 86_400))
     retries: int = key(
-        4, "per request, after a time-out, a rate limit or a server's error", bound=at_least(0, 100)
+        4, "per request, after a timeout, a rate limit or a server error", bound=at_least(0, 100)
     )
     max_calls: int = key(
-        2000, "requests per run; pairs beyond them are counted as not judged", bound=at_least(1)
+        2000, "requests per run; further pairs are counted as not judged", bound=at_least(1)
     )
-    parallel: int = key(4, "requests at once", bound=at_least(1, 256))
+    parallel: int = key(4, "concurrent requests", bound=at_least(1, 256))
 
 
 TASKS = {"tldr": "summary", "imdb": "sentiment", "sentiment": "sentiment"}  # data -> judge.task

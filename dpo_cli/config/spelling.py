@@ -1,4 +1,4 @@
-"""What a mistyped word most likely meant."""
+"""Suggestions for mistyped words."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """`; did you mean x?`, or nothing where no choice is close: those that begin so, else the
-    nearest."""
+    """`; did you mean x?`, or "" if no choice is close: the choices with this prefix, else the
+    closest one."""
     known = list(choices)
-    begun = [choice for choice in known if len(word) > 2 and choice.startswith(word)]
-    close = begun or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    prefixed = [choice for choice in known if len(word) > 2 and choice.startswith(word)]
+    close = prefixed or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,8 +1,8 @@
-"""Hydra's ConfigStore with the default of every key, for the options of `conf/` to build on.
+"""Hydra's ConfigStore with the default of every key, which the options of `conf/` override.
 
-Importing this module fills it: `keys/stage/dpo` holds what DpoConfig says, and conf/config.yaml
-merges the chosen option's YAML over it. Plain values, so that types are checked in `read.py`, all
-problems together.
+Importing this module fills it: `keys/stage/dpo` has the defaults of DpoConfig, and conf/config.yaml
+merges the chosen option's YAML over it. Plain values, so that `read.py` checks types and reports
+all problems together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def fill(store: ConfigStore) -> None:
 
 
 def _node(config: Any) -> dict[str, Any]:
-    """The values of a group; a mapping takes keys that no schema knows."""
+    """The values of a group; mappings accept keys that are not in the schema."""
     values = dataclasses.asdict(config)
     return {
         name: OmegaConf.create(value, flags={"struct": False}) if isinstance(value, dict) else value

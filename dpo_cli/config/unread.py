@@ -1,5 +1,5 @@
-"""Keys that a run does not read: those of the command line are refused, as whoever wrote them
-expects an effect. Those of YAML files may be there for another stage or other weights.
+"""Keys that a run does not read are rejected on the command line, where the user expects an
+effect. YAML files may set them for another stage or other weights.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from dpo_cli.config.stages.base import no_effect
 
 CHOSEN_BY_STAGE = ("reward_fn", "judge")  # groups that only some stages read
 SETTINGS = {"optim": OptimConfig(), "train": TrainConfig()}  # of training
-PACKING = "train.micro_batch_tokens"  # read by stages that score rows without training, too
+PACKING = "train.micro_batch_tokens"  # also read by stages that score rows without training
 HARDWARE = HardwareConfig()
-OF_TRAINING = {  # keys of the hardware that stages without training do not read
+OF_TRAINING = {  # hardware keys that stages without training do not read
     f"hardware.{name}": getattr(HARDWARE, name)
     for name in ("compile", "kernels", "residual", "weights", "activation_checkpointing")
 }
@@ -30,7 +30,7 @@ SHARING = ("hardware.devices", "hardware.nodes", "hardware.sharding")
 
 
 def value_at(config: RunConfig, key: str) -> Any:
-    """The value at a dotted key; None where the chosen options have no such key."""
+    """The value at a dotted key; None if the chosen options have no such key."""
     node: Any = config
     for name in key.split("."):
         node = getattr(node, name, None)
@@ -38,7 +38,7 @@ def value_at(config: RunConfig, key: str) -> Any:
 
 
 def unread(config: RunConfig, group: str) -> str | None:
-    """Why the run does not read a group of CHOSEN_BY_STAGE, as key=value; None where it does."""
+    """The key=value because of which the run does not read a group of CHOSEN_BY_STAGE, or None."""
     stage = config.stage
     if group not in spec_of(stage).reads:
         return f"stage={stage.name}"
@@ -47,8 +47,8 @@ def unread(config: RunConfig, group: str) -> str | None:
 
 
 def unread_problems(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
-    """keys: what the user typed, sorted."""
-    for part in (_without_effect, _unadapted, _alone, _trust):
+    """Problems of keys that the run does not read. keys: those of the command line, sorted."""
+    for part in (_without_effect, _unadapted, _single_process, _trust):
         yield from part(config, keys)
 
 
@@ -62,7 +62,7 @@ def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
         value = value_at(config, key)
         if group in CHOSEN_BY_STAGE and not name and (why := unread(config, group)):
             yield no_effect(group, value.name, why)
-        if value is None or not name:  # not a key's word but an option's, such as optim=adamw
+        if value is None or not name:  # a choice of an option, such as optim=adamw
             continue
         untrained = group in SETTINGS and not trains and not (spec.reads and key == PACKING)
         if untrained and value != getattr(SETTINGS[group], name):
@@ -80,7 +80,7 @@ def _without_effect(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
 
 
 def _unadapted(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
-    """The lora group and its keys, where nothing is adapted."""
+    """The lora group and its keys, in a run without an adapter."""
     chosen, stage = config.lora.name, config.stage.name
     trains = spec_of(config.stage).trains
     for key in (key for key in keys if key.partition(".")[0] == "lora" and key != "lora.name"):
@@ -96,8 +96,8 @@ def _unadapted(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
             )
 
 
-def _alone(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
-    """Keys of the hardware that a stage in one process, or without a forward, does not read."""
+def _single_process(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
+    """Hardware keys that a single-process stage, or one without a forward, does not read."""
     stage = f"stage={config.stage.name}"
     for key in keys if not spec_of(config.stage).parallel else ():
         value = value_at(config, key)
@@ -108,10 +108,9 @@ def _alone(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
 
 
 def _trust(config: RunConfig, keys: Sequence[str]) -> list[str]:
-    """Foreign code runs only if the user typed so, not because a YAML file says it."""
+    """Keys that run foreign code must be on the command line, not only in a YAML file."""
     return [
-        f"{key}={'true' if value is True else value}: runs foreign code, so write it on the "
-        "command line"
+        f"{key}={'true' if value is True else value}: runs foreign code; set it on the command line"
         for key, value, fact in facts(config)
         if fact.code and value and key not in keys
     ]

@@ -1,4 +1,4 @@
-"""`dpo-run --help`: written for people, built without importing Hydra or torch."""
+"""The text of `dpo-run --help`, built without importing Hydra or torch."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ WIDTH = 92
 GROUPS = groups()
 
 INTRO = """\
-dpo-run trains language models on preferences: supervised fine-tuning, DPO and its kin, reward
-models, PPO, and the sampling, labeling and evaluation around them. Every run is one command of
-key=value words.
+dpo-run trains language models on preferences: supervised fine-tuning, DPO and related losses,
+reward models, PPO, and the sampling, labeling and evaluation around them. Every run is one command
+with key=value overrides.
 
-  dpo-run recipe=quickstart                             the whole road on a CPU, in minutes
-  dpo-run stage=sft model=gpt2 data=hh                  fine-tune on the preferred answers
+  dpo-run recipe=quickstart                             the full pipeline on a CPU, in minutes
+  dpo-run stage=sft model=gpt2 data=hh                  fine-tune on the preferred responses
   dpo-run stage=dpo model=gpt2 model.path=runs/my-sft data=hh stage.beta=0.1
   dpo-run stage=reward model=gpt2 model.path=runs/my-sft data=hh        a reward model
   dpo-run stage=ppo-baseline model=gpt2 model.path=runs/my-sft data=hh \\
-      reward_fn=reward_model reward_fn.path=runs/my-reward              PPO, to compare with
+      reward_fn=reward_model reward_fn.path=runs/my-reward              PPO, the baseline
   dpo-run stage=dpo data=jsonl data.path=pairs.jsonl model.path=my-model dry_run=true
-  dpo-run stage=dpo data=hh preset=qwen3-8b-qlora-24gb dry_run=true     a model, set for a GPU
+  dpo-run stage=dpo data=hh preset=qwen3-8b-qlora-24gb dry_run=true     settings for a model and GPU
   dpo-run -m stage=dpo stage.beta=0.05,0.1,0.5 optim.lr=1e-6,5e-6      a sweep of 6 runs
 """
 
 KEYS = """\
-Keys used most (all of them with their values: dpo-run --cfg job, also after stage=... data=...)
+Common keys (all keys with their values: dpo-run --cfg job, also after stage=... data=...)
   model.path=DIR            start from local weights or from a finished run folder
   data.path=FILE            local rows instead of the hub
-  stage.loss= stage.beta=   the preference loss and its strength
+  stage.loss= stage.beta=   the preference loss and its beta
   stage.reference=DIR       the frozen reference (default: the policy as loaded)
-  reward_fn= judge=         what scores a completion; what compares two
-  lora=lora                 train an adapter instead of all weights; qlora: over 4 bits
-  optim.lr=                 default: the stage's rate, stage.default_lr
+  reward_fn= judge=         the reward of a completion; the judge between two
+  lora=lora                 train an adapter instead of all weights; qlora: on 4-bit weights
+  optim.lr=                 learning rate (default: stage.default_lr)
   train.epochs= train.max_steps= train.batch_size=
   hardware=cpu              and seed=0, logger=wandb, ...
 
@@ -48,23 +48,23 @@ Ways to run
   dry_run=true              print the plan, write nothing
   resume=DIR                continue a run from its newest checkpoint
   -m                        sweep over values separated by commas; on Slurm: hydra/launcher=slurm
-  recipe=NAME vars.x=...    ordered steps; run again, it goes on where it stopped
+  recipe=NAME vars.x=...    a sequence of steps; the same command again resumes it
   --config-dir DIR          your own YAML files: DIR/model/mine.yaml is then model=mine
   convert FILE              the command for a file of TRL, axolotl or LLaMA-Factory
-  stage=dpo --help          what the keys of an option mean (any group: optim=adamw --help)
+  stage=dpo --help          the keys of an option (any group: optim=adamw --help)
   --cfg job | --info | --hydra-help | --shell-completion | --version
 
 Results go to runs/<stage>-<model>-<data>-<time>-<id>/, or run_dir=DIR: final/ (the model),
-metrics.jsonl, summary.json, checkpoints/, plots/, report.html. A used folder is never overwritten.
+metrics.jsonl, summary.json, checkpoints/, plots/, report.html. Existing runs are never overwritten.
 
-Exit codes: 0 done, 2 configuration, 3 data, 4 not finite, 5 no valid checkpoint,
-            6 folder in use, 74 disk, 75 stopped by a signal and saved (resume to go on),
+Exit codes: 0 done, 2 configuration, 3 data, 4 non-finite values, 5 no valid checkpoint,
+            6 folder locked, 74 disk, 75 preempted after saving a checkpoint (resume=DIR),
             130 interrupted, else 128 + the signal that ended it
 """
 
 
 def quick_answer(argv: Sequence[str]) -> str | None:
-    """The answer to `--version`, `--help` and to no words at all; None for anything else."""
+    """The output of `--version`, `--help` and of no arguments; None for anything else."""
     if "--version" in argv:
         return f"dpo-run {__version__}"
     if not argv or "--help" in argv or "-h" in argv:
@@ -74,41 +74,41 @@ def quick_answer(argv: Sequence[str]) -> str | None:
 
 
 def _is_choice(word: str) -> bool:
-    """group=option of a group that has such an option."""
+    """Whether a word is group=option with an existing option."""
     group, _, option = word.partition("=")
     return group in GROUPS and (conf_dir() / group / f"{option}.yaml").is_file()
 
 
 def key_help(word: str) -> str:
-    """Every key of `group=option`: its type and default in the schema, its meaning, its choices.
+    """Help text of `group=option`: the value, meaning, choices and type of every key.
 
-    What the option's YAML sets instead of a default is shown as it stands there.
+    The value is that of the option's YAML, else the schema's default.
     """
     group, _, option = word.partition("=")
     text = (conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8")
     about = [line[2:] for line in text.splitlines() if line.startswith("# ")]
     schema = option_schema(group, option)
     lines = [*textwrap.wrap(f"{word}: {' '.join(about)}", WIDTH), ""]
-    set_here = dict(re.findall(r"^(\w+): *([^#\n]+?) *(?:#.*)?$", text, re.MULTILINE))
+    in_yaml = dict(re.findall(r"^(\w+): *([^#\n]+?) *(?:#.*)?$", text, re.MULTILINE))
     for field in dataclasses.fields(schema):
         if field.name == "name":  # the option itself
             continue
         fact = field.metadata.get("fact", Fact())
         default = field.default_factory() if callable(field.default_factory) else field.default
-        value = set_here.get(field.name, _yaml(default))
+        value = in_yaml.get(field.name, _yaml(default))
         lines.append(f"  {group}.{field.name}={value}")
-        told = all(choice in fact.meaning for choice in fact.choices)
-        said = [fact.meaning, *([] if told else [" | ".join(fact.choices)])]
-        said += [fact.bound.says] if fact.bound else []
+        listed = all(choice in fact.meaning for choice in fact.choices)
+        details = [fact.meaning, *([] if listed else [" | ".join(fact.choices)])]
+        details += [fact.bound.says] if fact.bound else []
         lines += textwrap.wrap(
-            f"{'; '.join(said)} ({field.type})", WIDTH,
+            f"{'; '.join(details)} ({field.type})", WIDTH,
             initial_indent=" " * 6, subsequent_indent=" " * 6,
         )  # fmt: skip
     return "\n".join(lines)
 
 
 def _yaml(value: object) -> str:
-    """A default as YAML writes it."""
+    """A default value in YAML."""
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]

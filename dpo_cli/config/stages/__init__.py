@@ -1,4 +1,4 @@
-"""The stages: name -> what is known of each without importing torch."""
+"""The stages: name -> its StageSpec, without importing torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage is, as far as configuration, plan and reports need to know; free of torch."""
+"""StageSpec: what configuration, plan and reports need to know of a stage; free of torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StageConfig:
-    """Keys every stage has."""
+    """Keys of every stage."""
 
     name: str = key("sft", "which stage")
     default_lr: float = key(
@@ -25,30 +25,30 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage: its keys, what it reads and does, and what pages call it.
+    """One stage: its keys, what it reads and does, and its titles in reports.
 
     `dpo_cli/stages/<name>.py` holds its `run(session)` and its `plan(preview)`.
     """
 
     schema: type[StageConfig]
-    title: str  # of a page on such a run
+    title: str  # of the report page of such a run
     method: str = ""  # "The model is the result of ..." on a model card; "": the title
     trains: bool = False  # it has an optimizer, checkpoints and a model to save
-    reward_head: bool = False  # its model ends in a score instead of an output layer
+    reward_head: bool = False  # its model has a score head instead of an output layer
     reference: Callable[[Any], bool] = lambda stage: False  # it holds a frozen reference
     reads_model: bool = True
     reads_rows: bool = True
     paired: bool = False  # it compares responses to one prompt
-    takes_labels: bool = False  # rows whose response may be undesirable do not mislead it
-    reads: tuple[str, ...] = ()  # of the groups reward_fn and judge
+    takes_labels: bool = False  # it accepts rows with data.label_field, desirable or not
+    reads: tuple[str, ...] = ()  # which of the groups reward_fn and judge
     reward_optional: bool = False  # reward_fn=none is the default on data without a ground truth
     parallel: bool = True  # it can run on several devices
     reported: bool = False  # a run writes report.html
-    keeps_folder: bool = True  # a run leaves something to look at later
-    unit: str = "example"  # what a row is called where it trains
+    keeps_folder: bool = True  # a run writes results to its folder
+    unit: str = "example"  # name of a training row
     best_metrics: Mapping[str, str] = field(default_factory=dict)  # name -> lowest | highest
-    cpu_batch_size: int | None = None  # sequences decoded together on a CPU, where it is null
-    problems: Callable[[RunConfig], Iterator[str]] = lambda config: iter(())  # of its own keys
+    cpu_batch_size: int | None = None  # default sequences decoded together on a CPU
+    problems: Callable[[RunConfig], Iterator[str]] = lambda config: iter(())  # of its keys
 
 
 def new_tokens_key() -> Any:
@@ -61,7 +61,8 @@ def new_tokens_key() -> Any:
 def decoded_together_key(cpu: int) -> Any:
     """cpu: the stage's `cpu_batch_size`."""
     return key(
-        None, f"sequences decoded together; null: {cpu} on a CPU, on a GPU what fits, at most 512",
+        None, f"sequences decoded together; null: {cpu} on a CPU, up to 512 on a GPU as memory "
+        "allows",
         bound=at_least(1, 65_536),
     )  # fmt: skip
 
@@ -78,7 +79,7 @@ def no_effect(name: str, value: Any, chosen: str) -> str:
 
 
 def changed(stage: StageConfig, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(key, value) of those keys that are not at their defaults."""
+    """(key, value) of the keys whose values differ from the defaults."""
     defaults = type(stage)()
     for name in names:
         value = getattr(stage, name)
@@ -88,4 +89,4 @@ def changed(stage: StageConfig, names: Sequence[str]) -> Iterator[tuple[str, Any
 
 def bad_temperatures(name: str, values: Sequence[float]) -> Iterator[str]:
     if not values:
-        yield f"{name}=[]: must be numbers of at least 0 (0 is greedy), one or more"
+        yield f"{name}=[]: must be one or more numbers of at least 0 (0 is greedy)"

@@ -25,7 +25,7 @@ from dpo_cli.errors import ConfigError
 if TYPE_CHECKING:
     from dpo_cli.config.schema import RunConfig
 
-NOT_TRAINED = ("optimum", "best-of-n")  # methods of points that an evaluation adds
+NOT_TRAINED = ("optimum", "best-of-n")  # methods of an evaluation's additional points
 OPPONENTS = ("chosen", "reference")
 
 CPU_BATCH = 64
@@ -38,18 +38,18 @@ class EvaluateConfig(StageConfig):
     name: str = key("evaluate", "which stage")
     policies: list[str] = key([], "folders of runs or of whole sweeps; []: model.path", path=LOCAL)
     checkpoints: bool = key(False, "evaluate every checkpoint of each run as well")
-    method: str | None = key(None, "what a frontier calls these policies; null: their stage")
+    method: str | None = key(None, "name of these policies in a frontier; null: their stage")
     reference: str | None = key(
-        None, "folder or hub id that the KL is measured against; null: the one the policy was "
-        "trained against", path=LOCAL_OR_HUB,
+        None, "folder or hub id of the reference of the KL; null: the one the policy was trained "
+        "against", path=LOCAL_OR_HUB,
     )  # fmt: skip
     pairs: str | None = key(
         None, "file of labeled pairs for preference accuracy; null: the held-out rows, if pairs",
         path=LOCAL,
     )  # fmt: skip
     allow_trained: bool = key(
-        False, "held-out rows that a policy or reward model was trained on: false refuses them, "
-        "true reports their share",
+        False, "held-out rows that a policy or reward model was trained on; false: an error, true: "
+        "their fraction is reported",
     )  # fmt: skip
     prompts: int = key(256, "held-out prompts", bound=at_least(0, 10**6))
     completions: int = key(1, "per prompt", bound=at_least(1, 10**5))
@@ -57,16 +57,18 @@ class EvaluateConfig(StageConfig):
     max_new_tokens: int | None = new_tokens_key()
     batch_size: int | None = decoded_together_key(CPU_BATCH)
     reference_samples: int = key(
-        0, "per prompt, for the exact optimum and best-of-N; 0: neither", bound=at_least(0, 10**5)
+        0,
+        "samples of the reference per prompt, for the exact optimum and best-of-N; 0: neither",
+        bound=at_least(0, 10**5),
     )
     best_of: list[int] = key([1, 4, 16, 64, 128], "N of best-of-N", bound=at_least(1, 10**5))
     optimum: str | None = key(
-        None, "folder of an evaluation that had stage.reference_samples: adds the gap to the "
+        None, "folder of an evaluation with stage.reference_samples, to report the gap to its "
         "optimum", path=LOCAL,
     )  # fmt: skip
     opponent: str | None = key(
-        None, "of win rates: chosen (the dataset's response) | reference | a folder or hub id",
-        path=LOCAL_OR_HUB,
+        None, "opponent in win rates: chosen (the dataset's response) | reference | a folder or "
+        "hub id", path=LOCAL_OR_HUB,
     )  # fmt: skip
     win_temperatures: list[float] = key([1.0], "of the policy, for win rates", bound=heat())
 
@@ -82,8 +84,8 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield "stage.checkpoints=true: needs runs; set stage.policies=[<folder>, ...]"
     if stage.method in NOT_TRAINED:
         yield (
-            f"stage.method={stage.method}: a frontier takes these points for {stage.method}, which "
-            "it draws in its own way; use another name"
+            f"stage.method={stage.method}: reserved for the points of {stage.method} in a "
+            "frontier; use another name"
         )
     yield from _optimum(stage)
     yield from _win_rates(config, stage)
@@ -92,29 +94,29 @@ def problems(config: RunConfig) -> Iterator[str]:
 
 
 def _optimum(stage: EvaluateConfig) -> Iterator[str]:
-    samples, named = stage.reference_samples, f"stage.reference_samples={stage.reference_samples}"
+    samples, setting = stage.reference_samples, f"stage.reference_samples={stage.reference_samples}"
     if 0 < samples < 16:
-        yield f"{named}: says too little of the optimum; use 16 or more, or 0"
+        yield f"{setting}: too few to estimate the optimum; use 16 or more, or 0"
     if not samples:
         for name, value in changed(stage, ["best_of"]):
-            yield no_effect(name, value, named)
+            yield no_effect(name, value, setting)
     if samples and stage.optimum:
-        yield no_effect("stage.optimum", stage.optimum, f"{named}, which finds another")
+        yield no_effect("stage.optimum", stage.optimum, f"{setting}, which computes the optimum")
     if (samples or stage.optimum) and stage.temperature != 1.0:
         yield (
             f"stage.temperature={stage.temperature}: must be 1.0 with stage.reference_samples or "
-            "stage.optimum: KL and optimum are of the policies as they are"
+            "stage.optimum, whose KL is that of untempered policies"
         )
 
 
 def _no_reward(config: RunConfig, stage: EvaluateConfig) -> Iterator[str]:
-    """What takes one, and where it comes from."""
+    """Problems of measurements that need a reward."""
     others = ", ".join(name for name in REWARD_FN_SCHEMAS if name != "none")
     if stage.reference_samples or stage.optimum:
-        yield f"reward_fn=none: the optimum is that of a reward; choose one of {others}"
+        yield f"reward_fn=none: the optimum needs a reward; choose one of {others}"
     if stage.opponent is not None and not isinstance(config.judge, HttpJudgeConfig):
         yield (
-            f"stage.opponent={stage.opponent}: nothing judges who wins; set judge=http (a language "
+            f"stage.opponent={stage.opponent}: win rates need a judge; set judge=http (a language "
             f"model) or reward_fn= ({others})"
         )
 
@@ -129,14 +131,14 @@ def _win_rates(config: RunConfig, stage: EvaluateConfig) -> Iterator[str]:
                 "stage.opponent=chosen (the dataset's first responses)"
             )
         return
-    named = stage.opponent
-    if "/" not in named and named not in OPPONENTS and not os.path.exists(named):
+    opponent = stage.opponent
+    if "/" not in opponent and opponent not in OPPONENTS and not os.path.exists(opponent):
         yield (
-            f"stage.opponent={named}: must be chosen, reference or a policy (a folder or a hub id, "
-            f"owner/name){did_you_mean(named, OPPONENTS)}"
+            f"stage.opponent={opponent}: must be chosen, reference or a policy (a folder or a hub "
+            f"id, owner/name){did_you_mean(opponent, OPPONENTS)}"
         )
     if isinstance(config.judge, HttpJudgeConfig):
-        try:  # known before hours of sampling
+        try:  # fail before hours of sampling
             endpoint_from_environment()
         except ConfigError as error:
             yield str(error)

@@ -16,30 +16,30 @@ if TYPE_CHECKING:
 
 @dataclass
 class ExportConfig(StageConfig):
-    """The model as a dense Hugging Face folder: an adapter merged, the dtype as asked."""
+    """The model as a dense Hugging Face folder, with a merged adapter, in the requested dtype."""
 
     name: str = key("export", "which stage")
     dtype: str = key(
-        "auto", "of the weights: auto (as the base is stored; of a qlora or int8 run bf16) | bf16 "
-        "| fp32", choices=("auto", "bf16", "fp32"),
+        "auto", "of the weights: auto (that of the stored base; bf16 for a qlora or int8 run) | "
+        "bf16 | fp32", choices=("auto", "bf16", "fp32"),
     )  # fmt: skip
     push_to_hub: str | None = key(
-        None, "owner/name: upload the folder there as well, as a private model"
+        None, "owner/name: also upload the folder to this private model repository"
     )
 
 
 def problems(config: RunConfig) -> Iterator[str]:
     if not (config.model.path or config.model.hub_id):
         yield "stage=export: nothing to export; set model.path=<folder of a run>"
-    named = cast(ExportConfig, config.stage).push_to_hub
-    if named is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", named):
-        yield f"stage.push_to_hub={named}: must be owner/name"
+    repo = cast(ExportConfig, config.stage).push_to_hub
+    if repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        yield f"stage.push_to_hub={repo}: must be owner/name"
 
 
 SPEC = StageSpec(
     ExportConfig,
     title="Export",
-    method="no training that its folder tells of",
+    method="training that its folder does not record",
     reads_rows=False,
     parallel=False,
     problems=problems,

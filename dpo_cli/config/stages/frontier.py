@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FrontierConfig(StageConfig):
-    """Evaluations drawn together: reward against KL, and the optimum."""
+    """Plots several evaluations together: reward against KL, and the optimum."""
 
     name: str = key("frontier", "which stage")
     evaluations: list[str] = key([], "folders of stage=evaluate runs", path=LOCAL)
@@ -23,7 +23,7 @@ class FrontierConfig(StageConfig):
 
 def problems(config: RunConfig) -> Iterator[str]:
     if not cast(FrontierConfig, config.stage).evaluations:
-        yield "stage.evaluations=[]: nothing to draw; give folders of stage=evaluate runs"
+        yield "stage.evaluations=[]: nothing to plot; give folders of stage=evaluate runs"
 
 
 SPEC = StageSpec(

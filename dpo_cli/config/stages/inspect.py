@@ -1,4 +1,4 @@
-"""A look at the rows: its keys."""
+"""Inspection of the rows: its keys."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class InspectConfig(StageConfig):
     """Shows examples token by token, length percentiles and dropped rows."""
 
     name: str = key("inspect", "which stage")
-    examples: int = key(3, "how many to print", bound=at_least(1, 10**6))
-    split: str = key("train", "which rows", choices=("train", "eval"))
+    examples: int = key(3, "examples to print", bound=at_least(1, 10**6))
+    split: str = key("train", "split of the examples", choices=("train", "eval"))
 
 
 SPEC = StageSpec(InspectConfig, title="Rows", parallel=False, keeps_folder=False)

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class KtoConfig(StageConfig):
-    """Losses on single responses, each labelled desirable or not, against a frozen reference."""
+    """Losses on single responses, each labeled desirable or not, against a frozen reference."""
 
     name: str = key("kto", "which stage")
     default_lr: float = key(
         1e-6, "of full fine-tuning; optim.lr takes precedence", bound=at_least(0, 1)
     )
     loss: str = key("kto", "the loss of a response", choices=tuple(SINGLE_LOSSES))
-    beta: float = key(0.1, "strength of the pull towards the reference", bound=above(0, 1e6))
+    beta: float = key(0.1, "strength of the KL penalty towards the reference", bound=above(0, 1e6))
     desirable_weight: float = key(1.0, "weight of desirable responses", bound=at_least(0, 1e6))
     undesirable_weight: float = key(1.0, "weight of undesirable responses", bound=at_least(0, 1e6))
     reference: str | None = frozen_reference_key()

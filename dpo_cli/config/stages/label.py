@@ -1,4 +1,4 @@
-"""Labelling sampled completions: its keys."""
+"""Labeling of sampled completions: its keys."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class LabelConfig(StageConfig):
-    """Pairs out of sampled completions, labeled by a reward, to train.jsonl and eval.jsonl."""
+    """Pairs of sampled completions, labeled by a reward, written to train.jsonl and eval.jsonl."""
 
     name: str = key("label", "which stage")
     samples: str | None = key(None, "folder of a stage=sample run", path=LOCAL)
     by: str = key(
-        "reward_fn", "reward_fn: what that group says | implicit: the policy's own reward",
+        "reward_fn", "reward_fn: the reward of that group | implicit: DPO's implicit reward",
         choices=("reward_fn", "implicit"),
     )  # fmt: skip
     reference: str | None = key(
-        None, "of stage.by=implicit: folder or hub id; null: what the policy was trained against",
+        None, "of stage.by=implicit: folder or hub id; null: that of the policy's training",
         path=LOCAL_OR_HUB,
     )  # fmt: skip
     beta: float = key(
         0.1, "of stage.by=implicit: reward = beta log(pi / pi_ref)", bound=above(0, 1e6)
     )
     labels: str = key(
-        "deterministic", "deterministic: the higher reward wins | bradley_terry: drawn at random",
+        "deterministic", "deterministic: the higher reward wins | bradley_terry: sampled",
         choices=("deterministic", "bradley_terry"),
     )  # fmt: skip
     temperature: float = key(
@@ -39,7 +39,7 @@ class LabelConfig(StageConfig):
         "of bradley_terry: P(a > b) = sigmoid((r_a - r_b) / temperature)",
         bound=heat(),
     )
-    flip_rate: float = key(0.0, "share of labels flipped afterwards", bound=within("[0, 1]"))
+    flip_rate: float = key(0.0, "fraction of labels flipped afterwards", bound=within("[0, 1]"))
 
 
 def problems(config: RunConfig) -> Iterator[str]:

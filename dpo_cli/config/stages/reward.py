@@ -21,19 +21,20 @@ class RewardConfig(StageConfig):
         0.0, "probability that a label is flipped", bound=within("[0, 0.5)")
     )
     margins: bool = key(
-        False, "ask for rewards apart by the difference of the data's scores (data with scores)"
+        False, "margin in the loss: the difference of the data's scores (data with scores)"
     )
     center_coefficient: float = key(
-        0.0, "weight of (r_w + r_l)^2, which keeps rewards around zero; try 0.01",
+        0.0, "weight of (r_w + r_l)^2, which centers rewards at zero; try 0.01",
         bound=at_least(0, 1e6),
     )  # fmt: skip
     normalize_prompts: int = key(
-        256, "one sample of the base model each, to measure the mean and std of rewards; 0: none",
+        256, "prompts with one base-model sample each, for mean and std of rewards; 0: none",
         bound=at_least(0, 10**6), old="normalise_prompts",
     )  # fmt: skip
     normalize_max_new_tokens: int = key(
-        48, "tokens of these samples", bound=at_least(1, 2**20), old="normalise_max_new_tokens"
-    )
+        48, "maximum tokens of these samples",
+        bound=at_least(1, 2**20), old="normalise_max_new_tokens",
+    )  # fmt: skip
 
 
 SPEC = StageSpec(

@@ -32,7 +32,7 @@ class SampleConfig(StageConfig):
     completions: int = key(4, "per prompt and temperature", bound=at_least(1, 10**5))
     temperatures: list[float] = key(
         [1.0],
-        "one row each; 0 is greedy, with one completion since all would be equal",
+        "one output row per prompt and temperature; 0: greedy, one completion",
         bound=heat(),
     )
     top_p: float = key(1.0, "nucleus sampling", bound=within("(0, 1]"))

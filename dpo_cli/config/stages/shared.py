@@ -1,4 +1,4 @@
-"""Checks of the data that several stages make."""
+"""Data checks shared by several stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def unpaired(config: RunConfig) -> Iterator[str]:
-    """Why the rows have no pairs."""
+    """Problems of data without preference pairs."""
     data, stage = config.data, f"stage={config.stage.name}"
     if data.name == "imdb":
         yield (
@@ -23,6 +23,6 @@ def unpaired(config: RunConfig) -> Iterator[str]:
         yield f"data.responses=1: {stage} needs at least 2"
     if isinstance(data, JsonlDataConfig) and not (data.rejected_field or data.responses_field):
         yield (
-            f"data.rejected_field=null: {stage} needs pairs; name the rejected response's field "
-            "or data.responses_field"
+            f"data.rejected_field=null: {stage} needs pairs; set it to the rejected response's "
+            "field, or set data.responses_field"
         )
