@@ -84,7 +84,7 @@ def test_other_variables_have_a_folder_of_their_own(
     first = {p: p.read_bytes() for p in (folder / "runs/small").rglob("*") if p.is_file()}
     (folder / "value-sft").write_text("0.7")
     assert run_cli("vars.rows=9") == 0
-    assert "runs/small has other variables; this run is in runs/small-2" in capfd.readouterr().out
+    assert "runs/small has other variables; writing to runs/small-2" in capfd.readouterr().out
     assert {p: p.read_bytes() for p in first} == first
     assert (folder / "runs/small-2/report.html").is_file()
     starts(folder)
@@ -278,10 +278,10 @@ def test_a_failed_start_leaves_no_old_folder(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("train.max_steps=2", "train.max_steps=2: would reach no step; a recipe takes run_dir=, "),
-        ("-m", "-m: would reach no step"),
-        ("recipe=preferences seed=1", "seed=1: would reach no step; a recipe takes run_dir=, dry_"),
-        ("vars.row=2", "vars.row: not a variable of this recipe; did you mean rows? (it has lr, "),
+        ("train.max_steps=2", "train.max_steps=2: not an option of a recipe, which accepts "),
+        ("-m", "-m: not an option of a recipe"),
+        ("recipe=preferences seed=1", "seed=1: not an option of a recipe, which accepts run_dir="),
+        ("vars.row=2", "vars.row: not a variable of this recipe; did you mean rows? (known: "),
         ("run_dir=used", "run_dir=used: is not empty; choose another run_dir"),
         ("run_dir=other", "run_dir=other: belongs to recipe other"),
         ("recipe=quikstart", "recipe=quikstart: unknown recipe; did you mean quickstart?"),

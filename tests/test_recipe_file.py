@@ -27,10 +27,10 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        (BOMB, "more than 20,000 values, with its aliases written out"),
+        (BOMB, "more than 20,000 values, with its aliases expanded"),
         (f"steps: {'[' * 100_000}", "nested more than 32 deep"),
-        ("steps: &a [*a]", "the alias *a is undefined, or within itself"),
-        (f"# {'x' * 300_000}", "larger than 256 KB, which no file of settings is"),
+        ("steps: &a [*a]", "the alias *a is undefined or recursive"),
+        (f"# {'x' * 300_000}", "larger than 256 KB, the limit for configuration files"),
         ("\x00", "control characters are not allowed"),
         ("3", "expected the keys"),
         ("!!set {a}", "expected the keys"),
@@ -52,23 +52,23 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("[1]", "expected the keys description, repeat, report, steps, vars"),
         ("steps: [{name: A}]", "step 1: name=A: must be of a-z, 0-9 and -"),
         ("steps: [{name: ../x}]", "step 1: name=../x: must be of"),
-        ("steps: [{name: a}, {name: a}]", "two steps are named a"),
+        ("steps: [{name: a}, {name: a}]", "two steps have the name a"),
         ("steps: [{name: a, overides: {}}]", "step 1: overides: unknown key; did you mean over"),
         ("steps: [{name: a, overrides: [x]}]", "step 1: x: overrides are written key=value"),
-        ("steps: [{name: a, overrides: {run_dir: x}}]", "step a: run_dir: each step has a folder"),
+        ("steps: [{name: a, overrides: {run_dir: x}}]", "step a: run_dir: each step has its own"),
         (
             "steps: [{name: a, overrides: ['+model.trust_remote_code=true']}]",
             "step a: model.trust_remote_code: a file may not allow foreign code to run",
         ),
         (
             "steps: [{name: a, overrides: ['+hydra.job.env_set.PYTHONPATH=/tmp']}]",
-            "step a: hydra.job.env_set.PYTHONPATH: a file sets none of Hydra's keys but those of",
+            "step a: hydra.job.env_set.PYTHONPATH: a recipe may set no key of Hydra except those",
         ),
         ("steps: [{name: a, overrides: {hydra: {searchpath: [x]}}}]", "hydra.searchpath: a file"),
         ("steps: [{name: a, overrides: ['hydra/callbacks=x']}]", "hydra/callbacks: a file sets"),
         (
             "steps: [{name: a, sweep: true, overrides: ['hydra.launcher._target_=os.system']}]",
-            "hydra.launcher._target_: a file sets none",
+            "hydra.launcher._target_: a recipe may set no",
         ),
         ("steps: [{name: a, sweep: true, overrides: {seed: 1}}]", "step 1: a sweep's overrides"),
         (
@@ -81,19 +81,19 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("steps: [{name: a, sweep: 'yes'}]", "step 1: sweep=yes: expected true or false"),
         ("steps: [{name: a, minutes: 0}]", "step 1: minutes=0: expected a number above 0"),
         ("steps: [{name: a, minutes: true}]", "step 1: minutes=True: expected a number above 0"),
-        ("steps: [{name: a, once: true}]", "step a: once: nothing repeats"),
+        ("steps: [{name: a, once: true}]", "step a: once: needs repeat: in"),
         (
             "vars: {a: 1, b: 2}\nsteps: [{name: x, overrides: ['n=${vars.a}']}]",
-            "vars.b: no step reads it; remove it",
+            "vars.b: not used by any step; remove it",
         ),
-        (f"repeat: {{seed: [0]}}\n{PLAIN}", "repeat: no repeated step has its value"),
+        (f"repeat: {{seed: [0]}}\n{PLAIN}", "repeat: no repeated step uses its value"),
         (f"repeat: [seed]\n{STEPS}", "repeat: expected one key, such as {seed: "),
         (f"repeat: {{a: [0], b: [1]}}\n{STEPS}", "repeat: expected one key"),
         (f"repeat: {{Seed: [0]}}\n{STEPS}", "repeat: Seed: must be of a-z, 0-9 and _"),
         (f"repeat: {{seed: []}}\n{STEPS}", "repeat: seed=[]: expected a list of values"),
         (f"repeat: {{seed: 3}}\n{STEPS}", "repeat: seed=3: expected a list of values"),
         (f"repeat: {{seed: [[0]]}}\n{STEPS}", "repeat: seed: [0]: a value must be a number or"),
-        (f"repeat: {{seed: ['']}}\n{STEPS}", "repeat: seed: '': names no folder"),
+        (f"repeat: {{seed: ['']}}\n{STEPS}", "repeat: seed: '': a folder name"),
         (f"repeat: {{seed: [a b, A/B]}}\n{STEPS}", "repeat: seed: a b and A/B would share"),
         (
             f"vars: {{seeds: [0]}}\nrepeat: {{seed: '${{vars.seds}}'}}\n{STEPS}",
@@ -112,7 +112,7 @@ def test_a_mistake_in_the_file(text: str, expected: str, tmp_path: Path) -> None
 
 def test_more_steps_than_can_be_checked_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "small.yaml", f"repeat: {{seed: {list(range(1001))}}}\n{STEPS}")
-    with pytest.raises(ConfigError, match="recipe small: 1,001 steps to run, at most 1,000"):
+    with pytest.raises(ConfigError, match="recipe small: 1,001 steps; at most 1,000"):
         expand(load_recipe(path))
 
 
@@ -190,10 +190,10 @@ def test_values_on_the_command_line(given: str, values: dict[str, object], tmp_p
     ("given", "expected"),
     [
         ("[]", "vars.seeds=[]: expected a list of values, such as [0]"),
-        ("1,1", "vars.seeds: 1 and 1 would share folders ending in -1"),
-        ("-1,1", "vars.seeds: -1 and 1 would share folders ending in -1"),
+        ("1,1", "vars.seeds: 1 and 1 would both use folders ending in -1"),
+        ("-1,1", "vars.seeds: -1 and 1 would both use folders ending in -1"),
         ("", "vars.seeds=: expected a list of values, such as [0]"),
-        ("[0", "vars.seeds=[0: cannot be read; write a number, text, or a list as [a,b]"),
+        ("[0", "vars.seeds=[0: cannot be parsed; expected a number, text, or a list as [a,b]"),
     ],
 )
 def test_values_that_cannot_be(given: str, expected: str, tmp_path: Path) -> None:
@@ -213,10 +213,10 @@ def test_values_that_must_be_given(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("once", "reference", "expected"),
     [
-        (True, "steps.a.dir", "is another one for each seed; ${steps.a.dirs} is the list"),
-        (True, "repeat.seed", "has no value in a step that says once: true"),
+        (True, "steps.a.dir", "is different for each seed; use the list ${steps.a.dirs}"),
+        (True, "repeat.seed", "has no value in a step with once: true"),
         (True, "steps.a.dirs/x", "is neither a variable nor the folder of an earlier step"),
-        (False, "steps.a.dirs", "is for steps that say once: true"),
+        (False, "steps.a.dirs", "is only available in steps with once: true"),
         (False, "repeat.sed", "is neither a variable nor the folder of an earlier step; did you"),
     ],
 )
@@ -238,7 +238,7 @@ def test_a_reference_across_values_is_refused(
 def test_a_list_of_folders_is_not_part_of_a_text(tmp_path: Path) -> None:
     small = repeated(tmp_path, steps=STEPS[:-1] + ", {name: b, once: true, "
                      "overrides: ['x=[${steps.a.dirs},y]']}]")  # fmt: skip
-    with pytest.raises(ConfigError, match="is a list, which cannot be part of a text"):
+    with pytest.raises(ConfigError, match="is a list, which cannot be part of a string"):
         resolve(small, expand(small)[-1], {"a": {"0": Path("/0")}})
 
 

@@ -112,7 +112,7 @@ def test_many_steps_are_a_row_for_each_name(here: Path, capfd: pytest.CaptureFix
     assert "2 skip, 5 run" in row
     assert " 42 " in row  # 7 sweeps of 6 jobs
     shown = out.index("03-grid-1: run")
-    assert out[shown + 2] == "  and so for seed=2,4,5,6"
+    assert out[shown + 2] == "  and the same for seed=2,4,5,6"
 
 
 def test_many_outcomes_are_a_row_for_each_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,8 +21,8 @@ from dpo_cli.train.guard import run_lock
 REMEDIES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
-    errno.EACCES: "check who may use it",
-    errno.EPERM: "check who may use it",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
     errno.EROFS: "not read-only",
     errno.ENOLCK: "no file locks",
     errno.EFBIG: "ulimit -f",
@@ -92,7 +92,7 @@ def test_a_thread_of_a_library_is_refused(
     thread = threading.Thread(target=write)
     thread.start()
     thread.join()
-    assert capsys.readouterr().err.startswith("warning: events: File too large: raise the limit")
+    assert capsys.readouterr().err.startswith("warning: events: File too large: raise the file")
 
 
 def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    told = rf"{tmp_path}/\.lock: No locks available: this file system has no file locks"
+    told = rf"{tmp_path}/\.lock: No locks available: this file system does not support"
     with pytest.raises(DiskError, match=told), run_lock(tmp_path):
         pass
 

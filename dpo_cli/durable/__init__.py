@@ -25,13 +25,13 @@ CHECKSUM = ".sha256"  # suffix of a file's checksum, in the format of `sha256sum
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failed read or write into a DiskError that names `path` and what helps."""
+    """Convert an error of a read or write to a DiskError that names `path` and a remedy."""
     try:
         yield
     except OSError as error:
         raise as_refusal(error, path) or DiskError(f"{path}: {error}: {OTHERWISE}") from error
     except Exception as error:
-        # safetensors reports a full disk with its own exception type.
+        # safetensors reports a full disk with an exception type of its own.
         refusal = as_refusal(error, path)
         if refusal is None:
             raise
@@ -44,13 +44,13 @@ def publish_folder(
     facts: Mapping[str, Any] | None = None,
     mode: int | None = None,
 ) -> None:
-    """Fill a temporary sibling with `write`, sync it, and rename it to `target`.
+    """Write a temporary sibling folder with `write`, sync it, and rename it to `target`.
 
-    write: may return the manifest entries of files that it hashed while writing; others are read
-    again. facts: further JSON for the manifest. mode: permissions; None: by the umask.
+    write: may return manifest entries of files that it hashed while writing; the others are read
+    again. facts: additional JSON for the manifest. mode: permissions; None: by the umask.
 
-    An existing target is replaced only once the new folder is complete on disk, and restored if
-    that fails. Raises DiskError.
+    An existing target is replaced once the new folder is complete on disk, and restored if that
+    fails. Raises DiskError.
     """
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def _entry(path: Path) -> Entry:
 def replace_json(folder: Path, name: str, value: object) -> None:
     """Replace a JSON file of a published folder, and its entry in the manifest.
 
-    After a crash in between, the file is missing from the manifest rather than wrong in it.
+    A crash in between leaves the file without a manifest entry rather than with a wrong one.
     Raises DiskError.
     """
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -124,6 +124,7 @@ def _sync(path: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
+    """The sha256 of a file, as hex. Raises OSError."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -139,9 +140,8 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} lists no files"
     for name, (size, digest) in expected.items():
         try:
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size}"
+            if (actual := (folder / name).stat().st_size) != size:
+                return f"{name} has {actual} bytes instead of {size}"
             if file_digest(folder / name) != digest:
                 return f"{name} does not match its sha256"
         except FileNotFoundError:
@@ -162,17 +162,17 @@ def write_bytes(path: Path, data: bytes, mode: int | None = None) -> None:
 
 
 def encode(text: str) -> bytes:
-    """UTF-8; a lone surrogate becomes its backslash form, which in JSON means the same."""
+    """UTF-8, with lone surrogates as backslash escapes, which are equivalent in JSON."""
     return text.encode("utf-8", errors="backslashreplace")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a text file atomically, in UTF-8 (see `encode`), with secrets blanked."""
+    """Replace a text file atomically, in UTF-8 (see `encode`), with secrets redacted."""
     write_bytes(path, encode(redact(text)))
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace a JSON file atomically, with secrets blanked."""
+    """Replace a JSON file atomically, with secrets redacted."""
     _write_exact(path, redact(value))
 
 
@@ -181,22 +181,22 @@ def _write_exact(path: Path, value: object) -> None:
 
 
 def write_checked_text(path: Path, text: str) -> None:
-    """Replace a text file atomically, and write its checksum beside it."""
-    beside = path.with_name(path.name + CHECKSUM)
+    """Replace a text file atomically, and write its checksum to `<name>.sha256`."""
+    checksum = path.with_name(path.name + CHECKSUM)
     with disk_errors(path):
-        beside.unlink(missing_ok=True)  # a crash must not leave a wrong checksum
+        checksum.unlink(missing_ok=True)  # a crash must not leave a wrong checksum
     write_text(path, text)
-    write_text(beside, f"{file_digest(path)}  {path.name}\n")
+    write_text(checksum, f"{file_digest(path)}  {path.name}\n")
 
 
 def mismatch(path: Path) -> str | None:
-    """Why a file does not match the checksum beside it; None if it does or has none."""
-    beside = path.with_name(path.name + CHECKSUM)
-    if not beside.is_file():
+    """Why a file does not match its checksum file; None if it does or there is none."""
+    checksum = path.with_name(path.name + CHECKSUM)
+    if not checksum.is_file():
         return None
-    if beside.read_text(encoding="utf-8", errors="replace").split()[:1] == [file_digest(path)]:
+    if checksum.read_text(encoding="utf-8", errors="replace").split()[:1] == [file_digest(path)]:
         return None
     return (
-        f"{path}: truncated or changed since it was written (sha256 differs from {beside.name}): "
-        f"write it again, or remove {beside.name} if you changed it"
+        f"{path}: truncated or changed since it was written (sha256 differs from {checksum.name}): "
+        f"write it again, or remove {checksum.name} if you changed it"
     )

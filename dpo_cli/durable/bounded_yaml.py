@@ -1,4 +1,4 @@
-"""Read YAML that others may have written: bounded in size, depth and what its aliases expand to."""
+"""Read untrusted YAML, with limits on its size, depth and values (aliases expanded)."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 import yaml
 
 LARGEST_KB = 256
-DEEPEST = 32  # lists and mappings within each other
-MOST_VALUES = 20_000  # with every alias written out
+DEEPEST = 32  # nested lists and mappings
+MOST_VALUES = 20_000  # with all aliases expanded
 
 
 def bounded_text(path: Path) -> str:
-    """The file's text, for a parser that recurses and writes out aliases.
+    """The file's text, checked for a parser that recurses and expands aliases.
 
-    Raises OSError, and ValueError in one line for a file that is too large, too deep, not UTF-8 or
-    not YAML.
+    Raises OSError, and ValueError with a one-line message for a file that is too large, nested too
+    deeply, not UTF-8 or not YAML.
     """
     if path.stat().st_size > LARGEST_KB * 2**10:
-        raise ValueError(f"larger than {LARGEST_KB} KB, which no file of settings is")
+        raise ValueError(f"larger than {LARGEST_KB} KB, the limit for configuration files")
     text = path.read_text(encoding="utf-8")
     try:
         _refuse_bombs(text)
@@ -38,14 +38,15 @@ def read_yaml(path: Path) -> Any:
 
 
 def in_one_line(error: Exception) -> str:
-    """What a parser says, without its name for a text that has none."""
+    """A parser's message in one line, without its placeholder for the file name."""
     return " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
 
 
 def _refuse_bombs(text: str) -> None:
-    """By the parser's events: to build nodes recurses, and in C that ends the process."""
+    """ValueError for too many values or levels, by the parser's events: building nodes recurses,
+    which in C can crash the process."""
     known: dict[str, int] = {}  # anchor -> values below it
-    anchors: list[str | None] = [None]  # of the collections that are open
+    anchors: list[str | None] = [None]  # of the open collections
     counts = [0]  # values in each of them
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if isinstance(event, yaml.CollectionStartEvent):
@@ -56,7 +57,7 @@ def _refuse_bombs(text: str) -> None:
             continue
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in known:
-                raise ValueError(f"the alias *{event.anchor} is undefined, or within itself")
+                raise ValueError(f"the alias *{event.anchor} is undefined or recursive")
             values = known[event.anchor]
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, values = anchors.pop(), counts.pop()
@@ -68,4 +69,4 @@ def _refuse_bombs(text: str) -> None:
             continue
         counts[-1] += values
         if counts[-1] > MOST_VALUES:
-            raise ValueError(f"more than {MOST_VALUES:,} values, with its aliases written out")
+            raise ValueError(f"more than {MOST_VALUES:,} values, with its aliases expanded")

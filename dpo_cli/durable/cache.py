@@ -1,7 +1,7 @@
-"""Caches: what is in them can be computed again, by whoever may use the folder.
+"""Cache folders, which several users may share; all entries can be recomputed.
 
-Everything below a cache's folder has the folder's own permissions, so that those who share it can
-read and replace each other's entries.
+Entries have the permissions of the cache folder, so that its users can read and replace each
+other's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ READ_WRITE = 0o666
 
 
 def subfolder(root: Path, name: str) -> Path:
-    """`root/name`, made where it is missing. Raises DiskError."""
+    """`root/name`, created if it does not exist. Raises DiskError."""
     folder = root / name
     with disk_errors(folder):
         root.mkdir(parents=True, exist_ok=True)
@@ -31,23 +31,23 @@ def subfolder(root: Path, name: str) -> Path:
 
 
 def keep(path: Path, data: bytes) -> None:
-    """Replace a file of an existing folder of a cache. Raises DiskError."""
+    """Write or replace a file in an existing folder of a cache. Raises DiskError."""
     with disk_errors(path):
         mode = _mode(path.parent) & READ_WRITE
     write_bytes(path, data, mode)
 
 
 def keep_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Replace a folder of an existing folder of a cache. Raises DiskError."""
+    """Write or replace a folder in an existing folder of a cache. Raises DiskError."""
     with disk_errors(folder):
         mode = _mode(folder.parent)
     publish_folder(folder, write, mode=mode)
 
 
 def read_folder(folder: Path) -> Mapping[str, bytes] | None:
-    """The files of an entry that `keep_folder` wrote; None if it is absent, damaged or unreadable.
+    """Files of an entry written by `keep_folder`; None if it is missing, damaged or unreadable.
 
-    What is checked is what is returned: an entry may vanish or change at any moment.
+    The checksums are those of the returned bytes: another process may change an entry meanwhile.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())

@@ -1,4 +1,4 @@
-"""dpo_run.json beside saved weights: how they were trained."""
+"""dpo_run.json, saved with weights: how they were trained."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from dpo_cli.durable.stored import stored_json
 from dpo_cli.errors import DataError
 
 PROVENANCE = "dpo_run.json"
-BASE = "base_sha256"  # its entry of an adapter: the content of the weights under it (model/base.py)
-TEXTS = ("stage", "loss", "reference", "date", "data", BASE)  # of its entries
+BASE = "base_sha256"  # in an adapter's: the content of its base weights (model/base.py)
+TEXTS = ("stage", "loss", "reference", "date", "data", BASE)  # entries that are strings or null
 
 
 def load_provenance(folder: Path) -> dict[str, Any]:
     """How the weights in a folder were trained; empty for models not from dpo-run. Raises DataError
-    for what dpo-run cannot have written."""
+    for invalid entries."""
     path = folder / PROVENANCE
     facts = stored_json(path)
     try:
@@ -26,6 +26,6 @@ def load_provenance(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError):
         wrong = ["date"]
     if wrong:
-        told = f"{wrong[0]}={str(facts[wrong[0]])[:80]}"
-        raise DataError(f"{path}: {told} is nothing that dpo-run writes; restore or remove it")
+        entry = f"{wrong[0]}={str(facts[wrong[0]])[:80]}"
+        raise DataError(f"{path}: {entry} is invalid; restore or remove the file")
     return facts

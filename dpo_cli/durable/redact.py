@@ -1,7 +1,7 @@
-"""Secrets blanked out of whatever is written to a file: by the name of the variable or key that
-holds them, and by their shape.
+"""Redact secrets in everything that is written to files: by the name of their variable or key, and
+by their format.
 
-Blank values before they are dumped: YAML folds long texts, shells and JSON escape quotes.
+Redact values before they are dumped: YAML folds long strings, shells and JSON escape quotes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _KEY_NAME = re.compile(
     r"|(?:access|auth|api|bearer|hf)_?token|webhook(?:_url)?|dsn))"
 )
 _OVERRIDE = re.compile(r"[~+]*([\w.@/-]+)=(.+)", flags=re.DOTALL)
-# Characters; blanking "true" or "100" out of every file would hide more than a secret.
+# Characters; redacting "true" or "100" in every file would hide more than a secret.
 _SHORTEST, _SHORTEST_SURE = 8, 4
 _SETTINGS = {"true", "false", "none", "null"}
 
-# (what a text must contain, what is blanked): the search for the first is far cheaper.
+# (substring, pattern to redact): searching for the substring first is far cheaper.
 _SHAPES = [(mark, re.compile(shape)) for mark, shape in (
     ("hf_", r"\bhf_(?:[A-Za-z0-9]{20,}|(?:oauth|jwt)_[A-Za-z0-9._-]{20,})"),
     ("sk-", r"(?<![A-Za-z0-9])sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}"),
@@ -70,22 +70,22 @@ _QUERY = re.compile(
 
 
 def redact(value: Any) -> Any:
-    """`value` with secrets replaced, in texts inside mappings and lists too.
+    """`value` with secrets replaced, also in strings inside mappings and lists.
 
-    A secret is the value of an environment variable, key or override whose name says so (TOKEN,
-    KEY, SECRET, PASS, AUTH, ...), or text shaped like an access token.
+    A secret is the value of an environment variable, key or override with such a name (TOKEN, KEY,
+    SECRET, PASS, AUTH, ...), or text in the format of an access token.
     """
     return _redact(value, _environment_secrets(tuple(os.environ.items())))
 
 
 def unkept(words: Iterable[str]) -> list[str]:
-    """The overrides that files keep without their secret: a resumed run needs them again."""
+    """The overrides with secrets, which files do not store: a resumed run needs them again."""
     return [word for word in words if redact(word) != word]
 
 
 def hide(values: Mapping[str, Any]) -> None:
-    """Take the values of keys whose names say so for secrets wherever they stand, in child
-    processes, too: they become variables of the environment."""
+    """Treat the values of keys with secret names as secrets everywhere, also in child processes, by
+    setting environment variables."""
     for key, value in values.items():
         if isinstance(value, str) and _is_secret_key(key, value):
             os.environ[f"DPO_RUN_SECRET_{key.upper()}"] = value
@@ -93,8 +93,8 @@ def hide(values: Mapping[str, Any]) -> None:
 
 @lru_cache(maxsize=4)
 def _environment_secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """Each secret as it is, and as shells, YAML, JSON and addresses write it; longest first, as
-    one may contain another."""
+    """Each secret verbatim, and as quoted by shells, YAML, JSON and URLs; longest first, as one
+    may contain another."""
     forms: set[str] = set()
     for name, value in variables:
         if _is_secret(name, value):
@@ -115,7 +115,7 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 def _is_secret_key(key: str, value: str) -> bool:
-    if "${" in value:  # names where the value is, and must stay to be resolved again
+    if "${" in value:  # a reference, not the secret, and needed to resolve the value again
         return False
     last = key.rpartition(".")[2]
     if last == "env_set":  # a group of variables in one override

@@ -1,4 +1,4 @@
-"""What the operating system refuses, as one line: which file, why, and what helps."""
+"""Errors of the operating system as one line: the file, the reason, and a remedy."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from dpo_cli.escapes import say
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REMEDIES = {
     _FULL: "make room or choose another disk, then resume the run",
-    (errno.EACCES, errno.EPERM): "check who may use it and the folders above it (ls -ld), or "
-    "choose another path",
+    (errno.EACCES, errno.EPERM): "check its permissions and those of its parent folders (ls -ld), "
+    "or choose another path",
     (errno.EROFS,): "choose a folder on a file system that is not read-only",
-    (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS): "this file system has no file locks, which "
-    "keep two runs out of one folder; choose a folder on a local disk",
+    (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS): "this file system does not support the file "
+    "locks that prevent two runs in one folder; choose a folder on a local disk",
     (errno.ENAMETOOLONG,): "choose a shorter name",
-    (errno.EFBIG,): "raise the limit on the size of files (ulimit -f), or choose another file "
-    "system, then resume the run",
+    (errno.EFBIG,): "raise the file size limit (ulimit -f), or choose another file system, then "
+    "resume the run",
     (errno.EMFILE, errno.ENFILE): "raise the limit on open files (ulimit -n)",
     (errno.ENOENT,): "it was removed, or the path is wrong",
     (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY): "something else has this name; "
     "choose another path",
-    (errno.ELOOP,): "its symbolic links lead in a circle; choose another path",
+    (errno.ELOOP,): "its symbolic links are circular; choose another path",
     (errno.ENOMEM,): "free memory, then resume the run",
     (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EREMOTEIO): "the "
     "disk or network share is failing; check it (dmesg), then resume the run",
 }  # fmt: skip
 REMEDIES = {number: text for numbers, text in _REMEDIES.items() for number in numbers}
-OTHERWISE = "check the path and the disk it is on"
+OTHERWISE = "check the path and its disk"
 _RUST = re.compile(r"os error (\d+)")  # in errors of safetensors and tokenizers
-_OVERLONG = 300  # characters of a path that a message shows
+_OVERLONG = 300  # characters; longer paths are shortened in messages
 
 
 def as_refusal(error: BaseException, path: Path | None = None) -> UserError | None:
-    """The error as the user's; None where the operating system refused nothing.
+    """An error of the operating system as a UserError; None for any other error.
 
-    path: what was worked on, where that says more than the name that the system was given.
-    A DiskError, but for a name that is too long: that was chosen.
+    path: shown instead of the error's own file name, if that says less. A DiskError, but a
+    ConfigError for a name that is too long, as the user chose it.
     """
     number, why = _refused(error)
     if number is None:
@@ -57,14 +57,14 @@ def as_refusal(error: BaseException, path: Path | None = None) -> UserError | No
 
 
 def reason(error: OSError) -> str:
-    """Why, in the system's words: for messages that have a remedy of their own."""
+    """The system's reason, for messages with a remedy of their own."""
     return error.strerror or str(error) or type(error).__name__
 
 
 @functools.cache
 def warn_outside_calls() -> None:
-    """Tell in one line what is refused where nobody catches it: to a library's thread (whose
-    caller hears of it later), or to a file that is flushed when the process ends."""
+    """Warn in one line about system errors that no caller catches: in a library's thread (whose
+    caller gets an error later), or when a file is flushed at the end of the process."""
     in_thread, ignored = threading.excepthook, sys.unraisablehook
 
     def of_thread(args: threading.ExceptHookArgs) -> None:
@@ -86,12 +86,12 @@ def _warned(error: BaseException | None) -> bool:
 
 
 def _refused(error: BaseException) -> tuple[int | None, str]:
-    """The error's number, and its text."""
+    """The error's errno and text; (None, ...) for other errors."""
     if isinstance(error, OSError):
-        # negative: of name resolution, which has numbers of its own
+        # negative: of name resolution, whose numbers are not errnos
         return (error.errno if (error.errno or 0) > 0 else None), reason(error)
-    if found := _RUST.search(str(error)):
-        return int(found[1]), os.strerror(int(found[1]))
+    if match := _RUST.search(str(error)):
+        return int(match[1]), os.strerror(int(match[1]))
     return None, ""
 
 
@@ -106,10 +106,10 @@ def _shown(path: Path) -> str:
 
 
 def _free_space(path: Path | None) -> str:
-    """Of the disk that the path is on; nothing where that cannot be asked."""
-    for place in path.parents if path else ():
+    """Free space of the path's disk, for a message; "" if unknown."""
+    for folder in path.parents if path else ():
         try:
-            return f" ({shutil.disk_usage(place).free / 2**20:,.0f} MB free)"
+            return f" ({shutil.disk_usage(folder).free / 2**20:,.0f} MB free)"
         except OSError:
             continue
     return ""

@@ -1,4 +1,4 @@
-"""What the files of an earlier run say: whoever changed them must not crash this one."""
+"""Read the files of an earlier run, which may have been edited, without crashing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo_cli.errors import DataError
 
 
 def stored_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file; none where it is not there.
+    """The mapping in a YAML file; empty if there is no file.
 
     Raises DataError for a file with anything else, OSError for one that cannot be read.
     """
@@ -20,7 +20,7 @@ def stored_yaml(path: Path) -> dict[str, Any]:
 
 
 def yaml_of_run(path: Path) -> dict[str, Any]:
-    """As `stored_yaml`; none either where the folder may not be a run's, and the file is not."""
+    """As `stored_yaml`, but also empty for an invalid file: the folder may not be a run's."""
     try:
         return stored_yaml(path)
     except DataError:
@@ -28,17 +28,17 @@ def yaml_of_run(path: Path) -> dict[str, Any]:
 
 
 def stored_json(path: Path) -> dict[str, Any]:
-    """The object of a JSON file; as `stored_yaml`."""
-    return _mapping(path, lambda place: json.loads(place.read_text(encoding="utf-8")))
+    """As `stored_yaml`, for the object in a JSON file."""
+    return _mapping(path, lambda path: json.loads(path.read_text(encoding="utf-8")))
 
 
 def _mapping(path: Path, read: Callable[[Path], Any]) -> dict[str, Any]:
     try:
-        found = read(path)
+        content = read(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read: {error}; restore or remove it") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise DataError(f"{path}: expected keys and values; restore or remove it")
-    return found
+    return content

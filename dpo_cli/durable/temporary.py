@@ -1,7 +1,7 @@
-"""Temporary files and folders beside what they will replace, and what killed processes left.
+"""Temporary files and folders next to their targets, and cleanup after killed processes.
 
-A writer holds a lock on what it writes, which the kernel releases however the process ends: what
-can be locked has no writer any more.
+A writer holds a lock on its temporary file, which the kernel releases however the process ends: a
+file that can be locked has no writer.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PREFIX, REPLACED = ".tmp-", ".old-"  # of what is being written, and of what it replaces
+PREFIX, REPLACED = ".tmp-", ".old-"  # of names being written, and of those being replaced
 
 
 def is_leftover(name: str, of: str = "") -> bool:
-    """Whether a file of this name is there only while something whose name begins with `of` is
-    written, or after a crash."""
+    """Whether a name is that of a temporary file, which exists during a write or after a crash.
+    of: prefix of its target's name."""
     return name.startswith((f"{PREFIX}{of}", f"{REPLACED}{of}"))
 
 
 @contextmanager
 def temporary_file(target: Path) -> Iterator[Path]:
-    """An empty sibling of `target`, locked; removed at the end if it is still there."""
+    """An empty, locked sibling of `target`; removed at the end if it still exists."""
     with _sibling(target, lambda path: path.open("xb").close()) as path:
         try:
             yield path
@@ -35,7 +35,7 @@ def temporary_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """As `temporary_file`, a folder."""
+    """As `temporary_file`, for a folder."""
     with _sibling(target, Path.mkdir) as path:
         try:
             yield path
@@ -49,14 +49,14 @@ def _sibling(target: Path, make: Callable[[Path], object]) -> Iterator[Path]:
         path = target.with_name(f"{PREFIX}{target.name}-{secrets.token_hex(4)}")
         make(path)
         with held(path):
-            if path.exists():  # else another process took it for a leftover before it was locked
+            if path.exists():  # else another process removed it as a leftover before it was locked
                 yield path
                 return
 
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder, if the disk has locks; it stays through a rename."""
+    """Hold the lock of a file or folder, if the disk supports locks; a rename keeps it."""
     handle = _locked(path, wait=True)
     try:
         yield
@@ -66,8 +66,8 @@ def held(path: Path) -> Iterator[None]:
 
 
 def _locked(path: Path, wait: bool) -> int | None:
-    """An open handle with the lock. None: the path is gone, another process holds the lock, or the
-    disk has none."""
+    """An open, locked handle. None: the path does not exist, another process holds the lock, or
+    the disk does not support locks."""
     with suppress(OSError):
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
@@ -79,18 +79,18 @@ def _locked(path: Path, wait: bool) -> int | None:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder; killed in between, what is left of it is a leftover, not a damaged folder.
+    """Remove a folder; if killed in between, a leftover remains instead of a damaged folder.
     Raises OSError."""
-    leaving = path.with_name(f"{PREFIX}{path.name}-{secrets.token_hex(4)}")
-    path.rename(leaving)
-    shutil.rmtree(leaving)
+    leftover = path.with_name(f"{PREFIX}{path.name}-{secrets.token_hex(4)}")
+    path.rename(leftover)
+    shutil.rmtree(leftover)
 
 
 def remove_leftovers(folder: Path, of: str = "", alone: bool = False) -> None:
-    """Remove what killed writers left in a folder, and put back what they were replacing.
+    """Remove leftovers of killed writers in a folder, and restore what they were replacing.
 
-    of: how the names of what they wrote begin. alone: nobody else writes there, so nothing needs to
-    be locked. What cannot be removed stays.
+    of: prefix of the targets' names. alone: no other process writes there, so locks are not
+    required. Errors of the removal are ignored.
     """
     with suppress(OSError):
         for path in [path for path in folder.iterdir() if is_leftover(path.name, of)]:

@@ -1,7 +1,7 @@
-"""Write safetensors files and hash them on the way.
+"""Write safetensors files and hash them while writing.
 
-With safetensors' own writer, a checkpoint of many gigabytes would have to be read again for its
-checksum. The bytes are those of `safetensors.torch.save_file`.
+After `safetensors.torch.save_file`, a checkpoint of many gigabytes would have to be read again for
+its checksum. The bytes are the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# The format's names, in the reverse of the order in which its writer stores tensors.
+# The format's dtype names, in the reverse of the order in which safetensors stores tensors.
 DTYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fn: "F8_E4M3", torch.int16: "I16", torch.uint16: "U16",
@@ -22,7 +22,7 @@ DTYPES = {
     torch.float32: "F32", torch.complex64: "C64", torch.float64: "F64", torch.int64: "I64",
     torch.uint64: "U64",
 }  # fmt: skip
-WIDTH_ORDER = {dtype: place for place, dtype in enumerate(DTYPES)}
+WIDTH_ORDER = {dtype: index for index, dtype in enumerate(DTYPES)}
 ALIGNMENT = 8  # bytes to which the header is padded
 CHUNK_BYTES = 1 << 24  # written and hashed in turn; both release the GIL
 

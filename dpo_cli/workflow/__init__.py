@@ -1,1 +1,1 @@
-"""Many runs: recipes and sweeps, with one process per run."""
+"""Recipes and sweeps: several runs, one process per run."""

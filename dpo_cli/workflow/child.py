@@ -1,6 +1,6 @@
-"""Start one run in a process of its own, for sweeps and recipes.
+"""Start one run of a sweep or recipe in a child process.
 
-A fresh process means fresh CUDA and global state, and a crash stays in its job.
+A new process has fresh CUDA and global state, and a crash ends only this job.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from dpo_cli.errors import ConfigError
 
 
 def child_command() -> list[str]:
-    """How a child is started, with no module from the current folder (-P); tests replace this to
-    put a stub in its place."""
+    """The command of a child, which imports no module from the current folder (-P); tests replace
+    it with a stub."""
     return [sys.executable, "-P", "-m", "dpo_cli"]
 
 
 def run_child(arguments: Sequence[str]) -> tuple[int, bool]:
-    """Run `dpo-run <arguments>` to its end: its exit code, and whether a signal asked us to stop.
+    """Run `dpo-run <arguments>`; returns its exit code, and whether we received a stop signal.
 
-    The child inherits our output. Signals are forwarded and the child is waited for, so that
-    it can save a checkpoint. A child killed by signal N gives -N. Raises ConfigError for text that
-    no process can be given.
+    The child inherits our output. We forward signals and wait for the child, so that it can save a
+    checkpoint. The code is -N if signal N killed the child. Raises ConfigError for text that cannot
+    be a process argument.
     """
     for word in arguments:
         try:
-            whole = b"\0" not in os.fsencode(word)
+            valid = b"\0" not in os.fsencode(word)
         except UnicodeEncodeError:  # a lone surrogate, by an escape in YAML
-            whole = False
-        if not whole:
-            raise ConfigError(f"{word!r}: has a character that no command line can have; remove it")
-    # Its own process group: Ctrl-C reaches it once, through us, and not a second time from
-    # the terminal, at which it would not save.
+            valid = False
+        if not valid:
+            raise ConfigError(f"{word!r}: contains a character not allowed in arguments; remove it")
+    # A separate process group: the child gets Ctrl-C once, through us, and not a second time from
+    # the terminal, which would end it without saving.
     child = subprocess.Popen([*child_command(), *arguments], process_group=0)
     with _forwarding(child) as stopped:
         code = child.wait()
@@ -46,7 +46,7 @@ def run_child(arguments: Sequence[str]) -> tuple[int, bool]:
 
 
 def shell_status(code: int) -> int:
-    """The exit code that stands for a child's: 128 + N where signal N killed it."""
+    """The shell's exit code for a child's: 128 + N if signal N killed it."""
     return 128 - code if code < 0 else code
 
 
@@ -61,9 +61,9 @@ def _forwarding(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield stopped  # a launcher's worker thread: Python sets handlers in the main one only
         return
-    before = {number: signal.signal(number, forward) for number in stopping_signals()}
+    previous = {number: signal.signal(number, forward) for number in stopping_signals()}
     try:
         yield stopped
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""From a recipe's steps to its commands: repeated for each value, references resolved."""
+"""Expand a recipe's steps to commands: repeat them per value and resolve references."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.workflow.file import REFERENCE, Recipe, Step
 
 MOST_TASKS = 1000
-Folders = dict[str, dict[str, Path]]  # of earlier steps: name -> slug ("" where once) -> folder
+Folders = dict[str, dict[str, Path]]  # of earlier steps: name -> slug ("" if once) -> folder
 
 
 @dataclass(frozen=True)
 class Task:
-    """A step, for one value of the recipe's `repeat`; without one, key and slug are empty."""
+    """A step, for one value of the recipe's `repeat`; without `repeat`, key and slug are empty."""
 
     step: Step
     key: str = ""
@@ -47,15 +47,15 @@ def _title(name: str, key: str, slug: str) -> str:
 
 
 def expand(recipe: Recipe) -> list[Task]:
-    """The recipe's tasks in order: neighbouring repeated steps are a block, which runs for the
-    first value, then for the second, ...; steps that run once come between the blocks.
+    """The recipe's tasks in order: adjacent repeated steps form a block, which runs for the first
+    value, then for the second, ...; steps that run once come between the blocks.
 
-    Raises ConfigError for more of them than can be composed and checked before the first runs.
+    Raises ConfigError for more than MOST_TASKS, all of which are checked before the first runs.
     """
     repeat = recipe.repeat
     count = len(recipe.steps) * (len(repeat.values) if repeat else 1)
     if count > MOST_TASKS:
-        raise ConfigError(f"recipe {recipe.name}: {count:,} steps to run, at most {MOST_TASKS:,}")
+        raise ConfigError(f"recipe {recipe.name}: {count:,} steps; at most {MOST_TASKS:,}")
     if repeat is None:
         return [Task(step) for step in recipe.steps]
     tasks: list[Task] = []
@@ -81,9 +81,9 @@ def resolve(recipe: Recipe, task: Task, folders: Folders) -> tuple[list[str], di
 
 
 def _resolve_override(text: str, references: _References, sweep: bool) -> str:
-    """`key=value`: a value that is one reference is quoted as needed, other text is not.
+    """`key=value`: a value that is one reference is quoted if necessary, other text is not.
 
-    In a sweep a list holds the values to try: `stage.beta=${vars.betas}` runs once per value.
+    In a sweep a list contains the values to try: `stage.beta=${vars.betas}` runs once per value.
     """
     key, _, value = text.partition("=")
     if not REFERENCE.fullmatch(value):
@@ -96,7 +96,7 @@ def _resolve_override(text: str, references: _References, sweep: bool) -> str:
 
 @dataclass
 class _References:
-    """The values of `${...}` in one task. used: title -> folder of the tasks named so far."""
+    """The values of `${...}` in one task. used: title -> folder of the tasks referenced so far."""
 
     recipe: Recipe
     task: Task
@@ -104,23 +104,23 @@ class _References:
     used: dict[str, Path] = field(default_factory=dict)
 
     def resolve(self, value: Any) -> Any:
-        """A value of the YAML with its references resolved; a lone reference keeps its type."""
+        """Resolve the references in a YAML value; a value that is one reference keeps its type."""
         if isinstance(value, list):
             return [entry for item in value for entry in self._entries(item)]
         if not isinstance(value, str):
             return value
-        if lone := REFERENCE.fullmatch(value):
-            return self._value(lone[1])
+        if match := REFERENCE.fullmatch(value):
+            return self._value(match[1])
         return REFERENCE.sub(lambda match: self._text(match[1]), value)
 
     def _entries(self, item: Any) -> list[Any]:
-        """An item of a list; `${steps.x.dirs}` is several."""
+        """The entries for an item of a list; `${steps.x.dirs}` gives several."""
         resolved = self.resolve(item)
         return resolved if isinstance(item, str) and isinstance(resolved, list) else [resolved]
 
     def _text(self, reference: str) -> str:
         if reference.startswith("steps.") and reference.endswith(".dirs"):
-            raise _error(self, reference, "is a list, which cannot be part of a text")
+            raise _error(self, reference, "is a list, which cannot be part of a string")
         return str(self._value(reference))
 
     def _value(self, reference: str) -> Any:
@@ -138,33 +138,36 @@ class _References:
         raise _unknown(self, reference)
 
     def _folders_of(self, name: str, part: str) -> dict[str, Path]:
-        """Title -> folder, of `${steps.<name>.<part>}`."""
-        places, own = self.folders[name], self.task.slug
+        """Title -> folder for `${steps.<name>.<part>}`."""
+        by_slug, slug = self.folders[name], self.task.slug
         key = self.recipe.repeat.key if self.recipe.repeat else ""
-        titled = {_title(name, key, slug): folder for slug, folder in places.items()}
-        if "" in places:  # it runs once: the same folder for all
+        titled = {_title(name, key, each): folder for each, folder in by_slug.items()}
+        if "" in by_slug:  # it runs once: the same folder for all
             return titled
         reference = f"steps.{name}.{part}"
-        if part == "dir" and not own:
-            why = f"is another one for each {key}; ${{steps.{name}.dirs}} is the list of them"
+        if part == "dir" and not slug:
+            why = f"is different for each {key}; use the list ${{steps.{name}.dirs}}"
             raise _error(self, reference, why)
-        if part == "dirs" and own:
-            raise _error(self, reference, "is for steps that say once: true")
-        return {_title(name, key, own): places[own]} if part == "dir" else titled
+        if part == "dirs" and slug:
+            raise _error(self, reference, "is only available in steps with once: true")
+        return {_title(name, key, slug): by_slug[slug]} if part == "dir" else titled
 
 
-def _unknown(at: _References, reference: str) -> ConfigError:
-    repeat = at.recipe.repeat
+def _unknown(references: _References, reference: str) -> ConfigError:
+    repeat = references.recipe.repeat
     if repeat is not None and reference == f"repeat.{repeat.key}":
-        return _error(at, reference, "has no value in a step that says once: true")
+        return _error(references, reference, "has no value in a step with once: true")
     parts = ["dir"] if repeat is None else ["dir", "dirs"]
-    names = [f"vars.{name}" for name in at.recipe.variables]
-    names += [f"steps.{name}.{part}" for name in at.folders for part in parts]
+    names = [f"vars.{name}" for name in references.recipe.variables]
+    names += [f"steps.{name}.{part}" for name in references.folders for part in parts]
     names += [f"repeat.{repeat.key}"] if repeat is not None else []
     hint = did_you_mean(reference, names)
-    return _error(at, reference, f"is neither a variable nor the folder of an earlier step{hint}")
+    return _error(
+        references, reference, f"is neither a variable nor the folder of an earlier step{hint}"
+    )
 
 
-def _error(at: _References, reference: str, why: str) -> ConfigError:
-    place = f"recipe {at.recipe.name}, step {at.task.title}"
-    return ConfigError(f"{place}: ${{{reference}}} {why}")
+def _error(references: _References, reference: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"recipe {references.recipe.name}, step {references.task.title}: ${{{reference}}} {why}"
+    )

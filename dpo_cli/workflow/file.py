@@ -2,7 +2,7 @@
 
     description: one line
     vars: {rows: 1000, path: "???", seeds: [0, 1]}  vars.rows=... on the command line changes it;
-                                                    ??? must be given
+                                                    ??? is required
     repeat: {seed: "${vars.seeds}"}  the steps run once per value; vars.seeds=0,1,2 changes it
     steps:
       - name: sft
@@ -10,14 +10,14 @@
         minutes: 3                  estimate on two CPU cores, for the plan
       - name: dpo
         overrides: [stage=dpo, "model.path=${steps.sft.dir}"]   as on the command line
-        sweep: false                true: run with -m; values separated by commas, or a list of vars
+        sweep: false                true: run with -m; comma-separated values, or a list of vars
       - name: together
         once: true                  run once, not per value; before, between or after repeated steps
         overrides: {stage: frontier, stage.evaluations: "${steps.dpo.dirs}"}
     report: [{label: SFT, step: evaluate-sft}, ...]   summaries to compare at the end
 
-`${vars.x}`, `${repeat.x}`, `${steps.x.dir}` (of the same value) and, in a step that runs once,
-`${steps.x.dirs}` (of all values) are all the interpolation there is.
+The only interpolations are `${vars.x}`, `${repeat.x}`, `${steps.x.dir}` (of the same value) and, in
+a step that runs once, `${steps.x.dirs}` (of all values).
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from dpo_cli.run_folder import key_of
 from dpo_cli.workflow.shape import expect_keys, listed, minutes_of, overrides_of, read_body
 
 RESERVED = {
-    "run_dir": "each step has a folder of its own",
-    "hydra.run.dir": "each step has a folder of its own",
-    "hydra.sweep.dir": "each step has a folder of its own",
+    "run_dir": "each step has its own folder",
+    "hydra.run.dir": "each step has its own folder",
+    "hydra.sweep.dir": "each step has its own folder",
     "resume": "unfinished steps are always resumed",
-    "dry_run": "write it after recipe=",
+    "dry_run": "set it on the command line, with recipe=",
     **dict.fromkeys(
         ("model.trust_remote_code", "stage.loss_file", "reward_fn.file"),
         "a file may not allow foreign code to run",
@@ -57,7 +57,7 @@ _KEY = re.compile(r"[a-z][a-z0-9_]*")
 
 @dataclass(frozen=True)
 class Step:
-    """One command; references in `overrides` are not resolved yet."""
+    """One command; references in `overrides` are unresolved."""
 
     number: int
     name: str
@@ -73,7 +73,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Repeat:
-    """What the steps are repeated for. values: by the value's name in folders."""
+    """The values that the steps are repeated for. values: slug in folder names -> value."""
 
     key: str
     values: dict[str, Any]
@@ -90,7 +90,7 @@ class Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe's name, or the file itself where a path is given."""
+    """The file of a recipe, by its name or path. Raises ConfigError."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
@@ -106,10 +106,10 @@ def find_recipe(name: str) -> Path:
 def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True) -> Recipe:
     """Read a recipe. settings: `x=1` for every `vars.x=1` of the command line.
 
-    complete: ConfigError unless the variables that must be given (`???`) are; without, the recipe
-    can only be described and has no `repeat`.
+    complete: ConfigError if required variables (`???`) are missing; otherwise they may be, and
+    the recipe has no `repeat`.
 
-    Raises ConfigError that names the file and the place.
+    Raises ConfigError that names the file and the key.
     """
     body = read_body(path)
     variables = body["vars"]
@@ -118,7 +118,7 @@ def load_recipe(path: Path, settings: Sequence[str] = (), complete: bool = True)
         if name not in variables:
             hint = did_you_mean(str(name), variables)
             raise ConfigError(
-                f"vars.{name}: not a variable of this recipe{hint} (it has {listed(variables)})"
+                f"vars.{name}: not a variable of this recipe{hint} (known: {listed(variables)})"
             )
     variables |= {name: _like(variables[name], name, value) for name, value in changed.items()}
     missing = [f"vars.{name}=..." for name, value in variables.items() if value == "???"]
@@ -145,7 +145,7 @@ def _refuse_unread(path: Path, body: Mapping[str, Any], variables: Mapping[str, 
     read = set(REFERENCE.findall(f"{body.get('repeat')} {body.get('steps')}"))
     for name in variables:
         if f"vars.{name}" not in read:
-            raise ConfigError(f"{path}: vars.{name}: no step reads it; remove it")
+            raise ConfigError(f"{path}: vars.{name}: not used by any step; remove it")
 
 
 def _changed(settings: Sequence[str]) -> dict[str, Any]:
@@ -153,71 +153,71 @@ def _changed(settings: Sequence[str]) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     for word in settings:
         try:
-            found: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
+            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(
-                f"vars.{word}: cannot be read; write a number, text, or a list as [a,b]"
+                f"vars.{word}: cannot be parsed; expected a number, text, or a list as [a,b]"
             ) from error
-        changed |= found
+        changed |= parsed
     return changed
 
 
 def _like(default: Any, name: str, value: Any) -> Any:
-    """A list where the recipe has one: 0.1,0.3 may be given for it, or 0.1."""
+    """`value`, as a list if the recipe's default is one: from `0.1,0.3` or `0.1`."""
     if not isinstance(default, list):
         return value
-    found = _listing(value)
-    if not found or None in found:
-        told = "" if value is None else value
-        raise ConfigError(f"vars.{name}={told}: expected a list of values, such as {default}")
-    return found
+    values = _as_list(value)
+    if not values or None in values:
+        shown = "" if value is None else value
+        raise ConfigError(f"vars.{name}={shown}: expected a list of values, such as {default}")
+    return values
 
 
-def _listing(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     if isinstance(value, str) and "," in value:
         return [yaml.safe_load(part) for part in value.split(",")]
     return value if isinstance(value, list) else [value]
 
 
 def _with_repeated_list(path: Path, body: Any, variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables, with the one that `repeat` names as a list: 0,1,2 may be given, or 0."""
-    place = f"{path}: repeat"
+    """The variables, with the one of `repeat` as a list: from `0,1,2` or `0`."""
+    where = f"{path}: repeat"
     if not isinstance(body, dict) or len(body) != 1:
-        raise ConfigError(f'{place}: expected one key, such as {{seed: "${{vars.seeds}}"}}')
-    ((key, given),) = body.items()
+        raise ConfigError(f'{where}: expected one key, such as {{seed: "${{vars.seeds}}"}}')
+    ((key, value),) = body.items()
     if not _KEY.fullmatch(str(key)):
-        raise ConfigError(f"{place}: {key}: must be of a-z, 0-9 and _")
-    whole = REFERENCE.fullmatch(given) if isinstance(given, str) else None
-    if whole is None:
+        raise ConfigError(f"{where}: {key}: must be of a-z, 0-9 and _")
+    match = REFERENCE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
         return variables
-    kind, _, name = whole[1].partition(".")
+    kind, _, name = match[1].partition(".")
     if kind != "vars" or name not in variables:
-        hint = did_you_mean(whole[1], [f"vars.{known}" for known in variables])
-        raise ConfigError(f"{place}: {key}: {given} is not a variable{hint}")
-    return {**variables, name: _listing(variables[name])}
+        hint = did_you_mean(match[1], [f"vars.{known}" for known in variables])
+        raise ConfigError(f"{where}: {key}: {value} is not a variable{hint}")
+    return {**variables, name: _as_list(variables[name])}
 
 
 def _repeat(path: Path, body: dict[str, Any], variables: Mapping[str, Any]) -> Repeat:
-    ((key, given),) = body.items()
-    place, values = f"{path}: repeat: {key}", given
-    if isinstance(given, str) and (whole := REFERENCE.fullmatch(given)):
-        name = whole[1].removeprefix("vars.")
-        place, values = f"vars.{name}", variables[name]
+    ((key, value),) = body.items()
+    where, values = f"{path}: repeat: {key}", value
+    if isinstance(value, str) and (match := REFERENCE.fullmatch(value)):
+        name = match[1].removeprefix("vars.")
+        where, values = f"vars.{name}", variables[name]
     if not isinstance(values, list) or not values:
-        raise ConfigError(f"{place}={values}: expected a list of values, such as [0, 1, 2]")
-    named: dict[str, Any] = {}
+        raise ConfigError(f"{where}={values}: expected a list of values, such as [0, 1, 2]")
+    by_slug: dict[str, Any] = {}
     for value in values:
         if not isinstance(value, (bool, int, float, str)) or REFERENCE.search(str(value)):
-            raise ConfigError(f"{place}: {value}: a value must be a number or plain text")
+            raise ConfigError(f"{where}: {value}: a value must be a number or plain text")
         slug = re.sub(r"[^a-z0-9.]+", "-", str(value).lower()).strip("-.")
         if not slug:
-            raise ConfigError(f"{place}: '{value}': names no folder, it has none of a-z and 0-9")
-        if slug in named:
+            raise ConfigError(f"{where}: '{value}': a folder name needs characters of a-z or 0-9")
+        if slug in by_slug:
             raise ConfigError(
-                f"{place}: {named[slug]} and {value} would share folders ending in -{slug}"
+                f"{where}: {by_slug[slug]} and {value} would both use folders ending in -{slug}"
             )
-        named[slug] = value
-    return Repeat(str(key), named)
+        by_slug[slug] = value
+    return Repeat(str(key), by_slug)
 
 
 def _step(path: Path, number: int, body: Any) -> Step:
@@ -231,7 +231,7 @@ def _step(path: Path, number: int, body: Any) -> Step:
         if not isinstance(value, bool):
             raise ConfigError(f"{place}: {key}={value}: expected true or false")
     if isinstance(overrides, dict) and sweep:
-        raise ConfigError(f"{place}: a sweep's overrides are a list of words, key=a,b")
+        raise ConfigError(f"{place}: a sweep's overrides must be a list of key=a,b")
     return Step(number, name, overrides, sweep, once, minutes_of(body, place))
 
 
@@ -239,16 +239,16 @@ def _check(path: Path, recipe: Recipe, repeats: bool) -> None:
     names = [step.name for step in recipe.steps]
     if not names:
         raise ConfigError(f"{path}: has no steps")
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ConfigError(f"{path}: two steps are named {twice[0]}")
+    if duplicates := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"{path}: two steps have the name {duplicates[0]}")
     for step in recipe.steps:
         for word in step.overrides:
             if reason := RESERVED.get(key_of(word)) or _of_hydra(word):
                 raise ConfigError(f"{path}: step {step.name}: {key_of(word)}: {reason}")
         if step.once and not repeats:
-            raise ConfigError(f"{path}: step {step.name}: once: nothing repeats (no repeat:)")
+            raise ConfigError(f"{path}: step {step.name}: once: needs repeat: in the recipe")
     if repeats and not any("${repeat." in str(s.overrides) for s in recipe.steps if not s.once):
-        raise ConfigError(f"{path}: repeat: no repeated step has its value, ${{repeat.<key>}}")
+        raise ConfigError(f"{path}: repeat: no repeated step uses its value, ${{repeat.<key>}}")
     _check_report(path, recipe.report, names)
 
 
@@ -264,8 +264,8 @@ def _check_report(path: Path, rows: Sequence[Any], names: Sequence[str]) -> None
 
 
 def _of_hydra(override: str) -> str | None:
-    """Why a recipe may not set one of Hydra's own keys, some of which name code to run."""
+    """Why a recipe may not set this key of Hydra, some of which name code to run, or None."""
     key = key_of(override)
     if "_target_" not in override and (not HYDRA.match(key) or SWEEPS.match(key)):
         return None
-    return "a file sets none of Hydra's keys but those of hydra.sweeper and hydra.launcher"
+    return "a recipe may set no key of Hydra except those of hydra.sweeper and hydra.launcher"

@@ -1,4 +1,4 @@
-"""`dpo-run recipe=... dry_run=true`: what would run, how long it takes, and the commands."""
+"""`dpo-run recipe=... dry_run=true`: the steps to run, their time, and their commands."""
 
 from __future__ import annotations
 
@@ -21,10 +21,8 @@ from dpo_cli.workflow.summary import counted, folded
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds that a task takes, and how many of them are left.
-
-    measured: an earlier run took that long; else it is the recipe's estimate.
-    """
+    """Seconds that a task takes, and seconds left. measured: in an earlier run, else the recipe's
+    estimate."""
 
     seconds: float
     left: float
@@ -41,7 +39,7 @@ class Planned:
 
 
 def print_plan(recipe: Recipe, run_dir: Path) -> None:
-    """Show the plan; creates nothing."""
+    """Print the plan; writes no files."""
     rows = plan(recipe, run_dir)
     console = Console()
     _print(console, f"{recipe.name}: {recipe.description}")
@@ -54,7 +52,7 @@ def print_plan(recipe: Recipe, run_dir: Path) -> None:
         _print(console, f"\n{row.task.label}: {row.decision.action}{because(row.decision)}")
         _print(console, f"  {row.command}")
         if others := [slug for slug in same if slug != row.task.slug]:
-            _print(console, f"  and so for {row.task.key}={','.join(others)}")
+            _print(console, f"  and the same for {row.task.key}={','.join(others)}")
     _print(console, f"\nresults would go to {run_dir}; nothing was written")
 
 
@@ -67,21 +65,21 @@ def because(decision: Decision) -> str:
 
 
 def plan(recipe: Recipe, run_dir: Path) -> list[Planned]:
-    """A row per task; a task that uses one that has yet to run would run again."""
+    """One row per task; a task runs again if one that it uses does."""
     rows: list[Planned] = []
     folders: Folders = {}
-    again: set[str] = set()
+    rerun: set[str] = set()
     tasks = expand(recipe)
     measured = _measured(tasks, run_dir)
     for task in tasks:
         overrides, uses = resolve(recipe, task, folders)
-        if waiting := [title for title in uses if title in again]:
+        if waiting := [title for title in uses if title in rerun]:
             decision = Decision("run", f"after {first_few(waiting)}")
         else:
             _, decision = examine(recipe, task, run_dir, folders)
         folder = task.at(run_dir, folders)
         if decision.action != "skip":
-            again.add(task.title)
+            rerun.add(task.title)
         jobs = job_count(overrides) if task.step.sweep else 1
         command = shlex.join(["dpo-run", *(["-m"] if task.step.sweep else []), *overrides])
         cost = _cost(task, decision, measured, _share_left(decision, folder, jobs))
@@ -90,13 +88,13 @@ def plan(recipe: Recipe, run_dir: Path) -> list[Planned]:
 
 
 def _measured(tasks: Sequence[Task], run_dir: Path) -> dict[str, dict[str, float]]:
-    """Step -> slug -> seconds that it took when it was last finished in this folder."""
-    found: dict[str, dict[str, float]] = {}
+    """Step -> slug -> seconds that its last finished run in this folder took."""
+    times: dict[str, dict[str, float]] = {}
     for task in tasks:
         seconds = record_of(task, run_dir).get("finished_seconds")
         if seconds is not None:
-            found.setdefault(task.step.name, {})[task.slug] = float(seconds)
-    return found
+            times.setdefault(task.step.name, {})[task.slug] = float(seconds)
+    return times
 
 
 def _share_left(decision: Decision, folder: Path, jobs: int | None) -> float:
@@ -122,7 +120,7 @@ def _cost(
 
 
 def plan_table(rows: Sequence[Planned]) -> Table:
-    """A row per task; of many tasks, a row per step."""
+    """One row per task; if there are many, one row per step."""
     columns = [Column("step"), Column("to do"), Column("jobs", True), Column("minutes", True)]
     lines = []
     for group in folded(rows, lambda row: row.task.step.label):
@@ -137,7 +135,7 @@ def plan_table(rows: Sequence[Planned]) -> Table:
 
 
 def minutes(costs: Sequence[Cost | None]) -> str:
-    """Their sum: 12.3 where measured, ~12 where a part is an estimate, ? where one is unknown."""
+    """Their sum: 12.3 if measured, ~12 if a part is an estimate, ? if one is unknown."""
     known = [cost for cost in costs if cost is not None]
     if len(known) < len(costs):
         return "?"

@@ -1,6 +1,6 @@
 """`dpo-run recipe=...`: run the steps in order and skip those that are finished.
 
-    <run_dir>/recipe.json     which recipe works here      01-sft/       folder of a step
+    <run_dir>/recipe.json     the recipe and its variables   01-sft/       folder of a step
               01-sft.json     its inputs, and its outputs' identity once it is finished
 
 A step is finished if it succeeded with the same inputs: its overrides, the files it reads, the
@@ -57,7 +57,7 @@ class Command:
 
 
 def run_recipe(words: Sequence[str]) -> int:
-    """Run the command `dpo-run <words>`; the exit code of the first step that fails."""
+    """Run the command `dpo-run <words>`; returns the exit code of the first failed step, or 0."""
     command = parse(words)
     recipe = load_recipe(find_recipe(command.recipe), command.settings)
     hide(recipe.variables)
@@ -77,7 +77,7 @@ def run_recipe(words: Sequence[str]) -> int:
 
 def parse(words: Sequence[str]) -> Command:
     """recipe=, vars.*=, run_dir= and dry_run=; ConfigError for anything else."""
-    name, run_dir, dry_run, settings, refused = "", None, False, [], []
+    name, run_dir, dry_run, settings, unknown = "", None, False, [], []
     for word in words:
         key, _, value = word.partition("=")
         if key == "recipe":
@@ -89,20 +89,21 @@ def parse(words: Sequence[str]) -> Command:
         elif key.startswith("vars.") and "=" in word:
             settings.append(word.removeprefix("vars."))
         else:
-            refused.append(word)
-    if refused:
+            unknown.append(word)
+    if unknown:
         variables = load_recipe(find_recipe(name), complete=False).variables
         listed = ", ".join(f"vars.{variable}={value}" for variable, value in variables.items())
         raise ConfigError(
-            f"{' '.join(refused)}: would reach no step; a recipe takes run_dir=, dry_run=true and "
-            f"its variables ({listed or 'it has none'})"
+            f"{' '.join(unknown)}: not an option of a recipe, which accepts run_dir=, dry_run=true "
+            f"and its variables ({listed or 'it has none'})"
         )
     return Command(name, settings, run_dir, dry_run)
 
 
 def default_folder(recipe: Recipe) -> Path:
-    """`runs/<recipe>`, or the first of `-2`, `-3`, ... where no run of it with other variables has
-    finished: its models and its report are kept. More values of `repeat` replace nothing."""
+    """`runs/<recipe>`, or the first of `-2`, `-3`, ... without a finished run with other variables,
+    so that its models and report are not replaced. Additional values of `repeat` replace nothing.
+    """
     repeated = list(recipe.repeat.values.values()) if recipe.repeat else None
     variables = redact(json.loads(json.dumps(recipe.variables)))
     free = {name for name, value in recipe.variables.items() if value == repeated}
@@ -115,13 +116,13 @@ def default_folder(recipe: Recipe) -> Path:
         changed = {n for n in {*before, *variables} if before.get(n) != variables.get(n)}
         if not finished or changed <= free:
             if number > 1:
-                say(f"runs/{recipe.name} has other variables; this run is in {folder}")
+                say(f"runs/{recipe.name} has other variables; writing to {folder}")
             return folder
         number += 1
 
 
 def keep_report(run_dir: Path, outcomes: Sequence[Outcome]) -> None:
-    """Rename an earlier report to `report.old-1.html`, `-2`, ..., if any step was run again."""
+    """Rename an earlier report to `report.old-1.html`, `-2`, ..., if any step ran again."""
     report = run_dir / REPORT
     if report.is_file() and any(outcome.action != "skip" for outcome in outcomes):
         number = 1
@@ -129,11 +130,11 @@ def keep_report(run_dir: Path, outcomes: Sequence[Outcome]) -> None:
             number += 1
         with disk_errors(report):
             report.rename(old)
-        say(f"the earlier report is kept as {old}")
+        say(f"earlier report renamed to {old}")
 
 
 def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
-    """The folder must be new, or this recipe's."""
+    """ConfigError if the folder is in use by anything but this recipe."""
     owner = read_json(run_dir / RECIPE).get("recipe")
     if is_used(run_dir) and owner != recipe.name:
         problem = f"belongs to recipe {owner}" if owner else "is not empty"
@@ -141,13 +142,13 @@ def _refuse_foreign(run_dir: Path, recipe: Recipe) -> None:
 
 
 def _check_steps(recipe: Recipe, run_dir: Path) -> None:
-    """Compose and check every step, so that an error in the last one shows before the first runs.
+    """Compose and check all steps before the first runs; ConfigError with the problems of all.
 
     Outputs of earlier steps may be missing.
     """
     folders: Folders = {}
     tasks = expand(recipe)
-    problems: dict[str, list[Task]] = {}  # message -> the tasks that have it
+    problems: dict[str, list[Task]] = {}  # message -> its tasks
     for task in tasks:
         words, _ = resolve(recipe, task, folders)
         task.at(run_dir, folders)
@@ -158,27 +159,27 @@ def _check_steps(recipe: Recipe, run_dir: Path) -> None:
             for line in str(error).splitlines():
                 problems.setdefault(line, []).append(task)
     if problems:
-        lines = (f"{_named(having, tasks)}: {line}" for line, having in problems.items())
+        lines = (f"{_titles(affected, tasks)}: {line}" for line, affected in problems.items())
         raise ConfigError("\n".join(lines))
 
 
 def single(words: Sequence[str]) -> list[str]:
-    """The overrides of a step that is one run. ConfigError if they are those of a sweep."""
+    """The overrides of a step that is a single run. ConfigError if they are those of a sweep."""
     for word in parsed(words):
         if word.is_sweep_override():
             raise ConfigError(
                 f"{word.input_line}: several values need sweep: true in the step "
-                "(write a list as key=[a,b], text with a comma as \"key='a,b'\")"
+                "(a list is key=[a,b], text with a comma \"key='a,b'\")"
             )
     return list(words)
 
 
-def _named(having: Sequence[Task], tasks: Sequence[Task]) -> str:
-    """`step dpo`, `steps dpo, ppo (seed=1)`: a step with a problem at all values is named once."""
+def _titles(affected: Sequence[Task], tasks: Sequence[Task]) -> str:
+    """`step dpo`, `steps dpo, ppo (seed=1)`: a step affected at all values is listed once."""
     titles: list[str] = []
-    for name in dict.fromkeys(task.step.name for task in having):
-        own = [task.title for task in having if task.step.name == name]
-        titles += [name] if len(own) == sum(task.step.name == name for task in tasks) else own
+    for name in dict.fromkeys(task.step.name for task in affected):
+        each = [task.title for task in affected if task.step.name == name]
+        titles += [name] if len(each) == sum(task.step.name == name for task in tasks) else each
     return f"step{'s' * (len(titles) > 1)} {first_few(titles)}"
 
 
@@ -212,10 +213,10 @@ def _run_steps(recipe: Recipe, run_dir: Path) -> int:
 
 
 def facts(recipe: Recipe, run_dir: Path, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What was run, where and for how long, as plain values for the report.
+    """The steps, their folders and times as plain values for the report.
 
-    steps: the fields of `Outcome`, in the order of running; report: label, and the folder of
-    each value of what is repeated.
+    steps: the fields of `Outcome`, in execution order; report: label, and one folder per repeated
+    value.
     """
     repeat = recipe.repeat
     return {
@@ -236,15 +237,15 @@ def facts(recipe: Recipe, run_dir: Path, outcomes: Sequence[Outcome]) -> dict[st
 
 
 def _remedy(task: Task, folder: Path, code: int) -> str:
-    resumes = "runs its other jobs" if task.step.sweep else "is resumed if it has checkpoints"
-    ended = (
+    resumes = "runs its remaining jobs" if task.step.sweep else "is resumed if it has checkpoints"
+    how = (
         f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
     )
     fixable = code in (ConfigError.exit_code, DataError.exit_code)
     first = "fix the error above and " if fixable else ""
     return (
-        f"step {task.title} {ended}; to continue, {first}run the same command "
-        f"again: finished steps are skipped, {folder} {resumes} (remove it to start the step again)"
+        f"step {task.title} {how}; to continue, {first}run the same command "
+        f"again: finished steps are skipped, {folder} {resumes} (remove it to restart the step)"
     )
 
 
@@ -252,8 +253,8 @@ def _run_task(task: Task, folder: Path, inputs: dict[str, Any], decision: Decisi
     path = folder.with_name(f"{task.label}.json")
     before = read_json(path)
     refuse_locked(folder)
-    kept = is_used(folder) if task.step.sweep else not is_bare(folder)
-    if decision.action == "run" and kept:
+    has_results = is_used(folder) if task.step.sweep else not is_bare(folder)
+    if decision.action == "run" and has_results:
         set_aside(folder, folder.with_name(f"{folder.name}.old"))
     record: dict[str, Any] = {"status": "started", "inputs": inputs, "seconds": 0.0}
     if decision.action == "resume":
@@ -276,8 +277,8 @@ def _run_task(task: Task, folder: Path, inputs: dict[str, Any], decision: Decisi
 def _command(task: Task, folder: Path, words: list[str], decision: Decision) -> list[str]:
     resumed = decision.action == "resume"
     if task.step.sweep:
-        place = as_override("hydra.sweep.dir", str(folder))
-        return ["-m", *words, place, *(["resume=true"] if resumed else [])]
+        sweep_dir = as_override("hydra.sweep.dir", str(folder))
+        return ["-m", *words, sweep_dir, *(["resume=true"] if resumed else [])]
     if resumed:
         return [f"resume={folder}", *unkept(words)]
     return [*words, as_override("run_dir", str(folder))]

@@ -1,4 +1,4 @@
-"""A recipe's YAML: read within bounds, and its parts of the shapes that `file.py` builds on."""
+"""A recipe's YAML: read with limits on its size, and its parts checked for their types."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_cli.durable.bounded_yaml import bounded_text, in_one_line
 from dpo_cli.durable.refusals import reason
 from dpo_cli.errors import ConfigError
 
-PARTS: dict[str, tuple[type, str]] = {  # what each part is, and how a message says it
+PARTS: dict[str, tuple[type, str]] = {  # part -> type, and its name in messages
     "description": (str, "text"),
     "vars": (dict, "names and values, such as {rows: 100}"),
     "steps": (list, "a list of steps"),
@@ -25,26 +25,26 @@ LONGEST_MINUTES = 10**6
 
 
 def read_body(path: Path) -> dict[str, Any]:
-    """The parts of a recipe, `repeat` as it stands. Raises ConfigError with file and place."""
+    """The parts of a recipe, `repeat` unchecked. Raises ConfigError that names file and key."""
     try:
         body: Any = OmegaConf.to_container(OmegaConf.create(bounded_text(path)), resolve=False)
     except OSError as error:
         raise ConfigError(f"{path}: {reason(error)}") from error
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: {in_one_line(error)}") from error
-    except AssertionError:  # of OmegaConf, for a number or a set
+    except AssertionError:  # by OmegaConf, for a number or a set
         body = None
     expect_keys(body, {"repeat", *PARTS}, f"{path}")
-    found = {"repeat": body.get("repeat")}
+    parts = {"repeat": body.get("repeat")}
     for part, (kind, expected) in PARTS.items():
         value = body.get(part)
         if value is not None and not isinstance(value, kind):
             raise ConfigError(f"{path}: {part}: expected {expected}")
-        found[part] = kind() if value is None else value
-    for name in found["vars"]:
+        parts[part] = kind() if value is None else value
+    for name in parts["vars"]:
         if not isinstance(name, str):
             raise ConfigError(f"{path}: vars: {name}: a name must be text")
-    return found
+    return parts
 
 
 def expect_keys(body: Any, known: set[str], place: str) -> None:
@@ -61,7 +61,7 @@ def listed(names: Any) -> str:
 
 
 def minutes_of(body: dict[str, Any], place: str) -> float | None:
-    """A step's estimate."""
+    """A step's estimate in minutes, or None. Raises ConfigError."""
     minutes = body.get("minutes")
     if minutes is None:
         return None
@@ -72,7 +72,7 @@ def minutes_of(body: dict[str, Any], place: str) -> float | None:
 
 
 def overrides_of(body: dict[str, Any], place: str) -> dict[str, Any] | list[str]:
-    """A step's overrides: by dotted key, or as the words of a command line."""
+    """A step's overrides: a mapping by dotted key, or a list of key=value. Raises ConfigError."""
     overrides = body.get("overrides") or {}
     if isinstance(overrides, dict):
         return _flatten(overrides)

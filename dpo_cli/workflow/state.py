@@ -1,11 +1,11 @@
-"""Whether a task of a recipe or a job of a sweep is run, resumed or skipped; and what a recipe
-records of a task for that.
+"""Decide whether a task of a recipe or a job of a sweep is run, resumed or skipped, by the record
+of a task:
 
 <run_dir>/02-dpo-0.json   status   started | done
                           inputs   overrides, files, outputs of the used tasks, version
                           outputs  their identity, once finished
-                          seconds  spent on it, summed over all starts with these inputs
-                          finished_seconds   what the last finished one took
+                          seconds  total over all starts with these inputs
+                          finished_seconds   those of the last finished run
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from dpo_cli.run_folder import JOBS, SWEEP, is_used, read_json
 from dpo_cli.workflow.expand import Folders, Task, resolve
 from dpo_cli.workflow.file import Recipe
 
-HASHED_BYTES = 16 * 2**20  # of larger files name and size count; metrics show the rest
-PENDING = "not there yet"  # identity of a step that has yet to run
-OUTPUT_NAMES = ("summary.json", "sweep.csv")  # beside *.jsonl and what is in final/
+HASHED_BYTES = 16 * 2**20  # larger files are compared by name and size; metrics reveal the rest
+PENDING = "not there yet"  # identity of a step that has not run
+OUTPUT_NAMES = ("summary.json", "sweep.csv")  # besides *.jsonl and the files of final/
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,7 @@ def record_of(task: Task, run_dir: Path) -> dict[str, Any]:
 def examine(
     recipe: Recipe, task: Task, run_dir: Path, folders: Folders
 ) -> tuple[dict[str, Any], Decision]:
-    """The task's inputs as they are now, and what to do with it.
-
-    folders: those of the earlier tasks.
-    """
+    """The task's current inputs, and what to do with it. folders: those of the earlier tasks."""
     overrides, uses = resolve(recipe, task, folders)
     inputs = {
         "overrides": overrides,
@@ -64,15 +61,15 @@ def examine(
         changes = _changes(redact(record["inputs"]), redact(inputs))
         return inputs, decide(folder, changes, outputs)
     if is_used(folder):
-        raise ConfigError(f"{folder}: is not this recipe's; move it away or change run_dir")
+        raise ConfigError(f"{folder}: not written by this recipe; move it or change run_dir")
     return inputs, Decision("run", "")
 
 
 def decide(folder: Path, changes: str, outputs: str | None) -> Decision:
     """What to do with a task of a recipe or a job of a sweep that was started before.
 
-    changes: how its inputs differ from those of that start, "" if they do not. outputs: their
-    identity when it finished; None if it did not.
+    changes: how its inputs differ from those of that start, "" if they do not. outputs: identity
+    of its outputs when it finished; None if it did not.
     """
     if changes:
         return Decision("run", f"again, {changes}")
@@ -88,17 +85,17 @@ def decide(folder: Path, changes: str, outputs: str | None) -> Decision:
 
 
 def jobs_done(folder: Path) -> int:
-    """How many jobs of a sweep have ended well."""
+    """The number of jobs of a sweep that succeeded."""
     return sum(read_json(path).get("exit_code") == 0 for path in (folder / JOBS).glob("*.json"))
 
 
 def _changes(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What differs between two inputs, in words."""
+    """The differences between two inputs, for messages."""
     old, new = before["overrides"], after["overrides"]
     parts = [f"now {_clipped(word)}" for word in new if word not in old]
     parts += [f"no longer {_clipped(word)}" for word in old if word not in new]
     if not parts and old != new:
-        parts = ["its overrides are in another order"]
+        parts = ["its overrides have another order"]
     for name, now in after["uses"].items():
         if before["uses"].get(name, now) != now:
             parts.append(f"{name} has changed" if now != PENDING else f"{name} runs again")
@@ -113,7 +110,7 @@ def _changes(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def first_few(parts: Sequence[str]) -> str:
-    """A list in words: `a, b, c and 17 more`."""
+    """A shortened list: `a, b, c and 17 more`."""
     rest = f" and {len(parts) - 3} more" if len(parts) > 4 else ""
     return ", ".join(parts[:3] if rest else parts) + rest
 
@@ -123,18 +120,18 @@ def _clipped(word: str) -> str:
 
 
 def outside_files(overrides: Sequence[str], run_dir: Path) -> dict[str, str]:
-    """Digests of the files and folders that a step reads and no earlier step wrote."""
-    found: dict[str, str] = {}
+    """Digests of the files and folders that a step reads and that no earlier step wrote."""
+    digests: dict[str, str] = {}
     for word in parsed(overrides):
         for value in values(word) if word.key_or_group in path_keys() else ():
             path = Path(str(value)).expanduser()
             if path.exists() and not path.resolve().is_relative_to(run_dir.resolve()):
-                found[str(path)] = _digest(path)
-    return found
+                digests[str(path)] = _digest(path)
+    return digests
 
 
 def _digest(path: Path) -> str:
-    """Of a file, or of all files that count in a folder; of a run folder, its final model."""
+    """Digest of a file, of a folder's files that are not hidden, or of a run's final model."""
     if any((path / "final" / name).is_file() for name in ("config.json", "adapter_config.json")):
         path = path / "final"
     below = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -147,7 +144,7 @@ def _digest(path: Path) -> str:
 
 
 def _content(path: Path) -> str:
-    """A digest of a file; of a large one, when it was last written."""
+    """A digest of a file; of a large one, its modification time."""
     status = path.stat()
     return file_digest(path) if status.st_size <= HASHED_BYTES else str(status.st_mtime_ns)
 
@@ -159,8 +156,8 @@ def identity(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        named = name.suffix == ".jsonl" or name.name in OUTPUT_NAMES
-        if not path.is_file() or not (named or "final" in name.parts[:-1]):
+        is_output = name.suffix == ".jsonl" or name.name in OUTPUT_NAMES
+        if not path.is_file() or not (is_output or "final" in name.parts[:-1]):
             continue
         size = path.stat().st_size
         content = file_digest(path) if size <= HASHED_BYTES else ""

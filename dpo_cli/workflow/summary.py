@@ -1,4 +1,4 @@
-"""What a recipe prints at its end: its steps, and a comparison of its models."""
+"""The tables at the end of a recipe: its steps, and a comparison of its models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dpo_cli.report.page_samples import completions_of, first_by_prompt
 from dpo_cli.report.table import Column, Table
 
 SHOWN_PROMPTS = 3
-SHOWN_ROWS = 20  # of more, each step has one row
+SHOWN_ROWS = 20  # with more, one row per step
 DONE = {"run": "ran", "resume": "resumed", "skip": "skipped"}
 
 Row = TypeVar("Row")
@@ -25,7 +25,7 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended, as plain values."""
+    """The outcome of a task, as plain values."""
 
     name: str  # dpo
     step: str  # 02-dpo
@@ -33,12 +33,12 @@ class Outcome:
     title: str  # dpo (seed=0)
     folder: str
     action: str  # run | resume | skip
-    seconds: float  # spent now
-    total_seconds: float | None  # spent on what is in the folder, now and earlier
+    seconds: float  # in this invocation
+    total_seconds: float | None  # of all starts that produced the folder
 
 
 def folded(rows: Sequence[Row], step_of: Callable[[Row], str]) -> list[list[Row]]:
-    """Each row by itself, or, of more than SHOWN_ROWS, grouped by step."""
+    """One group per row, or one per step if there are more than SHOWN_ROWS rows."""
     if len(rows) <= SHOWN_ROWS:
         return [[row] for row in rows]
     groups: dict[str, list[Row]] = {}
@@ -48,7 +48,7 @@ def folded(rows: Sequence[Row], step_of: Callable[[Row], str]) -> list[list[Row]
 
 
 def counted(words: Sequence[str]) -> str:
-    """[run, run, skip] -> "2 run, 1 skip"; a single word stays."""
+    """[run, run, skip] -> "2 run, 1 skip"; [run] -> "run"."""
     if len(words) == 1:
         return words[0]
     return ", ".join(f"{count} {word}" for word, count in Counter(words).items())
@@ -67,10 +67,10 @@ def print_outcomes(rows: Sequence[Outcome]) -> None:
 
 
 def print_report(rows: Sequence[dict[str, Any]], repeated: str = "") -> None:
-    """Figures and completions of several steps side by side.
+    """Print metrics and completions of several steps side by side.
 
-    rows: {label, folders}, one folder per value of the repeated key; the completions are of the
-    first. repeated: that key, "" without repeats.
+    rows: {label, folders}, one folder per value of the repeated key; the completions are those of
+    the first. repeated: that key, "" without repeats.
     """
     if not rows:
         return
@@ -79,9 +79,9 @@ def print_report(rows: Sequence[dict[str, Any]], repeated: str = "") -> None:
     folders = [[read_folder(Path(folder)) for folder in row["folders"]] for row in rows]
     summaries = [[folder.summary for folder in column] for column in folders]
     console.print(figures_table(labels, summaries))
-    most = max(map(len, summaries))
-    if most > 1:  # a line of its own: a table's title wraps at the table's width
-        console.print(f"mean ± standard deviation ({most} {repeated}s)", highlight=False)
+    count = max(map(len, summaries))
+    if count > 1:  # a separate line: a table's title wraps at the table's width
+        console.print(f"mean ± standard deviation ({count} {repeated}s)", highlight=False)
     samples = [first_by_prompt(completions_of(column[0])) for column in folders]
     shared = [prompt for prompt in samples[0] if all(prompt in rows for rows in samples)]
     if shared:
@@ -90,9 +90,9 @@ def print_report(rows: Sequence[dict[str, Any]], repeated: str = "") -> None:
 
 
 def figures_table(labels: Sequence[str], summaries: Sequence[Sequence[dict[str, Any]]]) -> Table:
-    """A row for each number that some summary has, in the order of their first mention.
+    """One row for each number that occurs in a summary, in order of first occurrence.
 
-    summaries: of each column, one or several, which are averaged.
+    summaries: one or several per column, which are averaged.
     """
     rows = []
     for name in dict.fromkeys(name for column in summaries for each in column for name in each):
@@ -104,9 +104,9 @@ def figures_table(labels: Sequence[str], summaries: Sequence[Sequence[dict[str, 
 
 
 def averaged(values: Sequence[Any]) -> Any:
-    """A value that all share, or the mean ± standard deviation (n - 1) of the numbers.
+    """The value if all are equal, else the mean ± standard deviation (n - 1) of the numbers.
 
-    Where only k of n have the number, it is over those k, with (k).
+    If only k of n are numbers, these are averaged and (k) is appended.
     """
     numbers = [value for value in values if is_number(value)]
     if all(value == values[0] for value in values):

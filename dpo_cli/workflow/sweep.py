@@ -1,11 +1,11 @@
-"""A sweep (-m): every job in a process of its own, one table at the end.
+"""A sweep (-m): one process per job, and one table at the end.
 
-Hydra's sweeper makes the jobs and its launcher (local, joblib, submitit) calls `run_job`
-for each, here or on another machine; each job leaves its result as a file.
+Hydra's sweeper generates the jobs and its launcher (local, joblib, submitit) calls `run_job` for
+each, on this or another machine; each job writes its result to a file.
 
-    <sweep folder>/0/ 1/ ...     the run folders        jobs/0.json ...  how each job ended
-                   multirun.yaml what Hydra composed    sweep.csv        all numbers
-                   sweep.json    its overrides          old/0-1 ...      jobs that were run again
+    <sweep folder>/0/ 1/ ...     the run folders        jobs/0.json ...  result of each job
+                   multirun.yaml Hydra's configuration  sweep.csv        all numbers
+                   sweep.json    its overrides          old/0-1 ...      replaced runs of jobs
 
 With `resume=true` a sweep continues in its folder and skips the jobs that succeeded.
 """
@@ -49,14 +49,14 @@ from dpo_cli.train.guard import run_lock
 from dpo_cli.workflow.child import run_child, shell_status
 from dpo_cli.workflow.state import Decision, decide, identity
 
-SAID = {"skip": ": finished earlier", "resume": ": resumed", "run": ""}
+STATUS = {"skip": ": finished earlier", "resume": ": resumed", "run": ""}
 
 
 @contextmanager
 def claimed(chosen: str, words: Sequence[str], resume: bool = False) -> Iterator[Path]:
-    """Hold the sweep's folder, `chosen` or a new one; no two sweeps get the same.
+    """Create and lock the sweep's folder, `chosen` or a new one. Raises ConfigError if it is used.
 
-    words: its overrides; a sweep that is resumed must have the same.
+    words: the sweep's overrides, which must be the same if it is resumed.
     """
     if resume and not chosen:
         raise ConfigError(
@@ -70,11 +70,11 @@ def claimed(chosen: str, words: Sequence[str], resume: bool = False) -> Iterator
     make(folder)
     with run_lock(folder), _saved_without_secrets():
         if not resume:
-            _refuse_used(folder)  # two may have found it empty at once
+            _refuse_used(folder)  # another sweep may have created it since
             write_json(folder / SWEEP, {"overrides": list(words)})
         go_on_in(folder)
         clear_leftovers(folder)
-        for path in folder.iterdir():  # a killed sweep may leave its job running
+        for path in folder.iterdir():  # jobs of a killed sweep may still run
             if path.is_dir():
                 refuse_locked(path)
         make(folder / JOBS)
@@ -83,7 +83,7 @@ def claimed(chosen: str, words: Sequence[str], resume: bool = False) -> Iterator
 
 @contextmanager
 def _saved_without_secrets() -> Iterator[None]:
-    """In the body, what Hydra saves of a sweep (multirun.yaml) has its secrets blanked."""
+    """Redact secrets in what Hydra saves of a sweep (multirun.yaml) during the body."""
     real: Any = OmegaConf.save
 
     def save(config: Any, f: Any, resolve: bool = False) -> None:
@@ -111,7 +111,7 @@ def _refuse_other(folder: Path, words: Sequence[str]) -> None:
     )
     if before != now:
         raise ConfigError(
-            f"resume=true: the sweep in {folder} was started with {' '.join(before)}; give the "
+            f"resume=true: the sweep in {folder} was started with {' '.join(before)}; use the "
             "same overrides in the same order, or choose another folder"
         )
 
@@ -119,8 +119,8 @@ def _refuse_other(folder: Path, words: Sequence[str]) -> None:
 def run_job(cfg: DictConfig) -> float:
     """Hydra's task function: run one job and return its `objective` for the sweeper.
 
-    A job that fails is recorded and the sweep continues; NaN tells the sweeper that it failed. In
-    a resumed sweep a job is skipped, resumed or run, as `decide_job` finds.
+    A failed job is recorded and returns NaN, and the sweep continues. In a resumed sweep
+    `decide_job` decides whether a job is skipped, resumed or run.
     """
     hydra = HydraConfig.get()
     run_dir, folder = Path(hydra.runtime.output_dir), Path(hydra.sweep.dir)
@@ -132,17 +132,17 @@ def run_job(cfg: DictConfig) -> float:
         return math.nan
     path = folder / JOBS / f"{hydra.job.num}.json"
     action = decide_job(read_json(path), words, run_dir).action
-    told = " ".join(redact(words))
-    say(f"[job {hydra.job.num}] {told} -> {run_dir}{SAID[action]}")
+    shown = " ".join(redact(words))
+    say(f"[job {hydra.job.num}] {shown} -> {run_dir}{STATUS[action]}")
     if action == "skip":
         return objective(run_dir, read_json(run_dir / "summary.json"))
     with disk_errors(path):
-        path.unlink(missing_ok=True)  # it describes what is about to change
+        path.unlink(missing_ok=True)  # it describes outputs that are about to change
     if action == "run" and not is_bare(run_dir):
         set_aside(run_dir, folder / "old" / run_dir.name)
         make(run_dir)
-    again = [f"resume={run_dir}", *unkept(words)]
-    code, stopped = run_child(again if action == "resume" else start)
+    resume = [f"resume={run_dir}", *unkept(words)]
+    code, stopped = run_child(resume if action == "resume" else start)
     summary = read_json(run_dir / "summary.json")
     record = {
         "job": int(hydra.job.num),
@@ -154,15 +154,15 @@ def run_job(cfg: DictConfig) -> float:
     }
     write_json(path, record)
     if stopped:
-        raise KeyboardInterrupt  # not an Exception: Hydra would go on to the next job
+        raise KeyboardInterrupt  # not an Exception, after which Hydra would start the next job
     return objective(run_dir, summary) if code == 0 else math.nan
 
 
 def decide_job(record: Mapping[str, Any], words: Sequence[str], run_dir: Path) -> Decision:
-    """What to do with a job. record: how it ended before, empty if it did not.
+    """What to do with a job. record: that of its earlier end, empty if there is none.
 
-    Only a recorded job whose outputs are still those counts as finished: a killed one has no
-    record, whatever its folder holds.
+    A job counts as finished only if it has a record and its outputs have not changed since: a
+    killed job has no record, whatever its folder contains.
     """
     finished = record.get("exit_code") == 0
     now = redact(_by_key(words))
@@ -172,7 +172,7 @@ def decide_job(record: Mapping[str, Any], words: Sequence[str], run_dir: Path) -
 
 
 def _started_with(run_dir: Path) -> dict[str, str] | None:
-    """The overrides a job's run was started with; None where its folder does not say."""
+    """The overrides a job's run was started with; None if its folder has no record of them."""
     try:
         stored = _by_key(stored_overrides(run_dir))
     except ConfigError:
@@ -186,14 +186,14 @@ def _by_key(words: Sequence[str]) -> dict[str, str]:
 
 
 def objective(run_dir: Path, summary: Mapping[str, Any]) -> float:
-    """What a sweeper optimizes: the best held-out value of a training (train.best_metric),
-    the mean reward of an evaluation, NaN where there is neither."""
+    """The value a sweeper optimizes: the best held-out value of a training run
+    (train.best_metric), the mean reward of an evaluation, NaN if there is neither."""
     value = read_json(run_dir / "best.json").get("value", summary.get("reward"))
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def finish(folder: Path) -> int:
-    """Print the table, write sweep.csv; 0 or the exit code of the first job that failed."""
+    """Print the table and write sweep.csv; returns 0 or the exit code of the first failed job."""
     from rich.console import Console
 
     from dpo_cli.report.compare import sweep_table
@@ -212,13 +212,13 @@ def finish(folder: Path) -> int:
 
 
 def exit_code(jobs: Sequence[Mapping[str, Any]]) -> int:
-    """0, or the exit code of the first job that failed."""
+    """0, or the exit code of the first failed job."""
     codes = (shell_status(int(job["exit_code"])) for job in jobs)
     return next((code for code in codes if code), 0)
 
 
 def recorded_jobs(folder: Path) -> list[dict[str, Any]]:
-    """The jobs that have ended, in order."""
+    """Records of the jobs that have ended, in order."""
     return sorted((read_json(path) for path in (folder / JOBS).glob("*.json")), key=_number)
 
 
