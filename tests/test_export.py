@@ -104,7 +104,7 @@ def test_a_base_in_float32_stays_so_but_for_a_quantised_run(base, runs, tmp_path
     told = " ".join(capsys.readouterr().err.split())
     assert "in bf16" in told
     assert "it was trained on that base quantized as nf4" in told
-    assert "close to the trained model, not identical" in told
+    assert "close to the trained model, but not identical" in told
     assert stored(tmp_path / "b" / "final") == {torch.bfloat16}
 
 
@@ -188,7 +188,9 @@ def test_a_hub_that_refuses_is_one_line_and_the_folder_stays(base, tmp_path, mon
 
 
 def test_without_a_network_it_is_one_line(base, tmp_path):
-    with pytest.raises(ConfigError, match=r"push_to_hub=me/mine: .*the model itself is in") as told:
+    with pytest.raises(
+        ConfigError, match=r"push_to_hub=me/mine: .*the exported model is in"
+    ) as told:
         exported(tmp_path / "e", base, "stage.push_to_hub=me/mine")
     assert "\n" not in str(told.value)
 

@@ -229,7 +229,7 @@ def test_a_lead_within_the_error_is_called_so():
     ]
     unknown = [summarize(name, [row(name, 1, 0.5, reward_se=None)], [1.0]) for name in "ab"]
     assert verdicts(unknown, [1.0]) == [
-        "Up to a KL of 1: a leads b, by 0.000 (its error is unknown)."
+        "Up to a KL of 1: a leads b, by 0.000 (standard error unknown)."
     ]
     assert leads(summaries[:1], [1.0]) == []
 

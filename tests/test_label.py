@@ -105,20 +105,23 @@ def test_labels_are_drawn_with_their_probability(tmp_path, words, expected):
 @pytest.mark.parametrize(
     ("line", "why"),
     [
-        ("{", "not a sampled row {prompt, completions}: "),
+        ("{", "not a row {prompt, completions} of stage"),
         ('{"completions": ["a"]}', "'prompt'"),
-        ('{"prompt": "a", "completions": "b"}', "completions must be a list of texts"),
-        ('{"prompt": "a", "completions": ["b"], "finished": []}', "finished must be a list, one"),
+        ('{"prompt": "a", "completions": "b"}', "completions must be a list of strings"),
+        (
+            '{"prompt": "a", "completions": ["b"], "finished": []}',
+            "finished must be a list of one bool",
+        ),
         (
             '{"prompt": "a", "completions": ["b"], "finished": [1]}',
             "finished has int instead of",
         ),
         ('{"prompt": 3, "completions": ["b"]}', "prompt is int, not a list of messages"),
-        ("[]", "not a sampled row"),
+        ("[]", "not a row {prompt"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, line, why):
-    with pytest.raises(DataError, match=r"train\.jsonl:2: not a sampled row") as error:
+    with pytest.raises(DataError, match=r"train\.jsonl:2: not a row \{prompt") as error:
         label(tmp_path, [MANY[0], line])
     assert why in str(error.value)
     assert "\n" not in str(error.value)

@@ -36,7 +36,7 @@ def base(tmp_path_factory):
         ("hardware.devices=8 hardware.nodes=2", "16 devices on 2 nodes, sharded; cuda, bf16"),
         (
             "hardware.devices=8 hardware.nodes=2 hardware.sharding=hybrid",
-            "16 devices on 2 nodes, sharded within a node, copied across nodes; cuda, bf16",
+            "16 devices on 2 nodes, sharded within a node, replicated across nodes; cuda, bf16",
         ),
         ("stage=inspect hardware.devices=8", "cuda, bf16"),
     ],

@@ -159,7 +159,9 @@ def test_margins_come_from_data_with_scores(sft, tmp_path):
     with pytest.raises(ConfigError, match=r"is from a different run \(margins: "):
         go("b", "data.scores_field=scores", "resume=true")
     rows[7]["scores"] = [1.0, 2.0]
-    with pytest.raises(DataError, match=r"^stage\.margins=true: row 7 scores its rejected resp"):
+    with pytest.raises(
+        DataError, match=r"^stage\.margins=true: row 7 has a higher score for its rej"
+    ):
         go("c", "data.scores_field=scores", "data.eval_rows=0")
 
 

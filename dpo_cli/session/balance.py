@@ -16,7 +16,7 @@ LossOf = Callable[[Batch], LossOutput]
 
 def balanced(config: RunConfig, model: PreTrainedModel, compute: LossOf) -> LossOf:
     """`compute` plus `train.router_aux_loss_coef` times the policy's router loss on the
-    micro-batch, weighted as the micro-batch is. ConfigError for a model without a router loss."""
+    micro-batch, with the same weight. ConfigError for a model without a router loss."""
     coefficient = config.train.router_aux_loss_coef
     if not coefficient:
         return compute

@@ -47,7 +47,7 @@ def new_tokens(stage: SampleConfig | EvaluateConfig | PpoConfig) -> int:
 
 
 def new_tokens_of(folder: Path, stage: Mapping[str, Any]) -> Any:
-    """`max_new_tokens` of an earlier evaluation: as configured, else as its points have it."""
+    """`max_new_tokens` of an earlier evaluation: as configured, else as recorded in its points."""
     if stage.get("max_new_tokens") is not None:
         return stage["max_new_tokens"]
     points = folder / "points.jsonl"
@@ -56,17 +56,17 @@ def new_tokens_of(folder: Path, stage: Mapping[str, Any]) -> Any:
 
 
 def finished_share(finished: Sequence[bool], prompts: int) -> dict[str, float]:
-    """`finished`, the share of completions that finished with EOS, and its 95% interval `_low`,
-    `_high` over that many prompts, as the samples of one prompt are not independent."""
+    """`finished`, the fraction of completions that finished with EOS, and its 95% interval `_low`,
+    `_high` over `prompts`, as the samples of one prompt are not independent."""
     share = share_interval(sum(finished) / len(finished), prompts)
     return {"finished": share.value, "finished_low": share.low, "finished_high": share.high}
 
 
-def unfinished_line(finished: float, most: int) -> str | None:
+def unfinished_line(finished: float, limit: int) -> str | None:
     """A note if too few completions finished with EOS."""
     if finished >= MIN_FINISHED:
         return None
     return (
         f"only {finished:.0%} of completions finished with EOS, the others were truncated to "
-        f"{most} tokens: raise stage.max_new_tokens"
+        f"{limit} tokens: raise stage.max_new_tokens"
     )

@@ -133,7 +133,7 @@ def shard_weights(
 ) -> None:
     """Shard a loaded model over the ranks. ConfigError for one whose forwards differ by rank.
 
-    held: the dtype its weights are converted to; None keeps their own.
+    dtype: that its weights are converted to; None: unchanged.
     """
     if kernel_of(model) == "plain":  # as many forwards as a row needs
         raise ConfigError(
@@ -173,7 +173,7 @@ def load_policy_and_data(session: Session, how: Loading = AS_TRAINED) -> Loaded:
     content = content_in(model) if source is config.model else started_from
     digest = "none" if content is None else content.digest("model.path")
     session.kernel = kernel_of(model)
-    if coefficient := config.train.router_aux_loss_coef:  # refused before a pass over the rows
+    if coefficient := config.train.router_aux_loss_coef:  # fail before a pass over the rows
         loss_function(type(model), coefficient)
     if every := config.hardware.activation_checkpointing:
         recompute_blocks(model, every)
@@ -190,41 +190,41 @@ def load_policy_and_data(session: Session, how: Loading = AS_TRAINED) -> Loaded:
 
 def load_named(
     session: Session,
-    named: str,
+    path: str,
     tokenizer: PreTrainedTokenizerFast,
     key: str = "stage.reference",
     how: Loading = Loading(),
 ) -> PreTrainedModel:
     """Another model by folder or hub id. ConfigError if its tokenizer differs from the policy's."""
-    source = named_source(session.config.model, named, key)
+    source = named_source(session.config.model, path, key)
     if load_tokenizer(source, key).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(
-            f"{key}={named}: its tokenizer differs from that of model={session.config.model.name}, "
-            "so its log-probabilities would be of other tokens"
+            f"{key}={path}: its tokenizer differs from that of model={session.config.model.name}, "
+            "so their log-probabilities are not comparable"
         )
     return load(session, source, tokenizer, key, how)
 
 
-def named_source(config: ModelConfig, named: str, key: str = "stage.reference") -> ModelConfig:
-    """The source of another model, with the remaining settings of the run's own model."""
-    local = model_folder(named, key) if Path(named).is_dir() else None
+def named_source(config: ModelConfig, path: str, key: str = "stage.reference") -> ModelConfig:
+    """The source of another model, by folder or hub id, with the run's other model settings."""
+    local = model_folder(path, key) if Path(path).is_dir() else None
     return replace(
         config, architecture=None, revision=None, tokenizer=None,
-        path=str(local) if local else None, hub_id=None if local else named,
+        path=str(local) if local else None, hub_id=None if local else path,
     )  # fmt: skip
 
 
-def provenance_of(session: Session, loaded: Loaded, **own: Any) -> dict[str, Any]:
-    """Provenance saved beside the trained weights. own: entries of this stage only."""
+def provenance_of(session: Session, loaded: Loaded, **entries: Any) -> dict[str, Any]:
+    """Provenance saved with the trained weights. entries: additional ones of the stage."""
     config = session.config
-    facts = {"stage": config.stage.name, **own, "data": loaded.splits.origin}
+    facts = {"stage": config.stage.name, **entries, "data": loaded.splits.origin}
     facts |= {"date": config.data.date, **quantized_base(config.lora)}
     return facts | ({BASE: loaded.content} if config.lora.name != "none" else {})
 
 
-def identity_of(loaded: Loaded, **own: str) -> dict[str, str]:
-    """Digests that must be the same on resume; own: of the run's stage alone."""
-    return {"base": loaded.content, "rows": loaded.splits.fingerprint, **own}
+def identity_of(loaded: Loaded, **digests: str) -> dict[str, str]:
+    """Digests that must be the same on resume. digests: additional ones of the stage."""
+    return {"base": loaded.content, "rows": loaded.splits.fingerprint, **digests}
 
 
 def base_provenance(config: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The precision in which a run holds the weights that it trains."""
+"""The precision of the trained weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ QUANTIZATION = "quantization"  # key of an adapter's provenance: how its base wa
 
 
 def quantized_base(lora: LoraConfig) -> dict[str, str]:
-    """Provenance of an adapter trained on a quantized base, otherwise empty: on the unquantized
-    base it is another model."""
+    """Provenance of an adapter trained on a quantized base, otherwise empty: the adapter gives
+    another model on the unquantized base."""
     kind = lora.quantization if lora.name != "none" else None
     return {QUANTIZATION: kind} if kind else {}
 

@@ -1,5 +1,5 @@
-"""A dry run's counterpart of the session: the configuration, the tokenizer and the rows, but no
-weights; and the lines of the plan that several stages share."""
+"""A dry run's counterpart of the session: configuration, tokenizer and rows, without weights; and
+the lines of the plan shared by several stages."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from dpo_cli.session.rows import steps_of, trained_line
 from dpo_cli.session.trained import held_out_line
 from dpo_cli.train.runtime import Runtime
 
-Row = tuple[str, object]  # name and value of a line of the plan; no name: it continues the last
+Row = tuple[str, object]  # name and value of a line of the plan; no name: continues the last line
 
 
 @dataclass
 class Preview:
-    """A run before its weights are loaded. runtime: where it will compute."""
+    """A run without its weights. runtime: the device and precision it will use."""
 
     config: RunConfig
     runtime: Runtime
@@ -94,7 +94,7 @@ def trained_model_rows(preview: Preview) -> Iterator[Row]:
 
 
 def refuse_family(preview: Preview) -> None:
-    """ConfigError for a family that the stage cannot train, judged by its class."""
+    """ConfigError for a model family that the stage cannot train, by its class."""
     config, auto = preview.config, preview.auto
     hf = hf_config(config.model, preview.tokenizer)
     scratch = config.model.path is None and config.model.architecture is not None
@@ -105,9 +105,9 @@ def refuse_family(preview: Preview) -> None:
         loss_function(auto._model_mapping[type(hf)], coefficient)
 
 
-def reference_row(named: str | None) -> Row:
+def reference_row(path: str | None) -> Row:
     """The line of a stage that trains against a reference."""
-    return "reference", named or "the policy as loaded"
+    return "reference", path or "the policy as loaded"
 
 
 def data_rows(preview: Preview) -> Iterator[Row]:
@@ -123,7 +123,7 @@ def data_rows(preview: Preview) -> Iterator[Row]:
 
 
 def step_rows(config: RunConfig, examples: Sequence[EncodedExample]) -> Iterator[Row]:
-    """Lines of a stage whose steps take their examples from the rows."""
+    """Lines of a stage whose steps use the rows as examples."""
     plan, optim = steps_of(config, len(examples)), config.optim
     per_step = sum(e.packed_tokens for e in examples) / len(examples) * plan.batch_size
     count = f"{plan.batch_size} examples{plan.left_out(config.train.epochs)}"
@@ -143,5 +143,5 @@ def device_line(config: RunConfig, runtime: Runtime) -> str:
     if count == 1 or not spec_of(config.stage).parallel:
         return where
     nodes = f" on {hardware.nodes} nodes" * (hardware.nodes > 1)
-    copies = " within a node, copied across nodes" * (hardware.sharding == "hybrid")
-    return f"{count} devices{nodes}, sharded{copies}; {where}"
+    replicated = " within a node, replicated across nodes" * (hardware.sharding == "hybrid")
+    return f"{count} devices{nodes}, sharded{replicated}; {where}"

@@ -43,7 +43,7 @@ LOGPROBS = "logprobs.safetensors"  # the file of a cache entry
 
 @dataclass(frozen=True)
 class Sums:
-    """Another sum over a response's tokens than the plain one; name: for cache keys."""
+    """A sum over a response's tokens other than the plain one; name: for cache keys."""
 
     compute: Callable[[PreTrainedModel, Batch], Tensor]
     name: str
@@ -60,7 +60,7 @@ class Reference:
 
     @contextmanager
     def active(self) -> Iterator[PreTrainedModel]:
-        """In the body, the model as the reference, without gradients or dropout."""
+        """The model as the reference during the body, without gradients or dropout."""
         was_training = self.model.training
         self.model.eval()
         try:
@@ -87,21 +87,21 @@ class Reference:
 
 
 def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
-    """`stage.reference`; None for the policy itself. ConfigError if the policy was itself trained
-    against a reference and none is named."""
-    named: str | None = cast(Any, config.stage).reference
+    """`stage.reference`; None for the policy itself. ConfigError if it is null and the policy was
+    itself trained against a reference."""
+    path: str | None = cast(Any, config.stage).reference
     kind = {"dpo": "a DPO", "ppo-baseline": "a PPO"}.get(str(loaded.base.get("stage")))
-    if named is None and kind:
+    if path is None and kind:
         raise ConfigError(
             f"model.path={config.model.path} is itself {kind} policy, trained against "
             f"{loaded.base.get('reference')}: set stage.reference=<folder> (that one to keep it, "
-            "model.path to take this policy as the new reference)"
+            "model.path to use this policy as the new reference)"
         )
-    return named
+    return path
 
 
-def load_reference(session: Session, loaded: Loaded, named: str | None) -> Reference:
-    """The named reference, or the weights the run started from (not the checkpoint's).
+def load_reference(session: Session, loaded: Loaded, path: str | None) -> Reference:
+    """The reference at `path`, or the weights the run started from (not the checkpoint's).
 
     If only adapters differ, the reference shares the trained model's base.
     """
@@ -110,8 +110,8 @@ def load_reference(session: Session, loaded: Loaded, named: str | None) -> Refer
     if origin is not None:
         adapter = None if origin.adapter is None else REFERENCE  # see `load_start_adapter`
         return Reference(policy, shared=True, adapter=adapter)
-    if named is not None:
-        return Reference(load_named(session, named, loaded.tokenizer, how=AS_TRAINED))
+    if path is not None:
+        return Reference(load_named(session, path, loaded.tokenizer, how=AS_TRAINED))
     return Reference(load(session, config.model, loaded.tokenizer, how=AS_TRAINED))
 
 
@@ -120,13 +120,13 @@ def reference_origin(config: RunConfig, policy: PreTrainedModel) -> Origin | Non
     differs."""
     if not is_adapted(policy):
         return None
-    named = cast(Any, config.stage).reference
-    source = config.model if named is None else named_source(config.model, named)
-    origin, own = origin_of(source, "stage.reference"), origin_of(config.model)
-    if origin.identity() != own.identity():
+    path = cast(Any, config.stage).reference
+    source = config.model if path is None else named_source(config.model, path)
+    origin, start = origin_of(source, "stage.reference"), origin_of(config.model)
+    if origin.identity() != start.identity():
         return None
-    if _adapter_folder(origin) != _adapter_folder(own) and (
-        changes_base(origin) or changes_base(own)
+    if _adapter_folder(origin) != _adapter_folder(start) and (
+        changes_base(origin) or changes_base(start)
     ):
         return None  # one of the adapters changes the base
     return origin
@@ -139,7 +139,7 @@ def _adapter_folder(origin: Origin) -> Path | None:
 def load_start_adapter(
     config: RunConfig, note: Callable[[str], None], policy: PreTrainedModel
 ) -> None:
-    """Load the adapter of a reference on the same base beside the trained one, before sharding."""
+    """Load the adapter of a reference on the same base beside the policy's, before sharding."""
     origin = reference_origin(config, policy)
     if origin is not None and origin.adapter is not None:
         from dpo_cli.model.adapters import lora  # PEFT is slow to import
@@ -170,8 +170,8 @@ def reference_key(
 
 
 def cache_key(session: Session, key: str) -> str:
-    """The key in the cache, which differs with sharding, as gathered half-precision weights round
-    more than autocast does; `key` identifies the run either way."""
+    """The key in the cache, which depends on sharding, as gathered half-precision weights round
+    more than autocast does; `key` identifies the run in either case."""
     if session.ranks.size == 1 or session.runtime.precision == "fp32":
         return key
     return hashlib.sha256(f"{key} sharded".encode()).hexdigest()
@@ -231,7 +231,7 @@ def cached(
 
 
 def read(folder: Path, shape: tuple[int, int]) -> Tensor | None:
-    """A cache entry of this shape, (rows, K); None if it is absent or damaged."""
+    """A cache entry of this shape, (rows, K); None if it is missing or damaged."""
     remove_leftovers(folder.parent)
     files = cache.read_folder(folder)
     try:

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def steps_of(config: RunConfig, rows: int) -> StepPlan:
-    """The steps of a number of rows, as `train` configures them."""
+    """The plan of steps over `rows` examples, as configured by `train`."""
     train = config.train
     return plan_steps(
         rows, train.batch_size, train.epochs, train.max_steps, train.shuffle, config.seed
@@ -56,8 +56,8 @@ def trained_line(config: RunConfig, trained: int, frozen: int) -> str:
     lora = config.lora
     if lora.name == "none":
         return f"{trained:,} weights"
-    own = f"{'DoRA' if lora.use_dora else 'LoRA'} r {lora.r}"
-    adapter = "of its adapter" if origin_of(config.model).adapter else f"({own})"
+    kind = f"{'DoRA' if lora.use_dora else 'LoRA'} r {lora.r}"
+    adapter = "of its adapter" if origin_of(config.model).adapter else f"({kind})"
     stored = f" in {lora.quantization}" if lora.quantization else ""
     return f"{trained:,} weights {adapter}, {frozen / 1e6:,.1f}M frozen{stored}"
 
@@ -113,13 +113,13 @@ def over_rows(
         nonlocal left
         with session.runtime.autocast():
             result = compute(row.to(session.runtime.device))
-        done = min(left, len(row.example_ids) * session.ranks.size)  # each other rank did as many
+        done = min(left, len(row.example_ids) * session.ranks.size)  # the other ranks did as many
         left -= done
         tick(done)
         return result
 
     rows = pack_sorted(examples, session.token_budget, keep_last, session.cuts)
-    if session.ranks.size == 1:  # lazily, so that no pack is kept
+    if session.ranks.size == 1:  # lazily, so that no pack stays in memory
         return ((row, computed(row)) for row in rows)
     refuse_beyond_cuts(examples, session.cuts)
     packs = list(rows)
@@ -142,9 +142,9 @@ def mean_figures(
 def with_interval(
     figures: dict[str, float], name: str, examples: Sequence[EncodedExample]
 ) -> dict[str, float]:
-    """Add the 95% interval (`_low`, `_high`) of the figure `name`, a share of the examples.
+    """Add the 95% interval (`_low`, `_high`) of the metric `name`, a fraction of the examples.
 
-    It is as wide as that of one example per prompt: several of a prompt are not independent.
+    Its width is that for one example per prompt, as examples of a prompt are not independent.
     """
     if name not in figures:
         return figures
@@ -158,14 +158,15 @@ def keep_responses(examples: Sequence[EncodedExample], count: int) -> list[Encod
 
 
 def distinct_responses(examples: Sequence[EncodedExample]) -> int:
-    """Distinct (prompt, response): a response may be in several pairs."""
+    """Number of distinct (prompt, response): a response may be in several pairs."""
     return len({(e.prompt_ids.tobytes(), r.tobytes()) for e in examples for r in e.response_ids})
 
 
 def check_lengths(examples: Sequence[EncodedExample], branches: int, stage: str) -> None:
+    """DataError for an example with fewer than `branches` responses."""
     for example in examples:
         if len(example.response_ids) < branches:
             raise DataError(
                 f"stage={stage}: row {example.row} has {len(example.response_ids)} response(s), "
-                f"but {branches} are needed: give chosen and rejected (data.rejected_field=...)"
+                f"but {branches} are needed: set chosen and rejected (data.rejected_field=...)"
             )

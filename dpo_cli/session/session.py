@@ -49,7 +49,7 @@ class Session:
     decoding: DecodingLimit = field(init=False, default_factory=DecodingLimit)
     # Lengths at which the rotary factors of its models change, see model/rope.py
     cuts: tuple[int, ...] = field(init=False, default=())
-    kernel: str = field(init=False, repr=False)  # of the trained model, known when it is loaded
+    kernel: str = field(init=False, repr=False)  # of the trained model, set when it is loaded
 
     def __post_init__(self) -> None:
         configured = self.config.train.micro_batch_tokens

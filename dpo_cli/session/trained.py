@@ -1,4 +1,4 @@
-"""Checks whether the policies or the reward model were trained on held-out rows."""
+"""Check whether policies or the reward model were trained on held-out rows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dpo_cli.model.source import model_folder
 from dpo_cli.records import EncodedExample
 
 BY_CHANCE = ("sentiment", "imdb")  # data whose prompts are the first few words of a text
-MANY = 32  # rows of such data, which are not all among the training rows by chance
-FEW = 0.01  # share of the rows that two different files may have in common
-NAMED = 3  # models per message
-SEEN = "eval_rows_trained_on"  # the fact of a run that `seen_before` counts
+MANY = 32  # rows of such data that cannot all be training rows by chance
+FEW = 0.01  # fraction of the rows that two different files may share
+NAMED = 3  # models listed in a message
+SEEN = "eval_rows_trained_on"  # result of `seen_before` in a run's facts
 
 
 def trained_files(config: RunConfig, splits: EncodedSplits) -> dict[str, bytes]:
-    """Files saved beside the weights: the keys of the training prompts, and of those that the
-    initial weights were trained on."""
+    """Files saved with the weights: the keys of the training prompts, and of those that the initial
+    weights were trained on."""
     base = trained.read(model_folder(config.model.path)) if config.model.path else None
     return {trained.TRAINED_PROMPTS: trained.as_bytes((e.key for e in splits.train), base)}
 
@@ -37,7 +37,7 @@ def refuse_same(config: DataConfig, splits: EncodedSplits) -> None:
     if splits.eval and all(example.key in known for example in splits.eval):
         raise DataError(
             f"{splits.origin}: all {len(splits.eval):,} held-out prompts are also training "
-            "prompts; give other rows (data.eval_path), or hold some out (data.eval_path=null "
+            "prompts; use other rows (data.eval_path), or hold some out (data.eval_path=null "
             "data.eval_split=null data.eval_rows=0.1)"
         )
 
@@ -61,7 +61,7 @@ def held_out_line(config: RunConfig, splits: EncodedSplits) -> str | None:
     if not splits.eval:
         return (
             "no rows are held out, so nothing is measured on prompts outside the training data; "
-            "set data.eval_rows to a count, or to a share such as 0.1"
+            "set data.eval_rows to a count, or to a fraction such as 0.1"
         )
     seen = seen_before(config, splits)
     if not seen:
@@ -83,12 +83,12 @@ def seen_before(config: RunConfig, splits: EncodedSplits) -> int:
 
 def known_models(config: RunConfig, policies: Mapping[str, str | None]) -> dict[str, np.ndarray]:
     """Label -> keys of the training prompts, for the policies (label -> folder) and the reward
-    model that have them saved."""
-    named = dict(policies)
+    model, if saved with them."""
+    paths = dict(policies)
     if isinstance(config.reward_fn, RewardModelFn) and config.reward_fn.path:
-        named[f"reward_fn.path={config.reward_fn.path}"] = config.reward_fn.path
+        paths[f"reward_fn.path={config.reward_fn.path}"] = config.reward_fn.path
     keys_of = {
-        label: trained.read(model_folder(path)) for label, path in named.items() if path is not None
+        label: trained.read(model_folder(path)) for label, path in paths.items() if path is not None
     }
     return {label: keys for label, keys in keys_of.items() if keys is not None}
 
@@ -98,8 +98,8 @@ def check_held_out(
 ) -> str | None:
     """A note on rows that some model was trained on; None if there are none.
 
-    what: `held-out prompts`. Raises DataError unless they are few, the run allows them, or its
-    prompts may coincide by chance.
+    what: name of the rows in messages. Raises DataError unless they are few, the run allows them,
+    or its prompts may coincide by chance.
     """
     counts = {label: int(shared_rows(rows, keys).sum()) for label, keys in models.items()}
     trained_on = [(count, label) for label, count in counts.items() if count]
@@ -127,6 +127,6 @@ def shared_rows(rows: Sequence[EncodedExample], keys: np.ndarray) -> np.ndarray:
 
 
 def trained_share(rows: Sequence[EncodedExample], keys: np.ndarray | None) -> dict[str, Any]:
-    """`trained_share`: the share of the rows that the model was trained on; empty if 0."""
+    """`trained_share`: the fraction of the rows that the model was trained on; empty if 0."""
     share = 0.0 if keys is None else float(shared_rows(rows, keys).mean())
     return {"trained_share": share} if share else {}

@@ -13,7 +13,7 @@ from dpo_cli.session.prompts import distinct_prompts
 from dpo_cli.session.rows import steps_of
 
 Lengths = tuple[int, Sequence[int]]  # tokens of a prompt and of each of its responses
-STEPS_READ = 200  # the largest of them stands for all
+STEPS_READ = 200  # the largest of them is used for all
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Workload:
 
 
 def training_workload(config: RunConfig, examples: Sequence[EncodedExample]) -> Workload:
-    """The workload of a stage whose steps take their examples from the rows."""
+    """The workload of a stage whose steps use the rows as examples."""
     plan = steps_of(config, len(examples))
     steps = [plan.indices(step) for step in range(min(plan.steps, STEPS_READ))]
     return Workload(lengths_of(examples), steps)

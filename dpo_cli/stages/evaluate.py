@@ -52,7 +52,7 @@ from dpo_cli.session.workload import Workload, sampling_workload
 WIN_RATE = r"win_rate_t[\d.e+-]+"  # without its interval, _low and _high
 ROUND = 128  # completions per prompt and round, if GPU memory determines the number of prompts
 NO_REFERENCE = "none: the KL is not measured (stage.reference)"
-KEPT_SAMPLES = 8  # saved per policy; all samples of the last one are saved
+SAVED_SAMPLES = 8  # per policy; of the last one, all samples are saved
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -78,13 +78,13 @@ def run(session: Session) -> dict[str, Any]:
             rows.append(point.row(figures))
             write_points(session.run_dir / "points.jsonl", rows)
             drawn = [{**row, "policy": point.label} for row in drawn]
-            samples += drawn if number == len(points) else drawn[:KEPT_SAMPLES]
+            samples += drawn if number == len(points) else drawn[:SAVED_SAMPLES]
             write_rows(session.run_dir / "samples.jsonl", samples)
             if len(points) > 1:
                 session.note(f"{number}/{len(points)}  {brief_line(point, figures)}")
     if len(points) > 1 and "kl" in measured[0]:
-        chosen = shlex.quote(f"stage.evaluations=[{session.run_dir}]")
-        session.note(f"to plot them: dpo-run stage=frontier {chosen}")
+        override = shlex.quote(f"stage.evaluations=[{session.run_dir}]")
+        session.note(f"to plot them: dpo-run stage=frontier {override}")
     return measured[0] if len(points) == 1 else overview(rows[extra:])
 
 
@@ -151,10 +151,11 @@ def free_policy(session: Session) -> None:
 
 
 def is_reference(bench: Bench, point: PolicyPoint) -> bool:
-    path, named = point.source.path, bench.named
-    if path is None or named is None or not Path(named).is_dir():
+    """Whether the policy is the reference, by its folder."""
+    path, reference = point.source.path, bench.named
+    if path is None or reference is None or not Path(reference).is_dir():
         return False
-    return model_folder(named).resolve() == model_folder(path).resolve()
+    return model_folder(reference).resolve() == model_folder(path).resolve()
 
 
 def measure(
@@ -222,13 +223,13 @@ def find_optimum(session: Session, stage: EvaluateConfig, bench: Bench) -> Optim
     ):
         return None
     weights = scorer_digest(bench.score)
-    made_of = optimum.identity(
+    identity = optimum.identity(
         stage, session.config.reward_fn, weights, bench.reference, bench.examples
     )
     if stage.optimum is not None:
-        return optimum.load(stage.optimum, made_of)
+        return optimum.load(stage.optimum, identity)
     rewards = reference_rewards(session, stage, bench, bench.reference)
-    return optimum.measure(session, stage, rewards, made_of)
+    return optimum.measure(session, stage, rewards, identity)
 
 
 def reference_rewards(
@@ -243,8 +244,8 @@ def reference_rewards(
         for number, start in enumerate(range(0, per_prompt, round_size)):
             count = min(round_size, per_prompt - start)
             # Separate random streams: the policies' samples use the seed itself.
-            words = np.random.SeedSequence([session.config.seed, number]).generate_state(1)
-            drawn = draw(session, bench, reference, stage, count, int(words[0]), tick)
+            state = np.random.SeedSequence([session.config.seed, number]).generate_state(1)
+            drawn = draw(session, bench, reference, stage, count, int(state[0]), tick)
             samples = [[*row, *new] for row, new in zip(samples, drawn, strict=True)]
     assert bench.score is not None
     texts = texts_of(bench.tokenizer, samples)

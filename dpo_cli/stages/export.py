@@ -84,7 +84,7 @@ def plan(preview: Preview) -> Iterator[Row]:
     stage = cast(ExportConfig, preview.config.stage)
     yield "stage", "export"
     yield from model_rows(preview)
-    dtype = "as the base is stored" if stage.dtype == "auto" else stage.dtype
+    dtype = "dtype of the stored base" if stage.dtype == "auto" else stage.dtype
     yield "export", f"{dtype}, {stage.push_to_hub or 'not on the hub'}"
 
 
@@ -98,18 +98,18 @@ def description(origin: Origin, dtype: str, quantization: str | None) -> Iterato
     if quantization:
         yield (
             f"it was trained on that base quantized as {quantization} and is merged into the "
-            "unquantized one: close to the trained model, not identical"
+            "unquantized one: close to the trained model, but not identical"
         )
 
 
 def stored_dtype(config: ModelConfig) -> str:
     """The key of `DTYPES` in which most numbers of the base's files are stored."""
-    named, pinned = source_of(config)
-    folder = Path(named)
+    repo, pinned = source_of(config)
+    folder = Path(repo)
     if not folder.is_dir():
-        folder = Path(snapshot_download(named, local_files_only=True, **pinned))
+        folder = Path(snapshot_download(repo, local_files_only=True, **pinned))
     numbers: Counter[str] = Counter()
-    for path in folder.glob("model*.safetensors"):  # not an optimizer's file beside them
+    for path in folder.glob("model*.safetensors"):  # not optimizer state
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
@@ -121,12 +121,12 @@ def stored_dtype(config: ModelConfig) -> str:
 def load_dense(
     source: ModelConfig, tokenizer: PreTrainedTokenizerFast, on: Placement
 ) -> PreTrainedModel:
-    """Policy or classifier with all its weights in float32. Raises ConfigError."""
+    """Policy or classifier with all weights in float32. Raises ConfigError."""
     shape = hf_config(source, tokenizer)
     if not any(name.endswith(CLASSIFIER) for name in shape.architectures or ()):
         return read_pretrained(AutoModelForCausalLM, source, "model.path", on=on)[0]
-    kind, labels = AutoModelForSequenceClassification, shape.num_labels
-    model, _ = read_pretrained(kind, source, "model.path", on=on, num_labels=labels)
+    auto, labels = AutoModelForSequenceClassification, shape.num_labels
+    model, _ = read_pretrained(auto, source, "model.path", on=on, num_labels=labels)
     set_padding(model, source, tokenizer)
     return model
 
@@ -134,7 +134,7 @@ def load_dense(
 def card_facts(
     session: Session, provenance: dict[str, Any], chat: bool, run: Path | None
 ) -> dict[str, Any]:
-    """How the weights were trained, read from the folder of their run."""
+    """The model card's facts on how the weights were trained, read from their run's folder."""
     source = session.config.model
     stored = read_stored(run)
     settings = ("stage", "lora", "optim", "train", "seed")
@@ -182,6 +182,7 @@ def read_stored(run: Path | None) -> dict[str, Any]:
 
 
 def read_object(path: Path, without: Sequence[str]) -> dict[str, Any]:
+    """The entries of a JSON object, without some keys."""
     return {key: value for key, value in stored_json(path).items() if key not in without}
 
 
@@ -197,5 +198,5 @@ def push(folder: Path, repository: str) -> None:
     except (OSError, ValueError, HTTPError) as error:
         raise ConfigError(
             f"stage.push_to_hub={repository}: {first_line(error)} (log in with `hf auth login`, or "
-            f"set HF_TOKEN); the model itself is in {folder}"
+            f"set HF_TOKEN); the exported model is in {folder}"
         ) from error

@@ -46,7 +46,7 @@ COLUMNS = (
 
 
 def run(session: Session) -> dict[str, Any]:
-    """frontier.csv, .md and .json, plots/frontier.png; returns the methods' figures."""
+    """Write frontier.csv, .md and .json and plots/frontier.png; returns metrics per method."""
     stage = cast(FrontierConfig, session.config.stage)
     folders = distinct_folders(stage.evaluations)
     refuse_mixed(folders)
@@ -72,12 +72,12 @@ def run(session: Session) -> dict[str, Any]:
     if session.config.logger.plots:
         draw_frontier(
             session.run_dir,
-            [cloud(name, own) for name, own in trained.items()],
+            [cloud(name, points) for name, points in trained.items()],
             cloud(BEST_OF, mean_over_seeds(best_of)) if best_of else None,
             band(curves) if curves else None,
         )
-    kls = budgets([row["kl"] for own in trained.values() for row in own] or [1.0])
-    summaries = [summarize(name, own, kls) for name, own in trained.items()]
+    kls = budgets([row["kl"] for points in trained.values() for row in points] or [1.0])
+    summaries = [summarize(name, points, kls) for name, points in trained.items()]
     bounds = [summarize(BEST_OF, best_of, kls)] if best_of else []
     report(session, [*summaries, *bounds], verdicts(summaries, kls), kls, curves)
     return figures([*summaries, *bounds])
@@ -147,8 +147,8 @@ def mean_over_seeds(rows: Sequence[Point]) -> list[Point]:
     for row in rows:
         groups[str(row["setting"])].append(row)
     return [
-        {**own[0], "reward": sum(row["reward"] for row in own) / len(own), "step": None}
-        for own in groups.values()
+        {**group[0], "reward": sum(row["reward"] for row in group) / len(group), "step": None}
+        for group in groups.values()
     ]
 
 
@@ -157,13 +157,13 @@ def verdicts(summaries: Sequence[Summary], kls: Sequence[float]) -> list[str]:
     lines = []
     moved = [s for s in summaries if s.kl[1] > AT_REFERENCE]  # not the reference itself
     for lead in leads(moved, kls):
-        who, by = f"Up to a KL of {lead.kl:g}: {lead.first}", f"{lead.margin:.3f}"
+        leader, margin = f"Up to a KL of {lead.kl:g}: {lead.first}", f"{lead.margin:.3f}"
         if not math.isfinite(lead.se):
-            lines.append(f"{who} leads {lead.second}, by {by} (its error is unknown).")
+            lines.append(f"{leader} leads {lead.second}, by {margin} (standard error unknown).")
         elif lead.margin > 2 * lead.se:
-            lines.append(f"{who} leads {lead.second}, by {by} ± {lead.se:.3f}.")
+            lines.append(f"{leader} leads {lead.second}, by {margin} ± {lead.se:.3f}.")
         else:
-            lines.append(f"{who} is level with {lead.second} ({by} ± {lead.se:.3f} higher).")
+            lines.append(f"{leader} is level with {lead.second} ({margin} ± {lead.se:.3f} higher).")
     return lines
 
 

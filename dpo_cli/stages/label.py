@@ -1,4 +1,4 @@
-"""stage=label: preference pairs from sampled completions, labelled by a reward."""
+"""stage=label: preference pairs from sampled completions, labeled by a reward."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dpo_cli.session.preview import Preview, Row
 from dpo_cli.session.prompts import write_rows
 from dpo_cli.session.session import Session
 
-ROWS_AT_ONCE = 512  # per call of the scorer: full batches of similar lengths, and an ETA
+ROWS_AT_ONCE = 512  # per call of the scorer: full batches of similar lengths, yet a progress bar
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def run(session: Session) -> dict[str, Any]:
     if unfinished(Path(stage.samples)):
         raise DataError(
             f"stage.samples={stage.samples}: this run did not finish, so samples may be missing: "
-            f"let it end with dpo-run resume={stage.samples}"
+            f"finish it with dpo-run resume={stage.samples}"
         )
     files = {name: Path(stage.samples) / f"{name}.jsonl" for name in ("train", "eval")}
-    most = Most.of(session.config.data)
-    sampled = {name: read_rows(path, most) for name, path in files.items() if path.is_file()}
+    limits = Most.of(session.config.data)
+    sampled = {name: read_rows(path, limits) for name, path in files.items() if path.is_file()}
     if not sampled:
-        raise DataError(f"stage.samples={stage.samples}: no train.jsonl or eval.jsonl there")
+        raise DataError(f"stage.samples={stage.samples}: contains no train.jsonl or eval.jsonl")
     implicit = stage.by == "implicit"
     score = implicit_reward(session, stage) if implicit else load_scorer(session)
     figures: dict[str, Any] = {}
@@ -71,20 +71,20 @@ def run(session: Session) -> dict[str, Any]:
         if truncated := sum(not finished for row in rows for finished in row.finished or ()):
             session.note(
                 f"{name}: {truncated} {_completions(truncated, 'was', 'were')} truncated by "
-                "stage=sample: train with data.finished_field=finished, or policies learn to end "
-                "there"
+                "stage=sample: train with data.finished_field=finished, or the policy learns to "
+                "stop there"
             )
         scores = score_all(session, score, rows, name)
         rng = random.Random(f"{session.config.seed} {name}")
-        labelled = [label(row, s, stage, rng) for row, s in zip(rows, scores, strict=True)]
-        if not any(labelled):
+        labeled = [label(row, s, stage, rng) for row, s in zip(rows, scores, strict=True)]
+        if not any(labeled):
             raise DataError(
-                f"{files[name]}: no two completions of a prompt differ in reward; sample more of "
-                "each (stage=sample stage.completions=8) or at a higher temperature "
+                f"{files[name]}: no two completions of a prompt differ in reward; sample more per "
+                "prompt (stage=sample stage.completions=8) or at a higher temperature "
                 "(stage.temperatures=[1.0]), or label with another reward_fn"
             )
-        write_rows(session.run_dir / f"{name}.jsonl", pair_rows(rows, scores, labelled))
-        facts = pair_figures(scores, labelled, drawn=is_drawn(stage))
+        write_rows(session.run_dir / f"{name}.jsonl", pair_rows(rows, scores, labeled))
+        facts = pair_figures(scores, labeled, drawn=is_drawn(stage))
         figures |= {f"{name}_{k}": v for k, v in facts.items()}
     return figures
 
@@ -95,7 +95,7 @@ def plan(preview: Preview) -> Iterator[Row]:
 
 
 def unfinished(folder: Path) -> bool:
-    """Whether it is the folder of a run that has not finished."""
+    """Whether a folder is that of a run that has not finished."""
     return (folder / "config.yaml").is_file() and not (folder / "summary.json").is_file()
 
 
@@ -113,7 +113,7 @@ def without_blanks(row: Sampled) -> Sampled:
 def score_all(
     session: Session, score: Scorer, rows: Sequence[Sampled], name: str
 ) -> list[list[float]]:
-    """Scores of each row's completions. A row is scored in one call, so equal texts tie."""
+    """Scores of each row's completions. One call scores a whole row, so equal texts tie."""
     scores: list[list[float]] = []
     with session.progress.phase(f"scoring ({name})", len(rows)) as tick:
         for first in range(0, len(rows), ROWS_AT_ONCE):
@@ -132,7 +132,7 @@ def is_drawn(stage: LabelConfig) -> bool:
 def label(
     row: Sampled, scores: Sequence[float], stage: LabelConfig, rng: random.Random
 ) -> list[Pair]:
-    """The labelled pairs of one row: pairs of different texts with different scores."""
+    """The labeled pairs of one row: pairs of different texts with different scores."""
     texts = row.completions
     pairs = [p for p in all_pairs(scores) if texts[p.chosen] != texts[p.rejected]]
     if stage.labels == "bradley_terry":
@@ -141,12 +141,12 @@ def label(
 
 
 def pair_rows(
-    rows: Sequence[Sampled], scores: Sequence[Sequence[float]], labelled: Sequence[Sequence[Pair]]
+    rows: Sequence[Sampled], scores: Sequence[Sequence[float]], labeled: Sequence[Sequence[Pair]]
 ) -> list[dict[str, Any]]:
     """Rows {prompt, chosen, rejected, scores} for data=jsonl, with `finished` if known."""
     return [
         pair_row(row, values, pair)
-        for row, values, pairs in zip(rows, scores, labelled, strict=True)
+        for row, values, pairs in zip(rows, scores, labeled, strict=True)
         for pair in pairs
     ]
 
@@ -164,13 +164,13 @@ def pair_row(row: Sampled, scores: Sequence[float], pair: Pair) -> dict[str, Any
 
 
 def pair_figures(
-    scores: Sequence[Sequence[float]], labelled: Sequence[Sequence[Pair]], drawn: bool
+    scores: Sequence[Sequence[float]], labeled: Sequence[Sequence[Pair]], drawn: bool
 ) -> dict[str, float]:
-    """pairs; mean_gap: mean of chosen minus rejected score; ties: share of all pairs, which are
-    left out; agreement: share of labels that follow the scores, if labels are random."""
+    """pairs; mean_gap: mean of chosen minus rejected score; ties: fraction of all pairs, which are
+    dropped; agreement: fraction of labels that agree with the scores, if labels are random."""
     gaps = [
         values[p.chosen] - values[p.rejected]
-        for values, pairs in zip(scores, labelled, strict=True)
+        for values, pairs in zip(scores, labeled, strict=True)
         for p in pairs
     ]
     possible = sum(len(values) * (len(values) - 1) // 2 for values in scores)
@@ -182,13 +182,13 @@ def pair_figures(
     return figures | ({"agreement": sum(g > 0 for g in gaps) / len(gaps)} if drawn else {})
 
 
-def read_rows(path: Path, most: Most) -> list[Sampled]:
-    """Rows of a file that stage=sample wrote. Raises DataError with file and line."""
+def read_rows(path: Path, limits: Most) -> list[Sampled]:
+    """Rows of a file written by stage=sample. Raises DataError with file and line."""
     if reason := mismatch(path):
         raise DataError(reason)
     # As text, lines would also split at U+2028, which JSON may contain.
     with path.open("rb") as stream:
-        return list(_rows(path, bounded_lines(stream, Meter(path, most))))
+        return list(_rows(path, bounded_lines(stream, Meter(path, limits))))
 
 
 def _rows(path: Path, lines: Iterable[bytes]) -> Iterable[Sampled]:
@@ -199,11 +199,11 @@ def _rows(path: Path, lines: Iterable[bytes]) -> Iterable[Sampled]:
             if not isinstance(prompt, str):
                 prompt = messages(prompt, "prompt")
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-                raise TypeError("completions must be a list of texts")
+                raise TypeError("completions must be a list of strings")
             yield Sampled(prompt, texts, _finished(row, len(texts)))
         except (ValueError, KeyError, TypeError, RecursionError, BadRow) as error:
             raise DataError(
-                f"{path}:{number}: not a sampled row {{prompt, completions}}: {error}"
+                f"{path}:{number}: not a row {{prompt, completions}} of stage=sample: {error}"
             ) from None
 
 
@@ -212,5 +212,5 @@ def _finished(row: dict[str, Any], count: int) -> list[bool] | None:
         return None
     values = row["finished"]
     if not isinstance(values, list) or len(values) != count:
-        raise TypeError("finished must be a list, one true or false for each completion")
+        raise TypeError("finished must be a list of one bool per completion")
     return [as_bool(value, "finished") for value in values]

@@ -56,7 +56,7 @@ class Rows:
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Train on pairs or ranked lists; reported rewards are the model's, margins not subtracted."""
+    """Train on pairs or ranked lists; reported rewards do not have margins subtracted."""
     stage, device = cast(RewardConfig, session.config.stage), session.runtime.device
     loaded = load_policy_and_data(session, Loading(read=load_reward_model))
     branches = check_responses([*loaded.splits.train, *loaded.splits.eval], stage)
@@ -90,7 +90,7 @@ def run(session: Session) -> dict[str, Any]:
         identity=identity_of(loaded, margins=digest(train.margins)),
     )
     fit(task, session)
-    draw_held_out(session, loaded.model, held_out, stage)
+    plot_held_out(session, loaded.model, held_out, stage)
     return normalize(session, loaded)
 
 
@@ -127,15 +127,15 @@ def margins_of(examples: Sequence[EncodedExample], device: torch.device) -> Tens
     for example in examples:
         if example.scores is None:
             raise DataError(
-                f"stage.margins=true: row {example.row} has no scores: use data with scores (in "
-                "your own rows, data.scores_field names the column), or stage.margins=false"
+                f"stage.margins=true: row {example.row} has no scores: use data with scores "
+                "(data=jsonl: set data.scores_field), or stage.margins=false"
             )
     scores = np.array([e.scores for e in examples], dtype=np.float64).reshape(-1, 2)
     margins = scores[:, 0] - scores[:, 1]
     for i in np.flatnonzero(margins < 0):
         raise DataError(
-            f"stage.margins=true: row {examples[int(i)].row} scores its rejected response higher "
-            "than its chosen one: fix the row or use stage.margins=false"
+            f"stage.margins=true: row {examples[int(i)].row} has a higher score for its rejected "
+            "response: fix the row or use stage.margins=false"
         )
     return torch.tensor(margins, dtype=torch.float32, device=device)
 
@@ -150,7 +150,7 @@ def digest(margins: Tensor | None) -> str:
 def loss_output(
     values: Tensor, batch: Batch, margins: Tensor | None, stage: RewardConfig
 ) -> LossOutput:
-    """(S,) rewards of a row's branches -> the summed loss of its examples, and their figures.
+    """(S,) rewards of a row's branches -> the summed loss of its examples, and their metrics.
 
     Chosen is the first response, rejected the last. A tie counts as half correct.
     """
@@ -175,7 +175,7 @@ def loss_output(
 def evaluate(
     session: Session, model: PreTrainedModel, rows: Rows, stage: RewardConfig
 ) -> dict[str, float]:
-    """The training figures and the calibration on the held-out rows; empty without rows."""
+    """The training metrics and the calibration error on the held-out rows; empty without rows."""
     if not rows.examples:
         return {}
 
@@ -199,7 +199,7 @@ def pair_margins(values: Tensor) -> list[float]:
     return margins
 
 
-def draw_held_out(
+def plot_held_out(
     session: Session, model: PreTrainedModel, rows: Rows, stage: RewardConfig
 ) -> None:
     """Plot the held-out rewards of the final model in `plots/`."""

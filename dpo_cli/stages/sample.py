@@ -24,8 +24,8 @@ from dpo_cli.session.workload import Workload, sampling_workload
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Write a row per prompt and temperature: {prompt, completions, finished, temperature}; returns
-    `counts` of them."""
+    """Write one row per prompt and temperature, {prompt, completions, finished, temperature};
+    returns `counts` of each split."""
     stage = cast(SampleConfig, session.config.stage)
     tokenizer = load_tokenizer(session.config.model)
     model = load(session, session.config.model, tokenizer)
@@ -48,11 +48,11 @@ def run(session: Session) -> dict[str, Any]:
         write_rows(session.run_dir / f"{name}.jsonl", [
             {
                 "prompt": e.prompt,
-                "completions": [c["completion"] for c in rows[place]],
-                "finished": [c["finished"] for c in rows[place]],
+                "completions": [c["completion"] for c in rows[index]],
+                "finished": [c["finished"] for c in rows[index]],
                 "temperature": temperature,
             }
-            for place, e in enumerate(chosen) for temperature, rows in by_temperature
+            for index, e in enumerate(chosen) for temperature, rows in by_temperature
         ])  # fmt: skip
         flat = [c for _, rows in by_temperature for row in rows for c in row]
         figures |= {f"{name}_{k}": v for k, v in counts(len(chosen), flat).items()}
@@ -80,10 +80,10 @@ def sampling_options(session: Session, stage: SampleConfig) -> list[SamplingOpti
             temperature=temperature,
             top_p=stage.top_p,
             max_new_tokens=new_tokens(stage),
-            seed=session.config.seed + 7919 * place,
+            seed=session.config.seed + 7919 * index,
             batch_size=decoded_together(session, stage),
         )
-        for place, temperature in enumerate(stage.temperatures)
+        for index, temperature in enumerate(stage.temperatures)
     ]
 
 

@@ -42,7 +42,7 @@ from dpo_cli.train.task import TrainTask
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Train on responses[0] of each row; losses are in nats."""
+    """Train on the first response of each row; losses are in nats."""
     stage = cast(SftConfig, session.config.stage)
     loaded = load_policy_and_data(session)
     check_lengths([*loaded.splits.train, *loaded.splits.eval], 1, "sft")
