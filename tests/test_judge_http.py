@@ -138,7 +138,7 @@ def test_both_orders_that_agree(tmp_path):
         judge = judge_of(server, tmp_path, both_orders=True)
         assert verdicts(judge, matches(3, longer=[1])) == ["loss", "win", "loss"]
         assert server.calls == 6
-        assert decide(judge, match("same", "same")) == Decision(Verdict.TIE, "the same text")
+        assert decide(judge, match("same", "same")) == Decision(Verdict.TIE, "identical texts")
         assert server.calls == 6
 
 
@@ -274,7 +274,7 @@ def test_failures_of_the_server_are_tried_again(tmp_path, status):
     with serving(lambda r: r.fail(status, "over\x1b[1mload")) as server:
         decision = decide(judge_of(server, tmp_path / "b", waits, retries=3))
         host = server.base.split("/")[2]
-    assert decision == Decision(Verdict.ERROR, f"{host} answers {status}: overload (4 calls)")
+    assert decision == Decision(Verdict.ERROR, f"{host} returned {status}: overload (4 calls)")
     assert server.calls == 4
 
 
@@ -318,7 +318,7 @@ def test_refusals_end_the_run_at_once(tmp_path, status, remedy):
         with pytest.raises(ConfigError) as caught:
             judge(matches(40), lambda n: None)
     line = str(caught.value)
-    assert f" answers {status}: bad key [redacted] or model; " in line
+    assert f" returned {status}: bad key [redacted] or model; " in line
     assert remedy in line
     assert line.isprintable()
     assert caught.value.exit_code == 2
@@ -329,7 +329,7 @@ def test_no_credit_is_no_rate_limit(tmp_path):
     body = json.dumps({"error": {"message": "quota", "code": "insufficient_quota"}})
     with (
         serving(lambda r: r.send(body, 429)) as server,
-        pytest.raises(ConfigError, match="answers 429: quota; the account has no credit left"),
+        pytest.raises(ConfigError, match="returned 429: quota; the account has no credit left"),
     ):
         decide(judge_of(server, tmp_path, retries=4))
     assert server.calls == 1

@@ -81,7 +81,7 @@ def test_a_sweep_without_its_failed_jobs(tmp_path):
     points = found(f"stage.policies=[{sweep},{sweep}/2]", notes=notes)
     assert [p.label for p in points] == [f"{sweep}/0", f"{sweep}/2"]  # the last one once
     assert [p.setting for p in points] == ["beta=0.1", "beta=0.1"]  # no seed: it has a column
-    assert notes == [f"{sweep}: jobs 1 failed and are left out"]
+    assert notes == [f"{sweep}: jobs 1 failed and are skipped"]
     assert setting_of(sweep / "1") == "beta=0.5"
     assert setting_of(tmp_path) == ""
 

@@ -191,7 +191,7 @@ def test_by_a_language_model(toy, tmp_path, monkeypatch):
     unasked = [i for i, v in enumerate(verdicts) if v["verdict"] == "unasked"]
     assert min(unasked) > 90
     assert {v["reason"] for v in verdicts if v["verdict"] == "unasked"} == {
-        "judge.max_calls=200 are used up"
+        "judge.max_calls=200 reached"
     }
     assert (rate["judge"], rate["unasked"]) == ("http=m", len(unasked))
     assert sum(rate[k] for k in ("wins", "losses", "ties", "errors", "unasked")) == 125
@@ -250,7 +250,7 @@ def test_without_any_verdict_there_is_no_figure(toy, tmp_path, monkeypatch):
     assert not (tmp_path / "e" / "summary.json").exists()
     with serving(by_words) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base)
-        with pytest.raises(DataError, match=r"judge\.max_calls=1 are used up; start it again"):
+        with pytest.raises(DataError, match=r"judge\.max_calls=1 reached; start it again"):
             evaluate(toy, tmp_path / "f", *words, "judge.max_calls=1")
 
 

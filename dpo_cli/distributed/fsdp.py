@@ -35,7 +35,7 @@ class _Root(torch.nn.Module):
         self.model = model
 
     def forward(self, compute: Callable[[], Tensor]) -> Tensor:
-        return compute().clone()  # FSDP hangs its hooks on the result, which must not be a view
+        return compute().clone()  # FSDP registers hooks on the result, which must not be a view
 
 
 def make_mesh(device: str, devices: int, nodes: int, sharding: str) -> DeviceMesh:
@@ -51,12 +51,12 @@ def shard(
     dtype: torch.dtype,
     arrived: Callable[[list[tuple[str, torch.nn.Parameter]]], None] = lambda weights: None,
 ) -> None:
-    """Shard the weights in place; every rank has loaded the same ones.
+    """Shard the weights in place; all ranks must have loaded the same ones.
 
     dtype: compute dtype of unsharded weights; gradients are reduced in float32. Quantized
     weights, which are frozen, are replicated on every rank. arrived: called with a block's
     (name, weight) pairs once they are on the device and before they are sharded; at most one
-    block is unsharded at a time. Raises ConfigError if the model does not name its blocks.
+    block is unsharded at a time. Raises ConfigError if the model does not declare its blocks.
     """
     device = torch.device(mesh.device_type, torch.cuda.current_device()) \
         if mesh.device_type == "cuda" else torch.device("cpu")  # fmt: skip
@@ -107,14 +107,14 @@ def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     blocks = find_blocks(model)
     if not blocks:
         raise ConfigError(
-            f"hardware.devices: {type(model).__name__} does not name its blocks "
-            "(_no_split_modules) and cannot be sharded: train it on one device"
+            f"hardware.devices: {type(model).__name__} does not declare its blocks "
+            "(_no_split_modules) and cannot be sharded: use one device"
         )
     return blocks
 
 
 def run_unsharded(model: PreTrainedModel, compute: Callable[[], Tensor]) -> Tensor:
-    """`compute()` with the root's weights unsharded until the backward has used them."""
+    """`compute()` with the root's weights unsharded until their use in the backward."""
     root = getattr(model, ROOT, None)
     return compute() if root is None else cast(Tensor, root(compute))
 

@@ -38,7 +38,7 @@ def find_peers(seconds: int) -> Peers:
     """Collect the process ids of this node's ranks (a collective; once, after the process group
     is initialized). seconds: the process group's timeout."""
     store = dist.distributed_c10d._get_default_store()  # there is no public accessor
-    # NCCL's watchdog ends a process by SIGABRT on timeout: faulthandler prints where it was.
+    # NCCL's watchdog ends a process by SIGABRT on timeout: faulthandler prints its stacks.
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     processes: list[Any] = [None] * dist.get_world_size()
@@ -65,7 +65,7 @@ def as_hang_error(peers: Peers) -> Iterator[None]:
         traceback.print_exception(error)
         if peers.store.add(f"hang/{socket.gethostname()}", 1) == 1:
             _dump_stacks_and_kill(peers)
-        else:  # another rank is doing it
+        else:  # another rank does it
             time.sleep(2 * STACK_SECONDS)
         raise HangError(
             f"rank {peers.rank} timed out after {peers.seconds} s in a collective "

@@ -38,7 +38,7 @@ RESUME_HINT = "; if a checkpoint was saved, continue with resume=<run folder>"
 SECONDARY_EXITS = (PeerLost.exit_code, -signal.SIGTERM)
 LAUNCHED = "DPO_RUN_LAUNCHED"
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # environment: where a rank leaves its error
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # environment variable: the file for a rank's error
 
 
 def rank() -> int | None:
@@ -60,13 +60,13 @@ def on_several_nodes(config: RunConfig) -> bool:
 
 
 def is_secondary_node() -> bool:
-    """Whether this Slurm task only starts ranks; task 0 also keeps the records."""
+    """Whether this Slurm task only starts ranks; task 0 also writes the records."""
     return int(os.environ.get("SLURM_PROCID", "0")) > 0
 
 
 def rank_command() -> list[str]:
-    """Arguments to Python that start a rank, -P so that no module comes from the current folder;
-    tests replace it by a faulty rank."""
+    """Arguments to Python that start a rank, with -P to import no module from the current folder;
+    tests replace it with a faulty rank."""
     return ["-P", "-m", "dpo_cli"]
 
 
@@ -192,7 +192,7 @@ def broadcast_config(
 
 
 def receive_config() -> tuple[RunConfig | None, int]:
-    """Other ranks: the configuration, or None and the exit code with which to end."""
+    """Other ranks: the configuration, or None and the exit code to end with."""
     store = _store()
     store.wait([CONFIG], timedelta(seconds=COMPOSE_SECONDS))
     config, code, environment = pickle.loads(store.get(CONFIG))  # trusted: from our own rank 0
@@ -277,7 +277,7 @@ def record_error(error: UserError) -> None:
 
 
 def recorded_error(logs: Path) -> Failed | None:
-    """The oldest error that a rank recorded; a Preempted one (stopped and saved) goes first."""
+    """The oldest error that a rank recorded, or a Preempted one (stopped and saved) if any."""
     errors = []
     for path in logs.rglob("error.json"):
         body = json.loads(path.read_text(encoding="utf-8")).get("message")

@@ -25,15 +25,15 @@ SHARE_GPUS = "DPO_RUN_SHARE_GPUS"
 
 
 class _Slow:
-    """Process group for waiting on work of rank 0 alone (hashing a large model, asking a judge),
-    which may take longer than the timeout of a step's collectives."""
+    """Process group for waiting on work that only rank 0 does (hashing a large model, calling a
+    judge), which may take longer than the timeout of a step's collectives."""
 
     group: dist.ProcessGroup | None = None  # None: the default group
 
 
 def share_gpus() -> bool:
-    """Whether ranks may share a GPU, for tests on one GPU: they then use Gloo, as NCCL refuses
-    two ranks on a device."""
+    """Whether ranks may share a GPU, for tests on one GPU: they then use Gloo, as NCCL does not
+    support two ranks per device."""
     return os.environ.get(SHARE_GPUS) == "1"
 
 

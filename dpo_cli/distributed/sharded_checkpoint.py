@@ -1,7 +1,7 @@
-"""Sharded checkpoints: each rank writes its shards; any number of ranks can read them back.
+"""Sharded checkpoints: each rank writes its shards; any number of ranks can read them.
 
-torch.distributed.checkpoint in its safetensors format: `step-N/shards/*.safetensors`, with
-every trained weight under its name and the optimizer's state under `<name>//<key>`.
+The safetensors format of torch.distributed.checkpoint: `step-N/shards/*.safetensors`, with every
+trained weight under its name and the optimizer's state under `<name>//<key>`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
     try:
         with _quiet():
             dcp.save(tensors_of(model, optimizer), storage_writer=writer)
-    except CheckpointException as error:  # of all ranks, whatever any of them ran into
+    except CheckpointException as error:  # on all ranks, with the failures of any
         for number, (cause, _) in error.failures.items():
             if refusal := as_refusal(cause, folder / SHARDS):
                 raise DiskError(f"rank {number} cannot write its shard: {refusal}") from error

@@ -1,4 +1,4 @@
-"""The signals on which a run saves and stops."""
+"""The signals on which a run saves a checkpoint and stops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by all policies of an evaluation: prompts, pairs, scorer and reference."""
+"""Set up an evaluation: the prompts, pairs, scorer and reference shared by all policies."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ TRAINING = "training prompts"  # marks figures that are not on held-out prompts
 
 @dataclass(frozen=True)
 class Bench:
-    """Shared by all policies of an evaluation.
+    """What the policies of an evaluation share.
 
     reference: None if the KL is not measured; named: its folder or hub id. examples, prompts: the
-    same prompts as token ids and as in their source. score: None without a reward. stage: with its
-    max_new_tokens. pairs: held-out rows with at least two responses; training: whether the prompts
-    are training prompts, as far as known. models: label -> keys of a model's training prompts.
+    same prompts as token ids and as in their source. score: None without a reward. stage: with
+    max_new_tokens set. pairs: held-out rows with at least two responses; training: whether the
+    prompts are training prompts, as far as known. models: label -> keys of its training prompts.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -129,7 +129,7 @@ def pairs_of(
     session: Session, stage: EvaluateConfig, splits: EncodedSplits,
     tokenizer: PreTrainedTokenizerFast, context: int,
 ) -> list[EncodedExample]:  # fmt: skip
-    """Rows for preference accuracy: `stage.pairs`, otherwise the run's own held-out pairs."""
+    """Rows for preference accuracy: `stage.pairs`, otherwise the run's held-out pairs."""
     if stage.pairs is None:
         paired = all(len(e.response_ids) > 1 for e in splits.eval)
         return splits.eval if paired else []

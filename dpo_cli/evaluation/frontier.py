@@ -162,9 +162,9 @@ def _crossing(high: float, low: float, trusted: Callable[[float], bool]) -> floa
 
 @dataclass(frozen=True)
 class AtKl:
-    """The optimum at a given KL. beyond: the KL is past the curve's end, and `reward` is that of
-    the end: a lower bound, as the optimum never falls with the KL. (The largest reward among the
-    samples is no upper bound: it may not be attainable at that KL.)"""
+    """The optimum at a given KL. beyond: the KL exceeds the curve's last, whose `reward` is then a
+    lower bound, as the optimum never decreases with the KL. (The largest reward among the samples
+    is not an upper bound: it may not be attainable at that KL.)"""
 
     reward: float
     beyond: bool
@@ -174,8 +174,8 @@ def optimum_reward_at_kl(curve: Curve, kl: float) -> AtKl:
     """Monotone interpolation, linear in sqrt(KL), in which the curve starts linearly."""
     nodes = np.sqrt(np.concatenate([[0.0], curve.kl]))
     rewards = np.concatenate([[curve.reference_reward], curve.reward])
-    place = math.sqrt(max(kl, 0.0))
-    return AtKl(float(np.interp(place, nodes, rewards)), bool(place > nodes[-1]))
+    at = math.sqrt(max(kl, 0.0))
+    return AtKl(float(np.interp(at, nodes, rewards)), bool(at > nodes[-1]))
 
 
 def shortfall_error(curve: Curve, rewards: np.ndarray, kls: np.ndarray) -> float:

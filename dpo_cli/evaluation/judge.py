@@ -1,5 +1,5 @@
-"""A judge decides which of two completions of a prompt is better: here by reward, in
-`judge_http.py` by a language model."""
+"""Judges decide which of two completions of a prompt is better: here by reward, in `judge_http.py`
+by a language model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpo_cli.rewards.scorers import Completed, Scorer
 
 
 class Verdict(StrEnum):
-    """On the policy's completion. error: no usable answer; unasked: no calls were left."""
+    """The result for the policy's completion. error: no usable answer; unasked: no calls left."""
 
     WIN = "win"
     LOSS = "loss"

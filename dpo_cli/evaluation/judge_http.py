@@ -1,7 +1,7 @@
 """A language model as the judge: both orders, a cache on disk, a limit on calls, several threads.
 
 Which matches are judged does not depend on thread timing: calls are reserved match by match, one
-block at a time, and retries use what is left.
+block at a time, and retries use the remaining calls.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from dpo_cli.evaluation.judge_prompts import Letter, parse_choice, plain, questi
 from dpo_cli.evaluation.judge_request import Client, Misread, Unanswered, backoff
 
 BLOCK = 8  # matches per thread in a block
-SILENT = 5  # initial questions without any answer, after which the run stops
+SILENT = 5  # the run stops after this many initial questions without an answer
 RETRIES_OF_UNREADABLE = 1  # of a question whose answer could not be parsed
-MAX_REASON = 600  # characters of an answer that are kept
+MAX_REASON = 600  # characters of an answer that are stored
 
 log = logging.getLogger(__name__)
 
@@ -98,20 +98,20 @@ class HttpJudge:
         return f"http={self._config.model}"
 
     def __call__(self, matches: Sequence[Match], tick: Tick) -> list[Decision]:
-        """Raises ConfigError if the server refuses something that all requests have in common."""
+        """Raises ConfigError if the server rejects something that all requests have in common."""
         decisions: list[Decision] = []
         size = BLOCK * self._config.parallel
         for first in range(0, len(matches), size):
             block = [self._questions(match) for match in matches[first : first + size]]
             self._ask_all(self._planned(block))
-            decisions += [self._settled(questions) for questions in block]
+            decisions += [self._decision(questions) for questions in block]
             tick(len(block))
         return decisions
 
     def _questions(self, match: Match) -> list[Question]:
         """Questions in one order or both; none for equal texts. A hash decides the first order."""
         ours, theirs = match.ours.completion, match.theirs.completion
-        if ours.strip() == theirs.strip():  # as they are shown
+        if ours.strip() == theirs.strip():  # as in the question
             return []
         content = json.dumps([self._seed, match.ours.prompt, ours, theirs])
         second = hashlib.sha256(content.encode()).digest()[0] % 2 == 1
@@ -128,7 +128,7 @@ class HttpJudge:
         return Question(text, key, "B" if swapped else "A")
 
     def _planned(self, block: Sequence[Sequence[Question]]) -> list[Question]:
-        """Questions to ask, each once: those of matches for which enough calls are left."""
+        """Distinct questions to ask: those of matches for which enough calls are left."""
         planned: dict[str, Question] = {}
         for questions in block:
             new = {q.key: q for q in questions if q.key not in planned and not self._cached(q.key)}
@@ -146,11 +146,11 @@ class HttpJudge:
                     self._faults[question.key] = answer
                     self._give_up_on_silence(answer)
         except BaseException:
-            self._stop.set()  # running threads send nothing more
+            self._stop.set()  # running threads send no more requests
             raise
 
     def _ask(self, question: Question) -> Answer | str:
-        """The answer, or why there is none. Its first call is reserved already."""
+        """The answer, or why there is none. Its first call has been reserved."""
         rng, misread = random.Random(question.key), 0
         for tries in range(1, self._config.retries + 2):
             if self._stop.is_set():
@@ -184,18 +184,18 @@ class HttpJudge:
                 "OPENAI_BASE_URL and whether the server is running"
             )
 
-    def _settled(self, questions: Sequence[Question]) -> Decision:
-        """The decision on a match: a tie if both orders disagree, none if one has no answer."""
+    def _decision(self, questions: Sequence[Question]) -> Decision:
+        """The decision on a match: a tie if both orders disagree, an error if one has no answer."""
         if not questions:
-            return Decision(Verdict.TIE, "the same text")
+            return Decision(Verdict.TIE, "identical texts")
         answers = [(q, self._known.get(q.key)) for q in questions]
         reason = " / ".join(f"policy as {q.ours}: {a.text}" for q, a in answers if a)
         if any(answer is None for _, answer in answers):
             faults = [self._faults[q.key] for q in questions if q.key in self._faults]
             if faults:
                 return Decision(Verdict.ERROR, faults[0])
-            used_up = f"judge.max_calls={self._config.max_calls} are used up"
-            return Decision(Verdict.UNASKED, used_up)
+            reason = f"judge.max_calls={self._config.max_calls} reached"
+            return Decision(Verdict.UNASKED, reason)
         votes = {q.ours == a.choice for q, a in answers if a}
         if len(votes) == 2:
             return Decision(Verdict.TIE, reason)
@@ -212,13 +212,13 @@ class HttpJudge:
         try:
             cache.subfolder(self._folder.parent, self._folder.name)
             cache.keep(self._folder / f"{key}.json", content)
-        except DiskError as error:  # the run has the answer; another may have to ask again
+        except DiskError as error:  # this run has the answer in memory
             if not self._uncached:
                 log.warning("the judge's answers are not cached: %s", error)
             self._uncached = True
 
     def _cached(self, key: str) -> bool:
-        """Whether the answer is in memory or, if so read, on disk."""
+        """Whether the answer is in memory or on disk, from where it is read."""
         if key not in self._known and (answer := read_answer(self._folder / f"{key}.json", key)):
             self._known[key] = answer
         return key in self._known
@@ -252,7 +252,7 @@ def in_parallel(work: Callable[[X], Y], items: Sequence[X], threads: int) -> Ite
         while not todo.empty():
             try:
                 item = todo.get_nowait()
-            except queue.Empty:  # another thread was faster
+            except queue.Empty:  # another thread took the last item
                 return
             result: Future[Y] = Future()
             try:

@@ -75,10 +75,10 @@ TEMPLATES = {"summary": SUMMARY, "dialogue": DIALOGUE, "sentiment": SENTIMENT}
 def question(task: str, prompt: Prompt, a: str, b: str) -> str:
     """The message to the judge; `a` and `b` are completions of `prompt`.
 
-    Of a longer text it contains MAX_SHOWN characters: a prompt's last, a completion's first.
+    Longer texts are truncated to MAX_SHOWN characters: a prompt's last, a completion's first.
     """
-    asked = readable(prompt)[-MAX_SHOWN:]
-    return TEMPLATES[task].format(prompt=asked, a=a.strip()[:MAX_SHOWN], b=b.strip()[:MAX_SHOWN])
+    shown = readable(prompt)[-MAX_SHOWN:]
+    return TEMPLATES[task].format(prompt=shown, a=a.strip()[:MAX_SHOWN], b=b.strip()[:MAX_SHOWN])
 
 
 def readable(prompt: Prompt) -> str:
@@ -95,29 +95,29 @@ def readable(prompt: Prompt) -> str:
 
 NAMES = ("preferred", "more_helpful", "choice", "winner")
 # Whitespace, quotes, markdown and brackets around words.
-_DRESS = r"[\s*_`\"'\u2018-\u201d<>()\[\]{}#-]*"
-_NOUN = rf"{_DRESS}(?:(?:summary|response|continuation)\b)?{_DRESS}"
+_MARKUP = r"[\s*_`\"'\u2018-\u201d<>()\[\]{}#-]*"
+_NOUN = rf"{_MARKUP}(?:(?:summary|response|continuation)\b)?{_MARKUP}"
 _LINE = re.compile(  # the line's last such label; the sentence may precede it
     rf"(?:.*\W)?(?:preferred|more[ _-]helpful|choice|winner){_NOUN}:(.*)", flags=re.IGNORECASE
 )
-_LETTER = re.compile(rf"{_NOUN}([AB]){_DRESS}\.?{_DRESS}", flags=re.IGNORECASE)
+_LETTER = re.compile(rf"{_NOUN}([AB]){_MARKUP}\.?{_MARKUP}", flags=re.IGNORECASE)
 _FENCED = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", flags=re.DOTALL)
 _ESCAPES = re.compile("\x1b\\[[0-9;?]*[ -/]*[@-~]|\x1b\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?")
 MAX_SHOWN = 2**17  # characters of a prompt and of each completion
-MAX_ANSWER = 8000  # characters of an answer that are read, from its end
-MAX_CHOICE = 60  # characters of a text that stands for the letter
+MAX_ANSWER = 8000  # characters at an answer's end that are parsed
+MAX_CHOICE = 60  # characters of a text with the letter
 
 
 def plain(text: str) -> str:
-    """Text without terminal escapes, control characters, and marks that reverse its direction."""
+    """Text without terminal escapes, control characters and bidirectional marks."""
     return CONTROLS.sub("", _ESCAPES.sub("", text.replace("\r\n", "\n")))
 
 
 def parse_choice(answer: str) -> Letter | None:
-    """The letter that an answer chooses; None if it names neither, both, or none clearly.
+    """The letter that an answer chooses; None if that is neither, both or unclear.
 
-    Read from a JSON object with one of `NAMES` as a key, else the last line `Preferred: A` or
-    `More helpful: B` (an answer may quote such lines of a completion before its own), else a last
+    Parsed from a JSON object with one of `NAMES` as a key, else from the last line `Preferred: A`
+    or `More helpful: B` (an answer may first quote such lines of a completion), else from a last
     line that is only the letter.
     """
     text = plain(answer[-MAX_ANSWER:]).strip()
@@ -129,8 +129,8 @@ def parse_choice(answer: str) -> Letter | None:
         return letters.pop() if len(letters) == 1 else None
     lines = text.splitlines()
     for line in reversed(lines):
-        if labelled := _LINE.fullmatch(line):
-            return _letter(labelled[1])
+        if match := _LINE.fullmatch(line):
+            return _letter(match[1])
     return _letter(lines[-1]) if lines and lines[-1].strip(" \t*\"'.") in ("A", "B") else None
 
 

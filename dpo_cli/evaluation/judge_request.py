@@ -1,7 +1,7 @@
-"""One question to a chat-completions endpoint, with the standard library only.
+"""A client for a chat-completions endpoint, with the standard library only.
 
-The server is not trusted: the total time of a request and the size of its answer are bounded, and
-no redirect is followed, which would send the key to another host.
+The server is not trusted: the total time of a request and the size of its answer are limited, and
+redirects are not followed, as they would send the key to another host.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ MAX_SHOWN = 200  # characters of a server's message
 MAX_WAIT = 60.0  # seconds, also for Retry-After
 FIRST_WAIT = 0.5  # seconds before the first retry; doubled for each further one
 RETRIABLE = (408, 409, 429)  # and 5xx
-QUESTION_ERRORS = (413, 422)  # caused by this question: others may succeed
+QUESTION_ERRORS = (413, 422)  # specific to this question: others may succeed
 REMEDIES = {
     400: "see judge.model and judge.max_tokens",
     401: "check OPENAI_API_KEY",
-    403: "check OPENAI_API_KEY, and whether it may use judge.model",
+    403: "check OPENAI_API_KEY, and whether it has access to judge.model",
     404: "check OPENAI_BASE_URL (it often ends in /v1) and judge.model",
 }
 
 
 class Unanswered(Exception):
-    """No answer. again: whether to retry; wait: seconds that the server asks for."""
+    """No answer. again: whether to retry; wait: seconds requested by the server."""
 
     def __init__(self, reason: str, again: bool = True, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -99,7 +99,7 @@ class Client:
         if isinstance(cause, ssl.SSLCertVerificationError):
             return ConfigError(
                 f"OPENAI_BASE_URL: {self._endpoint.host} is not trusted "
-                f"({cause.verify_message}); check the address, or SSL_CERT_FILE"
+                f"({cause.verify_message}); check the URL, or SSL_CERT_FILE"
             )
         if isinstance(cause, TimeoutError):
             return Unanswered(f"no answer within {self._timeout:g} s (judge.timeout_seconds)")
@@ -109,15 +109,15 @@ class Client:
         """The error of a request with a status other than success."""
         host, status = self._endpoint.host, error.code
         with error:
-            said, code = self._said(error)
+            message, code = self._error_message(error)
         if 300 <= status < 400:
             target = self._shown(error.headers.get("Location", "nowhere"))
             return ConfigError(
-                f"OPENAI_BASE_URL: {host} redirects to {target}, which is not followed, as the key "
-                "would be sent there; set the final address"
+                f"OPENAI_BASE_URL: {host} redirects to {target}; redirects are not followed, as "
+                "the key would be sent there; set the final URL"
             )
-        line = f"{host} answers {status}{': ' if said else ''}{said}"
-        if code == "insufficient_quota":  # a 429 that waiting does not help
+        line = f"{host} returned {status}{': ' if message else ''}{message}"
+        if code == "insufficient_quota":  # a 429 that a retry does not resolve
             return ConfigError(f"judge=http: {line}; the account has no credit left")
         if status in RETRIABLE or status >= 500:
             return Unanswered(line, wait=retry_after(error.headers.get("Retry-After"), time.time()))
@@ -125,7 +125,7 @@ class Client:
             return Unanswered(line, again=False)
         return ConfigError(f"judge=http: {line}; {REMEDIES.get(status, 'check OPENAI_BASE_URL')}")
 
-    def _said(self, error: HTTPError) -> tuple[str, str | None]:
+    def _error_message(self, error: HTTPError) -> tuple[str, str | None]:
         """The message in an error's body, or the start of the body; and its code, if any."""
         try:
             raw = error.read(MAX_BYTES)
@@ -150,7 +150,7 @@ class Client:
             start = self._shown(raw.decode("utf-8", errors="replace"))
             raise Misread(f"not a chat completion: {start}") from None
         if not isinstance(content, str):
-            raise Misread("a chat completion without a text")
+            raise Misread("a chat completion without text")
         return content
 
 
@@ -185,7 +185,7 @@ class _Https(urllib.request.HTTPSHandler):
 
 
 def _timed(kind: Callable[..., http.client.HTTPConnection]) -> Any:
-    """Connections of `kind` whose answers are read within the request's time-out."""
+    """Connections of `kind` whose answers must arrive within the request's timeout."""
 
     def connect(host: str, timeout: float, **options: Any) -> http.client.HTTPConnection:
         connection = kind(host, timeout=timeout, **options)
@@ -207,7 +207,7 @@ class _Response(http.client.HTTPResponse):
 
 class _Reads(io.RawIOBase):
     """Reads before a deadline: a socket's own timeout applies to each read, so a server that sends
-    a byte now and then would hold a request forever."""
+    single bytes slowly could hold a request forever."""
 
     def __init__(self, sock: Any, deadline: float) -> None:
         self._sock, self._deadline = sock, deadline

@@ -1,4 +1,4 @@
-"""Figures of one policy in an evaluation: reward, KL to the reference, preference accuracy."""
+"""Metrics of one policy in an evaluation: reward, KL to the reference, preference accuracy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def scored(
 
 
 def reward_figures(rewards: np.ndarray | None) -> dict[str, float]:
-    """Reward with its error over prompts (samples of one prompt are not independent)."""
+    """Mean reward and its standard error over prompts (samples of a prompt are not independent)."""
     if rewards is None:
         return {}
     reward, error = mean_and_error(rewards.mean(1).tolist())
@@ -115,21 +115,21 @@ def divergences(
 
 
 def _comparable(values: torch.Tensor) -> torch.Tensor:
-    """The values themselves; NonFiniteError for NaN, which would count as a loss of its pair."""
+    """The values; NonFiniteError if any is NaN, which would count as a wrong ranking."""
     if values.isnan().any():
         raise NonFiniteError("a log-probability is NaN: the model overflows or is damaged")
     return values
 
 
 def prompt_means(values: torch.Tensor, row: Batch) -> list[float]:
-    """(N,) token values -> for each prompt, the mean over its samples of their sums."""
+    """(N,) token values -> per prompt, the mean over its samples of the sums over tokens."""
     sums = sum_by_sequence(values, row.sequence_index, len(row.sequence_lengths))
     means: list[float] = sums.view(-1, row.branches).mean(1).tolist()
     return means
 
 
 def divergence_figures(exact: np.ndarray, sampled: np.ndarray) -> dict[str, float]:
-    """`kl` and `kl_sampled` with their errors over prompts."""
+    """`kl` and `kl_sampled` with their standard errors over prompts."""
     figures: dict[str, float] = {}
     for name, values in (("kl", exact), ("kl_sampled", sampled)):
         figures[name], figures[f"{name}_se"] = mean_and_error(values.tolist())
@@ -143,8 +143,8 @@ def preference_accuracy(
     reference: PreTrainedModel | None,
     rows: Sequence[EncodedExample],
 ) -> dict[str, float]:
-    """Share of pairs whose chosen response ranks first (a tie counts one half), with its standard
-    error and Wilson's 95% interval, `_low` and `_high`, both over prompts.
+    """Fraction of pairs with the chosen response ranked first (ties count one half), its standard
+    error, and Wilson's 95% interval, `_low` and `_high`, both over prompts.
 
     `accuracy`: by the implicit reward log pi - log pi_ref; `likelihood_accuracy`: by log pi.
     """
@@ -184,8 +184,8 @@ def preference_accuracy(
 
 
 def pairs_config(path: str, of_run: DataConfig) -> JsonlDataConfig:
-    """How to read a file of pairs: formatted and truncated like the run's own rows, with `finished`
-    if the first row has such a list, as stage=label writes it."""
+    """Data settings for a file of pairs: formatted and truncated like the run's rows, with
+    `finished`, as written by stage=label, if the first row has it."""
     same = {name: getattr(of_run, name) for name in WRITING}
     data = JsonlDataConfig(path=path, eval_rows=0, **same)
     first: dict[str, Any] = next(iter(read_rows(data, "train").rows), {})

@@ -21,7 +21,7 @@ LADDER = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.
 
 @dataclass(frozen=True)
 class Estimate:
-    """se: over seeds if there are several, otherwise the point's own over prompts; NaN: unknown."""
+    """se: standard error over seeds, or over prompts if there is one seed; NaN: unknown."""
 
     reward: float
     se: float
@@ -29,7 +29,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Summary:
-    """One method. within: KL -> the best reward of its points up to it, as a mean over seeds.
+    """One method. within: KL -> the best reward of its points up to this KL, a mean over seeds.
 
     shortfall: mean and maximum; at_least: whether they are lower bounds, as some point lies beyond
     the known optimum. samples, gradient_steps: of its longest run.
@@ -78,10 +78,9 @@ def _largest(values: Iterable[Any]) -> int | None:
 
 
 def within(rows: Sequence[Row], kl: float) -> Estimate | None:
-    """The best reward at no more than this KL; None if a seed has no such point.
+    """The best reward up to this KL, a mean over seeds; None if a seed has no such point.
 
-    The best of several noisy rewards is slightly overestimated, more so for methods with many
-    points.
+    The best of several noisy rewards is slightly overestimated, the more the more points there are.
     """
     seeds: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
@@ -93,15 +92,15 @@ def within(rows: Sequence[Row], kl: float) -> Estimate | None:
         return None
     best = [max(rows_of_seed, key=lambda row: float(row["reward"])) for rows_of_seed in candidates]
     reward, error = mean_and_error([float(row["reward"]) for row in best])
-    own_error = best[0].get("reward_se")
+    over_prompts = best[0].get("reward_se")
     if len(best) == 1:
-        error = math.nan if own_error is None else float(own_error)
+        error = math.nan if over_prompts is None else float(over_prompts)
     return Estimate(reward, error)
 
 
 @dataclass(frozen=True)
 class Lead:
-    """The best and second-best method up to a KL, and their difference."""
+    """The best and second-best method up to a KL, their difference and its standard error."""
 
     kl: float
     first: str
@@ -126,10 +125,10 @@ def leads(summaries: Sequence[Summary], kls: Sequence[float]) -> list[Lead]:
 
 
 def mean_curve(curves: Curves, points: int = 200) -> np.ndarray:
-    """(4, points): KL, mean reward, low, high of several optima, up to where all are known.
+    """(4, points): KL, mean reward, low and high of several optima, up to the shortest one's end.
 
-    curves: (KL, reward, its error) in order, one curve per seed. low and high are the extremes over
-    seeds; with a single one, the mean minus and plus its error.
+    curves: ascending (KL, reward, standard error), one curve per seed. low and high are the
+    extremes over seeds; for one seed, the mean minus and plus its error.
     """
     end = min(curve[-1][0] for curve in curves)
     kl = np.linspace(0.0, math.sqrt(end), points) ** 2  # steep at 0: like sqrt(KL)
@@ -151,14 +150,14 @@ WITHIN = (
     "(one seed: over prompts). The best of many noisy points is slightly overestimated."
 )
 SHORTFALL = (
-    "Shortfall: the optimum's reward at a point's own KL minus the point's, over its points; ≥ "
+    "Shortfall: the optimum's reward at a point's KL minus the point's reward, over its points; ≥ "
     "if the optimum is not known up to that KL. For best-of-n the KL is its upper bound. "
     "Samples and gradient steps: of the longest run."
 )
 
 
 def optimum_at(curves: Curves, kl: float) -> Estimate | None:
-    """The optimum's reward at a KL, a mean over seeds; None unless all of them reach it."""
+    """The optimum's reward at a KL, a mean over seeds; None unless all curves reach it."""
     if not curves or any(curve[-1][0] < kl for curve in curves):
         return None
     known = mean_curve(curves)
@@ -189,8 +188,8 @@ def _method_and(heads: Sequence[str]) -> list[Column]:
     return [Column("method"), *(Column(head, numeric=True) for head in heads)]
 
 
-def _shown(at: Estimate | None) -> str | None:
-    return with_error(at.reward, at.se) if at else None
+def _shown(estimate: Estimate | None) -> str | None:
+    return with_error(estimate.reward, estimate.se) if estimate else None
 
 
 def _best(summary: Summary) -> str:
@@ -198,8 +197,8 @@ def _best(summary: Summary) -> str:
 
 
 def _shortfalls(summary: Summary) -> tuple[str | None, str | None]:
-    """Mean and largest."""
+    """Mean and largest shortfall, for the table."""
     if summary.shortfall is None:
         return None, None
-    mean, most = summary.shortfall
-    return f"{'≥' * summary.at_least}{mean:.3f}", f"{'≥' * summary.at_least}{most:.3f}"
+    mean, largest = summary.shortfall
+    return f"{'≥' * summary.at_least}{mean:.3f}", f"{'≥' * summary.at_least}{largest:.3f}"

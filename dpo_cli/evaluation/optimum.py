@@ -24,7 +24,7 @@ from dpo_cli.session.session import Session
 
 FILE = "optimum.json"
 ARRAYS = [f.name for f in fields(Curve) if f.name != "reference_reward"]
-# What the optimum depends on -> message if it differs.
+# Entries of `identity` -> message if they differ.
 SAME = {
     "prompts": "its prompts differ (data, seed or stage.prompts)",
     "reference": "its stage.reference differs",
@@ -46,7 +46,7 @@ def identity(
     stage: EvaluateConfig, reward_fn: RewardFnConfig, weights: str | None,
     reference: PreTrainedModel, examples: list[EncodedExample],
 ) -> dict[str, str]:  # fmt: skip
-    """What the optimum depends on (see `SAME`), as texts and digests.
+    """Everything that the optimum depends on (see `SAME`), as strings and digests.
 
     weights: digest of the reward's model, if it has one.
     """
@@ -66,11 +66,11 @@ def identity(
 
 
 def measure(
-    session: Session, stage: EvaluateConfig, rewards: np.ndarray, made_of: Mapping[str, str]
+    session: Session, stage: EvaluateConfig, rewards: np.ndarray, identity: Mapping[str, str]
 ) -> Optimum:
     """The curve of (P, N) rewards of reference samples, also written to optimum.json."""
     if not np.isfinite(rewards).all():
-        raise DataError(f"reward_fn={session.config.reward_fn.name}: some rewards are not finite")
+        raise DataError(f"reward_fn={session.config.reward_fn.name}: some rewards are non-finite")
     curve = frontier.optimum_curve(rewards)
     write_redacted_json(session.run_dir / FILE, {
         "prompts": rewards.shape[0],
@@ -79,7 +79,7 @@ def measure(
         "reference_reward": curve.reference_reward,
         **{name: getattr(curve, name).tolist() for name in ARRAYS if name != "values"},
         "value_se": curve.value_se.tolist(),
-        "identity": dict(made_of),
+        "identity": dict(identity),
         "values": curve.values.tolist(),
     })  # fmt: skip
     session.note(
@@ -89,13 +89,13 @@ def measure(
     return Optimum(curve, rewards)
 
 
-def load(folder: str, made_of: Mapping[str, str]) -> Optimum:
-    """The curve that an earlier evaluation wrote. Raises ConfigError unless it had the same
-    prompts, reference, reward and sampling."""
+def load(folder: str, identity: Mapping[str, str]) -> Optimum:
+    """The curve of an earlier evaluation. Raises ConfigError unless that had the same prompts,
+    reference, reward and sampling settings."""
     path, key = Path(folder) / FILE, f"stage.optimum={folder}"
     if not path.is_file():
         raise ConfigError(
-            f"{key}: has no {FILE}; give the folder of a stage=evaluate run with "
+            f"{key}: has no {FILE}; set it to the folder of a stage=evaluate run with "
             "stage.reference_samples"
         )
     try:
@@ -103,10 +103,10 @@ def load(folder: str, made_of: Mapping[str, str]) -> Optimum:
         arrays = {name: np.array(stored[name], dtype=float) for name in ARRAYS}
         before, start = stored["identity"], float(stored["reference_reward"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read ({error!r}); run that evaluation again") from error
-    other = [SAME[name] for name in SAME if before.get(name) != made_of[name]]
-    if other:
-        raise ConfigError(f"{key}: is the optimum of another evaluation: {', '.join(other)}")
+        raise DataError(f"{path}: is invalid ({error!r}); run that evaluation again") from error
+    differing = [SAME[name] for name in SAME if before.get(name) != identity[name]]
+    if differing:
+        raise ConfigError(f"{key}: is the optimum of another evaluation: {', '.join(differing)}")
     return Optimum(Curve(**arrays, reference_reward=start))
 
 
@@ -148,14 +148,14 @@ def best_of_rows(
 ) -> list[dict[str, Any]]:
     """Rows of best-of-n; `kl` is the upper bound log n - (n - 1)/n."""
     samples = rewards.shape[1]
-    above = sorted(n for n in set(sizes) if n > samples)
-    if above:
+    too_large = sorted(n for n in set(sizes) if n > samples)
+    if too_large:
         note(
-            f"stage.best_of: {', '.join(map(str, above))} left out, as stage.reference_samples="
+            f"stage.best_of: {', '.join(map(str, too_large))} dropped, as stage.reference_samples="
             f"{samples} is lower"
         )
     rows = []
-    for n in sorted({1, *sizes}.difference(above)):
+    for n in sorted({1, *sizes}.difference(too_large)):
         values = frontier.best_of(rewards, n)
         bound, reward = frontier.best_of_kl_bound(n), float(values.mean())
         best = frontier.optimum_reward_at_kl(curve, bound)

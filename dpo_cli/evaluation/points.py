@@ -1,4 +1,4 @@
-"""Reading points.jsonl of several evaluations."""
+"""Read points.jsonl of several evaluations."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ OPTIMUM, BEST_OF = NOT_TRAINED
 Point = dict[str, Any]  # a line of points.jsonl
 
 
-def distinct_folders(named: Sequence[str]) -> list[Path]:
-    """The folders in the order in which they are first named."""
-    return list({Path(folder).resolve(): Path(folder) for folder in named}.values())
+def distinct_folders(folders: Sequence[str]) -> list[Path]:
+    """The folders without duplicates, in order of first appearance."""
+    return list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
 
 
 def refuse_mixed(folders: Sequence[Path]) -> None:
@@ -47,7 +47,7 @@ def refuse_mixed(folders: Sequence[Path]) -> None:
 
 
 def read_points(folder: Path) -> list[Point]:
-    """An evaluation's points.jsonl; `evaluation` names it in each row."""
+    """Rows of an evaluation's points.jsonl, with its folder as `evaluation`. Raises DataError."""
     path = folder / "points.jsonl"
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -79,6 +79,6 @@ def identity(row: Point) -> tuple[Any, ...] | None:
     policy = row.get("policy")
     if not policy or row["method"] in (OPTIMUM, BEST_OF):
         return None
-    place = Path(policy)
-    where = str(place.resolve()) if place.is_dir() else policy
-    return row["method"], where.removesuffix("/final"), row.get("step")
+    path = Path(policy)
+    source = str(path.resolve()) if path.is_dir() else policy
+    return row["method"], source.removesuffix("/final"), row.get("step")

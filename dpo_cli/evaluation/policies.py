@@ -15,9 +15,9 @@ from dpo_cli.errors import ConfigError, DataError
 from dpo_cli.model.source import model_folder
 from dpo_cli.train.checkpoint import STEP_FOLDER, steps_in
 
-JOBS = "jobs"  # of a sweep: a file {job, overrides, exit_code, run_dir} each
+JOBS = "jobs"  # of a sweep: one file {job, overrides, exit_code, run_dir} each
 
-# The keys of a row of points.jsonl, null where unknown; an evaluation may add more.
+# The keys of a row of points.jsonl, null if unknown; an evaluation may add more.
 POINT_KEYS = (
     "method", "setting", "step", "seed", "policy", "kl", "kl_se", "kl_sampled", "kl_sampled_se",
     "reward", "reward_se", "tokens", "finished", "distinct_2", "optimum_reward_at_kl", "shortfall",
@@ -44,11 +44,11 @@ class PolicyPoint:
 
     def row(self, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Its row of points.jsonl."""
-        own = {
+        facts = {
             "method": self.method, "setting": self.setting, "step": self.step, "seed": self.seed,
             "policy": self.label, "gradient_steps": self.gradient_steps, "samples": self.samples,
         }  # fmt: skip
-        return {**dict.fromkeys(POINT_KEYS), **own, **figures}
+        return {**dict.fromkeys(POINT_KEYS), **facts, **figures}
 
 
 def find_policies(config: RunConfig, note: Callable[[str], None]) -> list[PolicyPoint]:
@@ -78,7 +78,7 @@ def runs_of(folder: Path, key: str, note: Callable[[str], None]) -> list[Path]:
         return [folder]
     failed = [str(job["job"]) for job in jobs if job["exit_code"] != 0]
     if failed:
-        note(f"{folder}: jobs {', '.join(failed)} failed and are left out")
+        note(f"{folder}: jobs {', '.join(failed)} failed and are skipped")
     if len(failed) == len(jobs):
         raise ConfigError(f"{key}={folder}: every job of this sweep failed")
     return [job_folder(folder, job) for job in jobs if job["exit_code"] == 0]
@@ -128,11 +128,11 @@ def points_of(
     method = stage.method or method_of(load_provenance(weights))
     setting, seed = setting_of(run), seed_of(run, config.seed)
 
-    def point(where: Path, at: int | None) -> PolicyPoint:
-        source = replace(config.model, path=str(where))
+    def point(path: Path, at: int | None) -> PolicyPoint:
+        source = replace(config.model, path=str(path))
         gradient_steps, samples = _share(cost, "gradient_steps", at), _share(cost, "samples", at)
         return PolicyPoint(
-            str(where), source, method, setting, at, seed, gradient_steps, samples
+            str(path), source, method, setting, at, seed, gradient_steps, samples
         )  # fmt: skip
 
     earlier = []
@@ -159,7 +159,7 @@ def training_cost(run: Path) -> dict[str, int]:
         try:
             steps = [int(json.loads(line)["step"]) for line in lines if line.endswith("}")]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{metrics}: cannot be read ({error!r}); restore it") from error
+            raise DataError(f"{metrics}: is invalid ({error!r}); restore it") from error
         cost["step"] = cost["gradient_steps"] = max(steps, default=0)  # one gradient per step
     known = stored_json(run / "summary.json")
     names = ("gradient_steps", "samples")
@@ -174,7 +174,7 @@ def _share(cost: Mapping[str, int], name: str, step: int | None) -> int | None:
 
 
 def method_of(provenance: Mapping[str, Any]) -> str:
-    """The stage, or the loss if stage=dpo used another one than DPO's."""
+    """The stage, or the loss if stage=dpo used another than DPO's."""
     loss = provenance.get("loss", "sigmoid")  # only stage=dpo writes it
     return str(loss if loss != "sigmoid" else provenance.get("stage") or "policy")
 
@@ -191,17 +191,17 @@ def reference_of(stage: EvaluateConfig, points: Sequence[PolicyPoint]) -> str | 
     """
     if stage.reference is not None:
         return stage.reference
-    references: dict[str, tuple[str, str]] = {}  # folder -> how a policy names it, that policy
+    references: dict[str, tuple[str, str]] = {}  # folder -> as recorded by a policy, that policy
     for point in points:
-        named = load_provenance(model_folder(point.source.path)).get("reference") \
+        recorded = load_provenance(model_folder(point.source.path)).get("reference") \
             if point.source.path else None  # fmt: skip
-        if named:
-            folder = str(Path(named).resolve()) if Path(named).is_dir() else named
-            references.setdefault(folder, (named, point.label))
+        if recorded:
+            folder = str(Path(recorded).resolve()) if Path(recorded).is_dir() else recorded
+            references.setdefault(folder, (recorded, point.label))
     if len(references) > 1:
         (first, one), (second, other) = list(references.values())[:2]
         raise ConfigError(
             f"stage.reference=null: {one} was trained against {first} but {other} against "
-            f"{second}; set stage.reference to the one to measure the KL to"
+            f"{second}; set stage.reference to the reference of the KL"
         )
     return next(iter(references.values()))[0] if references else None

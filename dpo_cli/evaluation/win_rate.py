@@ -28,7 +28,7 @@ from dpo_cli.session.sampling import completion_text, decoded_together, draw_sam
 from dpo_cli.session.session import Session
 from dpo_cli.statistics import win_rate
 
-REFERENCE_TEMPERATURE = 1.0  # of the distribution to which the KL is measured
+REFERENCE_TEMPERATURE = 1.0  # the KL is measured to this distribution
 
 
 class Bench(Protocol):
@@ -59,7 +59,7 @@ def win_rates(session: Session, stage: EvaluateConfig, bench: Bench) -> WinRates
 
 
 def load_judge(session: Session, scorer: Scorer | None) -> Judge:
-    """The configured judge. Raises ConfigError if the environment lacks its address."""
+    """The configured judge. Raises ConfigError if its endpoint is not set."""
     config = session.config
     if isinstance(config.judge, HttpJudgeConfig):
         endpoint = endpoint_from_environment()
@@ -90,8 +90,8 @@ class WinRates:
 
         Returns `win_rate_t0.7` with its 95% interval, `_low` and `_high`, for each temperature;
         adds the policy to win_rates.json, verdicts.jsonl and plots/win_rates.png.
-        Raises ConfigError if the judge refuses something that all requests have in common,
-        DataError if it gives no verdict at all.
+        Raises ConfigError if the judge's server rejects something that all requests have in common,
+        DataError if there is no verdict at all.
         """
         figures: dict[str, float] = {}
         for temperature in dict.fromkeys(self.stage.win_temperatures):
@@ -113,17 +113,17 @@ class WinRates:
         matches = [Match(a, b) for a, b in zip(ours, others, strict=True)]
         with self.session.progress.phase("judging", len(matches)) as tick:
             decisions = self._decide(matches, tick)
-        where = {
+        labels = {
             "policy": label, "opponent": str(self.stage.opponent), "judge": self.judge.name,
             "temperature": temperature,
         }  # fmt: skip
         for match, decision in zip(matches, decisions, strict=True):
             self.verdicts.append({
-                "prompt": as_text(match.ours.prompt), **where,
+                "prompt": as_text(match.ours.prompt), **labels,
                 "completion": match.ours.completion, "other": match.theirs.completion,
                 "verdict": decision.verdict.value, "reason": decision.reason,
             })  # fmt: skip
-        self._tell(decisions)
+        self._note_missing(decisions)
         counts = Counter(decision.verdict for decision in decisions)
         wins, losses, ties = (counts[v] for v in (Verdict.WIN, Verdict.LOSS, Verdict.TIE))
         if wins + losses + ties == 0:
@@ -131,11 +131,11 @@ class WinRates:
             raise DataError(
                 f"judge {self.judge.name}: no verdict on any of {len(matches):,} matches of "
                 f"{label} at temperature {temperature:g}: {decisions[0].reason}; start it again "
-                "once the judge answers, its answers so far are cached"
+                "when the judge responds; its answers so far are cached"
             )
         rate = win_rate(wins, losses, ties)
         return {
-            **where, "wins": wins, "losses": losses, "ties": ties,
+            **labels, "wins": wins, "losses": losses, "ties": ties,
             "errors": counts[Verdict.ERROR], "unasked": counts[Verdict.UNASKED],
             "win_rate": rate.value, "low": rate.low, "high": rate.high,
         }  # fmt: skip
@@ -146,7 +146,7 @@ class WinRates:
             return self.session.ranks.from_first(lambda: self.judge(matches, tick))
         return self.judge(matches, tick)
 
-    def _tell(self, decisions: Sequence[Decision]) -> None:
+    def _note_missing(self, decisions: Sequence[Decision]) -> None:
         """Note the number of missing verdicts, with the first reason of each kind."""
         for verdict in (Verdict.ERROR, Verdict.UNASKED):
             reasons = [d.reason for d in decisions if d.verdict is verdict]
@@ -177,7 +177,7 @@ class WinRates:
         config, bench = self.session.config, self.bench
         splits = load_splits(config.data, config.seed, bench.tokenizer)
         pairs = list(zip(bench.prompts, (e.row for e in bench.examples), strict=True))
-        for rows in (splits.eval, splits.train):  # the prompts are all of one split
+        for rows in (splits.eval, splits.train):  # all prompts are from one split
             by_row = {row.row: row for row in rows}
             if all(row in by_row and by_row[row].prompt == prompt for prompt, row in pairs):
                 return [

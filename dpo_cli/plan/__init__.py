@@ -1,1 +1,1 @@
-"""`dry_run=true`: what a run would do, and the memory it would need."""
+"""`dry_run=true`: the plan of a run, and an estimate of its memory."""

@@ -1,4 +1,4 @@
-"""dry_run=true: what a run would do, from tokenizer, rows and model shape; no weights."""
+"""dry_run=true: the plan of a run, from tokenizer, rows and model shape, without weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dpo_cli.stages import stage_module
 
 
 def print_plan(config: RunConfig) -> None:
-    """Print the plan of a run. Reads the tokenizer and the rows, writes nothing but a cache."""
+    """Print the plan of a run. Reads the tokenizer and the rows, and writes only the cache."""
     console = Console()
     rows, memory = plan_tables(config)
     console.print(summary_table("plan", rows))
@@ -29,14 +29,14 @@ def plan_rows(config: RunConfig) -> list[Row]:
 
 
 def plan_tables(config: RunConfig) -> tuple[list[Row], list[Row]]:
-    """(name, value) lines of the plan, as the stage's own `plan` gives them, and of its memory."""
+    """(name, value) lines of the plan, from the stage's `plan`, and of the memory estimate."""
     preview = Preview(config, planned_runtime(config.hardware, config.seed))
     rows = list(stage_module(config.stage.name).plan(preview))
     return [*rows, ("writes", config.run_dir)], planned_memory(preview)
 
 
 def planned_memory(preview: Preview) -> list[Row]:
-    """Empty for a stage that neither trains nor samples."""
+    """Lines of the memory estimate; empty for a stage that neither trains nor samples."""
     config, facts = preview.config, facts_of(preview)
     if facts is None:
         return []

@@ -29,7 +29,7 @@ def by_the_system(lab: Lab) -> str:
 def _refusals() -> dict[str, tuple[Fault, str]]:
     """What is refused -> how, and what must be told."""
     return {
-        "no locks": (lambda: around(fcntl, "flock", _raising(errno.ENOLCK)), "no file locks"),
+        "no locks": (lambda: around(fcntl, "flock", _raising(errno.ENOLCK)), "file locks"),
         "a file of 200 kB": (_small_files, "ulimit -f"),
         "renames fail": (lambda: around(os, "replace", _raising(errno.EIO)), "is failing"),
         "a full disk": (lambda: around(os, "fsync", _raising(errno.ENOSPC)), "make room"),

@@ -118,6 +118,6 @@ def activation_bytes(
 
 
 def working_bytes(shape: Shape, numbers: Numbers, rows: Rows) -> float:
-    """Bytes that a layer's forward or backward needs beside saved activations: its gradients."""
+    """Bytes that a layer's forward or backward needs besides saved activations: its gradients."""
     wide = shape.inner * (3 if shape.gated else 2) * numbers.compute
     return float(rows.tokens * (wide + shape.hidden * (4 + 2 * numbers.stream)))

@@ -1,4 +1,4 @@
-"""Which change of the configuration makes a run fit, as overrides."""
+"""Overrides that make a run fit in memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Advice:
 
 def advise(config: RunConfig, facts: Facts, capacity: float) -> list[Advice]:
     """The single changes that make the run fit, mildest first; otherwise the best pair of changes,
-    which may not fit either; empty if no change is known."""
+    which may not fit either; empty if there are no candidates."""
     changes = [change for change in candidates(config, facts) if _allowed(change, config)]
     singles = [_try(change, config, facts, capacity) for change in changes]
     if fitting := [advice for advice in singles if advice.fits]:
@@ -118,7 +118,7 @@ def _set(group: str, key: str, value: Any) -> Change:
 
 
 def _choose(group: str, name: str, **keys: Any) -> Change:
-    """Another option of a group. keys: values that its YAML sets beside the name."""
+    """Another option of a group. keys: values that its YAML sets besides the name."""
 
     def apply(config: RunConfig) -> RunConfig:
         return replace(config, **{group: replace(getattr(config, group), name=name, **keys)})

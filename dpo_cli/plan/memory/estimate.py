@@ -32,9 +32,9 @@ from dpo_cli.plan.memory.weights import FLOAT, state_bytes
 HEAD, BACKWARD, BACKWARD_END = "the output layer", "the backward", "the backward's end"
 SAMPLING, SCORING, REFERENCE = "sampling", "scoring a micro-batch", "the reference's pass"
 LOADING = "loading"
-# Beside tensors. cpu: Python with its libraries; cuda: the context, kernels, workspaces.
+# Besides tensors. cpu: Python with its libraries; cuda: the context, kernels, workspaces.
 PROGRAM = {"cpu": 600 * 2**20, "cuda": 900 * 2**20}
-SLACK = {"cpu": 0.10, "cuda": 0.05}  # of the rest: held unused by the allocator
+SLACK = {"cpu": 0.10, "cuda": 0.05}  # fraction of tensors, held unused by the allocator
 ONEDNN = 100 * 2**20  # for bf16 matrix products on a CPU, which reorder their operands
 
 
@@ -72,7 +72,7 @@ def saved_bytes(config: RunConfig, facts: Facts) -> float:
 
 
 def _around(parts: Parts, facts: Facts) -> Parts:
-    """Memory beside tensors."""
+    """Memory besides tensors."""
     products = ONEDNN if facts.half and facts.device == "cpu" else 0
     allocator = SLACK[facts.device] * sum(parts.values()) + products
     return {"allocator": allocator, "program": PROGRAM[facts.device]}

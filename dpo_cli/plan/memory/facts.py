@@ -1,4 +1,4 @@
-"""Inputs of an estimate beside the configuration: text lengths, device memory."""
+"""Inputs of an estimate besides the configuration: text lengths, device memory."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ UNIT = {"cpu": "process", "cuda": "GPU"}
 
 
 def memory_rows(config: RunConfig, facts: Facts, capacity: float | None) -> list[Row]:
-    """A row per part, the total, whether it fits in `capacity` bytes, and remedies."""
+    """One row per part, the total, whether it fits in `capacity` bytes, and remedies."""
     needed, unit = estimate(config, facts), UNIT[facts.device]
     rows: list[Row] = [(name, gib(size)) for name, size in needed.parts.items()]
     rows.append((f"total per {unit}", f"{gib(needed.total)}, peak in {needed.moment}"))
@@ -32,13 +32,13 @@ def copy_rows(config: RunConfig, facts: Facts) -> list[Row]:
     if not spec_of(config.stage).trains or hardware.devices * hardware.nodes > 1:
         return []
     size = gib(saved_bytes(config, facts))
-    line = f"copied to {size} of host memory if twice that is free, else training waits for them"
+    line = f"copied to {size} of host memory if twice that is free, else training waits for saves"
     return [("checkpoints", line)]
 
 
 def _advice(remedies: Sequence[Advice]) -> list[Row]:
     if not remedies:
-        return [("", "no setting is known that would reduce it")]
+        return [("", "no known setting reduces it")]
     if not remedies[0].fits:
         best = remedies[0]
         smallest = f"{best.change.words}: still {gib(best.total)}"

@@ -47,7 +47,7 @@ def trainable_of(lora: LoraConfig, hardware: HardwareConfig, shape: Shape) -> Tr
 
 
 def adapter_parameters(lora: LoraConfig, shape: Shape) -> int:
-    """Number of trained weights beside a frozen base: r (in + out) per matrix, with DoRA also its
+    """Number of trained weights of an adapter: r (in + out) per matrix, with DoRA also its
     magnitudes, and all of `modules_to_save`."""
     adapted = shape.targets(lora.target_modules)
     low_rank = sum(lora.r * (x.inputs + x.outputs) + lora.use_dora * x.outputs for x in adapted)
