@@ -1,1 +1,1 @@
-"""Programs beside the tool: the benchmark, fault injection and the GPU checks."""
+"""Development programs: the benchmark, fault injection and the GPU checks."""

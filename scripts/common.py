@@ -66,7 +66,7 @@ def cpu_model() -> str:
 
 
 def shown_command(program: str, argv: Sequence[str]) -> str:
-    """The command with file names for paths: published figures name no private folders."""
+    """The command with file names instead of paths, as published results must not show folders."""
     words = []
     for word in argv:
         key, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
@@ -74,11 +74,11 @@ def shown_command(program: str, argv: Sequence[str]) -> str:
     return f"python scripts/{program} {shlex.join(words)}".rstrip()
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write atomically: a process may be stopped at any moment."""
-    half = path.with_name(f"{path.name}.half")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def markdown_row(cells: Sequence[Any]) -> str:
@@ -97,7 +97,7 @@ def resident_mb(field: str) -> float:
     return next(int(x.split()[1]) for x in lines if x.startswith(f"{field}:")) / 1024
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     """Wait until the device has finished its queued work."""
     if device == "cuda":
         import torch
@@ -113,11 +113,11 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def outcomes_of(report: Path) -> dict[str, tuple[str, str]]:
-    """From pytest's JUnit report: `file::Class::name[parameters]` -> (passed, failure, error or
-    skipped; why)."""
+    """From pytest's JUnit report: `file::Class::name[parameters]` -> (passed | failure | error |
+    skipped, reason)."""
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        # pytest writes the folders of the file, its name and the classes with dots between
+        # pytest joins the file's folders, its name and the classes with dots
         parts = case.get("classname", "").split(".")
         at = next((i for i, part in enumerate(parts) if part.startswith("test_")), 0)
         name = "::".join([f"{parts[at]}.py", *parts[at + 1 :], case.get("name", "")])

@@ -27,16 +27,16 @@ from scripts.gpu_checks.steps import STEPS
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--only", metavar="N,N-N", help="steps to make")
-    p.add_argument("--skip", metavar="N,N-N", help="steps to leave out")
+    p.add_argument("--only", metavar="N,N-N", help="steps to run")
+    p.add_argument("--skip", metavar="N,N-N", help="steps to skip")
     p.add_argument("--list", action="store_true", help="print the steps and stop")
     p.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    p.add_argument("--minutes", type=float, default=8.0, help="in all; default: 8")
+    p.add_argument("--minutes", type=float, default=8.0, help="total time limit; default: 8")
     p.add_argument("--data", metavar="FILE", help="pairs of Anthropic HH; default: generated ones")
     p.add_argument("--tokenizer", metavar="FOLDER", help="for --data; default: learned from it")
     p.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks", metavar="FOLDER",
-                   help="where the page, its JSON lines and the log go")  # fmt: skip
-    p.add_argument("--commit", help="of this code, if git is not available")
+                   help="folder of the page, its JSON lines and the log")  # fmt: skip
+    p.add_argument("--commit", help="commit of this code, if git is not available")
     p.add_argument("--work", metavar="FOLDER", help="temporary folder for weights (40 GB)")
     p.add_argument(
         "--together", action=argparse.BooleanOptionalAction,
@@ -53,7 +53,7 @@ def numbers(text: str | None, p: argparse.ArgumentParser, option: str) -> set[in
         if not part.strip():
             continue
         if not first.isdigit() or not (last or first).isdigit():
-            p.error(f"{option} {text}: give numbers such as 1,4-6")
+            p.error(f"{option} {text}: expected numbers such as 1,4-6")
         numbers |= set(range(int(first), int(last or first) + 1))
     known = {step.number for step in STEPS}
     if unknown := numbers - known:
@@ -65,13 +65,13 @@ def numbers(text: str | None, p: argparse.ArgumentParser, option: str) -> set[in
 def listing() -> str:
     return "\n".join(
         f"{step.number:>2}  {step.name:26} about {step.seconds:3} s, at most {step.limit:3}"
-        f"{'' if step.alone else ', beside others'}: {step.checks}"
+        f"{'' if step.alone else ', in parallel'}: {step.checks}"
         for step in STEPS
     )
 
 
 def stop(number: int, frame: Any) -> NoReturn:
-    raise SystemExit(128 + number)  # through the `finally` clauses that end processes
+    raise SystemExit(128 + number)  # runs the `finally` clauses that end processes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         p.error("no step is left")
     for name in ("data", "tokenizer"):
         if getattr(args, name) and not Path(getattr(args, name)).exists():
-            p.error(f"--{name} {getattr(args, name)}: not there")
+            p.error(f"--{name} {getattr(args, name)}: does not exist")
     signal.signal(signal.SIGTERM, stop)
     machine = inspect_machine(args.device)
     if args.device == "cuda" and machine["device"] != "cuda":

@@ -1,4 +1,4 @@
-"""How the code is laid out, in figures: `python scripts/house.py [checkout ...]`, a column each.
+"""Statistics of the code's structure: `python scripts/house.py [checkout ...]`, one column each.
 
 git worktree add /tmp/before ebad7ea && python scripts/house.py /tmp/before .
 """
@@ -33,7 +33,7 @@ def room(parts: tuple[str, ...]) -> str:
 
 
 def imported(root: Path) -> set[tuple[str, str]]:
-    """(entry, entry) of every import between two of them, anywhere in a file."""
+    """(importing, imported) entry of every import between two entries, anywhere in a file."""
     pairs = set()
     for path in sources(root, "dpo_cli"):
         here = room(path.relative_to(root).with_suffix("").parts)
@@ -59,12 +59,12 @@ def functions(paths: Iterable[Path]) -> list[int]:
 
 
 def knowing_a_stage(root: Path) -> list[Path]:
-    """Files that check which stage runs, or contain a table by stage, outside the stage's own."""
-    own = {root / "dpo_cli" / folder for folder in ("stages", "config/stages")}
+    """Files outside the stages' folders that check which stage runs, or have a table by stage."""
+    excluded = {root / "dpo_cli" / folder for folder in ("stages", "config/stages")}
     return [
         path
         for path in sources(root, "dpo_cli")
-        if not own & set(path.parents)
+        if not excluded & set(path.parents)
         and any(map(STAGE_NAMED.search, path.read_text(encoding="utf-8").splitlines()))
     ]
 

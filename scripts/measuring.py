@@ -15,10 +15,10 @@ from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.read import prepare
 from dpo_cli.model.sampling.generate import Completion, SamplingOptions, sample
 from dpo_cli.records import EncodedExample
-from scripts.common import synchronise
+from scripts.common import synchronize
 
-NEVER = -1  # no token is EOS, so that every row is as long
-WHOLE = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # the distribution
+NEVER = -1  # EOS id that no token has, so that all completions have maximum length
+WHOLE = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # no truncation
 GREEDY = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
 Prompts = Sequence[np.ndarray]
 
@@ -32,17 +32,17 @@ def compose(words: Sequence[str]) -> RunConfig:
 def best_seconds(
     device: str, work: Callable[[], object], times: int = 10, groups: int = 5
 ) -> float:
-    """Seconds per call of the fastest of several groups of calls."""
+    """Seconds per call, in the fastest of several groups of calls."""
     for _ in range(min(3, times)):
         work()
     values = []
     for _ in range(groups):
-        synchronise(device)
-        began = time.perf_counter()
+        synchronize(device)
+        start = time.perf_counter()
         for _ in range(times):
             work()
-        synchronise(device)
-        values.append((time.perf_counter() - began) / times)
+        synchronize(device)
+        values.append((time.perf_counter() - start) / times)
     return min(values)
 
 
@@ -58,7 +58,7 @@ def random_examples(lengths: Sequence[tuple[int, int, int]], vocab: int) -> list
 
 
 def sampled(model: Any, prompts: Prompts, samples: int, new: int, **how: Any) -> list[Completion]:
-    """`samples` completions of `new` tokens each, as stage=sample draws them."""
+    """`samples` completions of `new` tokens per prompt, sampled as in stage=sample."""
     options = SamplingOptions(completions=samples, max_new_tokens=new,
                               batch_size=samples * len(prompts), **how)  # fmt: skip
     values = [c for row in sample(model, prompts, options, NEVER, 0) for c in row]

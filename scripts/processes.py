@@ -1,4 +1,4 @@
-"""Start a process and end it with everything that it has started."""
+"""Start a process, and end it together with all its descendants."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-MARK = "DPO_RUN_MARKS"  # in the environment: of a process, of those that started it
+MARK = "DPO_RUN_MARKS"  # environment variable: the marks of a process and of its ancestors
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class Process:
             )  # fmt: skip
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """The exit code, None if it had to be killed. All processes it started have ended."""
+        """The exit code, None if it had to be killed. Ends all processes it started."""
         try:
             return self.popen.wait(None if seconds is None else max(0.1, seconds))
         except subprocess.TimeoutExpired:
@@ -45,13 +45,13 @@ class Process:
             self.end()
 
     def end(self) -> None:
-        """SIGKILL to the process and everything with its mark, including workers in other groups or
-        sessions."""
+        """Send SIGKILL to the process and all processes with its mark, including workers in other
+        groups or sessions."""
         if self.popen.poll() is None:
             os.killpg(self.popen.pid, signal.SIGKILL)
         deadline = time.monotonic() + 10
-        while (left := marked(self.mark)) and time.monotonic() < deadline:
-            for pid in left:
+        while (pids := marked(self.mark)) and time.monotonic() < deadline:
+            for pid in pids:
                 with suppress(ProcessLookupError):  # it has ended meanwhile
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.05)
@@ -62,12 +62,12 @@ class Process:
 
     @property
     def seconds(self) -> float:
-        """Its run time, without the time to end processes it left behind."""
+        """Its run time, without the time to end its remaining processes."""
         return (self.ended or time.monotonic()) - self.began
 
 
 def marked(mark: str) -> list[int]:
-    """Living processes with this mark in their environment; none without /proc."""
+    """Running processes with this mark in their environment; none without /proc."""
     results = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.common import resident_mb, synchronise, versions, write_whole
+from scripts.common import resident_mb, synchronize, versions, write_atomic
 
 # What both sides log, by our names.
 COMPARED = ("loss", "logps/chosen", "logps/rejected")
@@ -86,18 +86,18 @@ class Window:
             if name in values:
                 self.figures.setdefault(name, []).append(float(values[name]))
         if number == 1:
-            synchronise(self.job.device)
+            synchronize(self.job.device)
             self.startup_seconds = time.time() - self.began
         if number > self.job.warmup:
             self.flops += (
                 values.get("tflops_per_second", 0.0) * values.get("step_seconds", 0.0) * 1e12
             )
         if number == self.job.warmup:
-            synchronise(self.job.device)
+            synchronize(self.job.device)
             self._started = (time.perf_counter(), own_cpu_seconds(), busy_cpu_seconds())
         if number != self.job.total_steps:
             return False
-        synchronise(self.job.device)
+        synchronize(self.job.device)
         started, own, busy = self._started
         self.seconds = time.perf_counter() - started
         others = busy_cpu_seconds() - busy - (own_cpu_seconds() - own)
@@ -171,4 +171,4 @@ def work(measure: Callable[[Job], dict[str, Any]]) -> None:
     torch.set_num_threads(job.threads)
     result = measure(job)
     if os.environ.get("RANK", "0") == "0":
-        write_whole(Path(sys.argv[2]), json.dumps(result))
+        write_atomic(Path(sys.argv[2]), json.dumps(result))

@@ -1,4 +1,4 @@
-"""Cases beyond a single run: recipes, sweeps, caches, checkpoints of another layout."""
+"""Cases other than single runs: recipes, sweeps, caches, checkpoints of another layout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def three_steps(lab: Lab) -> tuple[str, ...]:
 
 
 def recipe_of(lab: Lab, name: str) -> Path:
-    """SFT, then DPO on its result, in tiny steps; a variable changes one setting of each step."""
+    """A recipe of SFT and DPO on its result, both tiny, with one variable per step."""
     common, over = (", ".join(f"'{word}'" for word in (*words, "train.save_every_steps=2"))
                     for words in (TINY, OVER))  # fmt: skip
     path = lab.folder / f"{name}.yaml"
@@ -74,7 +74,7 @@ def killed_recipe(lab: Lab) -> str:
     lab.dpo(*words, what="the last start")
     for step in STEPS:
         check(same_final(run / step, truth / step), f"step {step}: final weights differ")
-    check(len(places) >= 3, f"only {len(places)} kills came before the end")
+    check(len(places) >= 3, f"only {len(places)} kills before the end")
     return f"{len(places)} kills (last saves: {', '.join(places)}), both steps' sha256 identical"
 
 
@@ -100,7 +100,7 @@ def other_recipe(lab: Lab) -> str:
     before = set(run.rglob("*"))
     done = lab.dpo(words_of(lab, "other"), f"run_dir={run}", code=2)
     done.must(2, "", "belongs to recipe pair")
-    check(before == set(run.rglob("*")), "files came or went")
+    check(before == set(run.rglob("*")), "files were created or removed")
     return f"exit 2: `{done.last}`"
 
 
@@ -110,10 +110,10 @@ def changed_inputs(lab: Lab) -> str:
     done = lab.dpo(words_of(lab), f"run_dir={run}", "vars.beta=0.3")
     lines = [line for line in done.output.splitlines() if line.startswith("[")]
     again = "dpo: run (again, now stage.beta=0.3" in lines[-1]
-    check("sft: skip" in lines[0] and again, f"told: {lines}")
+    check("sft: skip" in lines[0] and again, f"printed: {lines}")
     differs = final_digest(run / "02-dpo") != final_digest(finished_recipe(lab) / "02-dpo")
     check(differs, "the step was not trained again")
-    return f"`{lines[-1]}`; the step before it is unchanged"
+    return f"`{lines[-1]}`; the previous step is unchanged"
 
 
 def torn_caches(lab: Lab) -> str:
@@ -146,4 +146,4 @@ def older_layout(lab: Lab) -> str:
     state = json.loads((newest / "state.json").read_text())
     replace_json(newest, "state.json", {**state, "layout": 0})
     lab.forked(f"resume={run}", code=5, output=["layout 0", "model.path="])
-    return "exit 5, names both layouts and the two ways on"
+    return "exit 5, names both layouts and two remedies"

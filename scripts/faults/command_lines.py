@@ -1,7 +1,7 @@
-"""Random command lines: keys that exist or nearly do, with values that fit or are absurd.
+"""Random command lines: valid or misspelled keys with valid or absurd values.
 
-Each ends with a documented exit code, in lines without a traceback, in a few seconds, and leaves no
-file: all are dry runs, in forks of a process that has the imports behind it.
+Each must end within seconds, with a documented exit code, without a traceback, and leave no file:
+all are dry runs, in forks of a process that has done the imports.
 """
 
 from __future__ import annotations
@@ -45,88 +45,88 @@ WORDS = [
 
 
 def command_lines(seed: int, count: int) -> list[list[str]]:
-    """The same lines for the same seed and keys."""
+    """Random command lines, reproducible by seed."""
     from dpo_cli.config.hints import TABLES, groups, option_schema
     from dpo_cli.config.keys import facts
 
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     options = {group: sorted(TABLES.get(group, {})) for group in groups()}
     options = {group: names for group, names in options.items() if names}
     keys = {group: {name: list(facts(option_schema(group, name)())) for name in names}
             for group, names in options.items()}  # fmt: skip
-    return [_line(draw, options, keys) for _ in range(count)]
+    return [_line(rng, options, keys) for _ in range(count)]
 
 
-def _line(draw: random.Random, options: dict, keys: dict) -> list[str]:
+def _line(rng: random.Random, options: dict, keys: dict) -> list[str]:
     words, chosen = [], {}
-    for group in draw.sample(sorted(options), draw.randint(0, 3)):
-        chosen[group] = draw.choice(options[group])
-        words.append(f"{group}={chosen[group] if draw.random() < 0.9 else draw.choice(ABSURD)}")
-    for _ in range(draw.randint(1, 4)):
-        if draw.random() < 0.15:
-            words.append(draw.choice(WORDS))
+    for group in rng.sample(sorted(options), rng.randint(0, 3)):
+        chosen[group] = rng.choice(options[group])
+        words.append(f"{group}={chosen[group] if rng.random() < 0.9 else rng.choice(ABSURD)}")
+    for _ in range(rng.randint(1, 4)):
+        if rng.random() < 0.15:
+            words.append(rng.choice(WORDS))
             continue
-        group = draw.choice(sorted(options))
-        name, value, fact = draw.choice(keys[group][chosen.get(group, options[group][0])])
-        key = _misspelled(draw, f"{group}.{name}") if draw.random() < 0.1 else f"{group}.{name}"
-        words.append(f"{draw.choice(['', '', '', '+', '++'])}{key}={_value(draw, value, fact)}")
-    draw.shuffle(words)
+        group = rng.choice(sorted(options))
+        name, value, fact = rng.choice(keys[group][chosen.get(group, options[group][0])])
+        key = _misspelled(rng, f"{group}.{name}") if rng.random() < 0.1 else f"{group}.{name}"
+        words.append(f"{rng.choice(['', '', '', '+', '++'])}{key}={_value(rng, value, fact)}")
+    rng.shuffle(words)
     return words
 
 
-def _misspelled(draw: random.Random, key: str) -> str:
-    place = draw.randrange(len(key))
-    return key[:place] + draw.choice(["", "x", ".", "_"]) + key[place + 1 :]
+def _misspelled(rng: random.Random, key: str) -> str:
+    index = rng.randrange(len(key))
+    return key[:index] + rng.choice(["", "x", ".", "_"]) + key[index + 1 :]
 
 
-def _value(draw: random.Random, value: object, fact: object) -> str:
-    kind = draw.random()
+def _value(rng: random.Random, value: object, fact: object) -> str:
+    kind = rng.random()
     if kind < 0.35 and getattr(fact, "choices", ()):
-        return draw.choice(fact.choices)  # type: ignore[attr-defined]
+        return rng.choice(fact.choices)  # type: ignore[attr-defined]
     if kind < 0.5:
         return "null" if value is None else str(value).replace(" ", "")
     if kind < 0.6 and isinstance(value, (int, float)):
-        return str(value * draw.choice([2, -1, 10**6, 1e-9]))
-    return draw.choice(ABSURD)
+        return str(value * rng.choice([2, -1, 10**6, 1e-9]))
+    return rng.choice(ABSURD)
 
 
 def random_command_lines(lab: Lab) -> str:
-    """As the row of the table: what was seen, or Failed with the line that did it."""
+    """Case B29; raises Failed with the offending command line."""
     lab.preload()
     count = int(os.environ.get("DPO_RUN_FUZZ_LINES", LINES))
     codes: Counter[int] = Counter()
     slowest = 0.0
     before = _files(lab.folder)
     for words in command_lines(lab.seed, count):
-        began = _cpu_seconds()
+        start = _cpu_seconds()
         try:
             done = lab._fork(
                 [*_few_reviews(words), *words, "hardware=cpu", "dry_run=true"], None, 300
             )
-        except ValueError:  # a NUL, which no process can be given
+        except ValueError:  # a NUL, which process arguments cannot contain
             continue
         codes[done.code] += 1
-        seconds = _cpu_seconds() - began
+        seconds = _cpu_seconds() - start
         slowest = max(slowest, seconds)
         left = _files(lab.folder) - before
-        what = next((what for what, seen in (
-            ("a traceback", "Traceback" in done.output), ("a slow one", seconds > SECONDS),
+        problem = next((problem for problem, seen in (
+            ("a traceback", "Traceback" in done.output), ("too slow", seconds > SECONDS),
             ("an undocumented exit code", done.code not in CODES), (f"files {left}", left),
         ) if seen), None)  # fmt: skip
-        if what is not None:
-            raise Failed(f"{what}: {words!r}: exit {done.code}, {done.last}")
-    told = ", ".join(f"{code}: {times}" for code, times in sorted(codes.items()))
-    return f"{sum(codes.values()):,} lines, by exit code {told}; the slowest {slowest:.1f} s"
+        if problem is not None:
+            raise Failed(f"{problem}: {words!r}: exit {done.code}, {done.last}")
+    counts = ", ".join(f"{code}: {times}" for code, times in sorted(codes.items()))
+    return f"{sum(codes.values()):,} lines, by exit code {counts}; the slowest {slowest:.1f} s"
 
 
 def _few_reviews(words: list[str]) -> list[str]:
-    """Keys before the others: a plan of the default data would generate 4,000 reviews."""
+    """Overrides to put first: a plan of the default data would generate 4,000 reviews."""
     chosen = [word.partition("=")[2] for word in words if word.startswith("data=")]
     return ["data.rows=40", "data.eval_rows=8"] if chosen in ([], ["sentiment"]) else []
 
 
 def _cpu_seconds() -> float:
-    """Of all children so far: what else the machine does is not counted."""
+    """CPU time of all children so far, which other load on the machine does not change."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -1,4 +1,4 @@
-"""Cases fully covered by committed tests, which are run in one go and counted."""
+"""Cases that committed tests cover, which are run once and counted."""
 
 from __future__ import annotations
 

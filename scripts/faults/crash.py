@@ -2,8 +2,8 @@
 command in one folder.
 
 Python reports each `open`, `mkdir`, `rename`, `remove` and `rmdir` to an audit hook before
-executing it; `fsync` is wrapped. Operations of other threads are ignored: a save has a thread of
-its own. Installed in the process that is to fail, see `Lab.forked`.
+executing it; `fsync` is wrapped. Operations of other threads are ignored: a save runs in its own
+thread. Installed in the process under test, see `Lab.forked`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Any
 WATCHED = {"os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "unlink", "os.rmdir": "rmdir",
            "os.link": "link", "os.truncate": "truncate"}  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-SCOPES = {"save": "publish", "prune": "prune", "final": "save_final"}  # of saving, checkpoint
+SCOPES = {"save": "publish", "prune": "prune", "final": "save_final"}  # functions to watch
 
-Operation = tuple[str, str]  # what is about to be done, and to which path
+Operation = tuple[str, str]  # kind and path of an operation that is about to run
 Fault = Callable[[Operation, list[Operation]], None]
 
 
@@ -44,7 +44,7 @@ class Watch:
         self.done: list[Operation] = []
 
     def install(self) -> None:
-        sys.addaudithook(self._hear)
+        sys.addaudithook(self._on_event)
         real_sync = os.fsync
 
         def fsync(handle: int) -> None:
@@ -58,22 +58,22 @@ class Watch:
     def _wrap_scope(self) -> None:
         from dpo_cli.train import checkpoint, saving
 
-        place: Any = saving if self.scope == "save" else checkpoint
+        module: Any = saving if self.scope == "save" else checkpoint
         name = SCOPES[self.scope]
-        real = getattr(place, name)
+        real = getattr(module, name)
 
-        def watched(*args: Any, **named: Any) -> Any:
+        def watched(*args: Any, **options: Any) -> Any:
             self.calls += 1
             self.inside = self.calls == self.call
             self.thread = threading.get_ident()
             try:
-                return real(*args, **named)
+                return real(*args, **options)
             finally:
                 self.inside = False
 
-        setattr(place, name, watched)
+        setattr(module, name, watched)
 
-    def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+    def _on_event(self, event: str, args: tuple[Any, ...]) -> None:
         if not self._is_watched():
             return
         if event == "open" and isinstance(args[0], (str, bytes)) and args[2] & WRITING:
@@ -88,7 +88,7 @@ class Watch:
         if not (self._is_watched() and path.startswith(self.under)):
             return
         operation = (kind, path)
-        self.inside = False  # what the fault itself does is none
+        self.inside = False  # operations of the fault itself do not count
         try:
             self.fault(operation, self.done)
         finally:
@@ -115,7 +115,7 @@ def recorder(target: Path) -> Fault:
 
 
 def killer(at: int, half: bool = False) -> Fault:
-    """kill -9 before operation `at`; half: with the last written file cut to half its length."""
+    """kill -9 before operation `at`; half: with the last written file truncated to half."""
 
     def kill(operation: Operation, earlier: list[Operation]) -> None:
         if len(earlier) != at:

@@ -35,8 +35,8 @@ HARMS: dict[str, Harm] = {"missing": Path.unlink, "truncated": truncate, "zeroed
 
 
 def falls_back(lab: Lab, harms: Iterable[tuple[str, str, Harm]]) -> str:
-    """Apply each kind of damage to the newest checkpoint: an earlier one must be used, reported,
-    and lead to the same result."""
+    """Apply each kind of damage to the newest checkpoint: the earlier one must be used, with a
+    report, and lead to the same result."""
     bad, count = [], 0
     for what, name, harm in harms:
         run = lab.cut(lab.saves(), "damaged")
@@ -46,7 +46,7 @@ def falls_back(lab: Lab, harms: Iterable[tuple[str, str, Harm]]) -> str:
         output = f"checkpoint not used: step-3: {of}" in done.output
         after = "resuming after step 2" in done.output
         if done.code or not output or not after or not same_final(run, lab.saves()):
-            bad.append(f"{name} {what}: exit {done.code}, told: {output}, step 2: {after}")
+            bad.append(f"{name} {what}: exit {done.code}, reported: {output}, step 2: {after}")
     check(count and not bad, f"{len(bad)} of {count}: {'; '.join(bad[:3])}")
     return (
         f"{count}/{count} fell back to step 2, reported which file and why, final sha256 identical"
@@ -78,7 +78,7 @@ def leftovers(lab: Lab) -> str:
     lab.resumes(run, lab.saves(), after=2)
     left = sorted(path.name for path in folder.iterdir())
     check(left == ["step-2", "step-3"], f"left in checkpoints/: {left}")
-    return "empty step-9 and a half-made .tmp-step-3: ignored, then removed; final identical"
+    return "empty step-9 and an incomplete .tmp-step-3: ignored, then removed; final identical"
 
 
 def prune_with_skewed_times(lab: Lab) -> str:
@@ -113,7 +113,7 @@ def disk_full(lab: Lab) -> str:
         disk.mkdir()
         for stale in lab.folder.glob("disk-out*"):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        # a tmpfs counts pages of 4 KiB; the other files of the run take some as well
+        # a tmpfs allocates pages of 4 KiB; the run's other files need some, too
         env = {"SIZE": str((int(share * one / 4096) + 12) * 4096), "DISK": str(disk),
                "OUT": str(out), "PYTHON": sys.executable}  # fmt: skip
         words = [*LONG, "train.keep_checkpoints=5", f"run_dir={disk / 'run'}"]
@@ -124,20 +124,20 @@ def disk_full(lab: Lab) -> str:
         check(done.returncode != 99 and out.with_suffix(".codes").exists(),
               f"no small disk could be mounted: {done.stderr.strip()}")  # fmt: skip
         code, *remaining = out.with_suffix(".codes").read_text().split()
-        said = out.with_suffix(".1").read_text()
-        check(code == "74", f"{share} checkpoints: exit {code}: {said.strip()[-160:]}")
-        check("No space left" in said and "MB free" in said, f"told: {said.strip()[-160:]}")
+        text = out.with_suffix(".1").read_text()
+        check(code == "74", f"{share} checkpoints: exit {code}: {text.strip()[-160:]}")
+        check("No space left" in text and "MB free" in text, f"printed: {text.strip()[-160:]}")
         resume_code = out.with_suffix(".resumed").read_text().strip()
         check(resume_code == "0", f"resume with room: exit {resume_code}")
         resumed = lab.fresh("from-disk")
         shutil.copytree(out.with_suffix(".final"), resumed / "final")
         check(same_final(resumed, truth), "final weights differ")
-        output.append(f"{share}: exit 74 beside {len(remaining)} whole")
+        output.append(f"{share}: exit 74 with {len(remaining)} complete")
     return f"tmpfs of {'; '.join(output)}; resumed with room: 3/3, final sha256 identical"
 
 
 def disk_full_at_the_end(lab: Lab) -> str:
-    """Case 11: a finished run is published again, with the disk full from each operation on."""
+    """Case 11: publish a finished run again, with a full disk from each operation on."""
     from dpo_cli.durable import damage
 
     run, results = lab.copy(lab.saves(), "finished"), lab.folder / "operations.json"
@@ -148,9 +148,9 @@ def disk_full_at_the_end(lab: Lab) -> str:
         fault = Watch(full_disk(at), "final", call=1)
         codes.append(lab.forked(f"resume={run}", fault=fault.install, code=None).code)
         if not (run / "final").is_dir() or final_digest(run) != good or damage(run / "final"):
-            bad.append(f"full from operation {at}: final/ is not whole (exit {codes[-1]})")
+            bad.append(f"full from operation {at}: final/ is incomplete (exit {codes[-1]})")
     check(not bad, f"{len(bad)} of {count}: {'; '.join(bad[:3])}")
     check(set(codes) <= {0, 74} and codes[0] == 74, f"exit codes {sorted(set(codes))}")
     left = [path.name for path in run.iterdir() if path.name.startswith((".tmp", ".old"))]
     check(not left, f"left behind: {left}")
-    return f"full from each of {count} operations on: exit 74 {codes.count(74)} times, final/ whole"
+    return f"full from each of {count} operations on: exit 74 {codes.count(74)} times, final/ valid"

@@ -1,5 +1,5 @@
-"""Cases of folders that strangers made: they may neither run code nor hang a command, which ends
-in one line with exit code 2."""
+"""Cases of untrusted folders, which must neither run code nor hang a command: it ends in one line
+with exit code 2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from scripts.faults.lab import OVER, SFT, Lab, check
 
 MODULES = ("yaml", "json", "torch", "hydra", "resource")
-SECONDS = 60  # of a refused start, which takes two where nothing else runs
+SECONDS = 60  # limit of a failed start, which takes two on an idle machine
 LOOP = "(.*)*(.*)*(.*)*(.*)*(.*)*z"
 CONFIGS: dict[str, Any] = {
     "hidden size -4": {"n_embd": -4},
@@ -26,7 +26,7 @@ CONFIGS: dict[str, Any] = {
     "a list": [1],
 }
 ADAPTERS: dict[str, Any] = {
-    "an expression without end": {"target_modules": LOOP},
+    "an expression that does not terminate": {"target_modules": LOOP},
     "ranks by one": {"rank_pattern": {LOOP: 2}},
     "numbers for names": {"target_modules": [1, 2]},
     "rank 10^9": {"r": 10**9},
@@ -42,22 +42,22 @@ TEMPLATES = {
 
 
 def current_folder(lab: Lab) -> str:
-    """Case B11: modules with the names of libraries where a sweep and ranks are started."""
-    marks = [lab.folder / f"{name}.py" for name in MODULES]
+    """Case B11: modules with the names of libraries in the folder where a sweep and ranks start."""
+    modules = [lab.folder / f"{name}.py" for name in MODULES]
     ran = lab.fresh("ran")
     try:
-        for path in marks:
+        for path in modules:
             path.write_text(f"open({str(ran)!r}, 'w'); raise SystemExit(99)\n")
-        program = ("-P", "-m", "dpo_cli")  # as the command itself is started
+        program = ("-P", "-m", "dpo_cli")  # as in the installed command
         words = (*SFT, "train.max_steps=1", "seed=0,1", f"hydra.sweep.dir={lab.fresh('sweep')}")
         lab.wait(lab.python(*program, "-m", *words)).must(0, "sweep")
         words = (*SFT, "train.max_steps=1", "hardware.devices=2", f"run_dir={lab.fresh('two')}")
         lab.wait(lab.python(*program, *words)).must(0, "ranks")
         check(not ran.exists(), "code of the current folder ran")
     finally:
-        for path in marks:
+        for path in modules:
             path.unlink(missing_ok=True)
-    return f"a sweep of 2 jobs and a run of 2 ranks beside {len(marks)} such modules: none ran"
+    return f"a sweep of 2 jobs and a run of 2 ranks next to {len(modules)} such modules: none ran"
 
 
 def model_folder(lab: Lab) -> str:
@@ -102,11 +102,11 @@ def chat_template(lab: Lab) -> str:
 
 
 def _changed(lab: Lab, file: str, changes: Any, source: Path | None = None) -> Path:
-    """A copy of a model's folder with other values in a file of it."""
+    """A copy of a model's folder with changed values in one file."""
     folder = lab.copy(source or lab.base() / "final", "hostile")
     path = folder / file
-    whole = json.loads(path.read_text())
-    _write(path, {**whole, **changes} if isinstance(changes, Mapping) else changes)
+    original = json.loads(path.read_text())
+    _write(path, {**original, **changes} if isinstance(changes, Mapping) else changes)
     return folder
 
 
@@ -115,9 +115,9 @@ def _write(path: Path, value: Any) -> None:
 
 
 def _refused(lab: Lab, name: str, words: list[str]) -> None:
-    began = time.monotonic()
+    start = time.monotonic()
     run = [] if "dry_run=true" in words else [f"run_dir={lab.fresh('refused')}"]
     done = lab.forked(*words, *run, code=2, what=name)
     lines = [line for line in done.output.splitlines() if line.strip()]
     check(len(lines) == 1 and lines[0].startswith("error: "), f"{name}: printed {lines[:3]}")
-    check(time.monotonic() - began < SECONDS, f"{name}: took {time.monotonic() - began:.0f} s")
+    check(time.monotonic() - start < SECONDS, f"{name}: took {time.monotonic() - start:.0f} s")

@@ -1,4 +1,4 @@
-"""Kills before every operation on the files of whole commands, each of which must go on."""
+"""Kills before every file operation of complete commands, which must then continue."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from scripts.faults.lab import (
 
 LEFTOVERS = (".tmp-", ".old-")
 QUICK = ("stage.max_new_tokens=4", "stage.batch_size=16")
-Same = Callable[[Path, Path], bool]  # whether a folder has the results of an uninterrupted one
+Same = Callable[[Path, Path], bool]  # whether a folder has the results of an uninterrupted run
 
 
 def operations(lab: Lab, words: Sequence[str], run: Path, under: Path) -> list[Operation]:
-    """What a command does to the files of a folder, in its main thread, in order."""
-    found = lab.folder / "operations.json"
-    found.unlink(missing_ok=True)
-    lab.forked(*words, f"run_dir={run}", fault=watch(recorder(found), under).install)
-    return [tuple(entry) for entry in json.loads(found.read_text())]
+    """The file operations of a command in a folder, in its main thread, in order."""
+    recorded = lab.folder / "operations.json"
+    recorded.unlink(missing_ok=True)
+    lab.forked(*words, f"run_dir={run}", fault=watch(recorder(recorded), under).install)
+    return [tuple(entry) for entry in json.loads(recorded.read_text())]
 
 
 def watch(fault: Callable[[Operation, list[Operation]], None], under: Path) -> Watch:
     return Watch(fault, "command", under=under)
 
 
-def goes_on(lab: Lab, run: Path, words: Sequence[str]) -> Done:
-    """`resume=<folder>`, or the same command again: one of them must work."""
+def continued(lab: Lab, run: Path, words: Sequence[str]) -> Done:
+    """`resume=<folder>`, or else the same command again: one of them must succeed."""
     done = lab.forked(f"resume={run}", code=None)
     return done if done.code == 0 else lab.forked(*words, f"run_dir={run}", code=None)
 
@@ -50,10 +50,10 @@ def leftovers(folder: Path) -> list[str]:
 def killed_everywhere(
     lab: Lab, words: Sequence[str], same: Same, until: Callable[[Operation], bool] | None = None
 ) -> str:
-    """How many operations of a command it was killed before; Failed where it did not go on, ended
-    with other results, or left something half-written.
+    """Kill a command before each of its operations; returns their number. Failed if it did not
+    continue, ended with other results, or left an incomplete file.
 
-    until: of the operation at which to stop; default: the last.
+    until: whether to stop at an operation; default: never.
     """
     truth, run = lab.fresh("undisturbed"), lab.fresh("killed")
     lab.forked(*words, f"run_dir={truth}")
@@ -65,7 +65,7 @@ def killed_everywhere(
         fault = watch(killer(at), run)
         what = f"{ops[at][0]} {Path(ops[at][1]).name}"
         lab.forked(*words, f"run_dir={run}", fault=fault.install, code=-9, what=what)
-        done = goes_on(lab, run, words)
+        done = continued(lab, run, words)
         if done.code or not same(run, truth):
             bad.append(f"{what}: exit {done.code}, {done.last}")
         elif left := leftovers(run):
@@ -79,26 +79,26 @@ def start_and_end(lab: Lab) -> str:
     count = killed_everywhere(lab, SAVES, same_final, until=lambda op: "checkpoints" in op[1])
     return (
         f"killed before each of {count} operations up to the first checkpoint, and of "
-        f"{killed_at_the_end(lab)} from the final model on: went on each time, final sha256 "
-        "identical, nothing left"
+        f"{killed_at_the_end(lab)} from the final model on: each continued, final sha256 "
+        "identical, nothing left over"
     )
 
 
 def killed_at_the_end(lab: Lab) -> int:
-    """The final model, figures, curves, card and report of a run that has its last checkpoint."""
+    """Kills while a run with its last checkpoint writes final model, metrics, plots and report."""
     words = (*(w for w in SAVES if not w.startswith("logger.")), "logger.progress=plain")
     truth, run = lab.uninterrupted("ends", *words), lab.folder / "killed"
-    found, bad = lab.folder / "operations.json", []
+    recorded, bad = lab.folder / "operations.json", []
     resumed = lab.cut(truth, "killed")
-    lab.forked(f"resume={resumed}", fault=watch(recorder(found), run).install)
-    ops = [tuple(entry) for entry in json.loads(found.read_text())]
+    lab.forked(f"resume={resumed}", fault=watch(recorder(recorded), run).install)
+    ops = [tuple(entry) for entry in json.loads(recorded.read_text())]
     for at, (kind, path) in enumerate(ops):
         lab.cut(truth, "killed")
         fault = watch(killer(at), run)
         lab.forked(f"resume={run}", fault=fault.install, code=-9, what=f"{kind} {path}")
         done = lab.forked(f"resume={run}", code=None)
-        whole = (run / "summary.json").is_file() and (run / "report.html").is_file()
-        if done.code or not whole or not same_final(run, truth) or leftovers(run):
+        complete = (run / "summary.json").is_file() and (run / "report.html").is_file()
+        if done.code or not complete or not same_final(run, truth) or leftovers(run):
             bad.append(f"{kind} {Path(path).name}: exit {done.code}, left {leftovers(run)}")
     check(ops and not bad, f"{len(bad)} of {len(ops)}: {'; '.join(bad[:3])}")
     return len(ops)
@@ -117,23 +117,23 @@ def other_stages(lab: Lab) -> str:
                      same_files("points.jsonl", "samples.jsonl")),
         "export": ((base, "stage=export"), same_final),
     }  # fmt: skip
-    told = []
+    counts = []
     for name, (words, same) in commands.items():
         try:
-            told.append(f"{name} {killed_everywhere(lab, (*UNTRAINED, *words), same)}")
+            counts.append(f"{name} {killed_everywhere(lab, (*UNTRAINED, *words), same)}")
         except Failed as failed:
             raise Failed(f"{name}: {failed}") from None
-    return f"killed before each operation: {', '.join(told)}; went on each time, results identical"
+    return f"killed before each operation: {', '.join(counts)}; each continued, results identical"
 
 
 def same_files(*names: str) -> Same:
-    """Those of the files that the uninterrupted run has, byte for byte."""
+    """Compares those of the files that the uninterrupted run has, byte by byte."""
 
     def same(run: Path, truth: Path) -> bool:
-        found = [name for name in names if (truth / name).is_file()]
-        return bool(found) and all(
+        expected = [name for name in names if (truth / name).is_file()]
+        return bool(expected) and all(
             (run / name).is_file() and (run / name).read_bytes() == (truth / name).read_bytes()
-            for name in found
+            for name in expected
         )
 
     return same
@@ -152,11 +152,11 @@ def caches(lab: Lab) -> str:
     cache, truth = lab.fresh("own-cache"), lab.fresh("uncached")
     words = (*words, f"cache_dir={cache}")
     lab.forked(*words, f"run_dir={truth}")
-    found, bad = lab.folder / "operations.json", []
+    recorded, bad = lab.folder / "operations.json", []
     shutil.rmtree(cache)
     run = lab.fresh("caching")
-    lab.forked(*words, f"run_dir={run}", fault=watch(recorder(found), cache).install)
-    ops = [tuple(entry) for entry in json.loads(found.read_text())]
+    lab.forked(*words, f"run_dir={run}", fault=watch(recorder(recorded), cache).install)
+    ops = [tuple(entry) for entry in json.loads(recorded.read_text())]
     for at, (kind, path) in enumerate(ops):
         shutil.rmtree(cache, ignore_errors=True)
         fault = watch(killer(at), cache)
@@ -165,4 +165,4 @@ def caches(lab: Lab) -> str:
         if done.code or final_digest(run) != final_digest(truth) or leftovers(cache):
             bad.append(f"{kind} {Path(path).name}: exit {done.code}, left {leftovers(cache)}")
     check(ops and not bad, f"{len(bad)} of {len(ops)}: {'; '.join(bad[:3])}")
-    return f"killed before each of {len(ops)} operations: computed again, identical, nothing left"
+    return f"killed before each of {len(ops)} operations: recomputed, identical, nothing left over"

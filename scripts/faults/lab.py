@@ -1,7 +1,7 @@
-"""Where faults are injected: small runs in separate processes, and what they leave.
+"""The environment of fault injection: small runs in separate processes, and their folders.
 
 `Lab.dpo` starts a new `python -m dpo_cli`. `Lab.forked` runs the same command in a fork of this
-process, which has imported torch and can install a fault first; a fork dies of SIGKILL like any
+process, which has imported torch and can install a fault first; SIGKILL ends a fork like any
 process.
 """
 
@@ -41,7 +41,7 @@ PPO = (
     "stage.target_kl=0.5", "stage.kl_horizon=64",
 )  # fmt: skip
 PRELOADED = ("dpo_cli", "torch", "transformers", "safetensors", "hydra", "omegaconf", "tokenizers")
-Fault = Callable[[], object]  # installs it, in the process that is to fail
+Fault = Callable[[], object]  # installs it, in the process under test
 
 
 class Failed(Exception):
@@ -55,7 +55,7 @@ def check(ok: object, seen: str) -> None:
 
 @dataclass(frozen=True)
 class Done:
-    """How a process ended: exit code (-N: by signal N), its whole output, wall time."""
+    """How a process ended: exit code (-N: by signal N), its complete output, wall time."""
 
     code: int
     output: str
@@ -68,8 +68,8 @@ class Done:
         return next((line for line in lines if line.startswith("error:")), lines[-1])[:160]
 
     def must(self, code: int | None, what: str = "", *output: str) -> Done:
-        """Returns itself; raises Failed for another exit code (None: any), or if `output` was not
-        printed."""
+        """Returns itself; raises Failed for another exit code (None: any is accepted), or if
+        `output` was not printed."""
         name = f"{what}: " if what else ""
         check(code in (None, self.code), f"{name}exit {self.code}: {self.last}")
         for text in output:
@@ -79,14 +79,14 @@ class Done:
 
 @dataclass
 class Lab:
-    """folder: of all its files. kills: per loop. made: runs from which others start."""
+    """folder: of all its files. kills: per loop. shared: name -> run that cases start from."""
 
     folder: Path
     kills: int = 20
     seed: int = 0
     selected: list[str] = field(default_factory=list)  # numbers of the cases to run
     outcomes: dict[str, str] = field(default_factory=dict)  # of tests, see covered.py
-    made: dict[str, Path] = field(default_factory=dict)
+    shared: dict[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,8 +107,7 @@ class Lab:
     # ------------------------------------------------------------ processes
 
     def start(self, *words: str) -> Process:
-        """`python -m dpo_cli <words>`, in a session of its own, so that its children can be killed
-        too."""
+        """`python -m dpo_cli <words>`, in its own session, so that its children can be killed."""
         return self.python("-m", "dpo_cli", *words)
 
     def python(self, *words: str) -> Process:
@@ -130,25 +129,25 @@ class Lab:
         self, *words: str, fault: Fault | None = None, code: int | None = 0, what: str = "",
         output: Sequence[str] = (),
     ) -> Done:  # fmt: skip
-        """`dpo-run <words>` in a fork, after `fault()`; the required end as in `Done.must`."""
+        """`dpo-run <words>` in a fork, after `fault()`; other arguments as in `Done.must`."""
         self.preload()
         return self._fork(list(words), fault, 120).must(code, what, *output)
 
     def _fork(self, words: list[str], fault: Fault | None, seconds: float) -> Done:
-        out, began = self.folder / "fork.txt", time.monotonic()
+        out, start = self.folder / "fork.txt", time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
         if (pid := os.fork()) == 0:
             _child(words, fault, out, self.folder)
-        code = _waited(pid, began + seconds)
-        return Done(code, out.read_text(errors="replace"), time.monotonic() - began)
+        code = _waited(pid, start + seconds)
+        return Done(code, out.read_text(errors="replace"), time.monotonic() - start)
 
     def preload(self) -> None:
-        """Import a run's modules here, once, so that forks need not."""
-        if "preload" in self.made:
+        """Import a run's modules once in this process, so that forks do not have to."""
+        if "preload" in self.shared:
             return
         names, run = self.folder / "modules.json", self.fresh("preload")
-        self.made["preload"] = run
+        self.shared["preload"] = run
 
         def list_modules() -> None:
             from dpo_cli import run
@@ -169,11 +168,11 @@ class Lab:
 
     def once(self, name: str, words: Sequence[str], start: Callable[..., Done]) -> Path:
         """The folder of an uninterrupted run, created by `start(*words)` the first time."""
-        if name not in self.made:
+        if name not in self.shared:
             run = self.fresh(f"whole-{name}")
             start(*words, f"run_dir={run}", what=f"{name}, no fault")
-            self.made[name] = run
-        return self.made[name]
+            self.shared[name] = run
+        return self.shared[name]
 
     def uninterrupted(self, name: str, *words: str) -> Path:
         """An uninterrupted run."""
@@ -188,7 +187,7 @@ class Lab:
         return self.uninterrupted("base", *SFT, "train.max_steps=12")
 
     def cut(self, run: Path, name: str, *steps: int) -> Path:
-        """Its copy without the final model and without the checkpoints of these steps."""
+        """A copy of a run without the final model and without the checkpoints of these steps."""
         results = self.copy(run, name)
         shutil.rmtree(results / "final")
         for step in steps:
@@ -196,17 +195,18 @@ class Lab:
         return results
 
     def resumes(self, run: Path, truth: Path, *words: str, what: str = "", after: int = -1) -> Done:
-        """A resume from this step, which must succeed with the final weights of `truth`."""
+        """Resume a run, which must succeed with the final weights of `truth`. after: the step it
+        must resume after; -1: any."""
         output = [f"resuming after step {after} "] if after >= 0 else []
         done = self.forked(f"resume={run}", *words, what=what or "resume", output=output)
         check(same_final(run, truth), f"{what}: final weights differ".removeprefix(": "))
         return done
 
 
-def around(place: Any, name: str, function: Callable[..., Any]) -> None:
-    """Replace `place.name(...)` by `function(real, ...)`, in a process that is to fail."""
-    real = getattr(place, name)
-    setattr(place, name, lambda *args, **named: function(real, *args, **named))
+def around(module: Any, name: str, function: Callable[..., Any]) -> None:
+    """Replace `module.name(...)` by `function(real, ...)`, in the process under test."""
+    real = getattr(module, name)
+    setattr(module, name, lambda *args, **options: function(real, *args, **options))
 
 
 def until(seen: Callable[[], object], child: Process, seconds: float = 180) -> None:
@@ -215,7 +215,7 @@ def until(seen: Callable[[], object], child: Process, seconds: float = 180) -> N
     while not seen() and child.running():
         if time.monotonic() > deadline:
             child.end()
-            raise Failed(f"nothing seen of a start for {seconds:.0f} s")
+            raise Failed(f"the condition did not hold within {seconds:.0f} s")
         time.sleep(0.005)
 
 
@@ -230,7 +230,7 @@ def _waited(pid: int, deadline: float) -> int:
 
 
 def _child(words: list[str], fault: Fault | None, out: Path, cwd: Path) -> NoReturn:
-    """Ends by `os._exit`: exit handlers of the parent, such as removing the lab, must not run."""
+    """Ends by `os._exit`: exit handlers of the parent, which remove the lab, must not run."""
     code = 1
     try:
         handle = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -245,7 +245,7 @@ def _child(words: list[str], fault: Fault | None, out: Path, cwd: Path) -> NoRet
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # noqa: BLE001 - a child must not go on as its parent
+    except BaseException:  # noqa: BLE001 - a child must not continue as its parent
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -253,7 +253,7 @@ def _child(words: list[str], fault: Fault | None, out: Path, cwd: Path) -> NoRet
         os._exit(code)
 
 
-# ---------------------------------------------------------------- what is left of a run
+# ---------------------------------------------------------------- results of a run
 
 
 def checkpoint(run: Path, step: int) -> Path:

@@ -40,17 +40,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def row(case: Case, lab: Lab) -> tuple[str, bool]:
     """A line of the table, and whether the case passed."""
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         seen, passed = case.run(lab), True
     except Failed as failed:
         seen, passed = str(failed), False
-    except Exception as error:  # noqa: BLE001 - a row that breaks is a row that fails
+    except Exception as error:  # noqa: BLE001 - an error in a row fails the row
         seen, passed = f"{type(error).__name__}: {error}", False
-    took = f"{time.monotonic() - began:.0f} s"
+    elapsed = f"{time.monotonic() - start:.0f} s"
     seen = seen.replace(f"{lab.folder}/", "")
     verdict = "pass" if passed else "FAIL"
-    seen = f"{seen} ({took})"
+    seen = f"{seen} ({elapsed})"
     return markdown_row([case.number, case.name, case.required, seen, verdict]), passed
 
 

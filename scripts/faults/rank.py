@@ -1,7 +1,6 @@
 """dpo-run with a failing rank: `python scripts/faults/rank.py launch <raise|hang> <words>`.
 
-The launcher of dpo-run starts this file again as each rank, of which rank 1 raises or hangs in its
-third step.
+The launcher of dpo-run starts this file as each rank; rank 1 raises or hangs in its third step.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dpo_cli.distributed import launch
 HOW = "DPO_RUN_FAULT"
 
 
-def spoil() -> None:
+def inject() -> None:
     from dpo_cli.train import loop
 
     real = loop._train_step
@@ -44,5 +43,5 @@ if __name__ == "__main__":
         launch.rank_command = lambda: [__file__]
         main(sys.argv[3:])
     else:
-        spoil()
+        inject()
         main()

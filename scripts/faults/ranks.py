@@ -54,15 +54,15 @@ def killed_rank(lab: Lab) -> str:
 
 
 def failing(lab: Lab, how: str, run: Path, seconds: float, *words: str) -> tuple[Done, float]:
-    """The end of a run whose rank 1 raises or hangs, and the delay until then."""
+    """How a run whose rank 1 raises or hangs ended, and the seconds from the fault to the end."""
     child = lab.python(SCRIPT, "launch", how, *FORTY, *words, f"run_dir={run}")
     done = lab.wait(child, seconds)
     ended = time.time()
-    results = re.search(r"fault at ([\d.]+)", done.output)  # on time.time()'s clock
-    check(results, f"the fault was never reached: {done.output.strip()[-200:]}")
+    match = re.search(r"fault at ([\d.]+)", done.output)  # by time.time()
+    check(match, f"the fault was never reached: {done.output.strip()[-200:]}")
     check(done.code not in (0, -9), f"exit {done.code}: {done.last}")
-    assert results
-    return done, ended - float(results[1])
+    assert match
+    return done, ended - float(match[1])
 
 
 def raising_rank(lab: Lab) -> str:
@@ -106,4 +106,4 @@ def clean_exits(lab: Lab) -> str:
         for _ in range(lab.kills)
     ]
     check(not any(codes), f"exit codes {codes}")
-    return f"{len(codes)} starts of 2 processes: {len(codes)} times exit 0"
+    return f"{len(codes)} starts of 2 processes: all exit 0"

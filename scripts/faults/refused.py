@@ -1,4 +1,4 @@
-"""What the operating system refuses, and a locale without UTF-8."""
+"""Cases of system errors, and of a locale without UTF-8."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scripts.faults.lab import SFT, Fault, Lab, around, check
 
 
 def by_the_system(lab: Lab) -> str:
-    """Case B23: each with one line, exit 74 and its own remedy."""
+    """Case B23: each error gives one line with a specific remedy, and exit 74."""
     seen = []
     for name, (fault, remedy) in _refusals().items():
         run = lab.fresh("refused")
@@ -23,11 +23,11 @@ def by_the_system(lab: Lab) -> str:
         errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
         check(len(errors) == 1 and "Traceback" not in done.output, f"{name}: {done.output[-300:]}")
         seen.append(name)
-    return f"{', '.join(seen)}: exit 74, one line, its own remedy"
+    return f"{', '.join(seen)}: exit 74, one line with a specific remedy"
 
 
 def _refusals() -> dict[str, tuple[Fault, str]]:
-    """What is refused -> how, and what must be told."""
+    """Name -> fault, and text that must be printed."""
     return {
         "no locks": (lambda: around(fcntl, "flock", _raising(errno.ENOLCK)), "file locks"),
         "a file of 200 kB": (_small_files, "ulimit -f"),
@@ -39,7 +39,7 @@ def _refusals() -> dict[str, tuple[Fault, str]]:
 
 
 def _raising(number: int) -> Callable[..., None]:
-    def refuse(*args: object, **named: object) -> None:
+    def refuse(*args: object, **options: object) -> None:
         raise OSError(number, os.strerror(number))
 
     return refuse
@@ -50,7 +50,7 @@ def _small_files() -> None:
 
 
 def other_locale(lab: Lab) -> str:
-    """Case B24: a run with text beyond ASCII resumes in a locale that has none of it."""
+    """Case B24: a run with non-ASCII text resumes in an ASCII locale."""
     run = lab.fresh("locale") / "\u00e9"
     words = (*SFT, "train.max_steps=2", "train.save_every_steps=1", "logger.wandb_project='\u6587'")
     lab.dpo(*words, f"run_dir='{run}'")

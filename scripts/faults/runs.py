@@ -1,4 +1,4 @@
-"""Cases of restarting: after each step, after signals, twice, with other settings."""
+"""Cases of resuming: after each step, after signals, twice, with other settings."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def mid_step(lab: Lab) -> str:
     run = lab.fresh("mid-step")
     lab.forked(*words, f"run_dir={run}", fault=fault, code=75)
     check(not (run / "final").exists(), "a half-trained model was published as final")
-    check(steps_of(run) == [1], f"saved {steps_of(run)}, not the step that was under way")
+    check(steps_of(run) == [1], f"saved {steps_of(run)}, not the current step")
     lab.resumes(run, lab.uninterrupted("mid-step", *words))
     return "the step was finished and saved, exit 75, no final/; resumed identical"
 
@@ -110,7 +110,7 @@ def second_signal(lab: Lab) -> str:
                 bad.append(f"{number.name} at operation {at}: exit {done.code}, {resumed.last}")
     check(not bad, f"{len(bad)}: {'; '.join(bad[:3])}")
     check(codes == {75}, f"exit codes {sorted(codes)} instead of 75")
-    return f"{2 * len(places)} second signals at {len(places)} places of the save: it ends, exit 75"
+    return f"{2 * len(places)} second signals at {len(places)} places of the save: all exit 75"
 
 
 def _signal_at_step(step: int) -> None:
@@ -125,14 +125,14 @@ def _signal_at_step(step: int) -> None:
 
 
 def two_runs(lab: Lab) -> str:
-    """Case 17. The second start is timed three times, as the machine may be busy."""
+    """Case 17. Starts the second run three times, as the machine may be busy."""
     run, took = lab.fresh("locked"), []
-    beside = Lab(lab.folder / "beside", lab.kills, lab.seed)  # its output has a file of its own
+    second = Lab(lab.folder / "beside", lab.kills, lab.seed)  # with its own output file
     child = lab.start(*LONG, f"run_dir={run}")
     try:
         until(lambda: metrics_of(run), child)
         for words in ([*LONG, f"run_dir={run}"], [f"resume={run}"], [*LONG, f"run_dir={run}"]):
-            took.append(beside.dpo(*words, code=6, what="the second").seconds)
+            took.append(second.dpo(*words, code=6, what="the second").seconds)
     finally:
         child.end()
     check(min(took) <= 2, f"exit 6, but after {min(took):.1f} s")
@@ -146,12 +146,12 @@ def stale_lock(lab: Lab) -> str:
     until(lambda: metrics_of(run), child)
     child.end()
     pid = child.popen.pid
-    check((run / ".lock").read_text() == str(pid), "no lock was left")
+    check((run / ".lock").read_text() == str(pid), "no lock remained")
     words = (*LONG, "train.max_steps=2", f"run_dir={run}", "resume=true")
     done = lab.forked(*words, code=None, output=[f"process {pid}"])
     check(done.code in (0, 2), f"exit {done.code}: {done.last}")
-    again = lab.forked(f"resume={run}", "train.log_every_steps=50")
-    check(f"process {pid}" not in again.output, "reported again, though the lock was clean")
+    second = lab.forked(f"resume={run}", "train.log_every_steps=50")
+    check(f"process {pid}" not in second.output, "reported again, though the lock was clean")
     return f"{next(line for line in done.output.splitlines() if str(pid) in line)[-120:]}"
 
 
@@ -204,8 +204,8 @@ def own_reference(lab: Lab) -> str:
     named = lab.fresh("named")
     lab.forked(*again, f"stage.reference={lab.base()}", f"run_dir={named}", what="named")
     ratio = next(r["logratios/chosen"] for r in metrics_of(named) if "logratios/chosen" in r)
-    check(abs(ratio) >= 1e-6, "the policy's own weights were taken for the reference")
-    return f"exit 2, asks for stage.reference; named, the first log-ratio is {ratio:.3g}, not 0"
+    check(abs(ratio) >= 1e-6, "the policy itself was used as the reference")
+    return f"exit 2, requires stage.reference; with it, the first log-ratio is {ratio:.3g}, not 0"
 
 
 def not_finite(lab: Lab) -> str:
@@ -228,7 +228,7 @@ def not_finite(lab: Lab) -> str:
     check(steps_of(blown) == [2] and digest_of(checkpoint(blown, 2)) == digest,
           f"checkpoints left: {steps_of(blown)}")  # fmt: skip
     check(not (blown / "final").exists(), "a final model was published")
-    return f"NaN in {name}: exit 4, nothing saved; rate 1e20: exit 4, step-2 as it was"
+    return f"NaN in {name}: exit 4, nothing saved; rate 1e20: exit 4, step-2 unchanged"
 
 
 def digest_of(folder: Path) -> dict[str, bytes]:

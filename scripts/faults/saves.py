@@ -1,4 +1,4 @@
-"""Cases of kills: at random, before every operation of a save, in the middle of a file."""
+"""Cases of kills: at random, before every operation of a save, within a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EVERY_STEP = ("train.save_every_steps=1", "train.eval_every_steps=0")
 
 
 def loops(lab: Lab) -> dict[str, tuple[str, ...]]:
-    """Overrides of a run of each kind, long enough for all kills."""
+    """Name -> overrides of a run, long enough for all kills."""
     steps, base = 8 * lab.kills, f"model.path={lab.base()}"
     common = (*EVERY_STEP, f"train.max_steps={steps}", base)
     return {
@@ -43,8 +43,8 @@ def kill_loop(lab: Lab) -> str:
 def killed_until_done(lab: Lab, name: str, words: tuple[str, ...]) -> int:
     """Kill and resume until the run is done; returns the number of kills.
 
-    A quarter of the kills come at any moment since the start, including import and restore, the
-    others within a few steps of the first save of a process.
+    A quarter of the kills are at any moment after the start, including import and restore; the
+    others are within a few steps of a process's first save.
     """
     dice = random.Random(f"{lab.seed} {name}")
     run, lives, startup = lab.fresh(f"killed-{name}"), 0, 1.0
@@ -53,9 +53,9 @@ def killed_until_done(lab: Lab, name: str, words: tuple[str, ...]) -> int:
         if lives > 0 and dice.random() < 0.25:
             time.sleep(dice.uniform(0, startup))
         else:
-            before, began = steps_of(run)[-1:], time.monotonic()
+            before, start = steps_of(run)[-1:], time.monotonic()
             until(lambda before=before: steps_of(run)[-1:] != before, child)
-            startup = time.monotonic() - began
+            startup = time.monotonic() - start
             time.sleep(dice.uniform(0, 0.25))
         if not child.running():
             lab.wait(child).must(0, f"{name}: start {lives + 1}")
@@ -92,7 +92,7 @@ def every_operation(lab: Lab, scope: str, half: bool = False) -> str:
             bad.append(f"{kind} {Path(path).name}: exit {resumed.code}")
     check(not bad, f"{len(bad)} of {len(places)} resumes wrong: {'; '.join(bad[:3])}")
     kinds = ", ".join(f"{sum(k == kind for k, _ in ops)} {kind}" for kind in dict(ops))
-    what = "files cut in half" if half else f"operations ({kinds})"
+    what = "truncated files" if half else f"operations ({kinds})"
     return f"{len(places)} {what}: {len(places)}/{len(places)} resumed, final sha256 identical"
 
 
@@ -107,7 +107,7 @@ def half_written(lab: Lab) -> str:
 
 
 def trace(lab: Lab) -> str:
-    """Case 9: what is synced, and what comes last."""
+    """Case 9: which files are synced, and what is last."""
     ops = operations(lab, "save")
     renamed = next(i for i, (kind, path) in enumerate(ops)
                    if kind == "rename" and path.endswith("step-2"))  # fmt: skip

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from scripts.common import versions, write_whole
+from scripts.common import versions, write_atomic
 from scripts.gpu_checks.facts import Setup, Skip
 
 
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     answer: dict[str, Any] = {"versions": versions(), "facts": {}, "skipped": None, "error": None}
 
     def save() -> None:
-        write_whole(path, json.dumps(answer, default=str))
+        write_atomic(path, json.dumps(answer, default=str))
 
     try:
         module, _, name = place.partition(":")

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from scripts.common import ROOT, environment, write_whole
+from scripts.common import ROOT, environment, write_atomic
 from scripts.gpu_checks.facts import Setup
 from scripts.gpu_checks.page import (
     CUT_OFF,
@@ -56,8 +56,8 @@ class Report:
 
     def write(self) -> None:
         base = str(self.path)
-        write_whole(Path(f"{base}.md"), page(self.circumstances, self.outcomes, self.steps))
-        write_whole(Path(f"{base}.jsonl"), json_lines(self.circumstances, self.outcomes))
+        write_atomic(Path(f"{base}.md"), page(self.circumstances, self.outcomes, self.steps))
+        write_atomic(Path(f"{base}.jsonl"), json_lines(self.circumstances, self.outcomes))
         self.mirror()
 
     def mirror(self) -> None:
@@ -68,7 +68,7 @@ class Report:
             for log in (path for path in own if path.is_file()):
                 text = log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
                 parts.append(f"{'=' * 30} {log.stem}\n{text}\n")
-        write_whole(Path(f"{self.path}.log"), "".join(parts))
+        write_atomic(Path(f"{self.path}.log"), "".join(parts))
 
 
 class Run:

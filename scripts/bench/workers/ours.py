@@ -19,7 +19,7 @@ from dpo_cli.train.flops import peak_tflops
 from dpo_cli.train.runtime import start_runtime
 from scripts.bench.job import Job, Window, work
 from scripts.bench.lora import lora_overrides
-from scripts.common import synchronise
+from scripts.common import synchronize
 from scripts.measuring import compose
 
 
@@ -55,7 +55,7 @@ class PhaseClock(Progress):
         with super().phase(name, total) as tick:
             yield tick
         if name.startswith("reference"):
-            synchronise(self.device)
+            synchronize(self.device)
             seconds = time.perf_counter() - started
             self.reference_seconds = (self.reference_seconds or 0.0) + seconds
 

@@ -32,7 +32,7 @@ from scripts.bench.job import Job, Window, work
 from scripts.bench.workers import ours
 from scripts.bench.workers.matmul import matmul_peaks
 from scripts.bench.workers.ours import ClockSink
-from scripts.common import synchronise
+from scripts.common import synchronize
 
 TOP_OPERATORS = 15
 
@@ -51,7 +51,7 @@ class Clocks:
         self.work = Work()
 
     def now(self) -> float:
-        synchronise(self.device)
+        synchronize(self.device)
         return time.perf_counter()
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from scripts.bench.lora import save_start
 from scripts.bench.plan import Plan
 from scripts.bench.shapes import draw_lengths, hf_config
-from scripts.common import write_whole
+from scripts.common import write_atomic
 
 END, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
 SHARD = "2GB"  # of a file of weights; memory of the host that writing them takes
@@ -46,7 +46,7 @@ def prepare(plan: Plan) -> None:
 
 
 def write_lines(path: Path, rows: Iterable[Any]) -> None:
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 
 from scripts.bench.job import UNAVAILABLE, Job, Window, work
 from scripts.bench.lora import start_equal, trainer_arguments
-from scripts.common import synchronise
+from scripts.common import synchronize
 
 try:
     import datasets
@@ -66,7 +66,7 @@ class DpoOnIds(FixedOrder, trl.DPOTrainer):
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         dataset = super()._precompute_ref_logps(*args, **kwargs)
-        synchronise(self.args.device.type)
+        synchronize(self.args.device.type)
         self.reference_seconds = time.perf_counter() - started
         return dataset
 
