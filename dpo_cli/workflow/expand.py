@@ -153,21 +153,18 @@ class _References:
         return {_title(name, key, slug): by_slug[slug]} if part == "dir" else titled
 
 
-def _unknown(references: _References, reference: str) -> ConfigError:
-    repeat = references.recipe.repeat
+def _unknown(refs: _References, reference: str) -> ConfigError:
+    repeat = refs.recipe.repeat
     if repeat is not None and reference == f"repeat.{repeat.key}":
-        return _error(references, reference, "has no value in a step with once: true")
+        return _error(refs, reference, "has no value in a step with once: true")
     parts = ["dir"] if repeat is None else ["dir", "dirs"]
-    names = [f"vars.{name}" for name in references.recipe.variables]
-    names += [f"steps.{name}.{part}" for name in references.folders for part in parts]
+    names = [f"vars.{name}" for name in refs.recipe.variables]
+    names += [f"steps.{name}.{part}" for name in refs.folders for part in parts]
     names += [f"repeat.{repeat.key}"] if repeat is not None else []
     hint = did_you_mean(reference, names)
-    return _error(
-        references, reference, f"is neither a variable nor the folder of an earlier step{hint}"
-    )
+    return _error(refs, reference, f"is neither a variable nor the folder of an earlier step{hint}")
 
 
-def _error(references: _References, reference: str, why: str) -> ConfigError:
-    return ConfigError(
-        f"recipe {references.recipe.name}, step {references.task.title}: ${{{reference}}} {why}"
-    )
+def _error(refs: _References, reference: str, why: str) -> ConfigError:
+    at = f"recipe {refs.recipe.name}, step {refs.task.title}"
+    return ConfigError(f"{at}: ${{{reference}}} {why}")

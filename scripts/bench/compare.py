@@ -2,7 +2,7 @@
 
 The same random weights of a published shape, the same token ids in the same order, the same
 batch size and precision; every side of every round in a separate process, in turn. The sides'
-logs of each step are compared, and only figures of equal work are kept.
+logs of each step are compared, and only results for equal work are kept.
 
 --json ends with one line, an object; these keys are stable:
   task, preset, device, precision, unit (pairs, examples or tokens)
@@ -15,9 +15,9 @@ logs of each step are compared, and only figures of equal work are kept.
     startup_seconds       from the start of the process until the first step is done, without
                           the pass over the reference: imports, weights, kernels, compilation
     failure               null, or one line; then the others are null
-  }}: medians over the rounds, null where it is not known. Sides: ours, trl-best, ...
+  }}: medians over the rounds, null if unknown. Sides: ours, trl-best, ...
   losses_agree: {agree, largest_loss_difference, ...}
-  ratio_vs_trl_best, ratio_vs_trl_default: speed, ours / theirs; left out where one failed
+  ratio_vs_trl_best, ratio_vs_trl_default: speed, ours / theirs; missing if one failed
   versions: of the packages in the measured processes
 """
 
@@ -35,7 +35,7 @@ from scripts.bench.equal import Failures
 from scripts.bench.job import Job
 from scripts.bench.launch import Failed, Launch, Unavailable, say
 from scripts.bench.page import table
-from scripts.bench.plan import Plan, make_job, make_plan, measured_in, shape_of, work_of_ours
+from scripts.bench.plan import Plan, make_job, make_plan, results_folder, shape_of, work_of_ours
 from scripts.bench.report import PAGE, name_of, ratio_rows, side_rows, step_tables
 from scripts.bench.run import run_rounds, search, workplace
 from scripts.bench.sides import (
@@ -77,7 +77,7 @@ def chosen_sides(
 def best_settings(
     args: argparse.Namespace, job: Job, folder: Path, launch: Launch, failures: Failures
 ) -> tuple[Settings, list[dict[str, Any]]]:
-    """Best settings of the other side, as known or as found by a search."""
+    """The peer's best settings, known or from a search, and the table of the search."""
     start = BEST_OF.get((args.task, args.preset), BEST[args.task])
     known = candidates(args.task, args.device, args.precision, args.lora, args.devices, args.batch)
     first = named(args.task, [start], args.precision, args.lora)[start]
@@ -115,7 +115,7 @@ def compare_sides(
     until = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     launch = Launch(args.trl_python, until=until, goes_on=bool(args.keep))
     plan.prepare(args.threads, launch)
-    here = measured_in(folder, job)
+    here = results_folder(folder, job)
     sides, searched = chosen_sides(args, job, here, launch, failures)
     results = run_rounds(job, sides, args.rounds, here, launch, failures)
     measured = Measured(sides, results, failures, searched, work_of_ours(here))

@@ -1,4 +1,4 @@
-"""Whether sides compute the same: their logged figures, step by step."""
+"""Check that the sides compute the same, by the metrics they log in each step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TOLERANCE = {
     "bf16": (3e-2, 3e-3),
 }
 Results = dict[str, list[dict[str, Any]]]  # side -> its result in each round
-Failures = dict[str, str]  # side -> why it has none
+Failures = dict[str, str]  # side -> why it has no result
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any], precision: str) -> dict[str, Any]:
@@ -32,8 +32,8 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any], precision: str) -> dict[
 
 
 def baseline_of(results: Results, precision: str) -> str:
-    """The side that agrees with most others. On a tie the other side's defaults, then another of
-    its sides: if two differ, ours is in doubt."""
+    """The side that agrees with most others. On a tie TRL's defaults, then another of TRL's sides:
+    if two sides differ, ours is in doubt."""
 
     def rank(name: str) -> tuple[int, bool, bool]:
         one = results[name][0]
@@ -44,7 +44,7 @@ def baseline_of(results: Results, precision: str) -> str:
 
 
 def drop_unequal(results: Results, precision: str, failures: Failures) -> Results:
-    """Leave out the sides whose results differ from the baseline's."""
+    """Drop the sides whose results differ from the baseline's."""
     if not results:
         return {}
     baseline = baseline_of(results, precision)

@@ -17,17 +17,17 @@ from scripts.common import resident_mb, synchronize, versions, write_atomic
 COMPARED = ("loss", "logps/chosen", "logps/rejected")
 COMPARED_REWARDS = ("loss", "rewards/margins")
 STARTED = "DPO_RUN_BENCH_STARTED"  # environment: `time.time()` at which a worker was started
-UNAVAILABLE = "TRL cannot be imported: "  # how a worker that lacks it ends what it writes
+UNAVAILABLE = "TRL cannot be imported: "  # start of the last line that a worker without it prints
 
 
 @dataclass(frozen=True)
 class Job:
     """One process. `steps` optimizer steps (or decoding calls) are timed after `warmup` others.
 
-    model: folder of weights and tokenizer. ids: the rows as token ids. overrides: with which
-    dpo-run reads the same rows. settings: of this side, with its own names. scratch: a folder that
-    only this process writes to. lora: none, lora or qlora; adapter: folder of the rank-`r` adapter
-    that every side starts from. devices: number of processes sharing this one's work.
+    model: folder of weights and tokenizer. ids: file of the rows as token ids. overrides: dpo-run's
+    for reading the same rows. settings: of this side, in its naming. scratch: a folder for this
+    process only. lora: none, lora or qlora; adapter: folder of the initial rank-`r` adapter of all
+    sides. devices: number of processes that share the work.
     """
 
     task: str
@@ -76,7 +76,7 @@ class Window:
     seconds: float = 0.0
     startup_seconds: float = 0.0  # until the first step was done
     began: float = field(default_factory=lambda: float(os.environ.get(STARTED) or time.time()))
-    others_cpu: float = 0.0  # cores that other processes kept busy meanwhile
+    others_cpu: float = 0.0  # cores kept busy by other processes during the timed steps
     flops: float = 0.0  # model FLOPs of the timed steps, of sides that log them
     _started: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
@@ -98,8 +98,8 @@ class Window:
         if number != self.job.total_steps:
             return False
         synchronize(self.job.device)
-        started, own, busy = self._started
-        self.seconds = time.perf_counter() - started
+        start, own, busy = self._started
+        self.seconds = time.perf_counter() - start
         others = busy_cpu_seconds() - busy - (own_cpu_seconds() - own)
         self.others_cpu = max(0.0, others) / self.seconds
         return True
@@ -113,7 +113,7 @@ class Window:
             "figures": self.figures,
             "versions": worker_versions(),
             "flops": self.flops,
-            "peak_memory_mb": highest_of_ranks(peak_memory_mb(self.job.device)),
+            "peak_memory_mb": maximum_of_ranks(peak_memory_mb(self.job.device)),
             "start_memory_mb": self.start_memory_mb,
             "others_cpu": self.others_cpu,
             "threads": torch.get_num_threads(),
@@ -129,7 +129,7 @@ def worker_versions() -> dict[str, str]:
     return versions() | cuda
 
 
-def highest_of_ranks(value: float) -> float:
+def maximum_of_ranks(value: float) -> float:
     """The maximum over all processes that share the work."""
     import torch.distributed as dist
 
@@ -164,7 +164,7 @@ def busy_cpu_seconds() -> float:
 
 
 def work(measure: Callable[[Job], dict[str, Any]]) -> None:
-    """A worker's main with arguments `job.json result.json`; with several ranks, rank 0 answers."""
+    """A worker's main, with arguments `job.json result.json`; of several ranks, rank 0 writes."""
     job = Job(**json.loads(Path(sys.argv[1]).read_text()))
     import torch
 

@@ -80,7 +80,7 @@ class Launch:
         return left
 
 
-PLAIN = Launch()  # one process of this Python, however long it takes
+PLAIN = Launch()  # one process of this Python, without a time limit
 
 
 def run_worker(
@@ -92,7 +92,7 @@ def run_worker(
     env = environment(scratch, threads) | allocator()
     env |= {STARTED: repr(time.time()), "TMPDIR": str(scratch)}
     if launch.other_python(worker):
-        env["PYTHONPATH"] = str(ROOT)  # ours may hold packages for this Python alone
+        env["PYTHONPATH"] = str(ROOT)  # ours may contain packages for this Python only
     log = scratch / "log.txt"
     process = Process([*launch.command(worker), *map(str, arguments)], log, env)
     code = process.wait(seconds)

@@ -1,4 +1,4 @@
-"""Command-line options of the benchmark: one table, from which each command takes its own."""
+"""Command-line options of the benchmark: one table, from which each command takes some."""
 
 from __future__ import annotations
 

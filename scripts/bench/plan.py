@@ -96,8 +96,8 @@ class Plan:
     def label(self) -> str:
         """A description of the rows."""
         if self.data is not None:
-            own = f", {Path(self.tokenizer).name} tokenizer" if self.tokenizer else ""
-            return f"{Path(self.data).name} ({self.adapter}{own}, at most {self.length} tokens)"
+            by = f", {Path(self.tokenizer).name} tokenizer" if self.tokenizer else ""
+            return f"{Path(self.data).name} ({self.adapter}{by}, at most {self.length} tokens)"
         name = KNOWN[self.lengths].name
         kind = f"lengths drawn as in {name}"
         if self.prompt_length is not None or self.response_length is not None:
@@ -115,7 +115,7 @@ class Plan:
 
 
 def shape_of(args: argparse.Namespace) -> tuple[str, Shape]:
-    """The preset with the changes of the arguments, and its name."""
+    """The name and shape of the preset, with the sizes that the arguments change."""
     return resized(args.preset, {key: getattr(args, key) for key in CHANGEABLE})
 
 
@@ -148,7 +148,7 @@ def make_job(args: argparse.Namespace, plan: Plan) -> Job:
     )  # fmt: skip
 
 
-def measured_in(folder: Path, job: Job) -> Path:
+def results_folder(folder: Path, job: Job) -> Path:
     """Folder of a job's results: one per version of code and packages."""
     paths = sorted(path for pattern in CODE for path in ROOT.glob(pattern))
     code = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
@@ -156,7 +156,7 @@ def measured_in(folder: Path, job: Job) -> Path:
 
 
 def work_of_ours(folder: Path) -> dict[str, Any]:
-    """A result of one of our sides from here, of this command or an earlier one; {} if none."""
+    """A result of one of our sides in this folder, of any command; {} if there is none."""
     for path in sorted(folder.glob("*-ours*/result.json")):
         result: dict[str, Any] = json.loads(path.read_text())
         if result.get("flops"):

@@ -37,7 +37,7 @@ def heading(record: Record) -> str:
     trl = f", TRL {record['versions'].get('trl')}"
     if record["task"] == "decode":
         trl = ""
-    elif record.get("peer_missing"):  # a section of its own: it replaces no comparison
+    elif record.get("peer_missing"):  # a separate section, which replaces no comparison
         trl = ", without TRL"
     rank = f"LoRA rank {record['lora']['r']}, " if record.get("lora") else ""
     many = f", {settings['devices']} devices" if settings.get("devices", 1) > 1 else ""

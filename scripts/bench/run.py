@@ -21,7 +21,7 @@ from scripts.bench.launch import PLAIN, Failed, Launch, TimeIsUp, Unavailable, r
 from scripts.bench.sides import UNITS, Side
 
 LATE = "not finished within its share of --minutes"
-BUSY_SHARE = 0.15  # of the cores that others may keep busy
+BUSY_SHARE = 0.15  # fraction of the cores that other processes may keep busy
 
 
 def refuse_if_busy(allowed: bool, seconds: float = 1.0) -> float:
@@ -80,8 +80,8 @@ def per_second(job: Job, seconds: float) -> float:
     return job.steps * job.batch * per_example / seconds
 
 
-def own_folder(number: int, side: Side) -> str:
-    """A folder name without `=` and `,`, which have a meaning in overrides."""
+def folder_name(number: int, side: Side) -> str:
+    """A folder name without `=` and `,`, which are special in overrides."""
     return f"{number}-{re.sub(r'[^A-Za-z0-9._-]', '_', side.name)}"
 
 
@@ -89,7 +89,7 @@ def run_rounds(
     job: Job, sides: Sequence[Side], rounds: int, folder: Path, launch: Launch = PLAIN,
     failures: Failures | None = None,
 ) -> Results:  # fmt: skip
-    """Run every side once per round, in turn, so that changes of the machine affect all of them.
+    """Run every side once per round, in turn, so that changes in machine load affect all of them.
 
     failures: collects the reasons of failed sides, which are then left out; without it a failure
     ends the measurement. With a time limit and no continuing command, a process gets at most half
@@ -102,7 +102,7 @@ def run_rounds(
             continue
         try:
             share = launch if launch.goes_on or side is sides[-1] else launch.half()
-            result = run_side(side, job, folder / own_folder(number, side), share)
+            result = run_side(side, job, folder / folder_name(number, side), share)
         except Failed as error:
             if failures is None:
                 raise

@@ -1,4 +1,4 @@
-"""The cost of saving: how long training is blocked, beside plain writes of the same tensors.
+"""The cost of saving: how long training is blocked, compared with plain writes of the same tensors.
 
 plain: two safetensors files, weights and optimizer state, without fsync or checksum. synced: the
 same with an fsync of each. hashed: as plain, with each file's sha256 computed while writing.

@@ -1,6 +1,6 @@
-"""The sides of each task, and the candidate settings of the other side.
+"""The sides of each task, and the candidate settings of the peer (TRL or transformers).
 
-A setting of the other side is named by words joined with `-`, such as `cached-4-regional`: one of
+A setting of the peer has a name of words joined with `-`, such as `cached-4-regional`: one of
 STARTS, then any of CHANGES and a number of micro-batches. Settings that change the work are left
 out: those that regroup pairs into other batches (grouping by length, packing) or compute in another
 precision than the requested one.
@@ -148,7 +148,7 @@ def named(task: str, names: Iterable[str], precision: str, lora: str) -> dict[st
 
 
 def sides_of(task: str, best: Settings) -> list[Side]:
-    """Sides in the order in which a round measures them. `best`: settings of the other side."""
+    """Sides in the order in which a round measures them. best: settings of the peer."""
     if task == "decode":
         return [
             Side("ours", "decode", {"side": "ours"}),
@@ -190,7 +190,7 @@ def with_candidates(task: str, words: str | None, candidates: dict[str, Settings
 
 
 def variant(side: Side, words: Sequence[str]) -> Side:
-    """dpo-run's side with further settings and a name that contains them."""
+    """dpo-run's side with additional settings, which are part of its name."""
     settings = dict(word.split("=", 1) for word in words)
     settings_text = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
     return replace(side, name=f"ours-{settings_text}", settings=side.settings | settings)

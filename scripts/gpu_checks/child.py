@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
             save()
     except Skip as why:
         answer["skipped"] = str(why)
-    except BaseException as error:  # noqa: BLE001 - told in the answer, whole in the log
+    except BaseException as error:  # noqa: BLE001 - summarized in the answer, complete in the log
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
         answer["error"] = f"{type(error).__name__}: {lines[0]}"[:400]

@@ -44,8 +44,8 @@ class Runs:
         return [sys.executable, "-m", "dpo_cli", *words]
 
     def words(self, name: str, stage: str, *words: str) -> list[str]:
-        own = [f"stage={stage}", f"run_dir={self.folder / name}", f"hardware={self.setup.device}"]
-        return [*READ[stage], *own, *(FEW if self.setup.small else ()), *words]
+        run = [f"stage={stage}", f"run_dir={self.folder / name}", f"hardware={self.setup.device}"]
+        return [*READ[stage], *run, *(FEW if self.setup.small else ()), *words]
 
     def start(self, name: str, words: Sequence[str]) -> subprocess.Popen[bytes]:
         with self.log(name).open("ab") as log:

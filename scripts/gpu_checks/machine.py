@@ -1,4 +1,4 @@
-"""Which device there is, as reported by a separate process: this one never initializes CUDA."""
+"""Detect the device in a separate process, so that this one never initializes CUDA."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 
 from scripts.common import cpu_model
 
-LOOK = """
+PROGRAM = """
 import json, torch
-found = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
-if found["device"] == "cuda":
+facts = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+if facts["device"] == "cuda":
     p = torch.cuda.get_device_properties(0)
-    found |= {"name": p.name, "memory_gb": round(p.total_memory / 2**30, 1),
+    facts |= {"name": p.name, "memory_gb": round(p.total_memory / 2**30, 1),
               "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,
               "cuda": torch.version.cuda}
-print(json.dumps(found))
+print(json.dumps(facts))
 """
 
 
@@ -31,7 +31,7 @@ def inspect_machine(requested: str) -> dict[str, Any]:
     if requested == "cpu":
         return {"device": "cpu", **host}
     done = subprocess.run(
-        [sys.executable, "-c", LOOK], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, check=False
     )
     if done.returncode:
         return {"device": "cpu", "why": (done.stderr.strip().splitlines() or ["?"])[-1], **host}

@@ -14,7 +14,7 @@ from dpo_cli.logprobs import Head, fused_head, fused_loss, target_logprobs
 from scripts.gpu_checks.facts import Fact, Setup
 from scripts.measuring import best_seconds
 
-CHECKED = 64  # rows held against float64
+CHECKED = 64  # rows compared with float64
 BF16 = torch.bfloat16
 
 

@@ -1,4 +1,4 @@
-"""The results as lines, as JSON and as a page."""
+"""The results as log lines, JSON and a Markdown page."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from scripts.common import markdown_row as row
 from scripts.gpu_checks.facts import judge, shown
 from scripts.gpu_checks.steps import Step
 
-TOLD = 230  # characters of a cell
+CELL = 230  # characters of a table cell
 CUT_OFF = 1000  # no process ends with it
 
 
 @dataclass
 class Outcome:
-    """status: ok, FAIL or skipped. why: for the last two."""
+    """status: ok, FAIL or skipped. why: reasons of the last two."""
 
     step: Step
     status: str
@@ -44,8 +44,8 @@ class Outcome:
 def outcome_of(
     step: Step, answer: Mapping[str, Any] | None, code: int | None, seconds: float, device: str
 ) -> Outcome:
-    """code: of the check's process; None if it was killed at its limit, CUT_OFF at that of all
-    steps."""
+    """code: exit code of the check's process; None if it was killed at its time limit, CUT_OFF at
+    that of all steps."""
     answer = answer or {}
     facts = answer.get("facts", {})
     outcome = Outcome(step, "ok", facts=facts, versions=answer.get("versions", {}), seconds=seconds)
@@ -53,7 +53,7 @@ def outcome_of(
         outcome.status, outcome.why = "skipped", [answer["skipped"]]
         return outcome
     verdict = judge(step.expected, facts, device)
-    if code == CUT_OFF:  # what it had not seen by then has not failed
+    if code == CUT_OFF:  # facts that are missing by then have not failed
         late, outcome.why = f"cut off after {seconds:.0f} s by --minutes", verdict.wrong
         outcome.status = "FAIL" if outcome.why else "skipped"
         outcome.why.insert(0, late)
@@ -71,7 +71,7 @@ def outcome_of(
 
 @dataclass(frozen=True)
 class Circumstances:
-    """Of a run of the script. machine: the device and its known properties."""
+    """Provenance of a run of the script. machine: the device and its known properties."""
 
     command: str
     date: str
@@ -134,7 +134,7 @@ def section(step: Step, outcome: Outcome) -> list[str]:
 
 
 def shortened(text: str) -> str:
-    return text if len(text) <= TOLD else text[: TOLD - 1] + "…"
+    return text if len(text) <= CELL else text[: CELL - 1] + "…"
 
 
 def json_lines(circumstances: Circumstances, outcomes: Sequence[Outcome]) -> str:

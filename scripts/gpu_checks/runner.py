@@ -28,7 +28,7 @@ from scripts.processes import Process
 OUTPUT = {"MPLBACKEND": "Agg", "COLUMNS": "160", "PYTHONUNBUFFERED": "1"}
 LOG_TAIL = 600_000  # bytes of each step that the log keeps
 MIRROR_SECONDS = 3.0
-ENOUGH = 0.6  # of the expected time of a step: it is started if so much is left
+ENOUGH = 0.6  # fraction of a step's expected time that must be left to start it
 CPU_PATIENCE = 5  # times the limits, which are for a GPU and its many cores
 
 
@@ -108,7 +108,7 @@ class Run:
                 self.report.mirror()
 
     def one(self, step: Step, beside: int) -> None:
-        """A step that breaks the script itself counts as failed."""
+        """Run one step; an exception in this script counts as its failure."""
         try:
             self.report.add(self.outcome_of_step(step, beside))
         except Exception as error:  # noqa: BLE001
@@ -122,8 +122,8 @@ class Run:
         has = self.report.circumstances.machine.get("memory_gb")
         if has is not None and has < step.gib:
             return Outcome(step, "skipped", [f"needs {step.gib:g} GiB, the device has {has:g}"])
-        own = step.limit * (1 if self.device == "cuda" else CPU_PATIENCE)
-        limit = min(own, left)
+        step_limit = step.limit * (1 if self.device == "cuda" else CPU_PATIENCE)
+        limit = min(step_limit, left)
         threads = max(1, self.cores // min(beside, 2))
         setup = Setup(self.device, str(self.work), self.data, self.tokenizer, threads, limit)
         answer = self.work / f"step-{step.number}.json"
@@ -135,7 +135,7 @@ class Run:
         self.running.add(process)
         code = process.wait(limit)
         self.running.discard(process)
-        if code is None and limit < own:
+        if code is None and limit < step_limit:
             code = CUT_OFF
         return outcome_of(step, answer_of(answer), code, process.seconds, self.device)
 

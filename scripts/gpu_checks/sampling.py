@@ -1,4 +1,4 @@
-"""Step 12: milliseconds per token in decoding, beside transformers' generate."""
+"""Step 12: milliseconds per token in decoding, compared with transformers' generate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from scripts.measuring import (
 
 PROMPT = 96  # tokens; half to all of them
 NEW_TOKENS = 64
-# rows, prompts, and whether `generate` is asked for them as well
+# rows, prompts, and whether `generate` is measured as well
 ROWS = ((128, 128, True), (128, 8, False), (512, 512, True))
 FEW_ROWS = ((4, 4, True), (4, 2, False))
 GREEDY = 8  # prompts and tokens

@@ -27,7 +27,7 @@ from scripts.gpu_checks.exactness import LARGE, SMALL, random_gpt2
 from scripts.gpu_checks.facts import Fact, Setup, Skip
 from scripts.measuring import compose
 
-SAVED, STEPS = 16, 20  # a checkpoint in between, when room for its copy is made; one at the end
+SAVED, STEPS = 16, 20  # a checkpoint in between, which allocates its copy, and one at the end
 SEVEN_WIDTH = 4096  # of Mistral 7B
 VOCAB = 1024  # of the generated reviews
 
@@ -74,7 +74,7 @@ def write_model(setup: Setup, folder: Path) -> None:
 
 
 def loading(setup: Setup, name: str, folder: Path) -> Iterator[Fact]:
-    """Load as a run loads a policy, probed and on its device; with the host memory used."""
+    """Load a policy as in a run, probed and on its device, and measure time and host memory."""
     before, began = resident_mb("VmRSS"), time.monotonic()
     source = ModelConfig(path=str(folder))
     dtype = torch.float32 if setup.small else torch.bfloat16

@@ -20,12 +20,12 @@ COMMON = (
     "logger.progress=off", "train.eval_every_steps=0", "train.save_every_steps=0",
     "train.sample_prompts=0", "train.max_steps=4", "optim.lr=1e-5", "optim.warmup_steps=0",
 )  # fmt: skip
-# Activations of a step take several times what weights and optimiser take.
+# Activations of a step take several times the memory of weights and optimizer.
 LARGE = ("model.architecture.layers=16", "model.architecture.hidden=512",
          "model.architecture.heads=8", "data.rows=1024", "train.batch_size=512")  # fmt: skip
 SMALL = ("model.architecture.layers=1", "model.architecture.hidden=32",
          "model.architecture.heads=2", "data.rows=16", "train.batch_size=8")  # fmt: skip
-SHARE = 0.6  # of the memory that the run took when nothing stopped it
+SHARE = 0.6  # fraction of the memory that the unlimited run used
 FEW_TOKENS = 100
 
 

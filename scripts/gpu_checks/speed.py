@@ -19,8 +19,8 @@ SEVEN = ("--preset=mistral-7b", "--batch=16", "--steps=6", "--warmup=2")
 SMALL = ("--preset=tiny4x256", "--layers=1", "--width=32", "--heads=2", "--vocab=64",
          "--length=40", "--batch=2", "--steps=1", "--warmup=1")  # fmt: skip
 NO_TRL = "TRL cannot be imported"
-RESERVE = 5  # seconds, to tell how far the benchmark's workers have come
-FIGURES = {  # ours -> of a side in the benchmark's answer, and what it is divided by
+RESERVE = 5  # seconds for printing the logs of the benchmark's workers
+FIGURES = {  # fact -> key of a side in the benchmark's record, and the divisor of its value
     "pairs/s": ("per_second", 1.0),
     "tokens/s": ("tokens_per_second", 1.0),
     "TFLOP/s": ("tflops", 1.0),
@@ -153,14 +153,14 @@ def record_of(setup: Setup, *words: str) -> dict[str, Any]:
 
 def arguments(setup: Setup, words: Sequence[str]) -> list[str]:
     """Equal for all sides, so that they use the same weights and rows."""
-    own = [f"--device={setup.device}", "--precision=" + ("fp32" if setup.small else "bf16"),
+    shared = [f"--device={setup.device}", "--precision=" + ("fp32" if setup.small else "bf16"),
            "--rounds=1", "--busy-ok", "--json", f"--keep={setup.folder('bench')}",
            f"--out={setup.folder('pages')}", f"--threads={setup.threads}"]  # fmt: skip
     if setup.data and not setup.small:
-        own += [f"--data={setup.data}", "--adapter=hh"]
+        shared += [f"--data={setup.data}", "--adapter=hh"]
         if setup.tokenizer and LARGE[0] in words:  # GPT-2's has more tokens than Mistral
-            own += [f"--tokenizer={setup.tokenizer}"]
-    return [*words, *own]
+            shared += [f"--tokenizer={setup.tokenizer}"]
+    return [*words, *shared]
 
 
 def output_of(command: list[str], seconds: float) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from scripts.common import ROOT, outcomes_of
 from scripts.gpu_checks.facts import Fact, Setup, Skip
 
 WORKERS = 10
-TO_REPORT = 30  # seconds that are kept for what was seen, of a suite that is cut short
+TO_REPORT = 30  # seconds reserved for the report of a suite that is cut off
 FAILED = re.compile(r"(?:FAILED|ERROR) (\S+::\S+)|(\S+::\S+) (?:FAILED|ERROR)")
 MARK = "pytest.mark.cuda"
 SLOW = "flex"  # FlexAttention compiles for each shape: minutes
@@ -32,14 +32,14 @@ def check(setup: Setup) -> Iterator[Fact]:
              "-m", "cuda and not slow", "--tb=short", "-o", "addopts="]  # fmt: skip
     if find_spec("pytest_timeout"):
         words += [f"--session-timeout={max(1.0, setup.seconds - TO_REPORT):.0f}"]
-    else:  # pytest refuses an option that nothing has registered
+    else:  # pytest rejects options that no plugin has registered
         words += ["-c", str(config_without_timeout(setup)), f"--rootdir={ROOT}"]
     if find_spec("xdist") and not setup.small:
         words += ["-n", str(WORKERS), "--dist", "worksteal"]
     command = [sys.executable, "-u", "-m", "pytest", *words, *files]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as pytest:
         assert pytest.stdout is not None
-        for line in pytest.stdout:  # as it comes: a suite that is killed has told its failures
+        for line in pytest.stdout:  # immediately, so that a killed suite has reported its failures
             print(line, end="", flush=True)
             if result := FAILED.search(line):
                 yield f"seen to fail: {Path(result[1] or result[2]).name}", True

@@ -57,10 +57,9 @@ class EvaluateConfig(StageConfig):
     max_new_tokens: int | None = new_tokens_key()
     batch_size: int | None = decoded_together_key(CPU_BATCH)
     reference_samples: int = key(
-        0,
-        "samples of the reference per prompt, for the exact optimum and best-of-N; 0: neither",
+        0, "reference samples per prompt, for the optimum and best-of-N; 0: neither",
         bound=at_least(0, 10**5),
-    )
+    )  # fmt: skip
     best_of: list[int] = key([1, 4, 16, 64, 128], "N of best-of-N", bound=at_least(1, 10**5))
     optimum: str | None = key(
         None, "folder of an evaluation with stage.reference_samples, to report the gap to its "

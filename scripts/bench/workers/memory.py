@@ -19,7 +19,7 @@ from scripts.bench.workers.ours import training_overrides
 from scripts.common import resident_mb
 from scripts.measuring import compose
 
-NOT_TENSORS = {  # parts of the estimate that the peak leaves out: before the model, not allocated
+NOT_TENSORS = {  # parts of the estimate that the measured peak does not include
     "cpu": ("program",),
     "cuda": ("program", "allocator"),
 }
@@ -33,7 +33,7 @@ def measure(job: Job) -> dict[str, Any]:
     assert facts is not None
     runtime = start_runtime(config.hardware, config.seed)
     torch.ones(64, 64, device=runtime.device).matmul(torch.ones(64, 64, device=runtime.device))
-    if config.lora.name != "none":  # what adapters import is the program's, too
+    if config.lora.name != "none":  # imports for adapters count as the program's, too
         for name in (
             "dpo_cli.model.adapters.lora",
             *(["bitsandbytes"] if config.lora.quantization else []),
@@ -48,7 +48,7 @@ def measure(job: Job) -> dict[str, Any]:
         "estimated_mb": compared(estimated, job.device) / 2**20,
         "moment": estimated.moment,
         "parts_mb": {name: size / 2**20 for name, size in estimated.parts.items()},
-        # A tiny run may fit into what importing has freed: not less than can be told apart.
+        # A tiny run may fit into memory that imports have freed: at least 1 MB.
         "peak_memory_mb": max(1.0, peak_memory_mb(job.device) - before),
         "device_name": torch.cuda.get_device_name() if job.device == "cuda" else None,
         "versions": worker_versions(),

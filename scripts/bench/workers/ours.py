@@ -1,4 +1,4 @@
-"""dpo-run's side: a training stage run as by `dpo-run`, timed at its metric sink."""
+"""dpo-run's side: a training stage as run by `dpo-run`, timed in a metric sink."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class PhaseClock(Progress):
 
 
 def training_overrides(job: Job) -> list[str]:
-    """Optimizer settings are TRL's defaults; nothing is evaluated, sampled or saved."""
+    """Overrides with TRL's default optimizer settings, without evaluation, sampling and saving."""
     return [
         f"stage={job.task}", "model=custom", f"model.path={job.model}", *job.overrides,
         "optim=adamw", f"optim.lr={job.lr}", "optim.schedule=linear", "optim.warmup_steps=0",

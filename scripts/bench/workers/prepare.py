@@ -1,6 +1,6 @@
 """Create the input of all sides, as described in `plan.json`: a model folder, rows, token ids.
 
-This runs in a separate process, so that the one that starts the measurements stays small.
+Runs in a separate process, so that the process that starts the measurements stays small.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from scripts.bench.shapes import draw_lengths, hf_config
 from scripts.common import write_atomic
 
 END, PAD, UNKNOWN = "<|endoftext|>", "<|pad|>", "<|unknown|>"
-SHARD = "2GB"  # of a file of weights; memory of the host that writing them takes
-TRAINED_VOCAB = 32_000  # of the tokenizer that is trained on --data where none is given
+SHARD = "2GB"  # of a weight file, and of the host memory for writing it
+TRAINED_VOCAB = 32_000  # of the tokenizer trained on --data without --tokenizer
 
 
 def prepare(plan: Plan) -> None:
@@ -52,11 +52,11 @@ def write_lines(path: Path, rows: Iterable[Any]) -> None:
 @contextmanager
 def publishing(folder: Path) -> Iterator[Path]:
     """A folder to fill, which gets its final name when it is complete."""
-    half = folder.with_name(f"{folder.name}.half")
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir()
-    yield half
-    half.replace(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    partial.replace(folder)
 
 
 def load_folder(folder: str) -> Any:
@@ -173,10 +173,10 @@ def save_model(plan: Plan, tokenizer: Any, folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     if len(tokenizer) > config.vocab_size:
-        raise SystemExit(f"the tokenizer has {len(tokenizer)} tokens: give --vocab at least that")
+        raise SystemExit(f"the tokenizer has {len(tokenizer)} tokens: raise --vocab to that")
     dtype = getattr(torch, plan.shape.stored)
     with torch.device(plan.device):
-        if plan.reward_model:  # with its head, so that both sides start from the same rewards
+        if plan.reward_model:  # with a score head, so that both sides start from the same rewards
             config.num_labels = 1
             model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
             torch.nn.init.normal_(model.score.weight, std=(plan.shape.width + 1) ** -0.5)

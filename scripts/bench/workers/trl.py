@@ -1,4 +1,4 @@
-"""TRL's side: its own trainers on the same token ids, timed at their log.
+"""TRL's side: its trainers on the same token ids, timed in their log callback.
 
 Imports nothing of dpo-run, so it also runs in another Python environment.
 """
@@ -26,7 +26,7 @@ except (ImportError, RuntimeError) as error:  # transformers' lazy modules raise
     raise SystemExit(f"{UNAVAILABLE}{type(error).__name__}: {error}") from error
 
 NAMES = {"margin": "rewards/margins"}  # TRL's name of a figure -> ours
-OF_MODELS = ("attn_implementation", "dtype", "use_kernels")  # settings that are the model's
+OF_MODELS = ("attn_implementation", "dtype", "use_kernels")  # settings for loading the model
 
 
 class Recorder(transformers.TrainerCallback):
@@ -72,20 +72,20 @@ class DpoOnIds(FixedOrder, trl.DPOTrainer):
 
 
 class SftOnIds(FixedOrder, trl.SFTTrainer):
-    """Takes token ids with a mask of the completion, as TRL documents it."""
+    """Takes token ids with a completion mask, as documented by TRL."""
 
     reference_seconds = None
 
 
 class RewardOnIds(FixedOrder, trl.RewardTrainer):
-    """Takes token ids in the format of TRL's own tokenization."""
+    """Takes token ids in the format of TRL's tokenization."""
 
     reference_seconds = None
 
 
 def dpo_trainer(job: Job, **common: Any) -> Any:
     names = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
-    # From a file, as the ranks find each other's reference log-probabilities beside it.
+    # From a file, as ranks look for each other's reference log-probabilities next to it.
     rows = datasets.Dataset.from_json(job.ids, cache_dir=f"{job.scratch}/rows")
     args = trl.DPOConfig(**arguments(job))
     trainer = DpoOnIds(args=args, train_dataset=rows.rename_columns(names), **common)
