@@ -59,9 +59,9 @@ def with_default_reward(config: RunConfig, typed: Sequence[str]) -> RunConfig:
     """Without an explicit reward, an evaluation of other data than the generated reviews, which
     the default reward rates, has none."""
     default = isinstance(config.reward_fn, SentimentRewardFn)
-    named = any(word.lstrip("+").startswith("reward_fn") for word in typed)
+    explicit = any(word.lstrip("+").startswith("reward_fn") for word in typed)
     generated = isinstance(config.data, SentimentDataConfig)
-    if not spec_of(config.stage).reward_optional or not default or named or generated:
+    if not spec_of(config.stage).reward_optional or not default or explicit or generated:
         return config
     return dataclasses.replace(config, reward_fn=NoRewardFn())
 

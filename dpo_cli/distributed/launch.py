@@ -85,8 +85,8 @@ def launch_ranks(config: RunConfig, overrides: Sequence[str]) -> int:
         say(str(error), error=True)
         # A resumed run keeps the overrides added to it; the first command's are in its folder.
         resumed = any(override.startswith("resume=") for override in overrides)
-        own = [o for o in overrides if not o.startswith("resume=")]
-        added = own if resumed else unkept(own)
+        rest = [o for o in overrides if not o.startswith("resume=")]
+        added = rest if resumed else unkept(rest)
         overrides = [f"resume={error.run_dir}", *added]
     return 0
 

@@ -49,11 +49,11 @@ def as_refusal(error: BaseException, path: Path | None = None) -> UserError | No
     number, why = _refused(error)
     if number is None:
         return None
-    named = path or _named(error)
-    free = _free_space(named) if number in _FULL else ""
-    place = f"{_shown(named)}: " if named else ""
+    file = path or _named(error)
+    free = _free_space(file) if number in _FULL else ""
+    prefix = f"{_shown(file)}: " if file else ""
     kind = ConfigError if number == errno.ENAMETOOLONG else DiskError
-    return kind(f"{place}{why}{free}: {REMEDIES.get(number, OTHERWISE)}")
+    return kind(f"{prefix}{why}{free}: {REMEDIES.get(number, OTHERWISE)}")
 
 
 def reason(error: OSError) -> str:

@@ -34,15 +34,15 @@ TRAINING = "training prompts"  # marks figures that are not on held-out prompts
 class Bench:
     """What the policies of an evaluation share.
 
-    reference: None if the KL is not measured; named: its folder or hub id. examples, prompts: the
-    same prompts as token ids and as in their source. score: None without a reward. stage: with
+    reference: None if the KL is not measured; reference_path: its folder or hub id. examples,
+    prompts: the same as token ids and as in their source. score: None without a reward. stage: with
     max_new_tokens set. pairs: held-out rows with at least two responses; training: whether the
     prompts are training prompts, as far as known. models: label -> keys of its training prompts.
     """
 
     tokenizer: PreTrainedTokenizerFast
     reference: PreTrainedModel | None
-    named: str | None
+    reference_path: str | None
     examples: list[EncodedExample]
     prompts: list[Prompt]
     score: Scorer | None
@@ -64,7 +64,7 @@ def set_up(session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint
     """
     first = points[0].source
     tokenizer = load_tokenizer(first)
-    named = named_reference(session, stage, points)
+    path = choose_reference(session, stage, points)
     context = configured_context(first, tokenizer)
     if line := data_line(session.config):
         session.note(line)
@@ -76,22 +76,22 @@ def set_up(session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint
     if line := check_held_out(session.config, models, pairs, "held-out pairs"):
         session.note(line)
     reference = None
-    if named is not None:
-        reference = load_named(session, named, tokenizer)
+    if path is not None:
+        reference = load_named(session, path, tokenizer)
         reference.to(session.runtime.device).eval()  # type: ignore[arg-type]
     prompts = [e.prompt for e in chosen]
     score = None if isinstance(session.config.reward_fn, NoRewardFn) else load_scorer(session)
     stage = with_new_tokens(stage, [*splits.train, *splits.eval], session.note)
     return Bench(
-        tokenizer, reference, named, chosen, prompts, score, stage, pairs, training, models
+        tokenizer, reference, path, chosen, prompts, score, stage, pairs, training, models
     )  # fmt: skip
 
 
-def named_reference(
+def choose_reference(
     session: Session, stage: EvaluateConfig, points: Sequence[PolicyPoint]
 ) -> str | None:
-    named = reference_of(stage, points)
-    if named is None:
+    path = reference_of(stage, points)
+    if path is None:
         session.note("no stage.reference: the KL is not measured")
         if stage.reference_samples or stage.optimum:
             raise ConfigError(
@@ -103,7 +103,7 @@ def named_reference(
             f"stage.temperature={stage.temperature:g}: the KL is not measured, as it is defined "
             "at temperature 1.0"
         )
-    return named
+    return path
 
 
 def check_prompts(

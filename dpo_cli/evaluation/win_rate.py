@@ -109,8 +109,8 @@ class WinRates:
 
     def _play(self, ours: Sequence[Completed], label: str, temperature: float) -> dict[str, Any]:
         """The row of win_rates.json for one policy at one temperature."""
-        others = self._others[temperature]
-        matches = [Match(a, b) for a, b in zip(ours, others, strict=True)]
+        opponents = self._others[temperature]
+        matches = [Match(a, b) for a, b in zip(ours, opponents, strict=True)]
         with self.session.progress.phase("judging", len(matches)) as tick:
             decisions = self._decide(matches, tick)
         labels = {

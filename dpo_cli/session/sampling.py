@@ -72,13 +72,13 @@ def draw_samples(
     assert pad is not None
     ranks = session.ranks
     with session.runtime.autocast(), unsharded(model):
-        own = sample(
+        samples = sample(
             model, prompts, options, ends, pad, tick, (ranks.rank, ranks.size), session.note,
             session.decoding,
         )  # fmt: skip
     if ranks.size == 1:
-        return own
-    shares = ranks.gather(own)
+        return samples
+    shares = ranks.gather(samples)
     return [next((row for row in rows if row), []) for rows in zip(*shares, strict=True)]
 
 

@@ -63,7 +63,7 @@ def run(session: Session) -> dict[str, Any]:
     stage = bench.stage
     wins = win_rates(session, stage, bench)
     best = find_optimum(session, stage, bench)
-    label = bench.named or ""
+    label = bench.reference_path or ""
     rows = optimum.point_rows(
         best, stage.best_of, label, session.config.seed, session.note
     ) if best else []  # fmt: skip
@@ -120,8 +120,8 @@ def sampling_rows(config: RunConfig, stage: EvaluateConfig) -> Iterator[Row]:
     if isinstance(judge, HttpJudgeConfig):
         requests = stage.prompts * len(stage.win_temperatures) * (1 + judge.both_orders)
         server = f"{judge.model} at {endpoint_from_environment().host}"
-        most = f"at most {judge.max_calls:,} in total"
-        yield "", f"{server}: up to {requests:,} requests per policy, {most}"
+        limit = f"at most {judge.max_calls:,} in total"
+        yield "", f"{server}: up to {requests:,} requests per policy, {limit}"
 
 
 def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
@@ -152,7 +152,7 @@ def free_policy(session: Session) -> None:
 
 def is_reference(bench: Bench, point: PolicyPoint) -> bool:
     """Whether the policy is the reference, by its folder."""
-    path, reference = point.source.path, bench.named
+    path, reference = point.source.path, bench.reference_path
     if path is None or reference is None or not Path(reference).is_dir():
         return False
     return model_folder(reference).resolve() == model_folder(path).resolve()

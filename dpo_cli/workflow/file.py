@@ -221,18 +221,18 @@ def _repeat(path: Path, body: dict[str, Any], variables: Mapping[str, Any]) -> R
 
 
 def _step(path: Path, number: int, body: Any) -> Step:
-    place = f"{path}: step {number}"
-    expect_keys(body, {"name", "overrides", "sweep", "once", "minutes"}, place)
-    name, overrides = body.get("name"), overrides_of(body, place)
+    where = f"{path}: step {number}"
+    expect_keys(body, {"name", "overrides", "sweep", "once", "minutes"}, where)
+    name, overrides = body.get("name"), overrides_of(body, where)
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(f"{place}: name={name}: must be of a-z, 0-9 and -")
+        raise ConfigError(f"{where}: name={name}: must be of a-z, 0-9 and -")
     sweep, once = (body.get(key, False) for key in ("sweep", "once"))
     for key, value in (("sweep", sweep), ("once", once)):
         if not isinstance(value, bool):
-            raise ConfigError(f"{place}: {key}={value}: expected true or false")
+            raise ConfigError(f"{where}: {key}={value}: expected true or false")
     if isinstance(overrides, dict) and sweep:
-        raise ConfigError(f"{place}: a sweep's overrides must be a list of key=a,b")
-    return Step(number, name, overrides, sweep, once, minutes_of(body, place))
+        raise ConfigError(f"{where}: a sweep's overrides must be a list of key=a,b")
+    return Step(number, name, overrides, sweep, once, minutes_of(body, where))
 
 
 def _check(path: Path, recipe: Recipe, repeats: bool) -> None:

@@ -47,40 +47,40 @@ def read_body(path: Path) -> dict[str, Any]:
     return parts
 
 
-def expect_keys(body: Any, known: set[str], place: str) -> None:
+def expect_keys(body: Any, known: set[str], where: str) -> None:
     if not isinstance(body, dict):
-        raise ConfigError(f"{place}: expected the keys {listed(known)}")
+        raise ConfigError(f"{where}: expected the keys {listed(known)}")
     for key in body:
         if key not in known:
             hint = did_you_mean(str(key), known)
-            raise ConfigError(f"{place}: {key}: unknown key{hint} (known: {listed(known)})")
+            raise ConfigError(f"{where}: {key}: unknown key{hint} (known: {listed(known)})")
 
 
 def listed(names: Any) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def minutes_of(body: dict[str, Any], place: str) -> float | None:
+def minutes_of(body: dict[str, Any], where: str) -> float | None:
     """A step's estimate in minutes, or None. Raises ConfigError."""
     minutes = body.get("minutes")
     if minutes is None:
         return None
     number = isinstance(minutes, (int, float)) and not isinstance(minutes, bool)
     if not (number and math.isfinite(minutes) and 0 < minutes <= LONGEST_MINUTES):
-        raise ConfigError(f"{place}: minutes={minutes}: expected a number above 0")
+        raise ConfigError(f"{where}: minutes={minutes}: expected a number above 0")
     return float(minutes)
 
 
-def overrides_of(body: dict[str, Any], place: str) -> dict[str, Any] | list[str]:
+def overrides_of(body: dict[str, Any], where: str) -> dict[str, Any] | list[str]:
     """A step's overrides: a mapping by dotted key, or a list of key=value. Raises ConfigError."""
     overrides = body.get("overrides") or {}
     if isinstance(overrides, dict):
         return _flatten(overrides)
     if not isinstance(overrides, list):
-        raise ConfigError(f"{place}: overrides: expected keys and values, or a list of key=value")
+        raise ConfigError(f"{where}: overrides: expected keys and values, or a list of key=value")
     words = [str(word) for word in overrides]
     if wrong := [word for word in words if "=" not in word]:
-        raise ConfigError(f"{place}: {wrong[0]}: overrides are written key=value")
+        raise ConfigError(f"{where}: {wrong[0]}: overrides are written key=value")
     return words
 
 

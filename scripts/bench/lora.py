@@ -59,10 +59,10 @@ def trainer_arguments(job: Job) -> dict[str, Any]:
     config = peft.LoraConfig(
         r=job.r, lora_alpha=alpha(job.r), target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return {"peft_config": config, **quantisation(job)}
+    return {"peft_config": config, **quantization(job)}
 
 
-def quantisation(job: Job) -> dict[str, Any]:
+def quantization(job: Job) -> dict[str, Any]:
     if job.lora != "qlora":
         return {}
     import bitsandbytes

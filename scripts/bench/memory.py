@@ -22,7 +22,7 @@ from scripts.bench.shapes import PRESETS
 from scripts.bench.sides import Side
 from scripts.bench.summary import Record, circumstances
 
-CASES: dict[str, dict[str, Any]] = {  # name -> overrides, beside a DPO run's
+CASES: dict[str, dict[str, Any]] = {  # name -> overrides, besides those of a DPO run
     "full": {},
     "reference live": {"stage.reference_logprobs": "live"},
     "micro-batches of 512 tokens": {"train.micro_batch_tokens": 512},
@@ -43,7 +43,7 @@ def own_parser() -> argparse.ArgumentParser:
         "cases": {"type": options.names, "default": tuple(CASES), "metavar": "A,B,...",
                   "help": "of " + "; ".join(CASES)},
         "precisions": {"type": options.names, "default": PRECISIONS, "metavar": "A,B"},
-        "length": {"type": int, "default": 512, "help": "tokens of prompt and response kept"},
+        "length": {"type": int, "default": 512, "help": "maximum tokens of prompt and response"},
     }  # fmt: skip
     groups = ("measurement", "output")
     return options.parser(__doc__, groups=groups, without=("precision",), more=runs, steps=1,
@@ -80,7 +80,7 @@ def run_rows(record: Record) -> Rows:
 
 
 def heading(record: Record) -> str:
-    """With presets and cases, so that adapters have a section beside full fine-tuning."""
+    """With presets and cases, so that adapters have a section separate from full fine-tuning."""
     settings, runs = record["settings"], record["runs"]
     of = ", ".join(dict.fromkeys(run["case"] for run in runs))
     return f"Batch {settings['batch']}, {settings['length']} tokens{threads_of(record)}: {of}"

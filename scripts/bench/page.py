@@ -145,13 +145,13 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def bars(
-    axes: Any, values: Mapping[str, Mapping[str, float]], label: str, colours: Sequence[str] | str
+    axes: Any, values: Mapping[str, Mapping[str, float]], label: str, colors: Sequence[str] | str
 ) -> None:
     """Bars of the medians; whiskers: lowest and highest."""
     middle = [v["median"] for v in values.values()]
     whiskers = [[v["median"] - v["min"] for v in values.values()],
                 [v["max"] - v["median"] for v in values.values()]]  # fmt: skip
-    axes.barh(list(values), middle, color=colours, xerr=whiskers, ecolor=INK, capsize=2)
+    axes.barh(list(values), middle, color=colors, xerr=whiskers, ecolor=INK, capsize=2)
     for place, value in enumerate(values.values()):
         text = f"  {short(value['median'])}"
         axes.text(value["max"], place, text, va="center", fontsize=8, color=INK)

@@ -21,13 +21,13 @@ CODE = ("dpo_cli/**/*.py", "conf/**/*.yaml", "scripts/bench/**/*.py")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to create in `folder`; a model that exists there is kept.
+    """What to create in `folder`; an existing model is reused.
 
     data: a file of real pairs, read by `adapter`; None: synthetic pairs of `prompt_length` and
     `response_length` tokens (including EOS) or, if None, with lengths drawn as in the dataset
     `lengths`. context: positions of the model. length: maximum tokens of prompt and response.
     reward_model: a sequence classifier with one label instead of a language model. r: rank of an
-    initial adapter, created beside the model. device: on which random weights are drawn.
+    initial adapter, created next to the model. device: that random weights are sampled on.
     """
 
     folder: str

@@ -115,8 +115,8 @@ def ratio_rows(record: Record) -> Rows:
     peer = "generate" if record["task"] == "decode" else "TRL"
     best = record.get("roles", {}).get("best", "")
     peer += "" if best.endswith("-best") or not best else f" ({best})"
-    named = [(ratio_name(key, peer), value) for key, value in record["ratios"].items()]
-    return [["ratio", "median [range]"], *([name, page.ranged(value)] for name, value in named)]
+    values = [(ratio_name(key, peer), value) for key, value in record["ratios"].items()]
+    return [["ratio", "median [range]"], *([name, page.ranged(value)] for name, value in values)]
 
 
 def ratio_name(key: str, peer: str) -> str:
@@ -165,9 +165,9 @@ def draw(axes: Any, record: Record) -> None:
     labels = {"per_second": f"{record['unit']}/s (more is better)",
               "peak_memory_mb": "peak memory, MB (less is better)"}  # fmt: skip
     sides = record["sides"]
-    colours = [page.BLUE if name.startswith("ours") else page.GREY for name in sides]
+    colors = [page.BLUE if name.startswith("ours") else page.GREY for name in sides]
     for panel, (key, label) in zip(axes, labels.items(), strict=True):
-        page.bars(panel, {name: side[key] for name, side in sides.items()}, label, colours)
+        page.bars(panel, {name: side[key] for name, side in sides.items()}, label, colors)
 
 
 PAGE = Page(f"{page.MEDIANS} Written by `scripts/bench.py`.", heading, section, draw)

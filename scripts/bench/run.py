@@ -46,12 +46,12 @@ def refuse_if_busy(allowed: bool, seconds: float = 1.0) -> float:
 
 
 @contextmanager
-def workplace(args: Any, what: str = "", timed: bool = True) -> Iterator[Path]:
+def workplace(args: Any, subject: str = "", timed: bool = True) -> Iterator[Path]:
     """The folder of a measurement: that of --keep, or a temporary one. For timings, exits unless
     the machine is idle enough."""
     if timed:
         busy = refuse_if_busy(args.busy_ok)
-        say(f"{what}, {args.precision} on {args.device}, {args.threads} threads; others keep "
+        say(f"{subject}, {args.precision} on {args.device}, {args.threads} threads; others keep "
             f"{busy:.2f} cores busy")  # fmt: skip
     if args.keep:
         yield Path(args.keep)

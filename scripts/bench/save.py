@@ -74,9 +74,9 @@ def plain_writer(
 
 
 def timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    start = time.perf_counter()
     work()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def methods_of(args: argparse.Namespace) -> dict[str, Callable[[Path], object]]:

@@ -25,9 +25,9 @@ def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-def flip_bit(path: Path, place: float = 0.5) -> None:
+def flip_bit(path: Path, at: float = 0.5) -> None:
     data = bytearray(path.read_bytes())
-    data[int(len(data) * place)] ^= 1
+    data[int(len(data) * at)] ^= 1
     path.write_bytes(data)
 
 

@@ -201,9 +201,9 @@ def own_reference(lab: Lab) -> str:
     tuned = checkpoint(settings(lab), 3)
     again = (*OVER, "stage=dpo", f"model.path={tuned}", "train.max_steps=1")
     lab.forked(*again, f"run_dir={lab.fresh('own')}", code=2, output=["stage.reference="])
-    named = lab.fresh("named")
-    lab.forked(*again, f"stage.reference={lab.base()}", f"run_dir={named}", what="named")
-    ratio = next(r["logratios/chosen"] for r in metrics_of(named) if "logratios/chosen" in r)
+    given = lab.fresh("named")
+    lab.forked(*again, f"stage.reference={lab.base()}", f"run_dir={given}", what="named")
+    ratio = next(r["logratios/chosen"] for r in metrics_of(given) if "logratios/chosen" in r)
     check(abs(ratio) >= 1e-6, "the policy itself was used as the reference")
     return f"exit 2, requires stage.reference; with it, the first log-ratio is {ratio:.3g}, not 0"
 

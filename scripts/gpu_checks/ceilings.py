@@ -51,12 +51,12 @@ def disk_speed(setup: Setup, size: int) -> float:
     """Bytes per second into a file, with fsync."""
     path = setup.folder("disk") / "file"
     block = os.urandom(4 * MIB)
-    began = time.perf_counter()
+    start = time.perf_counter()
     with path.open("wb") as file:
         for _ in range(size // len(block)):
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     path.unlink()
     return size / seconds

@@ -142,6 +142,6 @@ def interrupt(runs: Runs, process: subprocess.Popen[bytes]) -> int:
 
 def apart(runs: Runs, name: str, other: str, first: int) -> float:
     """Largest difference of the losses after step `first`; infinity if a run has none."""
-    mine, theirs = runs.losses(name), runs.losses(other)
-    steps = [step for step in sorted(mine) if first < step <= first + COMPARED and step in theirs]
-    return max((abs(mine[s] - theirs[s]) for s in steps), default=float("inf"))
+    losses, others = runs.losses(name), runs.losses(other)
+    steps = [step for step in sorted(losses) if first < step <= first + COMPARED and step in others]
+    return max((abs(losses[s] - others[s]) for s in steps), default=float("inf"))

@@ -20,13 +20,13 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True)
 class Shape:
-    """whole: the weight is float32 and trained; else it is frozen in bf16, as under an adapter."""
+    """trained: whether the weight is float32 and trained, or frozen in bf16 as under an adapter."""
 
     name: str
     tokens: int
     width: int
     vocab: int
-    whole: bool
+    trained: bool
 
 
 SHAPES = (
@@ -62,7 +62,7 @@ class Work:
         self.hidden.requires_grad_()
         weight = torch.randn(shape.vocab, shape.width, generator=g, device=device)
         weight *= 4.0 / shape.width**0.5
-        self.weight = weight.requires_grad_() if shape.whole else weight.to(BF16)
+        self.weight = weight.requires_grad_() if shape.trained else weight.to(BF16)
         self.head = Head(self.weight)
         self.targets = torch.randint(shape.vocab, (shape.tokens,), generator=g, device=device)
 
@@ -80,7 +80,7 @@ class Work:
                 _largest(self.score() - logprobs),
             )
             del logprobs, gradient
-            products = 3 if self.shape.whole else 2
+            products = 3 if self.shape.trained else 2
             flop = 2.0 * self.shape.tokens * self.shape.width * self.shape.vocab
             before = self._memory(reset=True)
             seconds = best_seconds(self.device.type, self.step, times=2)
@@ -94,7 +94,7 @@ class Work:
     def step(self) -> tuple[Tensor, Tensor]:
         """Log-probabilities, and the gradient of their sum with respect to the hidden states."""
         counts = [CHECKED] * (self.shape.tokens // CHECKED)
-        leaves = [self.hidden, self.weight] if self.shape.whole else [self.hidden]
+        leaves = [self.hidden, self.weight] if self.shape.trained else [self.hidden]
         with torch.autocast(self.device.type, BF16):
             loss, logprobs = fused_loss(
                 self.hidden, self.head, self.targets, counts, lambda values, _: values.sum()

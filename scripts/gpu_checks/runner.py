@@ -64,8 +64,8 @@ class Report:
         """Copy all steps' output into one file while it is written."""
         parts = []
         for number, folder in sorted(self.logs.items()):
-            own = [folder / f"step-{number}.log", *sorted(folder.glob(f"step-{number}-*.log"))]
-            for log in (path for path in own if path.is_file()):
+            logs = [folder / f"step-{number}.log", *sorted(folder.glob(f"step-{number}-*.log"))]
+            for log in (path for path in logs if path.is_file()):
                 text = log.read_bytes()[-LOG_TAIL:].decode(errors="replace")
                 parts.append(f"{'=' * 30} {log.stem}\n{text}\n")
         write_atomic(Path(f"{self.path}.log"), "".join(parts))
@@ -107,24 +107,24 @@ class Run:
             with self.report.lock:
                 self.report.mirror()
 
-    def one(self, step: Step, beside: int) -> None:
+    def one(self, step: Step, parallel: int) -> None:
         """Run one step; an exception in this script counts as its failure."""
         try:
-            self.report.add(self.outcome_of_step(step, beside))
+            self.report.add(self.outcome_of_step(step, parallel))
         except Exception as error:  # noqa: BLE001
             self.report.add(Outcome(step, "FAIL", [f"{type(error).__name__}: {error}"]))
 
-    def outcome_of_step(self, step: Step, beside: int) -> Outcome:
+    def outcome_of_step(self, step: Step, parallel: int) -> Outcome:
         left = self.until - time.monotonic()
         if left < (ENOUGH * step.seconds if self.device == "cuda" else 1):
             why = f"{max(0, left):.0f} s are left (--minutes), it takes about {step.seconds}"
             return Outcome(step, "skipped", [why])
-        has = self.report.circumstances.machine.get("memory_gb")
-        if has is not None and has < step.gib:
-            return Outcome(step, "skipped", [f"needs {step.gib:g} GiB, the device has {has:g}"])
+        memory = self.report.circumstances.machine.get("memory_gb")
+        if memory is not None and memory < step.gib:
+            return Outcome(step, "skipped", [f"needs {step.gib:g} GiB, the device has {memory:g}"])
         step_limit = step.limit * (1 if self.device == "cuda" else CPU_PATIENCE)
         limit = min(step_limit, left)
-        threads = max(1, self.cores // min(beside, 2))
+        threads = max(1, self.cores // min(parallel, 2))
         setup = Setup(self.device, str(self.work), self.data, self.tokenizer, threads, limit)
         answer = self.work / f"step-{step.number}.json"
         log = self.work / f"step-{step.number}.log"

@@ -38,13 +38,13 @@ def check(setup: Setup) -> Iterator[Fact]:
     longest, new = (8, 4) if setup.small else (PROMPT, NEW_TOKENS)
     with torch.autocast(setup.device, torch.bfloat16):
         yield from agreement(model, kernel, prompts_of(model, GREEDY, longest), min(new, GREEDY))
-        for rows, count, beside in FEW_ROWS if setup.small else ROWS:
+        for rows, count, compare in FEW_ROWS if setup.small else ROWS:
             prompts, what = prompts_of(model, count, longest), f"{rows} rows of {count} prompts"
             use_kernel(model, kernel)
             ours = seconds(setup, lambda: sampled(model, prompts, rows // count, new))  # noqa: B023
             yield f"ours, {what}, ms per token", ours / new * 1e3
             yield f"ours, {what}, tokens/s", rows * new / ours
-            if beside:
+            if compare:
                 model.set_attn_implementation("sdpa")
                 theirs = seconds(setup, lambda: generated(model, prompts, rows // count, new))  # noqa: B023
                 yield f"generate, {what}, ms per token", theirs / new * 1e3

@@ -75,7 +75,7 @@ def write_model(setup: Setup, folder: Path) -> None:
 
 def loading(setup: Setup, name: str, folder: Path) -> Iterator[Fact]:
     """Load a policy as in a run, probed and on its device, and measure time and host memory."""
-    before, began = resident_mb("VmRSS"), time.monotonic()
+    before, start = resident_mb("VmRSS"), time.monotonic()
     source = ModelConfig(path=str(folder))
     dtype = torch.float32 if setup.small else torch.bfloat16
     on = Placement(torch.device(setup.device), dtype, print)
@@ -83,7 +83,7 @@ def loading(setup: Setup, name: str, folder: Path) -> Iterator[Fact]:
     model.to(setup.device)
     if not setup.small:
         torch.cuda.synchronize()
-    yield name, time.monotonic() - began
+    yield name, time.monotonic() - start
     yield name.replace(", s", ", GiB of the host"), max(0.0, resident_mb("VmHWM") - before) / 1024
 
 

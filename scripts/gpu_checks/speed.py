@@ -82,10 +82,10 @@ def make(setup: Setup, words: Sequence[str]) -> float:
     from scripts.bench import options
     from scripts.bench.plan import make_plan, shape_of
 
-    began = time.monotonic()
+    start = time.monotonic()
     args = options.parse(options.parser(None), arguments(setup, words))
     make_plan(args, shape_of(args)[1], Path(args.keep)).prepare(setup.threads)
-    return time.monotonic() - began
+    return time.monotonic() - start
 
 
 def measured(setup: Setup, name: str, shape: tuple[str, ...], *words: str) -> Iterator[Fact]:
@@ -110,23 +110,23 @@ def compared_with(
 ) -> Iterator[Fact]:
     """The facts of this step, compared with those of an earlier one, if it ran. same: both train
     the same, so their losses must agree."""
-    mine: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for fact, value in facts:
-        mine[fact] = value
+        values[fact] = value
         yield fact, value
     path = Path(setup.work, f"step-{number}.json")
-    theirs = json.loads(path.read_text())["facts"] if path.is_file() else {}
-    if "losses" not in theirs:
+    earlier = json.loads(path.read_text())["facts"] if path.is_file() else {}
+    if "losses" not in earlier:
         return
-    name = next(fact for fact in mine if fact.endswith(", pairs/s")).partition(",")[0]
+    name = next(fact for fact in values if fact.endswith(", pairs/s")).partition(",")[0]
     for what in ("pairs/s", "peak memory, GiB"):
-        ratio = mine[f"{name}, {what}"] / theirs[f"{other}, {what}"]
+        ratio = values[f"{name}, {what}"] / earlier[f"{other}, {what}"]
         if name == "TRL":
             yield f"{what}, {other} / {name}", 1 / ratio
         else:
             yield f"{what}, {name} / {other}", ratio
     if same:
-        losses = [[float(x) for x in step["losses"].split()] for step in (mine, theirs)]
+        losses = [[float(x) for x in step["losses"].split()] for step in (values, earlier)]
         away = max(abs(a - b) for a, b in zip(*losses, strict=True))
         yield "losses, largest difference from ours", away
 

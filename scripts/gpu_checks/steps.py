@@ -118,7 +118,7 @@ STEPS = (
     ),
     Step(
         12, "decoding", "scripts.gpu_checks.sampling:check", 40, 100,
-        "gpt2-large in bf16: 128 and 512 rows, prompts shared and not, beside generate",
+        "gpt2-large in bf16: 128 and 512 rows, prompts shared and not, compared with generate",
         [Expect("ours, *, ms per token", low=0.001, about=(1.5, 15)),
          Expect("greedy log-probabilities, relative difference", high=3e-3)],
     ),

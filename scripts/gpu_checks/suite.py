@@ -56,8 +56,8 @@ def config_without_timeout(setup: Setup) -> Path:
 def counts(report: Path) -> Iterator[Fact]:
     """passed, failed, skipped, and the names of those that failed."""
     result = outcomes_of(report)
-    failed = {name: why for name, (how, why) in result.items() if how in ("failure", "error")}
-    skipped = Counter(why for how, why in result.values() if how == "skipped")
+    failed = {name: why for name, (status, why) in result.items() if status in ("failure", "error")}
+    skipped = Counter(why for status, why in result.values() if status == "skipped")
     yield "passed", len(result) - len(failed) - skipped.total()
     yield "failed", len(failed)
     yield "skipped", skipped.total()

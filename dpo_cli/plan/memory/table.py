@@ -20,10 +20,10 @@ def memory_rows(config: RunConfig, facts: Facts, capacity: float | None) -> list
     rows.append((f"total per {unit}", f"{gib(needed.total)}, peak in {needed.moment}"))
     if capacity is None:
         return [*rows, ("fits", "unknown: set hardware.memory_gb=<GiB of one GPU>")]
-    has = f"a {unit} has {gib(capacity)}"
+    available = f"a {unit} has {gib(capacity)}"
     if needed.total <= capacity:
-        return [*rows, ("fits", f"yes, {has}")]
-    return [*rows, ("fits", f"no, {has}"), *_advice(advise(config, facts, capacity))]
+        return [*rows, ("fits", f"yes, {available}")]
+    return [*rows, ("fits", f"no, {available}"), *_advice(advise(config, facts, capacity))]
 
 
 def copy_rows(config: RunConfig, facts: Facts) -> list[Row]:
