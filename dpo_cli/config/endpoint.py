@@ -1,7 +1,6 @@
 """The endpoint of a judge's language model: OPENAI_BASE_URL and OPENAI_API_KEY.
 
-Environment variables rather than configuration keys: the configuration is written to files, and
-secrets must not be.
+Environment variables, as configuration keys are written to files, and secrets must not be.
 """
 
 from __future__ import annotations

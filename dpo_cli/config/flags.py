@@ -14,12 +14,12 @@ from dpo_cli.errors import ConfigError
 
 
 def parse_flags(words: Sequence[str]) -> Namespace:
-    """Hydra's own flags; everything else is key=value."""
+    """Hydra's flags, with the key=value overrides as `overrides`. Raises ConfigError."""
     parser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
         message = message.replace("unrecognized arguments", "unknown option")
-        raise ConfigError(f"{message}; settings are written key=value, see dpo-run --help")
+        raise ConfigError(f"{message}; overrides are written key=value, see dpo-run --help")
 
     parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_intermixed_args(list(words))
@@ -39,7 +39,7 @@ def parse_flags(words: Sequence[str]) -> Namespace:
 
 
 def unparse_flags(args: Namespace) -> list[str]:
-    """Hydra's flags again, without those that dpo-run handles."""
+    """The command-line words of Hydra's flags, without those that dpo-run handles."""
     valued = {"--cfg": args.cfg, "--package": args.package, "--info": args.info}
     valued["--config-name"] = args.config_name
     switches = {"--resolve": args.resolve, "--hydra-help": args.hydra_help}

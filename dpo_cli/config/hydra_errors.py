@@ -57,11 +57,11 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
 
 def _syntax(override: str) -> str:
     if "=" in override or override.startswith("~"):
-        return f"{override}: cannot be read; quote values with special characters: \"key='a (b)'\""
+        return f"{override}: cannot be parsed; quote special characters: \"key='a (b)'\""
     hint = did_you_mean(override, [path.stem for path in recipes_dir().glob("*.yaml")])
     if hint:
-        return f"{override}: settings are written key=value{hint.replace('mean ', 'mean recipe=')}"
-    return f"{override}: settings are written key=value; see dpo-run --help"
+        return f"{override}: overrides are written key=value{hint.replace('mean ', 'mean recipe=')}"
+    return f"{override}: overrides are written key=value; see dpo-run --help"
 
 
 def _missing_option(error: MissingConfigException) -> str:

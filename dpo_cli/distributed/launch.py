@@ -149,7 +149,7 @@ class Failed(UserError):
 
 
 def rendezvous(hardware: HardwareConfig) -> dict[str, Any]:
-    """Rendezvous settings: on this host, or on the first node of a Slurm job."""
+    """Rendezvous settings: this host, or the first node of a Slurm job. Raises ConfigError."""
     if hardware.nodes == 1:
         return {"rdzv_endpoint": "localhost:0", "run_id": uuid.uuid4().hex}
     job, listed = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_NODELIST")

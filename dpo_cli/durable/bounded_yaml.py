@@ -29,7 +29,7 @@ def bounded_text(path: Path) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """The file's plain values. Raises as `bounded_text` does."""
+    """The file's plain values. Raises OSError and ValueError, as `bounded_text`."""
     text = bounded_text(path)
     try:
         return yaml.safe_load(text)

@@ -68,7 +68,8 @@ def identity(
 def measure(
     session: Session, stage: EvaluateConfig, rewards: np.ndarray, identity: Mapping[str, str]
 ) -> Optimum:
-    """The curve of (P, N) rewards of reference samples, also written to optimum.json."""
+    """The curve of (P, N) rewards of reference samples, written to optimum.json. DataError for
+    non-finite rewards."""
     if not np.isfinite(rewards).all():
         raise DataError(f"reward_fn={session.config.reward_fn.name}: some rewards are non-finite")
     curve = frontier.optimum_curve(rewards)
@@ -90,8 +91,8 @@ def measure(
 
 
 def load(folder: str, identity: Mapping[str, str]) -> Optimum:
-    """The curve of an earlier evaluation. Raises ConfigError unless that had the same prompts,
-    reference, reward and sampling settings."""
+    """The curve of an earlier evaluation. ConfigError unless that had the same prompts, reference,
+    reward and sampling settings; DataError for an invalid file."""
     path, key = Path(folder) / FILE, f"stage.optimum={folder}"
     if not path.is_file():
         raise ConfigError(

@@ -72,7 +72,7 @@ def find_policies(config: RunConfig, note: Callable[[str], None]) -> list[Policy
 
 
 def runs_of(folder: Path, key: str, note: Callable[[str], None]) -> list[Path]:
-    """The folder itself, or the folders of a sweep's successful runs."""
+    """The folder itself, or those of a sweep's successful runs; ConfigError if there are none."""
     jobs = sweep_jobs(folder)
     if not jobs:
         return [folder]
@@ -85,7 +85,7 @@ def runs_of(folder: Path, key: str, note: Callable[[str], None]) -> list[Path]:
 
 
 def sweep_jobs(folder: Path) -> list[dict[str, Any]]:
-    """The recorded jobs of a sweep, in order; empty if the folder is not a sweep's."""
+    """The recorded jobs of a sweep, in order; empty for other folders. Raises DataError."""
     jobs = []
     for path in (folder / JOBS).glob("*.json"):
         try:
@@ -151,7 +151,7 @@ def run_of(weights: Path) -> tuple[Path, int | None]:
 
 
 def training_cost(run: Path) -> dict[str, int]:
-    """{step, gradient_steps, samples} at a run's end, as far as recorded."""
+    """{step, gradient_steps, samples} at a run's end, as far as recorded. Raises DataError."""
     cost: dict[str, int] = {}
     metrics = run / "metrics.jsonl"
     if metrics.is_file():

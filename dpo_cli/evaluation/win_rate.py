@@ -50,7 +50,7 @@ class Bench(Protocol):
 
 
 def win_rates(session: Session, stage: EvaluateConfig, bench: Bench) -> WinRates | None:
-    """The run's win rates; None without an opponent."""
+    """The run's win rates; None without an opponent. Raises ConfigError."""
     if stage.opponent is None:
         return None
     if stage.opponent == "reference" and bench.reference is None:

@@ -157,7 +157,8 @@ def _arrived(
 
 
 def load_policy_and_data(session: Session, how: Loading = AS_TRAINED) -> Loaded:
-    """The model to train (from the checkpoint when resuming) and the encoded splits."""
+    """The model to train (from the checkpoint when resuming) and the encoded splits. DataError if
+    there are no training rows."""
     config = session.config
     refuse_rounding(config.hardware, session.runtime)
     tokenizer = load_tokenizer(config.model)

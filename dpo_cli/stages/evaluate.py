@@ -129,7 +129,8 @@ def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
 
 
 def load_policy(session: Session, bench: Bench, point: PolicyPoint) -> PreTrainedModel:
-    """The policy's model on the device; the reference's model if they are the same."""
+    """The policy's model on the device; the reference's if they are the same. ConfigError if its
+    tokenizer differs."""
     if bench.reference is not None and is_reference(bench, point):
         return bench.reference
     key = "stage.policies" if cast(EvaluateConfig, session.config.stage).policies else "model.path"

@@ -46,7 +46,7 @@ COLUMNS = (
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Write frontier.csv, .md and .json and plots/frontier.png; returns metrics per method."""
+    """Write frontier.{csv,md,json} and its plot; returns metrics per method. Raises DataError."""
     stage = cast(FrontierConfig, session.config.stage)
     folders = distinct_folders(stage.evaluations)
     refuse_mixed(folders)

@@ -48,7 +48,8 @@ class Sampled:
 
 
 def run(session: Session) -> dict[str, Any]:
-    """All pairs of a row's completions, one row per pair, for each file of stage.samples."""
+    """Write all pairs of completions, one row per pair, for each file of stage.samples; returns
+    `pair_figures` of each. Raises DataError."""
     stage = cast(LabelConfig, session.config.stage)
     assert stage.samples is not None  # checked with the configuration
     if unfinished(Path(stage.samples)):

@@ -107,7 +107,8 @@ def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
 
 
 def check_responses(examples: Sequence[EncodedExample], stage: RewardConfig) -> int:
-    """The number of responses K >= 2, the same for all examples; 2 if an option needs pairs."""
+    """The number of responses K >= 2 of all examples. DataError if it differs between them, or if
+    an option needs pairs."""
     check_lengths(examples, 2, "reward")
     counts = {len(e.response_ids) for e in examples}
     if len(counts) > 1:
@@ -123,7 +124,7 @@ def check_responses(examples: Sequence[EncodedExample], stage: RewardConfig) -> 
 
 
 def margins_of(examples: Sequence[EncodedExample], device: torch.device) -> Tensor:
-    """(rows,) float32 score of the chosen response minus that of the rejected one."""
+    """(rows,) float32 score of the chosen minus the rejected response. Raises DataError."""
     for example in examples:
         if example.scores is None:
             raise DataError(

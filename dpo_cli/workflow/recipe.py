@@ -102,8 +102,7 @@ def parse(words: Sequence[str]) -> Command:
 
 def default_folder(recipe: Recipe) -> Path:
     """`runs/<recipe>`, or the first of `-2`, `-3`, ... without a finished run with other variables,
-    so that its models and report are not replaced. Additional values of `repeat` replace nothing.
-    """
+    whose results it would replace. Additional values of `repeat` replace nothing."""
     repeated = list(recipe.repeat.values.values()) if recipe.repeat else None
     variables = redact(json.loads(json.dumps(recipe.variables)))
     free = {name for name, value in recipe.variables.items() if value == repeated}

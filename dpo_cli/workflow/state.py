@@ -47,7 +47,8 @@ def record_of(task: Task, run_dir: Path) -> dict[str, Any]:
 def examine(
     recipe: Recipe, task: Task, run_dir: Path, folders: Folders
 ) -> tuple[dict[str, Any], Decision]:
-    """The task's current inputs, and what to do with it. folders: those of the earlier tasks."""
+    """The task's current inputs, and what to do with it. folders: those of the earlier tasks.
+    Raises ConfigError."""
     overrides, uses = resolve(recipe, task, folders)
     inputs = {
         "overrides": overrides,
