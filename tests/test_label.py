@@ -131,7 +131,7 @@ def test_samples_that_make_no_pair(tmp_path):
     with pytest.raises(DataError, match=r"train\.jsonl: no two .* differ.*another reward_fn"):
         label(tmp_path, [{"prompt": "c", "completions": [" a", " b"]}])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"^stage\.samples=\S+: no train\.jsonl or eval\.jsonl the"):
+    with pytest.raises(DataError, match=r"^stage\.samples=\S+: contains no train\.jsonl or eval"):
         train(tmp_path / "x", "stage=label", f"stage.samples={tmp_path / 'empty'}")
 
 

@@ -64,8 +64,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
             "steps: [{name: a, overrides: ['+hydra.job.env_set.PYTHONPATH=/tmp']}]",
             "step a: hydra.job.env_set.PYTHONPATH: a recipe may set no key of Hydra except those",
         ),
-        ("steps: [{name: a, overrides: {hydra: {searchpath: [x]}}}]", "hydra.searchpath: a file"),
-        ("steps: [{name: a, overrides: ['hydra/callbacks=x']}]", "hydra/callbacks: a file sets"),
+        ("steps: [{name: a, overrides: {hydra: {searchpath: [x]}}}]", "hydra.searchpath: a recipe"),
+        ("steps: [{name: a, overrides: ['hydra/callbacks=x']}]", "hydra/callbacks: a recipe may"),
         (
             "steps: [{name: a, sweep: true, overrides: ['hydra.launcher._target_=os.system']}]",
             "hydra.launcher._target_: a recipe may set no",
@@ -94,7 +94,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         (f"repeat: {{seed: 3}}\n{STEPS}", "repeat: seed=3: expected a list of values"),
         (f"repeat: {{seed: [[0]]}}\n{STEPS}", "repeat: seed: [0]: a value must be a number or"),
         (f"repeat: {{seed: ['']}}\n{STEPS}", "repeat: seed: '': a folder name"),
-        (f"repeat: {{seed: [a b, A/B]}}\n{STEPS}", "repeat: seed: a b and A/B would share"),
+        (f"repeat: {{seed: [a b, A/B]}}\n{STEPS}", "repeat: seed: a b and A/B would both"),
         (
             f"vars: {{seeds: [0]}}\nrepeat: {{seed: '${{vars.seds}}'}}\n{STEPS}",
             "repeat: seed: ${vars.seds} is not a variable; did you mean vars.seeds?",

@@ -199,7 +199,7 @@ def test_a_sweep_by_hand_goes_on_with_the_same_words_only(
         return subprocess.run([*stub, *words], check=False).returncode
 
     assert code("seed=1,2", "stage=sft", *place) == 2
-    assert "was started with seed=1,2,3 stage=sft; give the same" in capfd.readouterr().err
+    assert "was started with seed=1,2,3 stage=sft; use the same" in capfd.readouterr().err
     assert code("seed=1,2,3", "stage=sft", f"hydra.sweep.dir={GRID}") == 2
     assert "is not empty; choose another folder" in capfd.readouterr().err
     assert code("seed=1", "hydra.sweep.dir=none", "resume=true") == 2

@@ -24,7 +24,7 @@ REMEDIES = {
     errno.EACCES: "check its permissions",
     errno.EPERM: "check its permissions",
     errno.EROFS: "not read-only",
-    errno.ENOLCK: "no file locks",
+    errno.ENOLCK: "file locks",
     errno.EFBIG: "ulimit -f",
     errno.EMFILE: "ulimit -n",
     errno.EIO: "failing",

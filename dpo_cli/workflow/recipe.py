@@ -168,7 +168,7 @@ def single(words: Sequence[str]) -> list[str]:
         if word.is_sweep_override():
             raise ConfigError(
                 f"{word.input_line}: several values need sweep: true in the step "
-                "(a list is key=[a,b], text with a comma \"key='a,b'\")"
+                "(write a list as key=[a,b], text with a comma as \"key='a,b'\")"
             )
     return list(words)
 
