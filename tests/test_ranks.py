@@ -233,7 +233,7 @@ def test_a_disk_error_of_any_rank_is_one_line(
     monkeypatch.setattr(sharded_checkpoint.dcp, "save", full)
     with pytest.raises(DiskError) as error:
         sharded_checkpoint.write(tmp_path, model, torch.optim.AdamW(model.parameters()))
-    told = f"rank 1 cannot write its shard: {tmp_path}/shards: File too large: raise the limit"
+    told = f"rank 1 cannot write its shard: {tmp_path}/shards: File too large: raise the file"
     assert told in str(error.value)
 
 

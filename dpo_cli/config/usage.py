@@ -28,7 +28,7 @@ with key=value overrides.
   dpo-run stage=ppo-baseline model=gpt2 model.path=runs/my-sft data=hh \\
       reward_fn=reward_model reward_fn.path=runs/my-reward              PPO, the baseline
   dpo-run stage=dpo data=jsonl data.path=pairs.jsonl model.path=my-model dry_run=true
-  dpo-run stage=dpo data=hh preset=qwen3-8b-qlora-24gb dry_run=true     settings for a model and GPU
+  dpo-run stage=dpo data=hh preset=qwen3-8b-qlora-24gb dry_run=true     a model on a given GPU
   dpo-run -m stage=dpo stage.beta=0.05,0.1,0.5 optim.lr=1e-6,5e-6      a sweep of 6 runs
 """
 

@@ -1,4 +1,4 @@
-"""`dpo-run convert FILE`: the command that does what another tool's settings say.
+"""`dpo-run convert FILE`: convert another tool's settings to a dpo-run command.
 
 Reads YAML or JSON of TRL, axolotl and LLaMA-Factory (with its dataset_info.json), and the words of
 the DPO reference code. The command goes to stdout; what could not be carried, and why, to stderr.
@@ -101,7 +101,7 @@ def converted(theirs: dict[str, Any], folder: Path) -> Conversion:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as a text."""
+    """A number: YAML 1.1 parses 1e-5 as a string."""
     for kind in (int, float) if isinstance(value, str) else ():
         try:
             return kind(value)
@@ -121,7 +121,7 @@ def _tool(theirs: Mapping[str, Any]) -> str:
 
 
 def _stage(result: Conversion) -> None:
-    """The stage, and its loss. TRL's file does not say which trainer reads it."""
+    """The stage and its loss. TRL's file does not name its trainer."""
     stage, loss, words = "dpo", None, result.words
     if result.tool == "axolotl":
         loss = result.first("rl")
@@ -218,7 +218,7 @@ def _training(result: Conversion) -> None:
 
 
 def _only_of_stage(result: Conversion) -> None:
-    """Leave out what the stage does not read, or the tool writes as a share of the run."""
+    """Drop what the stage does not read, or what the tool gives as a fraction of the run."""
     stage = result.words["stage"]
     known = set(group_keys("stage", stage))
     for name in [*result.theirs]:

@@ -1,4 +1,4 @@
-"""Where another tool's settings say that rows are, as keys of dpo-run's `data`."""
+"""Convert another tool's data settings to keys of dpo-run's `data`."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def _axolotl_data(result: Conversion, named: Any) -> None:
 
 
 def _llama_factory_data(result: Conversion, named: Any) -> None:
-    """By dataset_info.json, in dataset_dir or beside the file."""
+    """By dataset_info.json, in dataset_dir or next to the file."""
     if named is None:
         return
     words = result.words
