@@ -17,9 +17,9 @@ WIDTH = 92
 GROUPS = groups()
 
 INTRO = """\
-dpo-run trains language models on preferences: supervised fine-tuning, DPO and related losses,
-reward models, PPO, and the sampling, labeling and evaluation around them. Every run is one command
-with key=value overrides.
+dpo-run trains language models on preferences: supervised fine-tuning, DPO and related
+losses, reward models, PPO, and the sampling, labeling and evaluation around them. Every run
+is one command with key=value overrides.
 
   dpo-run recipe=quickstart                             the full pipeline on a CPU, in minutes
   dpo-run stage=sft model=gpt2 data=hh                  fine-tune on the preferred responses
@@ -55,7 +55,7 @@ Ways to run
   --cfg job | --info | --hydra-help | --shell-completion | --version
 
 Results go to runs/<stage>-<model>-<data>-<time>-<id>/, or run_dir=DIR: final/ (the model),
-metrics.jsonl, summary.json, checkpoints/, plots/, report.html. Existing runs are never overwritten.
+metrics.jsonl, summary.json, checkpoints/, plots/, report.html. It never overwrites a run.
 
 Exit codes: 0 done, 2 configuration, 3 data, 4 non-finite values, 5 no valid checkpoint,
             6 folder locked, 74 disk, 75 preempted after saving a checkpoint (resume=DIR),
