@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-STAGES = ("sft", "dpo", "reward", "ppo-baseline", "sample", "label", "evaluate", "frontier",
-          "export", "inspect")  # fmt: skip
+STAGES = ("sft", "dpo", "kto", "reward", "online-dpo", "ppo-baseline", "sample", "label",
+          "evaluate", "frontier", "export", "inspect")  # fmt: skip
 STAGE_NAMED = re.compile(
     r"stage(?:\.name)? (?:==|!=|in|not in) [\"(A-Z]|isinstance\([\w.]*stage, "
     r"|^ +\"(?:" + "|".join(STAGES) + r")\": "

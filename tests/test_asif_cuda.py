@@ -101,7 +101,9 @@ def rewarded(base: Path) -> tuple[str, str]:
     return "reward_fn=reward_model", f"reward_fn.path={base / 'reward'}"
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "ppo", "live", "lora", "recomputed"])
+@pytest.mark.parametrize(
+    "stage", ["sft", "dpo", "reward", "ppo", "online", "live", "lora", "recomputed"]
+)
 def test_a_step_waits_for_its_figures_and_its_norm(
     base: Path, tmp_path: Path, waits_of_steps: list[Counter[str]], stage: str
 ) -> None:
@@ -109,6 +111,8 @@ def test_a_step_waits_for_its_figures_and_its_norm(
         "sft": ("stage=sft",), "dpo": ("stage=dpo",), "ppo": (*PPO, *rewarded(base)),
         "reward": ("stage=reward", "stage.normalize_prompts=4"),
         "live": ("stage=dpo", "stage.reference_logprobs=live"),
+        "online": ("stage=online-dpo", "stage.pairs=all", "stage.max_new_tokens=6",
+                   "train.batch_size=4", "stage.rollout_prompts=8", *rewarded(base)),
         "lora": ("stage=dpo", "lora=lora"),
         "recomputed": ("stage=sft", "hardware.activation_checkpointing=1"),
     }[stage]  # fmt: skip

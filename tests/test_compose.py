@@ -90,12 +90,13 @@ def test_a_number_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             "+stage.beta=3",
-            "stage.beta: not a key of stage=sft; it belongs to stage=dpo, stage=kto, stage=label",
+            "stage.beta: not a key of stage=sft; it belongs to stage=dpo, stage=kto, "
+            "stage=online-dpo, stage=label",
         ),
         (
             "+stage.bta=3",
             "stage.bta: unknown key; did you mean stage.beta, a key of stage=dpo, stage=kto, "
-            "stage=label?",
+            "stage=online-dpo, stage=label?",
         ),
         ("stage.name=dop", "stage.name=dop: unknown; did you mean dpo?"),
     ],

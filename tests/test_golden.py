@@ -43,6 +43,8 @@ ERRORS = [  # commands that end in a line or several
     "stage=ppo-baseline reward_fn=none",
     "stage=ppo-baseline train.batch_size=24",
     "stage=ppo-baseline stage.temperature=0",
+    "stage=online-dpo train.batch_size=24 stage.rollout_prompts=32",
+    "stage=online-dpo stage.by=judge",
     "stage=sample stage.prompts=0 stage.eval_prompts=0",
     "model=custom",
     "model.path=/no/such",
@@ -139,6 +141,10 @@ RUNS = {
         "stage=ppo-baseline", "stage.rollout_samples=16", "stage.ppo_epochs=1",
         "stage.max_new_tokens=8", "stage.normalize_prompts=8", "stage.eval_prompts=4",
         "train.max_steps=4",
+    ],
+    "online-dpo": [
+        "stage=online-dpo", "stage.rollout_prompts=16", "stage.max_new_tokens=8",
+        "stage.eval_prompts=4", "train.max_steps=4",
     ],
 }  # fmt: skip
 

@@ -52,6 +52,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "reward": ("stage=reward", "model.path={root}/start", "train.max_steps=4",
                "stage.normalize_prompts=8"),
     "ppo": ("stage=ppo-baseline", "model.path={root}/start", "train.max_steps=8", *PPO),
+    "online": ("stage=online-dpo", "model.path={root}/start", "train.max_steps=8", "optim.lr=1e-3",
+               "stage.max_new_tokens=6", "stage.batch_size=4", "stage.eval_prompts=6",
+               "stage.rollout_prompts=16", "stage.pairs=all", "stage.completions=3"),
 }  # fmt: skip
 ON_FOUR = ("dpo", "dpo-lora")
 HYBRID = ("hardware.nodes=2", "hardware.devices=2", "hardware.sharding=hybrid")

@@ -26,6 +26,7 @@ SMALL = {
     "reward": ["stage.normalize_prompts=2", "stage.normalize_max_new_tokens=4"],
     "ppo-baseline": ["stage.rollout_samples=4", "stage.ppo_epochs=1", "stage.max_new_tokens=4",
                      "stage.normalize_prompts=2"],
+    "online-dpo": ["stage.completions=2", "stage.max_new_tokens=4"],
     "evaluate": ["stage.prompts=2", "stage.max_new_tokens=4"],
 }  # fmt: skip
 

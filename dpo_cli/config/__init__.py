@@ -40,17 +40,21 @@ from dpo_cli.config.schema import (
 )
 from dpo_cli.config.stages import STAGE_SCHEMAS, STAGES, spec_of
 from dpo_cli.config.stages.base import StageConfig, StageSpec
-from dpo_cli.config.stages.dpo import DpoConfig
+from dpo_cli.config.stages.dpo import DpoConfig, PreferenceConfig
 from dpo_cli.config.stages.evaluate import EvaluateConfig
 from dpo_cli.config.stages.export import ExportConfig
 from dpo_cli.config.stages.frontier import FrontierConfig
 from dpo_cli.config.stages.inspect import InspectConfig
 from dpo_cli.config.stages.kto import KtoConfig
 from dpo_cli.config.stages.label import LabelConfig
+from dpo_cli.config.stages.online_dpo import OnlineDpoConfig
 from dpo_cli.config.stages.ppo_baseline import PpoConfig
 from dpo_cli.config.stages.reward import RewardConfig
 from dpo_cli.config.stages.sample import SampleConfig
 from dpo_cli.config.stages.sft import SftConfig
+
+# of the stages whose work is sampling from the distinct prompts
+SamplingConfig = SampleConfig | EvaluateConfig | PpoConfig | OnlineDpoConfig
 
 __all__ = [
     "DATA_SCHEMAS",
@@ -80,14 +84,17 @@ __all__ = [
     "LoraConfig",
     "ModelConfig",
     "NoRewardFn",
+    "OnlineDpoConfig",
     "OptimConfig",
     "PpoConfig",
+    "PreferenceConfig",
     "PythonRewardFn",
     "RewardConfig",
     "RewardFnConfig",
     "RewardModelFn",
     "RunConfig",
     "SampleConfig",
+    "SamplingConfig",
     "SeDataConfig",
     "SentimentDataConfig",
     "SentimentRewardFn",

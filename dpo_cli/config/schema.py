@@ -159,11 +159,12 @@ class TrainConfig:
     shuffle: bool = key(True, "shuffle the data in each epoch")
     router_aux_loss_coef: float = key(
         0.0, "weight of transformers' load-balancing loss of a mixture of experts in the training "
-        "loss (sft, dpo, reward); eval/loss does not include it", bound=at_least(0, 1e6),
+        "loss (sft, dpo, online-dpo, reward); eval/loss does not include it",
+        bound=at_least(0, 1e6),
     )  # fmt: skip
     best_metric: str = key(
         "loss", "held-out metric that selects the best checkpoint; sft: also perplexity, dpo and "
-        "reward: also rewards/accuracies, reward: also ece, ppo-baseline: also score",
+        "reward: also rewards/accuracies, reward: also ece, ppo-baseline, online-dpo: also score",
     )  # fmt: skip
     sample_prompts: int = key(
         4, "held-out prompts completed at every evaluation; 0: none (never in stage=reward)",

@@ -42,8 +42,8 @@ def unread(config: RunConfig, group: str) -> str | None:
     stage = config.stage
     if group not in spec_of(stage).reads:
         return f"stage={stage.name}"
-    by = getattr(stage, "by", "reward_fn")
-    return f"stage.by={by}" if group == "reward_fn" and by != "reward_fn" else None
+    by = getattr(stage, "by", group)
+    return None if by == group else f"stage.by={by}"
 
 
 def unread_problems(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:

@@ -25,6 +25,8 @@ is one command with key=value overrides.
   dpo-run stage=sft model=gpt2 data=hh                  fine-tune on the preferred responses
   dpo-run stage=dpo model=gpt2 model.path=runs/my-sft data=hh stage.beta=0.1
   dpo-run stage=reward model=gpt2 model.path=runs/my-sft data=hh        a reward model
+  dpo-run stage=online-dpo model=gpt2 model.path=runs/my-sft data=hh \\
+      reward_fn=reward_model reward_fn.path=runs/my-reward              DPO on its own samples
   dpo-run stage=ppo-baseline model=gpt2 model.path=runs/my-sft data=hh \\
       reward_fn=reward_model reward_fn.path=runs/my-reward              PPO, the baseline
   dpo-run stage=dpo data=jsonl data.path=pairs.jsonl model.path=my-model dry_run=true

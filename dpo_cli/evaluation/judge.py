@@ -4,7 +4,7 @@ by a language model."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -50,6 +50,17 @@ class Judge(Protocol):
     def __call__(self, matches: Sequence[Match], tick: Tick) -> list[Decision]:
         """One decision per match, in order; `tick(n)` after every n."""
         ...
+
+
+def without_verdict(decisions: Sequence[Decision]) -> Iterator[str]:
+    """A note on the missing verdicts of each kind, with the first reason."""
+    for verdict in (Verdict.ERROR, Verdict.UNASKED):
+        reasons = [d.reason for d in decisions if d.verdict is verdict]
+        if reasons:
+            yield (
+                f"judge: {len(reasons):,} of {len(decisions):,} matches without a verdict: "
+                f"{reasons[0]}"
+            )
 
 
 @dataclass(frozen=True)

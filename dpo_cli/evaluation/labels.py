@@ -26,6 +26,23 @@ def all_pairs(scores: Sequence[float]) -> list[Pair]:
     return pairs
 
 
+def net_wins(pairs: Sequence[Pair], count: int) -> list[int]:
+    """Comparisons that each of `count` completions wins, minus those that it loses."""
+    net = [0] * count
+    for pair in pairs:
+        net[pair.chosen] += 1
+        net[pair.rejected] -= 1
+    return net
+
+
+def best_and_worst(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """The pair of the completions with the most and the fewest net wins, which in pairs by score
+    are the extremes; none if all have as many."""
+    net = net_wins(pairs, count)
+    best, worst = net.index(max(net)), net.index(min(net))
+    return [Pair(best, worst)] if net[best] > net[worst] else []
+
+
 def bradley_terry(
     pairs: Sequence[Pair], scores: Sequence[float], temperature: float, rng: random.Random
 ) -> list[Pair]:

@@ -174,9 +174,11 @@ def _share(cost: Mapping[str, int], name: str, step: int | None) -> int | None:
 
 
 def method_of(provenance: Mapping[str, Any]) -> str:
-    """The stage, or the loss if stage=dpo used another than DPO's."""
-    loss = provenance.get("loss", "sigmoid")  # only stage=dpo writes it
-    return str(loss if loss != "sigmoid" else provenance.get("stage") or "policy")
+    """The stage, or the loss if a stage of preference losses used another one than DPO's."""
+    loss, stage = provenance.get("loss", "sigmoid"), str(provenance.get("stage") or "policy")
+    if loss == "sigmoid":
+        return stage
+    return f"online-{loss}" if stage == "online-dpo" else str(loss)
 
 
 def seed_of(run: Path, default: int) -> int:

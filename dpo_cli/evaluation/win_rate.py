@@ -16,7 +16,14 @@ from dpo_cli.config.endpoint import endpoint_from_environment
 from dpo_cli.data.dataset import load_splits
 from dpo_cli.durable import write_text
 from dpo_cli.errors import ConfigError, DataError
-from dpo_cli.evaluation.judge import Decision, Judge, Match, RewardJudge, Verdict
+from dpo_cli.evaluation.judge import (
+    Decision,
+    Judge,
+    Match,
+    RewardJudge,
+    Verdict,
+    without_verdict,
+)
 from dpo_cli.evaluation.judge_http import HttpJudge
 from dpo_cli.model.sampling.generate import SamplingOptions
 from dpo_cli.records import EncodedExample, Prompt, response_text
@@ -68,6 +75,15 @@ def load_judge(session: Session, scorer: Scorer | None) -> Judge:
     return RewardJudge(scorer, f"reward_fn={config.reward_fn.name}")
 
 
+def decide(
+    session: Session, judge: Judge, matches: Sequence[Match], tick: Callable[[int], None]
+) -> list[Decision]:
+    """The judge's decisions: only one rank asks a server, a reward is computed by all."""
+    if isinstance(session.config.judge, HttpJudgeConfig):
+        return session.ranks.from_first(lambda: judge(matches, tick))
+    return judge(matches, tick)
+
+
 @dataclass
 class WinRates:
     """Policies against one opponent, by one judge with a common limit on calls.
@@ -112,7 +128,7 @@ class WinRates:
         opponents = self._others[temperature]
         matches = [Match(a, b) for a, b in zip(ours, opponents, strict=True)]
         with self.session.progress.phase("judging", len(matches)) as tick:
-            decisions = self._decide(matches, tick)
+            decisions = decide(self.session, self.judge, matches, tick)
         labels = {
             "policy": label, "opponent": str(self.stage.opponent), "judge": self.judge.name,
             "temperature": temperature,
@@ -123,7 +139,8 @@ class WinRates:
                 "completion": match.ours.completion, "other": match.theirs.completion,
                 "verdict": decision.verdict.value, "reason": decision.reason,
             })  # fmt: skip
-        self._note_missing(decisions)
+        for line in without_verdict(decisions):
+            self.session.note(line)
         counts = Counter(decision.verdict for decision in decisions)
         wins, losses, ties = (counts[v] for v in (Verdict.WIN, Verdict.LOSS, Verdict.TIE))
         if wins + losses + ties == 0:
@@ -139,22 +156,6 @@ class WinRates:
             "errors": counts[Verdict.ERROR], "unasked": counts[Verdict.UNASKED],
             "win_rate": rate.value, "low": rate.low, "high": rate.high,
         }  # fmt: skip
-
-    def _decide(self, matches: Sequence[Match], tick: Callable[[int], None]) -> list[Decision]:
-        """The judge's decisions: only one rank asks a server, a reward is computed by all."""
-        if isinstance(self.session.config.judge, HttpJudgeConfig):
-            return self.session.ranks.from_first(lambda: self.judge(matches, tick))
-        return self.judge(matches, tick)
-
-    def _note_missing(self, decisions: Sequence[Decision]) -> None:
-        """Note the number of missing verdicts, with the first reason of each kind."""
-        for verdict in (Verdict.ERROR, Verdict.UNASKED):
-            reasons = [d.reason for d in decisions if d.verdict is verdict]
-            if reasons:
-                self.session.note(
-                    f"judge: {len(reasons):,} of {len(decisions):,} matches without a verdict: "
-                    f"{reasons[0]}"
-                )
 
     @cached_property
     def _others(self) -> dict[float, list[Completed]]:

@@ -34,7 +34,7 @@ from dpo_cli.losses.pairwise import (
     sppo_loss,
     unlikelihood_loss,
 )
-from dpo_cli.losses.ranked import DIVERGENCES, RankedLogprobs
+from dpo_cli.losses.ranked import DIVERGENCES, Comparisons, RankedLogprobs
 from dpo_cli.losses.ranking import plackett_luce_loss, ranking_nll, reward_loss
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DIVERGENCES",
     "LOSSES",
+    "Comparisons",
     "Loss",
     "RankedLogprobs",
     "preferences",

@@ -26,17 +26,32 @@ LARGEST_EXPONENT = 80.0  # e^80 is still a float32
 
 
 @dataclass(frozen=True)
+class Comparisons:
+    """Some of the pairs of E lists of K responses, at least one of each list.
+
+    pairs: (P, 2) chosen and rejected, as places in the E K responses; lists: (P,) whose pair each
+    is; weights: (P,) one over the number of pairs of that list.
+    """
+
+    pairs: Tensor
+    lists: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
 class RankedLogprobs:
     """Log-probabilities of K ranked responses to each of E prompts, best first.
 
     policy: (E, K) float32, summed over the tokens of a response.
     reference: the same of the reference; None for losses without a reference.
     lengths: (E, K) number of tokens of each response.
+    compared: the pairs that are compared; None: all, the better one chosen.
     """
 
     policy: Tensor
     reference: Tensor | None
     lengths: Tensor
+    compared: Comparisons | None = None
 
     @property
     def logratios(self) -> Tensor:
@@ -49,15 +64,23 @@ class RankedLogprobs:
         return self.policy / self.lengths
 
     def pairs(self) -> RankedLogprobs:
-        """All K (K - 1) / 2 pairs of each list, the better one first: (E K (K - 1) / 2, 2)."""
-        count = self.policy.shape[1]
-        if count == 2:
+        """The compared pairs, the chosen response first, (P, 2); all: P = E K (K - 1) / 2."""
+        if self.compared is None and self.policy.shape[1] == 2:
             return self
-        return RankedLogprobs(
-            _paired(self.policy),
-            None if self.reference is None else _paired(self.reference),
-            _paired(self.lengths),
-        )
+        reference = None if self.reference is None else self._paired(self.reference)
+        return RankedLogprobs(self._paired(self.policy), reference, self._paired(self.lengths))
+
+    def _paired(self, values: Tensor) -> Tensor:
+        if self.compared is None:
+            return _all_pairs(values)
+        return values.flatten()[self.compared.pairs]
+
+    def mean_of_lists(self, losses: Tensor) -> Tensor:
+        """(P,) values of the compared pairs -> (E,) their mean over each list."""
+        if self.compared is None:
+            return losses.view(len(self.policy), -1).mean(dim=1)
+        sums = losses.new_zeros(len(self.policy))
+        return sums.index_add(0, self.compared.lists, losses * self.compared.weights)
 
     def under(self, divergence: str, alpha: float) -> RankedLogprobs:
         """With f'(pi / pi_ref) of another divergence instead of the log-ratios."""
@@ -67,7 +90,7 @@ class RankedLogprobs:
         return replace(self, policy=score, reference=None)
 
 
-def _paired(values: Tensor) -> Tensor:
+def _all_pairs(values: Tensor) -> Tensor:
     import torch
 
     # One slice per column: a list as an index would be copied to the device.

@@ -27,6 +27,7 @@ from dpo_cli.report.numbers import before, figure, interval
 from dpo_cli.report.page_figures import TILES, alt_of, shown_name, words_of
 from dpo_cli.report.page_read import Folder, read_folder
 from dpo_cli.report.page_samples import samples_of
+from dpo_cli.report.page_story import BY_PREFERENCE
 from dpo_cli.report.table import Column, Table, markdown_text
 
 _DPO_PAPER = """\
@@ -125,8 +126,8 @@ def _method(facts: Mapping[str, Any]) -> str:
     """How the model was trained: the text of its loss, otherwise of its stage."""
     stage, spec = facts["stage"], STAGES.get(facts["stage"])
     loss = ((facts.get("config") or {}).get("stage") or {}).get("loss")
-    if stage == "dpo" and loss in LOSSES:
-        return LOSSES[loss].method
+    if stage in BY_PREFERENCE and loss in LOSSES:
+        return f"{'online ' * (stage == 'online-dpo')}{LOSSES[loss].method}"
     return (spec.method or spec.title) if spec else str(stage)
 
 
@@ -146,7 +147,7 @@ def _body(facts: Mapping[str, Any], run: Folder) -> str:
         "## Training\n\n" + _training(command, facts.get("config")),
         "## Versions\n\n" + _table(("package", "version"), facts.get("versions")),
     ]
-    if facts["stage"] == "dpo":
+    if facts["stage"] in BY_PREFERENCE:
         sections.append("## Citation\n\n" + _fenced(_DPO_PAPER, "bibtex"))
     # only a heading: nothing is known for that section
     return "\n".join(section for section in sections if not section.endswith("\n\n"))

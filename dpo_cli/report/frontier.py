@@ -33,6 +33,7 @@ from dpo_cli.report.plots import (
 # Okabe and Ito's palette without its yellow: (color, marker, size).
 STYLES = {
     "dpo": (BLUE, "o", 7.0),
+    "online-dpo": ("#56B4E9", "P", 8.0),
     "ppo-baseline": (ORANGE, "s", 6.5),
     "ppo": (ORANGE, "s", 6.5),
     "ppo-gt": ("#E69F00", "v", 7.5),

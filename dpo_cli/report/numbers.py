@@ -44,6 +44,8 @@ LABELS = {
     "logratios/rejected": "Log-ratio of rejected responses",
     "tokens": "Tokens per completion",
     "finished": "Completions finished with EOS",
+    "rollout/tied": "Pairs without a preference",
+    "rollout/score_gap": "Score of chosen minus rejected completions",
     "distinct_2": "Distinct bigrams",
     "pairs": "Pairs",
     "trained_share": "Share of prompts seen in training",
@@ -61,7 +63,7 @@ LABELS = {
 }
 _SHARES = (
     "accuracies", "accuracy", "chosen_fell", "likelihood_accuracy", "trained_share", "finished",
-    "ece", "win_rate", "low", "high", "distinct_2", "mfu",
+    "ece", "win_rate", "low", "high", "distinct_2", "mfu", "tied", "decided",
 )  # fmt: skip
 _SETTINGS = ("temperature", "setting")  # shown as written: they are chosen, not measured
 _NATS = ("kl", "kl_sampled", "nll_per_token", "logps", "logratios")

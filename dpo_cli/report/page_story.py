@@ -25,6 +25,7 @@ from dpo_cli.report.page_read import Folder, Row
 
 FEW_FINISHED = 0.9  # a smaller share of finished completions is reported
 MAX_FINDINGS = 4  # sentences of frontier.json
+BY_PREFERENCE = ("dpo", "online-dpo")  # stages that are called by their loss
 BASELINES = ("optimum", "best-of-n")  # rows of points.jsonl that are not trained policies
 
 
@@ -41,14 +42,14 @@ def title_of(folder: Folder) -> str:
 
 
 def method_of(folder: Folder) -> str:
-    if folder.stage != "dpo":
+    if folder.stage not in BY_PREFERENCE:
         spec = STAGES.get(folder.stage)
         return spec.title if spec else folder.stage or "Run"
     loss = LOSSES.get(str(folder.setting("stage.loss")))
     name = loss.title if loss else "DPO"
     smoothing = folder.setting("stage.label_smoothing")
     smoothed = name == "DPO" and is_number(smoothing) and smoothing > 0
-    return "cDPO" if smoothed else name
+    return f"{'Online ' * (folder.stage == 'online-dpo')}{'cDPO' if smoothed else name}"
 
 
 def model_name(folder: Folder) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dpo_cli.config import EvaluateConfig, PpoConfig, SampleConfig
+from dpo_cli.config import SamplingConfig
 from dpo_cli.errors import ConfigError
 from dpo_cli.records import EncodedExample
 from dpo_cli.statistics import share_interval
@@ -18,7 +18,7 @@ from dpo_cli.statistics import share_interval
 PERCENTILE = 95  # of response lengths: the longest few would double the work
 MIN_FINISHED = 0.9  # below this share of finished completions a note is printed
 
-Sampling = TypeVar("Sampling", SampleConfig, EvaluateConfig, PpoConfig)
+Sampling = TypeVar("Sampling", bound=SamplingConfig)
 
 
 def needed_tokens(examples: Sequence[EncodedExample]) -> int:
@@ -40,7 +40,7 @@ def with_new_tokens(
     return replace(stage, max_new_tokens=tokens)
 
 
-def new_tokens(stage: SampleConfig | EvaluateConfig | PpoConfig) -> int:
+def new_tokens(stage: SamplingConfig) -> int:
     """`max_new_tokens` after `with_new_tokens`."""
     assert stage.max_new_tokens is not None
     return stage.max_new_tokens

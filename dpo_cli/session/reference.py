@@ -90,7 +90,8 @@ def reference_path(config: RunConfig, loaded: Loaded) -> str | None:
     """`stage.reference`; None for the policy itself. ConfigError if it is null and the policy was
     itself trained against a reference."""
     path: str | None = cast(Any, config.stage).reference
-    kind = {"dpo": "a DPO", "ppo-baseline": "a PPO"}.get(str(loaded.base.get("stage")))
+    kinds = {"dpo": "a DPO", "online-dpo": "an online DPO", "ppo-baseline": "a PPO"}
+    kind = kinds.get(str(loaded.base.get("stage")))
     if path is None and kind:
         raise ConfigError(
             f"model.path={config.model.path} is itself {kind} policy, trained against "

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.config import EvaluateConfig, PpoConfig, SampleConfig, spec_of
+from dpo_cli.config import SamplingConfig, spec_of
 from dpo_cli.data.chat import turn_end
 from dpo_cli.distributed.fsdp import unsharded
 from dpo_cli.model.sampling.generate import Completion, SamplingOptions, sample
@@ -38,9 +38,7 @@ def sample_writer(session: Session, loaded: Loaded) -> Callable[[int], None]:
     return write
 
 
-def decoded_together(
-    session: Session, stage: SampleConfig | EvaluateConfig | PpoConfig
-) -> int | None:
+def decoded_together(session: Session, stage: SamplingConfig) -> int | None:
     """Number of sequences decoded together; None: as many as fit on the GPU."""
     if stage.batch_size is None and session.runtime.device.type == "cpu":
         return spec_of(stage).cpu_batch_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dpo_cli.config import EvaluateConfig, PpoConfig, RunConfig, SampleConfig
+from dpo_cli.config import RunConfig, SamplingConfig
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.records import EncodedExample
 from dpo_cli.session.lengths import needed_tokens
@@ -33,9 +33,7 @@ def training_workload(config: RunConfig, examples: Sequence[EncodedExample]) -> 
     return Workload(lengths_of(examples), steps)
 
 
-def sampling_workload(
-    stage: SampleConfig | EvaluateConfig | PpoConfig, splits: EncodedSplits
-) -> Workload:
+def sampling_workload(stage: SamplingConfig, splits: EncodedSplits) -> Workload:
     """The workload of a stage that samples from the distinct prompts, with completions of maximum
     length."""
     rows = [*splits.train, *splits.eval]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from dpo_cli.config import DpoConfig, RunConfig
+from dpo_cli.config import DpoConfig, PreferenceConfig, RunConfig
 from dpo_cli.config.stages.dpo import losses_of, reads_reference
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.errors import DataError
@@ -109,14 +109,14 @@ def plan(preview: Preview) -> Iterator[Row]:
     yield device_row(preview)
 
 
-def own_loss(stage: DpoConfig) -> dict[str, str]:
+def own_loss(stage: PreferenceConfig) -> dict[str, str]:
     """The sha256 of the user's own loss, for the run's identity."""
     if stage.loss_file is None:
         return {}
     return {"loss_file": user_function("stage.loss_file", stage.loss_file, "loss").digest}
 
 
-def loss_line(stage: DpoConfig) -> str:
+def loss_line(stage: PreferenceConfig) -> str:
     """`sigmoid + 0.2 bco`."""
     return " + ".join(
         name if weight == 1.0 else f"{weight:g} {name}" for name, weight in losses_of(stage).items()

@@ -45,6 +45,7 @@ from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_files
 from dpo_cli.session.workload import Workload, sampling_workload
 from dpo_cli.stages.rollout import (
+    EVAL_SEED,
     Actors,
     Rollout,
     at_temperature,
@@ -62,8 +63,6 @@ from dpo_cli.stages.rollout import (
 from dpo_cli.statistics import mean_and_error
 from dpo_cli.train.loop import fit
 from dpo_cli.train.task import TrainTask
-
-EVAL_SEED = 7_919  # the same random numbers at every evaluation
 
 
 @dataclass

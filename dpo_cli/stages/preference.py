@@ -1,4 +1,4 @@
-"""The objective of stage=dpo on a pack: reference, losses, and the paper's metrics."""
+"""The objective of preference losses on a pack: reference, losses, and the paper's metrics."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpo_cli.config import DpoConfig
+from dpo_cli.config import PreferenceConfig
 from dpo_cli.config.stages.dpo import losses_of
 from dpo_cli.logprobs import sum_by_sequence
-from dpo_cli.losses import LOSSES, RankedLogprobs, preferences
+from dpo_cli.losses import LOSSES, Comparisons, RankedLogprobs, preferences
 from dpo_cli.losses.diagnostics import diagnostics, moments
 from dpo_cli.model.adapters.active import is_adapted
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs, token_logprobs
@@ -80,7 +80,7 @@ def _live(against: Reference, sums: Sums | None) -> ReferenceOf:
     return logprobs
 
 
-def sums_of(stage: DpoConfig) -> Sums | None:
+def sums_of(stage: PreferenceConfig) -> Sums | None:
     """How the reference's token log-probabilities are summed: as the policy's (`sequence_sums`)."""
     alpha = stage.ld_alpha
     if alpha is None:
@@ -113,12 +113,14 @@ def dpo_loss(
     model: PreTrainedModel,
     batch: Batch,
     reference_of: ReferenceOf,
-    stage: DpoConfig,
+    stage: PreferenceConfig,
     held_out: bool = False,
+    compared_in: Callable[[Sequence[int]], Comparisons | None] = lambda places: None,
 ) -> LossOutput:
     """Sum of the configured loss over the pack's examples, with the paper's metrics.
 
-    held_out: with the moments that `with_correlation` reads.
+    held_out: with the moments that `with_correlation` reads. compared_in: the pairs to compare of
+    these examples; None: all.
     """
     against = reference_of(batch)
     lengths = batch.sequence_lengths.view(-1, batch.branches)
@@ -126,8 +128,9 @@ def dpo_loss(
     def ranked(logprobs: Tensor, examples: slice) -> RankedLogprobs:
         """Token log-probabilities of some of the pack's examples -> those of their sequences."""
         sums = sequence_sums(logprobs, lengths[examples], stage.ld_alpha)
-        compared = None if against is None else against[examples]
-        return RankedLogprobs(sums, compared, lengths[examples].float())
+        reference = None if against is None else against[examples]
+        compared = compared_in(batch.places[examples])
+        return RankedLogprobs(sums, reference, lengths[examples].float(), compared)
 
     def loss_of(logprobs: Tensor, examples: slice) -> Tensor:
         return objective(ranked(logprobs, examples), stage).sum()
@@ -145,7 +148,7 @@ def dpo_loss(
     )
 
 
-def objective(logprobs: RankedLogprobs, stage: DpoConfig) -> Tensor:
+def objective(logprobs: RankedLogprobs, stage: PreferenceConfig) -> Tensor:
     """(E,) the configured losses of each example, plus the NLL of the chosen response."""
     total = None
     for name, weight in losses_of(stage).items():
@@ -157,16 +160,15 @@ def objective(logprobs: RankedLogprobs, stage: DpoConfig) -> Tensor:
     return total
 
 
-def loss_of_lists(name: str, logprobs: RankedLogprobs, stage: DpoConfig) -> Tensor:
-    """(E,) one loss per list: a pairwise loss is averaged over all pairs of the list."""
+def loss_of_lists(name: str, logprobs: RankedLogprobs, stage: PreferenceConfig) -> Tensor:
+    """(E,) one loss per list: a pairwise loss is averaged over the compared pairs of the list."""
     loss = LOSSES[name]
     options = {key: getattr(stage, key) for key in loss.arguments}
     if loss.difference:
         logprobs = logprobs.under(stage.divergence, stage.divergence_alpha)
     if loss.lists:
         return loss.compute(logprobs, **options)
-    losses = loss.compute(logprobs.pairs(), **options)
-    return losses.view(len(logprobs.policy), -1).mean(dim=1)
+    return logprobs.mean_of_lists(loss.compute(logprobs.pairs(), **options))
 
 
 @torch.no_grad()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.config import PpoConfig, RunConfig
+from dpo_cli.config import OnlineDpoConfig, PpoConfig, RunConfig
 from dpo_cli.data.loader import StepPlan, plan_steps
 from dpo_cli.errors import ConfigError
 from dpo_cli.logprobs import Head, promote, target_logprobs
@@ -36,7 +36,13 @@ from dpo_cli.session.sampling import completion_text, decoded_together, draw_sam
 from dpo_cli.session.session import Session
 from dpo_cli.statistics import mean_and_error
 
+EVAL_SEED = 7_919  # the same random numbers at every evaluation
 FALSE_KL = -3.0  # a mean KL this many standard errors below zero is reported as wrong
+
+
+class Sampler(Protocol):
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast: ...
 
 
 @dataclass
@@ -108,8 +114,8 @@ def values_of(head: torch.nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def draw(
-    session: Session, actors: Actors, model: PreTrainedModel, examples: Sequence[EncodedExample],
-    stage: PpoConfig, seed: int, completions: int | None = None,
+    session: Session, actors: Sampler, model: PreTrainedModel, examples: Sequence[EncodedExample],
+    stage: PpoConfig | OnlineDpoConfig, seed: int, completions: int | None = None,
 ) -> list[list[Completion]]:  # fmt: skip
     """Completions of each example's prompt, at the stage's temperature."""
     options = SamplingOptions(
@@ -126,12 +132,20 @@ def scores_of(
     actors: Actors, examples: Sequence[EncodedExample], samples: Sequence[Sequence[Completion]]
 ) -> Tensor:
     """(S,) raw scores, in the order of the samples."""
-    rows = [
-        Completed(e.prompt, completion_text(actors.tokenizer, c.ids), c.finished)
-        for e, row in zip(examples, samples, strict=True)
-        for c in row
-    ]
+    rows = [c for row in completed(actors.tokenizer, examples, samples) for c in row]
     return torch.tensor(actors.score(rows), dtype=torch.float32)
+
+
+def completed(
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[EncodedExample],
+    samples: Sequence[Sequence[Completion]],
+) -> list[list[Completed]]:
+    """The samples of each prompt as text."""
+    return [
+        [Completed(e.prompt, completion_text(tokenizer, c.ids), c.finished) for c in row]
+        for e, row in zip(examples, samples, strict=True)
+    ]
 
 
 def reference_normalizer(
@@ -194,7 +208,12 @@ def roll_out(
 def sequence_kl(session: Session, tokens: Sequence[Tokens], lengths: Tensor) -> float:
     """Mean KL per completion, in nats; a note if it is significantly negative."""
     logratios = torch.cat([t.logprobs - t.reference for t in tokens])
-    kl, error = mean_and_error([float(part.sum()) for part in logratios.split(lengths.tolist())])
+    return mean_kl(session, [float(part.sum()) for part in logratios.split(lengths.tolist())])
+
+
+def mean_kl(session: Session, logratios: Sequence[float]) -> float:
+    """As `sequence_kl`, of the completions' log-ratios."""
+    kl, error = mean_and_error(logratios)
     if kl < FALSE_KL * error:
         session.note(f"KL of {kl:.3f} is below zero: the samples do not come from the policy")
     return kl

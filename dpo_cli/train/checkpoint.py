@@ -4,6 +4,7 @@
                            adapter PEFT's adapter_model.safetensors adapter_config.json)
                            heads.safetensors   (modules trained beside the model, such as PPO's
                            value head)
+                           carried.safetensors   (tensors of the stage, such as a moving reference)
                            optimizer.safetensors optimizer.json rng.safetensors state.json
                            MANIFEST.json   (sha256 and size of each file; world size, run)
 

@@ -27,6 +27,7 @@ from dpo_cli.durable.provenance import PROVENANCE
 from dpo_cli.durable.redact import redact
 from dpo_cli.durable.tensors import write_tensors
 
+CARRIED = "carried.safetensors"
 HEADS = "heads.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 RNG = "rng.safetensors"

@@ -147,6 +147,9 @@ def _train_step(run: Fit) -> dict[str, float]:
     task.model.train()
     run.runtime.seed_rank(config.seed, run.step)
     sums = accumulate(task, lambda: run.batches(run.step), run.runtime, run.session.note)
+    if not sums.totals.sums:  # no micro-batch on any rank
+        run.step += 1
+        return {"lr": lr, **run.before}
     ranks = run.runtime.ranks
     values = sums.totals.means(ranks)
     weight = sums.totals.weights["loss"]
@@ -241,10 +244,12 @@ def _evaluate(run: Fit) -> bool:
 
 def _check_weights(run: Fit) -> None:
     """Run a forward on the new weights: a step that broke them shows only there."""
+    batches = run.task.batches(run.step - 1)
+    if not batches:  # no step was taken
+        return
     run.task.model.eval()
     with torch.no_grad(), run.runtime.autocast():
-        batch = run.task.batches(run.step - 1)[0]
-        loss = run.task.compute_loss(batch.to(run.runtime.device)).loss_sum
+        loss = run.task.compute_loss(batches[0].to(run.runtime.device)).loss_sum
     if run.runtime.ranks.any(not torch.isfinite(loss)):
         raise NonFiniteError(
             f"step {run.step}: the loss after this step is {float(loss)}, so it was not saved; "

@@ -213,7 +213,10 @@ class Saves:
             self._tokenizer = {**contents.of_tokenizer(task.tokenizer), **task.files}
         state = checkpoint.state_json(step, self._state(best))
         weights = contents.of_model(task.model, self._tokenizer, task.provenance)
-        return weights | contents.of_training(self.optimizer, task.heads, state)
+        training = contents.of_training(self.optimizer, task.heads, state)
+        carried = task.carried_tensors()
+        own = Contents({}, {contents.CARRIED: carried}) if carried else Contents()
+        return weights | training | own
 
     def _save_sharded(self, job: Job, best: Best | None) -> None:
         task, ranks = self.task, self.runtime.ranks

@@ -38,12 +38,14 @@ class TrainTask:
     """What a stage passes to the loop.
 
     batches(step): the micro-batches of a 0-based step, a function of the step alone (and of
-    before_step's results). evaluate(): metrics of the held-out rows. on_eval(step): samples.
+    before_step's results, which may leave nothing to learn: without any, no step is taken).
+    evaluate(): metrics of the held-out rows. on_eval(step): samples.
     before_step(step): runs before the step is timed, such as rollouts; its metrics are logged
     with every step until it returns new ones.
     live_references: reference models of the same shape whose forward compute_loss runs.
     save_multiple: checkpoints are only saved after multiples of this many steps.
-    carried(): JSON that a checkpoint keeps for the stage.
+    carried(): JSON that a checkpoint keeps for the stage; carried_tensors(): the same of tensors,
+    in a run of a single process, which the stage reads back itself.
     """
 
     model: PreTrainedModel
@@ -64,6 +66,7 @@ class TrainTask:
     live_references: int = 0
     save_multiple: int = 1
     carried: Callable[[], dict[str, Any]] = dict
+    carried_tensors: Callable[[], dict[str, torch.Tensor]] = dict
 
     @property
     def trained(self) -> torch.nn.Module:

@@ -1,8 +1,8 @@
-"""stage=dpo: keys of the preference losses; which loss reads which, `losses.LOSSES` knows."""
+"""Keys of the preference losses, and stage=dpo; which loss reads which, `losses.LOSSES` knows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -20,12 +20,13 @@ from dpo_cli.losses import DIVERGENCES, LOSSES
 if TYPE_CHECKING:
     from dpo_cli.config.schema import RunConfig
 
+OF_REFERENCE = ("reference", "reference_logprobs")
+
 
 @dataclass
-class DpoConfig(StageConfig):
-    """Preference losses on pairs, against a frozen reference."""
+class PreferenceConfig(StageConfig):
+    """Preference losses, against a reference."""
 
-    name: str = key("dpo", "which stage")
     default_lr: float = key(
         1e-6, "of full fine-tuning; optim.lr takes precedence", bound=at_least(0, 1)
     )
@@ -74,26 +75,39 @@ class DpoConfig(StageConfig):
         {}, "losses added to stage.loss, each with its weight, such as {bco: 0.2}"
     )
     reference: str | None = frozen_reference_key()
+
+
+@dataclass
+class DpoConfig(PreferenceConfig):
+    """Preference losses on pairs, against a frozen reference."""
+
+    name: str = key("dpo", "which stage")
     reference_logprobs: str = key(
         "cached", "cached: one pass before training | live: every step",
         choices=("cached", "live"),
     )  # fmt: skip
 
 
-def losses_of(stage: DpoConfig) -> dict[str, float]:
+def losses_of(stage: PreferenceConfig) -> dict[str, float]:
     """The losses of a run and their weights, `stage.loss` first."""
     return {stage.loss: 1.0, **stage.extra_losses}
 
 
-def reads_reference(stage: DpoConfig) -> bool:
+def reads_reference(stage: PreferenceConfig) -> bool:
     """Whether any loss of the run compares with a reference."""
     return any(LOSSES[name].reference for name in losses_of(stage))
 
 
 def problems(config: RunConfig) -> Iterator[str]:
-    """Options that the chosen losses would silently ignore or cannot take."""
     yield from unpaired(config)
-    stage = cast(DpoConfig, config.stage)
+    yield from loss_problems(cast(DpoConfig, config.stage), OF_REFERENCE)
+
+
+def loss_problems(stage: PreferenceConfig, of_reference: Sequence[str]) -> Iterator[str]:
+    """Options that the chosen losses would silently ignore or cannot take.
+
+    of_reference: keys that losses without a reference do not read.
+    """
     if stage.loss not in LOSSES:
         return  # reported as an unknown choice
     if wrong := list(_wrong_extra_losses(stage)):
@@ -103,7 +117,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     options = frozenset[str]().union(*(loss.options for loss in LOSSES.values()))
     unread = sorted(options.difference(*(loss.options for loss in chosen)))
     if not reads_reference(stage):
-        unread += ["reference", "reference_logprobs"]
+        unread += of_reference
     losses = " and ".join(losses_of(stage))
     for name, value in changed(stage, unread):
         yield no_effect(name, value, f"stage.loss={losses}")
@@ -116,7 +130,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield "stage.label_smoothing=0: exo needs one above 0; its paper takes 0.001"
 
 
-def _wrong_extra_losses(stage: DpoConfig) -> Iterator[str]:
+def _wrong_extra_losses(stage: PreferenceConfig) -> Iterator[str]:
     for name, weight in stage.extra_losses.items():
         if name not in LOSSES:
             yield f"stage.extra_losses: {name} is none of {', '.join(LOSSES)}"

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from dpo_cli.config.endpoint import endpoint_from_environment
 from dpo_cli.config.keys import LOCAL, LOCAL_OR_HUB, at_least, heat, key
 from dpo_cli.config.rewards import REWARD_FN_SCHEMAS, HttpJudgeConfig, NoRewardFn
 from dpo_cli.config.spelling import did_you_mean
@@ -20,7 +19,7 @@ from dpo_cli.config.stages.base import (
     new_tokens_key,
     no_effect,
 )
-from dpo_cli.errors import ConfigError
+from dpo_cli.config.stages.shared import unreachable_judge
 
 if TYPE_CHECKING:
     from dpo_cli.config.schema import RunConfig
@@ -136,11 +135,7 @@ def _win_rates(config: RunConfig, stage: EvaluateConfig) -> Iterator[str]:
             f"stage.opponent={opponent}: must be chosen, reference or a policy (a folder or a hub "
             f"id, owner/name){did_you_mean(opponent, OPPONENTS)}"
         )
-    if isinstance(config.judge, HttpJudgeConfig):
-        try:  # fail before hours of sampling
-            endpoint_from_environment()
-        except ConfigError as error:
-            yield str(error)
+    yield from unreachable_judge(config)
 
 
 SPEC = StageSpec(

@@ -1,4 +1,4 @@
-"""Data checks shared by several stages."""
+"""Checks shared by several stages."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dpo_cli.config.datasets import JsonlDataConfig, SentimentDataConfig
+from dpo_cli.config.endpoint import endpoint_from_environment
+from dpo_cli.config.rewards import HttpJudgeConfig
+from dpo_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from dpo_cli.config.schema import RunConfig
@@ -26,3 +29,12 @@ def unpaired(config: RunConfig) -> Iterator[str]:
             f"data.rejected_field=null: {stage} needs pairs; set it to the rejected response's "
             "field, or set data.responses_field"
         )
+
+
+def unreachable_judge(config: RunConfig) -> Iterator[str]:
+    """Why the judge's address cannot be used, which is known before hours of sampling."""
+    if isinstance(config.judge, HttpJudgeConfig):
+        try:
+            endpoint_from_environment()
+        except ConfigError as error:
+            yield str(error)
