@@ -120,7 +120,7 @@ def test_each_format_has_a_reader():
 @pytest.mark.parametrize(("name", "row"), cases(PAIRS))
 def test_a_pair_has_the_same_tokens_in_each(tmp_path, name, row):
     splits, _ = read(tmp_path, row)
-    assert splits.drops.reading == [f"1 rows, read as {FORMATS[name]}"]
+    assert splits.drops.reading == [f"1 rows, read as {name} ({FORMATS[name]})"]
     expected = ids(tmp_path, {"prompt": Q, "chosen": GOOD, "rejected": BAD}, format="columns")
     assert ids(tmp_path, row) == ids(tmp_path, row, format=name) == expected
 
@@ -128,7 +128,7 @@ def test_a_pair_has_the_same_tokens_in_each(tmp_path, name, row):
 @pytest.mark.parametrize(("name", "row"), cases(DEMONSTRATIONS))
 def test_a_demonstration_has_the_same_tokens_in_each(tmp_path, name, row):
     splits, _ = read(tmp_path, row)
-    assert splits.drops.reading == [f"1 rows, read as {FORMATS[name]}"]
+    assert splits.drops.reading == [f"1 rows, read as {name} ({FORMATS[name]})"]
     own = {"prompt": Q, "chosen": GOOD}
     expected = ids(tmp_path, own, format="columns", rejected_field=None)
     assert ids(tmp_path, row) == ids(tmp_path, row, format=name) == expected

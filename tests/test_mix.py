@@ -46,8 +46,7 @@ def test_each_source_is_read_by_its_adapter_and_taken_by_its_share(tmp_path):
     assert Counter(found.values()) == {1: 10, 2: 10}
     assert {count for prompt, count in found.items() if "Human" in prompt} == {2}
     assert splits.drops.reading == [
-        "own: 20 rows, read as prompt, chosen and rejected (or question, response_j, response_k "
-        "...)",
+        "own: 20 rows, read as pairs (prompt, chosen and rejected)",
         "own: 10 to train on (share 0.5 of 20), 0 held out",
         "hh: 20 to train on (share 2 of 10), 0 held out",
     ]

@@ -155,23 +155,30 @@ class UltrafeedbackDataConfig(DataConfig):
 
 # Formats of data=jsonl: how each is read. Which columns have it: data/adapters/formats.py.
 FORMATS = {
-    "pairs": "prompt, chosen and rejected (or question, response_j, response_k ...)",
+    "pairs": "prompt, chosen and rejected",
     "implicit": "chosen and rejected texts that begin with the same prompt",
-    "sharegpt": "ShareGPT: turns from human and gpt; the last one, or chosen and rejected, answer",
-    "swift": "ms-swift: messages, of which the last is chosen, and rejected_response",
+    "sharegpt": "turns from human and gpt; the last one, or chosen and rejected, is the answer",
+    "swift": "messages, of which the last is chosen, and rejected_response",
     "axolotl": "messages as the prompt, chosen and rejected messages",
-    "nemo": "NeMo: context and completions by rank",
-    "alpaca": "alpaca: instruction and input as the prompt, output (or chosen and rejected)",
-    "ultrafeedback": "UltraFeedback: completions ordered by score",
-    "nectar": "Nectar: answers ordered by rank",
-    "helpsteer": "HelpSteer: two responses, ordered by the strength of preference",
+    "nemo": "context, and completions by rank",
+    "alpaca": "instruction and input as the prompt, output or chosen and rejected",
+    "ultrafeedback": "completions ordered by score",
+    "nectar": "answers ordered by rank",
+    "helpsteer": "two responses, ordered by the strength of preference",
     "ranked": "prompt and responses, best first or by scores",
     "kto": "prompt, completion and label",
-    "completion": "prompt and completion (or response, answer, output)",
+    "completion": "prompt and one response",
     "messages": "conversations, of which the last message answers",
     "text": "texts without a prompt",
     "prompts": "prompts without responses",
 }
+
+
+def described(name: str) -> str:
+    """A format by its name, with what it means."""
+    return f"{name} ({FORMATS[name]})"
+
+
 # Keys that name columns: with any of them set, the format is not looked for.
 COLUMN_KEYS = (
     "prompt_field", "chosen_field", "rejected_field", "responses_field", "scores_field",

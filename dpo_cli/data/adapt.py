@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 from dpo_cli.config import DataConfig, JsonlDataConfig
-from dpo_cli.config.datasets import FORMATS
+from dpo_cli.config.datasets import FORMATS, described
 from dpo_cli.data.adapters import ADAPTERS
 from dpo_cli.data.adapters.formats import recognized
 from dpo_cli.data.drops import MISSING, BadRow, DropReport, response_name
@@ -61,7 +61,7 @@ def _with_format(config: DataConfig, rows: Rows, drops: DropReport) -> DataConfi
         return config
     config = recognized(config, rows.rows)
     if config.format in FORMATS:
-        drops.reading.append(f"{len(rows.rows):,} rows, read as {FORMATS[config.format]}")
+        drops.reading.append(f"{len(rows.rows):,} rows, read as {described(config.format)}")
     return config
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.config import DataConfig, RewardModelFn, RunConfig, spec_of
-from dpo_cli.config.datasets import FORMATS
+from dpo_cli.config.datasets import described
 from dpo_cli.data import trained
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.errors import DataError
@@ -45,7 +45,7 @@ def refuse_same(config: DataConfig, splits: EncodedSplits) -> None:
 def refuse_labels(config: RunConfig, splits: EncodedSplits) -> None:
     """DataError if a stage would take responses that are labeled undesirable for good ones."""
     spec = spec_of(config.stage)
-    labels = any(line.endswith(FORMATS["kto"]) for line in splits.drops.reading)
+    labels = any(line.endswith(described("kto")) for line in splits.drops.reading)
     if labels and spec.trains and not spec.takes_labels:
         raise DataError(
             f"{splits.origin}: rows with a label each, which stage={config.stage.name} does not "
