@@ -28,6 +28,7 @@ def test_a_dpo_run_in_words(tmp_path):
         ({"name": "dpo", "loss": "sigmoid", "label_smoothing": 0.1}, "cDPO of sft on hh"),
         ({"name": "dpo", "loss": "ipo", "label_smoothing": 0.0}, "IPO of sft on hh"),
         ({"name": "ppo-baseline"}, "PPO of sft on hh"),
+        ({"name": "ppo-baseline", "advantage": "rloo"}, "RLOO of sft on hh"),
         ({"name": "sft"}, "Supervised fine-tuning of sft on hh"),
     ],
 )

@@ -126,6 +126,8 @@ def test_methods_by_loss():
     assert method_of({"stage": "dpo", "loss": "sigmoid"}) == "dpo"
     assert method_of({"stage": "dpo", "loss": "unlikelihood"}) == "unlikelihood"
     assert method_of({"stage": "ppo-baseline"}) == "ppo-baseline"
+    assert method_of({"stage": "ppo-baseline", "advantage": "gae"}) == "ppo-baseline"
+    assert method_of({"stage": "ppo-baseline", "advantage": "rloo"}) == "rloo"
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from dpo_cli.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from dpo_cli.config.stages import STAGE_SCHEMAS, STAGES, spec_of
+from dpo_cli.config.stages import STAGE_SCHEMAS, STAGES, spec_of, title_of_stage
 from dpo_cli.config.stages.base import StageConfig, StageSpec
 from dpo_cli.config.stages.dpo import DpoConfig, PreferenceConfig
 from dpo_cli.config.stages.evaluate import EvaluateConfig
@@ -106,4 +106,5 @@ __all__ = [
     "TrainConfig",
     "UltrafeedbackDataConfig",
     "spec_of",
+    "title_of_stage",
 ]

@@ -174,10 +174,12 @@ def _share(cost: Mapping[str, int], name: str, step: int | None) -> int | None:
 
 
 def method_of(provenance: Mapping[str, Any]) -> str:
-    """The stage, or the loss if a stage of preference losses used another one than DPO's."""
+    """The stage, or the loss of a stage of preference losses, or PPO's advantage, if it is another
+    one than DPO's or PPO's own."""
     loss, stage = provenance.get("loss", "sigmoid"), str(provenance.get("stage") or "policy")
     if loss == "sigmoid":
-        return stage
+        advantage = provenance.get("advantage", "gae")
+        return stage if advantage == "gae" else str(advantage)
     return f"online-{loss}" if stage == "online-dpo" else str(loss)
 
 

@@ -1,4 +1,5 @@
-"""PPO as pure functions of tensors (arXiv 1707.06347; for language models 1909.08593, 2009.01325).
+"""PPO as pure functions of tensors (arXiv 1707.06347; for language models 1909.08593, 2009.01325),
+and advantages without a critic.
 
 Token values are flat, (N,): the sampled tokens of S completions concatenated, with lengths (S,).
 The state of a token is its prefix; the episode ends with a completion's last token.
@@ -50,6 +51,44 @@ def advantages_and_returns(
         following[rows] = values[place]
         advantages[place] = last[rows]
     return advantages, advantages + values
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """RLOO, arXiv 2402.14740: each reward minus the mean of the prompt's K - 1 others. (P, K)"""
+    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    return rewards - others
+
+
+def group_relative(rewards: Tensor, scaled: bool) -> Tensor:
+    """GRPO, arXiv 2402.03300: (r - mean) / std over the prompt's K completions. (P, K)
+
+    scaled: False leaves the division out (Dr. GRPO, 2503.20783), which gives prompts whose rewards
+    are nearly equal a larger weight. std is that of a sample, plus 1e-4, as in TRL.
+    """
+    centered = rewards - rewards.mean(1, keepdim=True)
+    return centered / (rewards.std(1, keepdim=True) + 1e-4) if scaled else centered
+
+
+def kl_penalty(logratios: Tensor, estimator: str) -> Tensor:
+    """Schulman's estimators of KL(pi || ref) as a loss of each token, of x = log pi - log ref. (N,)
+
+    Their gradients are expectations over pi's tokens: k2, x^2 / 2, has that of KL(pi || ref);
+    k3, exp(-x) - 1 + x, that of KL(ref || pi), which agrees with it near the reference. (k1, x,
+    has none: it is for rewards.)
+    """
+    return logratios.square() / 2 if estimator == "k2" else torch.expm1(-logratios) + logratios
+
+
+def token_shares(lengths: Tensor, average: str, constant: int) -> Tensor:
+    """(N,) factor of each token in a sum that is then divided by the number of tokens ("tokens")
+    or of completions: 1 / length of its completion, `lengths` (N,), for the mean of means
+    ("sequences"); 1 / constant for Dr. GRPO ("constant"), where long completions count for more.
+    """
+    if average == "tokens":
+        return torch.ones_like(lengths, dtype=torch.float32)
+    if average == "sequences":
+        return 1.0 / lengths.float()
+    return torch.full_like(lengths, 1.0 / constant, dtype=torch.float32)
 
 
 def whiten(values: Tensor) -> Tensor:

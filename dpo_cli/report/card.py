@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config import STAGES
+from dpo_cli.config import STAGES, title_of_stage
 from dpo_cli.durable import encode, write_bytes
 from dpo_cli.durable.provenance import load_provenance
 from dpo_cli.durable.redact import redact
@@ -125,10 +125,11 @@ def _hub_id(source: Mapping[str, Any] | None) -> str | None:
 def _method(facts: Mapping[str, Any]) -> str:
     """How the model was trained: the text of its loss, otherwise of its stage."""
     stage, spec = facts["stage"], STAGES.get(facts["stage"])
-    loss = ((facts.get("config") or {}).get("stage") or {}).get("loss")
-    if stage in BY_PREFERENCE and loss in LOSSES:
-        return f"{'online ' * (stage == 'online-dpo')}{LOSSES[loss].method}"
-    return (spec.method or spec.title) if spec else str(stage)
+    keys = (facts.get("config") or {}).get("stage") or {}
+    if stage in BY_PREFERENCE and keys.get("loss") in LOSSES:
+        return f"{'online ' * (stage == 'online-dpo')}{LOSSES[keys['loss']].method}"
+    title = title_of_stage(str(stage), keys.get("advantage"))
+    return (spec.method or title) if spec else title
 
 
 def _body(facts: Mapping[str, Any], run: Folder) -> str:

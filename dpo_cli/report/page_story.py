@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from dpo_cli.config import STAGES
+from dpo_cli.config import STAGES, title_of_stage
 from dpo_cli.losses import LOSSES
 from dpo_cli.report.numbers import (
     BOUNDS,
@@ -43,8 +43,7 @@ def title_of(folder: Folder) -> str:
 
 def method_of(folder: Folder) -> str:
     if folder.stage not in BY_PREFERENCE:
-        spec = STAGES.get(folder.stage)
-        return spec.title if spec else folder.stage or "Run"
+        return title_of_stage(folder.stage, folder.setting("stage.advantage")) or "Run"
     loss = LOSSES.get(str(folder.setting("stage.loss")))
     name = loss.title if loss else "DPO"
     smoothing = folder.setting("stage.label_smoothing")

@@ -12,15 +12,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dpo_cli.config import PpoConfig, RunConfig
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.data.loader import StepPlan
-from dpo_cli.logprobs import fused_loss, sum_by_sequence
-from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normalizer, policy_loss, value_loss
-from dpo_cli.model.forward import head_of, target_states
-from dpo_cli.records import Batch, EncodedExample, LossOutput
+from dpo_cli.losses.ppo import AdaptiveKl, FixedKl, Normalizer
+from dpo_cli.records import Batch, EncodedExample
 from dpo_cli.rewards.scoring import load_scorer, scorer_digest, scoring_rows
 from dpo_cli.session.lengths import (
     finished_share,
@@ -44,11 +41,11 @@ from dpo_cli.session.sampling import sample_writer
 from dpo_cli.session.session import Session
 from dpo_cli.session.trained import trained_files
 from dpo_cli.session.workload import Workload, sampling_workload
+from dpo_cli.stages.ppo_objective import ppo_loss
 from dpo_cli.stages.rollout import (
     EVAL_SEED,
     Actors,
     Rollout,
-    at_temperature,
     draw,
     final_scores,
     measure,
@@ -57,7 +54,6 @@ from dpo_cli.stages.rollout import (
     roll_out,
     scores_of,
     steps_of_rollout,
-    values_of,
     with_samples,
 )
 from dpo_cli.statistics import mean_and_error
@@ -145,6 +141,7 @@ def run(session: Session) -> dict[str, Any]:
             session,
             loaded,
             reward_fn=vars(session.config.reward_fn),
+            advantage=stage.advantage,
             target_kl=stage.target_kl if stage.kl_control == "adaptive" else None,
             reference=reference or session.config.model.path or session.config.model.hub_id,
         ),
@@ -179,7 +176,8 @@ def prepare(session: Session, loaded: Loaded, reference: str | None) -> Ppo:
 
 def plan(preview: Preview) -> Iterator[Row]:
     config, stage = preview.config, cast(PpoConfig, preview.config.stage)
-    yield "stage", "ppo-baseline"
+    critic = "with a critic" if stage.advantage == "gae" else "without a critic"
+    yield "stage", f"ppo-baseline, advantages by {stage.advantage}, {critic}"
     yield from scoring_rows(config)
     yield from trained_model_rows(preview)
     yield reference_row(stage.reference)
@@ -190,7 +188,8 @@ def plan(preview: Preview) -> Iterator[Row]:
     kl = f"towards {stage.target_kl:g} nats" if stage.kl_control == "adaptive" else "fixed"
     yield "rollouts", f"{samples}, of {prompts:,} distinct prompts"
     yield "steps", f"{rollouts.steps * steps:,}, {steps} after each rollout"
-    yield "KL weight", f"{stage.kl_coef:g}, {kl}"
+    place = "in the reward" if stage.kl_in == "reward" else f"{stage.kl_estimator} in the loss"
+    yield "KL weight", f"{stage.kl_coef:g}, {kl}, {place}"
     yield device_row(preview)
 
 
@@ -203,14 +202,16 @@ def workload(config: RunConfig, splits: EncodedSplits) -> Workload:
 
 
 def build_actors(session: Session, loaded: Loaded, named: str | None, stage: PpoConfig) -> Actors:
-    """Policy, frozen reference, a value head that starts at zero, and the scorer."""
+    """Policy, frozen reference, for GAE a value head that starts at zero, and the scorer."""
     device = session.runtime.device
     reference = load_reference(session, loaded, named).frozen(device)
     loaded.model.to(device)  # type: ignore[arg-type]
-    width = cast(Any, loaded.model.get_output_embeddings()).weight.shape[1]
-    head = torch.nn.Linear(width, 1).to(device)
-    torch.nn.init.zeros_(head.weight)
-    torch.nn.init.zeros_(head.bias)
+    head = None
+    if stage.advantage == "gae":
+        width = cast(Any, loaded.model.get_output_embeddings()).weight.shape[1]
+        head = torch.nn.Linear(width, 1).to(device)
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
     kl: AdaptiveKl | FixedKl = FixedKl(stage.kl_coef)
     if stage.kl_control == "adaptive":
         kl = AdaptiveKl(stage.kl_coef, stage.target_kl, stage.kl_horizon)
@@ -226,47 +227,6 @@ def prepare_state(session: Session, ppo: Ppo) -> None:
     elif ppo.stage.normalize and ppo.stage.normalize_prompts:
         chosen = ppo.prompts[: ppo.stage.normalize_prompts]
         ppo.actors.normalizer = reference_normalizer(session, ppo.actors, chosen, ppo.stage)
-
-
-def ppo_loss(actors: Actors, batch: Batch, rollout: Rollout, stage: PpoConfig) -> LossOutput:
-    """Clipped policy and value losses, summed over tokens; the step divides by their number."""
-    tokens_of = [rollout.tokens[i] for i in batch.places]
-    old, advantages, returns, old_values = (
-        torch.cat([getattr(t, name) for t in tokens_of])
-        for name in ("logprobs", "advantages", "returns", "values")
-    )
-    hidden = target_states(actors.policy, batch)
-    ends = np.cumsum([0, *batch.counts])
-    sequences = len(batch.sequence_lengths)
-    trust = torch.zeros_like(old)  # 1 where a completion's mean ratio is acceptable
-    losses = torch.zeros_like(old)
-    ratios = torch.zeros_like(old)
-
-    def loss_of(logprobs: Tensor, examples: slice) -> Tensor:
-        part = slice(int(ends[examples.start]), int(ends[examples.stop]))
-        loss, ratio = policy_loss(logprobs, old[part], advantages[part], stage.clip_range)
-        index = batch.sequence_index[part]
-        mean = sum_by_sequence(ratio.detach(), index, sequences) / batch.sequence_lengths
-        trust[part] = (mean <= stage.ratio_limit)[index].to(loss.dtype)
-        losses[part], ratios[part] = loss.detach(), ratio.detach()
-        return torch.where(trust[part] > 0, loss, 0.0).sum()
-
-    head = at_temperature(head_of(actors.policy), stage.temperature)
-    loss, logprobs = fused_loss(hidden, head, batch.targets, batch.counts, loss_of)
-    values = values_of(actors.value_head, hidden)
-    critic = value_loss(values, old_values, returns, stage.value_clip_range)
-    tokens = float(len(old))
-    clipped = ((ratios - 1.0).abs() > stage.clip_range).float()
-    change = (logprobs - old) * trust
-    figures = {
-        "policy_loss": (losses * trust).sum(),
-        "value_loss": critic.detach().sum(),
-        "clip_fraction": clipped.sum(),
-        "approx_kl": (change.exp() - 1.0 - change).sum(),
-        "skipped": (1.0 - trust).sum(),
-    }
-    total = loss + stage.vf_coef * critic.sum()
-    return LossOutput(total, tokens, {name: (value, tokens) for name, value in figures.items()})
 
 
 def evaluate(ppo: Ppo) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 import torch
@@ -19,10 +19,7 @@ from dpo_cli.losses.ppo import (
     AdaptiveKl,
     FixedKl,
     Normalizer,
-    advantages_and_returns,
-    explained_variance,
     fit_normalizer,
-    token_rewards,
     whiten,
 )
 from dpo_cli.model.forward import head_of, target_states
@@ -34,6 +31,7 @@ from dpo_cli.session.reference import Reference
 from dpo_cli.session.rows import over_rows
 from dpo_cli.session.sampling import completion_text, decoded_together, draw_samples
 from dpo_cli.session.session import Session
+from dpo_cli.stages.advantages import Tokens, estimate, on_device
 from dpo_cli.statistics import mean_and_error
 
 EVAL_SEED = 7_919  # the same random numbers at every evaluation
@@ -47,29 +45,16 @@ class Sampler(Protocol):
 
 @dataclass
 class Actors:
-    """The models of PPO. value_head: (D,) -> (1,), read at the hidden state of each token."""
+    """The models of PPO. value_head: (D,) -> (1,), read at the hidden state of each token; None
+    for advantages without a critic."""
 
     policy: PreTrainedModel
     reference: Reference
-    value_head: torch.nn.Linear
+    value_head: torch.nn.Linear | None
     tokenizer: PreTrainedTokenizerFast
     score: Scorer
     kl: AdaptiveKl | FixedKl
     normalizer: Normalizer = field(default_factory=Normalizer)
-
-
-@dataclass
-class Tokens:
-    """The n tokens of one prompt's completions, (n,) each; `estimate` fills in the last two.
-
-    Computed on the CPU, then moved to the run's device (`on_device`).
-    """
-
-    logprobs: Tensor
-    reference: Tensor
-    values: Tensor
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
 
 
 @dataclass
@@ -180,7 +165,8 @@ def roll_out(
     tokens = session.within_memory(lambda: measure(session, actors, full, stage))
     lengths = torch.tensor([len(c.ids) for c in flat])
     coefficient = actors.kl.coef
-    figures = estimate(actors, tokens, final_scores(actors, raw, flat, stage), lengths, stage)
+    scores = final_scores(actors, whiten(raw) if stage.whiten_scores else raw, flat, stage)
+    figures = estimate(tokens, scores, lengths, stage, coefficient)
     kl = sequence_kl(session, tokens, lengths)
     actors.kl.update(kl, len(flat))
     finished, count = sum(c.finished for c in flat), int(lengths.sum())
@@ -219,14 +205,6 @@ def mean_kl(session: Session, logratios: Sequence[float]) -> float:
     return kl
 
 
-def on_device(tokens: Sequence[Tokens], device: torch.device) -> list[Tokens]:
-    """Move the tokens to the run's device in one copy: a copy per step would block each step."""
-    names = [f.name for f in fields(Tokens)]
-    columns = torch.stack([torch.cat([getattr(t, name) for t in tokens]) for name in names])
-    parts = columns.to(device).split([len(t.logprobs) for t in tokens], dim=1)
-    return [Tokens(*part) for part in parts]
-
-
 def with_samples(
     examples: Sequence[EncodedExample], samples: Sequence[Sequence[Completion]]
 ) -> list[EncodedExample]:
@@ -255,19 +233,20 @@ def measure(
     session: Session, actors: Actors, examples: Sequence[EncodedExample], stage: PpoConfig
 ) -> list[Tokens]:
     """Log-probabilities of policy and reference, and values, on the CPU; no advantages yet."""
+    critic = actors.value_head
 
     def columns(row: Batch) -> list[Tensor]:
         own, logprobs = states_and_logprobs(actors.policy, row, stage)
-        values = values_of(actors.value_head, own)
+        values = [] if critic is None else [values_of(critic, own)]
         with actors.reference.active() as model:
             reference = states_and_logprobs(model, row, stage)[1]
-        return [part.cpu() for part in (logprobs, reference, values)]
+        return [part.cpu() for part in (logprobs, reference, *values)]
 
     tokens: dict[int, Tokens] = {}
     for row, results in over_rows(session, examples, columns):
         parts = [part.split(row.counts) for part in results]
-        for index, a, b, c in zip(row.example_ids.tolist(), *parts, strict=True):
-            tokens[index] = Tokens(a, b, c)
+        for index, *own in zip(row.example_ids.tolist(), *parts, strict=True):
+            tokens[index] = Tokens(*own)
     return [tokens[i] for i in range(len(examples))]
 
 
@@ -278,25 +257,3 @@ def states_and_logprobs(
     hidden = target_states(model, row)
     head = at_temperature(head_of(model), stage.temperature)
     return hidden, target_logprobs(hidden, head, row.targets)
-
-
-def estimate(
-    actors: Actors, tokens: list[Tokens], scores: Tensor, lengths: Tensor, stage: PpoConfig
-) -> dict[str, float]:
-    """Fill in advantages and returns; returns figures of the critic."""
-    logratios = torch.cat([t.logprobs - t.reference for t in tokens])
-    values = torch.cat([t.values for t in tokens])
-    rewards = token_rewards(scores, logratios, lengths, actors.kl.coef)
-    advantages, returns = advantages_and_returns(
-        rewards, values, lengths, stage.gamma, stage.gae_lambda
-    )
-    if stage.whiten_advantages:
-        advantages = whiten(advantages)
-    counts = [len(t.logprobs) for t in tokens]
-    parts = zip(tokens, advantages.split(counts), returns.split(counts), strict=True)
-    for own, part, return_ in parts:
-        own.advantages, own.returns = part, return_
-    return {
-        "score_normalised": float(scores.mean()),
-        "explained_variance": explained_variance(returns, values),
-    }

@@ -35,5 +35,14 @@ STAGES: dict[str, StageSpec] = {
 STAGE_SCHEMAS: dict[str, type[StageConfig]] = {name: spec.schema for name, spec in STAGES.items()}
 
 
+def title_of_stage(name: str, advantage: object) -> str:
+    """What pages call training in a stage, with `stage.advantage` if it has one."""
+    estimator = ppo_baseline.ADVANTAGES.get(str(advantage))
+    if estimator is not None:
+        return estimator.title
+    spec = STAGES.get(name)
+    return spec.title if spec else name
+
+
 def spec_of(stage: StageConfig) -> StageSpec:
     return STAGES[stage.name]

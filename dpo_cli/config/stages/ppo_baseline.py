@@ -21,6 +21,25 @@ if TYPE_CHECKING:
     from dpo_cli.config.schema import RunConfig
 
 CPU_BATCH = 128
+CRITIC = ("gae_lambda", "value_clip_range", "vf_coef", "value_lr_scale")  # keys only it reads
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """An estimator of advantages. title: what pages call training with it; unread: keys that it
+    does not read; grouped: it compares the completions of a prompt, so it needs several."""
+
+    title: str
+    unread: tuple[str, ...]
+    grouped: bool = False
+
+
+ADVANTAGES = {
+    "gae": Advantage("PPO", ("group_std",)),
+    "rloo": Advantage("RLOO", (*CRITIC, "gamma", "whiten_advantages", "group_std"), True),
+    "grpo": Advantage("GRPO", (*CRITIC, "gamma", "whiten_advantages"), True),
+    "reinforce++": Advantage("REINFORCE++", (*CRITIC, "group_std")),
+}
 
 
 @dataclass
@@ -32,6 +51,10 @@ class PpoConfig(StageConfig):
         1.4e-5, "of full fine-tuning; optim.lr takes precedence", bound=at_least(0, 1)
     )
     reference: str | None = frozen_reference_key()
+    advantage: str = key(
+        "gae", "gae: PPO's, with a critic | rloo, grpo, reinforce++: without one",
+        choices=tuple(ADVANTAGES),
+    )  # fmt: skip
     rollout_samples: int = key(512, "completions per rollout", bound=at_least(1, 10**6))
     completions: int = key(1, "completions per prompt", bound=at_least(1, 10**5))
     max_new_tokens: int | None = new_tokens_key()
@@ -56,6 +79,21 @@ class PpoConfig(StageConfig):
         10.0, "factor on optim.lr for the value head, which starts at zero", bound=above(0, 1e6)
     )
     whiten_advantages: bool = key(True, "scale advantages to mean 0 and std 1")
+    group_std: bool = key(
+        True, "grpo: divide by the std of a prompt's rewards; false: Dr. GRPO's advantages"
+    )
+    loss_average: str = key(
+        "tokens", "tokens: over all tokens | sequences: of each completion's mean (GRPO) | "
+        "constant: of each completion's sum / max_new_tokens (Dr. GRPO)",
+        choices=("tokens", "sequences", "constant"),
+    )  # fmt: skip
+    kl_in: str = key(
+        "reward", "where the KL penalty is: reward | loss", choices=("reward", "loss")
+    )  # fmt: skip
+    kl_estimator: str = key(
+        "k1", "of the KL: k1 in the reward; k2 or k3 (GRPO's) in the loss",
+        choices=("k1", "k2", "k3"),
+    )  # fmt: skip
     kl_control: str = key(
         "adaptive", "adaptive: towards stage.target_kl | fixed", choices=("adaptive", "fixed")
     )
@@ -69,6 +107,9 @@ class PpoConfig(StageConfig):
     )
     normalize_prompts: int = key(
         256, "one sample of the reference each", bound=at_least(0, 10**6), old="normalise_prompts"
+    )
+    whiten_scores: bool = key(
+        False, "scale each rollout's scores to mean 0 and std 1, before they are clipped"
     )
     score_clip: float | None = key(
         None, "largest absolute score after scaling; null: any", bound=above(0, HUGE)
@@ -90,6 +131,7 @@ UNREAD: list[tuple[str, Any, list[str]]] = [  # a key, its value, and what that 
     ("normalize", False, ["normalize_prompts"]),
     ("vf_coef", 0.0, ["value_lr_scale"]),
     ("kl_control", "fixed", ["target_kl", "kl_horizon"]),
+    *(("advantage", name, list(chosen.unread)) for name, chosen in ADVANTAGES.items()),
 ]
 
 
@@ -104,10 +146,27 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"model.dropout={config.model.dropout}: must be 0, policy and rollout would differ"
     if stage.normalize and not stage.normalize_prompts:
         yield "stage.normalize_prompts=0: nothing to measure; use stage.normalize=false"
+    if stage.normalize and stage.whiten_scores:
+        yield "stage.whiten_scores=true: undoes stage.normalize; use stage.normalize=false"
+    yield from _estimator(stage)
     for switch, off, unread in UNREAD:
         if getattr(stage, switch) == off:
             for name, value in changed(stage, unread):
                 yield no_effect(name, value, f"stage.{switch}={str(off).lower()}")
+
+
+def _estimator(stage: PpoConfig) -> Iterator[str]:
+    chosen = ADVANTAGES.get(stage.advantage)
+    if chosen and chosen.grouped and stage.completions == 1:
+        yield (
+            f"stage.completions=1: stage.advantage={stage.advantage} compares completions of the "
+            "same prompt; set 2 or more"
+        )
+    estimator = f"stage.kl_estimator={stage.kl_estimator}"
+    if stage.kl_in == "reward" and stage.kl_estimator != "k1":
+        yield f"{estimator}: has a biased gradient in the reward; use k1, or stage.kl_in=loss"
+    if stage.kl_in == "loss" and stage.kl_estimator == "k1":
+        yield f"{estimator}: has a gradient of mean zero in the loss; use k2 or k3"
 
 
 def _rollouts(config: RunConfig, stage: PpoConfig) -> Iterator[str]:
