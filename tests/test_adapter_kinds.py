@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from functools import partial
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import peft
@@ -60,6 +61,10 @@ TRAINED_ON = {  # merged and trained on
     "olora": ("qwen2", low_rank(init_lora_weights="olora", use_rslora=True)),
     "orthogonal": ("llama", low_rank(init_lora_weights="orthogonal")),
 }  # fmt: skip
+if find_spec("scipy") and torch.cuda.is_available():  # PEFT quantizes for LoftQ on a GPU alone
+    TRAINED_ON["loftq"] = (
+        "llama", low_rank(init_lora_weights="loftq", loftq_config=peft.LoftQConfig()),
+    )  # fmt: skip
 MERGED = {  # merged, and refused where they would be trained on
     "bias": ("gpt2", low_rank(target_modules=["c_attn"], bias="all"), "has bias=all, which"),
     "mica": ("llama", low_rank(init_lora_weights="mica"), "has init_lora_weights=mica, which"),
