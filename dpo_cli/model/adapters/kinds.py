@@ -53,7 +53,7 @@ def trainable_config(origin: Origin, key: str) -> peft.LoraConfig:
     if initialization_of(origin.facts) not in TRAINABLE:
         names = ["init_lora_weights", *names]
     if names:
-        given = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+        given = ", ".join(f"{name}={str(getattr(config, name))[:80]}" for name in names)
         raise ConfigError(f"{where}: has {given}, which training does not support: {remedy}")
     return config
 
