@@ -43,7 +43,8 @@ class PreferenceExample:
 
     One response: a demonstration (SFT). Two: chosen and rejected. More: a ranked list.
     row: 0-based row of the source file, for messages. finished: per response, False if it ended by
-    length and so gets no EOS; None: all are finished.
+    length and so gets no EOS; None: all are finished. terms: the row's numbers for its loss,
+    those that `config.datasets.row_terms` names.
     """
 
     prompt: Prompt
@@ -51,6 +52,7 @@ class PreferenceExample:
     row: int
     scores: tuple[float, ...] | None = None
     finished: tuple[bool, ...] | None = None
+    terms: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class EncodedExample:
 
     A response ends with EOS unless it was truncated or unfinished. All arrays are int32 and 1-D.
     key: of the prompt's content, see data/trained.py; 0: unknown. prompt_json: the source's prompt
-    as UTF-8 JSON, which takes less memory than messages.
+    as UTF-8 JSON, which takes less memory than messages. terms: as in PreferenceExample.
     """
 
     prompt_ids: np.ndarray
@@ -68,6 +70,7 @@ class EncodedExample:
     scores: tuple[float, ...] | None = None
     key: int = 0
     prompt_json: bytes = b'""'
+    terms: tuple[float, ...] | None = None
 
     @property
     def prompt(self) -> Prompt:

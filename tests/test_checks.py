@@ -158,6 +158,10 @@ def test_what_cannot_work_is_refused(overrides: str, expected: str) -> None:
             "stage=inspect hardware.devices=2",
             "hardware.devices=2: has no effect with stage=inspect, which runs in one process; rem",
         ),
+        (
+            "stage=sft data=jsonl data.path=. data.weight_field=w",
+            "data.weight_field=w: has no effect with stage=sft; remove it",
+        ),
         ("stage=dpo stage.loss=dpo", "stage.loss=dpo: DPO's own loss is called sigmoid"),
     ],
 )

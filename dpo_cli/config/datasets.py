@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cli.config.keys import LOCAL, above, at_least, day, key
+from dpo_cli.config.keys import LOCAL, above, at_least, day, key, within
 
 # How conversations are rendered; any other value of data.chat_template is a Jinja file.
 CHAT_TEMPLATES = ("auto", "always", "never", "human_assistant")
@@ -186,6 +186,13 @@ COLUMN_KEYS = (
 )  # fmt: skip
 
 
+ROW_TERMS = {  # numbers of a row for its loss; `data.<name>_field` names the column
+    "weight": at_least(0, 10**6),
+    "margin": at_least(-(10**6), 10**6),
+    "smoothing": within("[0, 0.5)"),
+}
+
+
 @dataclass
 class JsonlDataConfig(DataConfig):
     """Your own rows: text or chat prompts with chosen and rejected responses."""
@@ -217,6 +224,15 @@ class JsonlDataConfig(DataConfig):
         "for stage=kto: field with the label of the row's only response (chosen_field), true or 1 "
         "if desirable, else false or 0",
     )
+    weight_field: str | None = key(
+        None, "field of a factor on the row's loss, at least 0: for stage=dpo"
+    )
+    margin_field: str | None = key(
+        None, "field of a margin that beta h must exceed, for losses of beta h: for stage=dpo"
+    )
+    smoothing_field: str | None = key(
+        None, "field of the row's own stage.label_smoothing: for stage=dpo"
+    )
     system_field: str | None = key(
         "system", "field of a system message before the prompt; may be absent; null: not read"
     )
@@ -247,6 +263,12 @@ def column_problems(data: DataConfig) -> Iterator[str]:
         value = getattr(data, name)
         if value != getattr(JsonlDataConfig(), name):
             yield f"data.{name}={value}: has no effect with data.format={data.format}; remove it"
+
+
+def row_terms(config: DataConfig) -> dict[str, str]:
+    """Name -> column of the numbers that the rows have for their loss."""
+    columns = {name: getattr(config, f"{name}_field", None) for name in ROW_TERMS}
+    return {name: column for name, column in columns.items() if column is not None}
 
 
 DATA_SCHEMAS: dict[str, type[DataConfig]] = {

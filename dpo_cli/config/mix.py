@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from dpo_cli.config.datasets import DATA_SCHEMAS, WRITING, DataConfig, MixDataConfig
+from dpo_cli.config.datasets import DATA_SCHEMAS, WRITING, DataConfig, MixDataConfig, row_terms
 from dpo_cli.config.spelling import did_you_mean
 from dpo_cli.errors import ConfigError
 
@@ -51,6 +51,8 @@ def sources_of(config: MixDataConfig) -> dict[str, tuple[DataConfig, float]]:
 def _unreadable(name: str, own: DataConfig) -> Iterator[str]:
     if not (own.path or own.hub_id):
         yield f"data.sources.{name}: no rows; give its path or hub_id"
+    for term, column in row_terms(own).items():
+        yield f"data.sources.{name}.{term}_field={column}: is not read with data=mix; remove it"
     for which in ("path", "eval_path"):
         value = getattr(own, which)
         if value and not Path(value).expanduser().exists() and "*" not in value:

@@ -15,6 +15,7 @@ from dpo_cli.config import (
     TrainConfig,
     spec_of,
 )
+from dpo_cli.config.datasets import row_terms
 from dpo_cli.config.keys import facts
 from dpo_cli.config.stages.base import no_effect
 
@@ -48,7 +49,7 @@ def unread(config: RunConfig, group: str) -> str | None:
 
 def unread_problems(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
     """Problems of keys that the run does not read. keys: those of the command line, sorted."""
-    for part in (_without_effect, _unadapted, _single_process, _trust):
+    for part in (_without_effect, _unadapted, _single_process, _row_terms, _trust):
         yield from part(config, keys)
 
 
@@ -105,6 +106,14 @@ def _single_process(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
             yield no_effect(key, value, f"{stage}, which runs in one process")
         elif key == "hardware.precision" and hasattr(config.stage, "dtype") and value != "auto":
             yield no_effect(key, value, f"{stage}, whose dtype is stage.dtype")
+
+
+def _row_terms(config: RunConfig, keys: Sequence[str]) -> Iterator[str]:
+    """The rows' numbers for their loss, where another stage trains on them."""
+    stage = config.stage.name
+    for name, column in row_terms(config.data).items():
+        if f"data.{name}_field" in keys and stage != "dpo" and spec_of(config.stage).trains:
+            yield no_effect(f"data.{name}_field", column, f"stage={stage}")
 
 
 def _trust(config: RunConfig, keys: Sequence[str]) -> list[str]:

@@ -94,6 +94,7 @@ def _flatten(examples: Sequence[EncodedExample]) -> Arrays:
         "prompts": np.frombuffer(b"".join(e.prompt_json for e in examples), np.uint8),
         "prompt_bytes": np.array([len(e.prompt_json) for e in examples], np.int64),
         "scores": np.array([s for group in scores for s in group], np.float64),
+        "terms": np.array([e.terms or () for e in examples], np.float64),
         "scored": np.array([len(group) for group in scores], np.int32),
     }
 
@@ -106,6 +107,7 @@ def _restore(arrays: Arrays, name: str) -> list[EncodedExample]:
     texts, sizes = arrays[f"{name}.prompts"].tobytes(), arrays[f"{name}.prompt_bytes"].tolist()
     prompts = iter([texts[end - n : end] for n, end in zip(sizes, accumulate(sizes), strict=True)])
     values = iter(arrays[f"{name}.scores"].tolist())
+    terms = iter(arrays[f"{name}.terms"].tolist())
     counts = arrays[f"{name}.responses"].tolist(), arrays[f"{name}.scored"].tolist()
     return [
         EncodedExample(
@@ -115,6 +117,7 @@ def _restore(arrays: Arrays, name: str) -> list[EncodedExample]:
             scores=tuple(next(values) for _ in range(scored)) or None,
             key=key,
             prompt_json=next(prompts),
+            terms=tuple(next(terms)) or None,
         )
         for row, key, responses, scored in zip(rows, keys, *counts, strict=True)
     ]

@@ -108,13 +108,15 @@ def load_encoded(
 
 
 def fingerprint(examples: Sequence[EncodedExample]) -> str:
-    """sha256 over the token ids, in order."""
+    """sha256 over the token ids and the rows' terms, in order."""
     total = hashlib.sha256()
     for example in examples:
         arrays = (example.prompt_ids, *example.response_ids)
         total.update(b"%d:" % len(arrays))
         for ids in arrays:
             total.update(b"%d," % len(ids) + ids.astype("<i4").tobytes())
+        if example.terms:
+            total.update(repr(example.terms).encode())
     return total.hexdigest()
 
 

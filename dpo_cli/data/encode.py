@@ -263,6 +263,7 @@ def _fit(
         written.example.scores,
         prompt_key(written.example.prompt),
         _as_json(written.example.prompt),
+        written.example.terms,
     )
 
 

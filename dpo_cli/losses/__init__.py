@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DIVERGENCES",
     "LOSSES",
+    "ROW_ARGUMENTS",
     "Comparisons",
     "Loss",
     "RankedLogprobs",
@@ -52,6 +53,7 @@ __all__ = [
 ]
 
 OF_EVERY_LOSS = frozenset({"nll_weight", "ld_alpha", "extra_losses"})
+ROW_ARGUMENTS = {"smoothing": "label_smoothing", "margin": "margin"}  # of rows -> the losses'
 OF_DIVERGENCES = frozenset({"divergence", "divergence_alpha"})
 
 
@@ -75,7 +77,20 @@ class Loss:
 
     @cached_property
     def arguments(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.compute).parameters) - {"logprobs"}
+        return frozenset(inspect.signature(self.compute).parameters) - {"logprobs", "margin"}
+
+    @cached_property
+    def terms(self) -> frozenset[str]:
+        """The numbers of rows (`data.<name>_field`) that it can take."""
+        if self.together:
+            return frozenset()  # what it compares belongs to no single row
+        takes = inspect.signature(self.compute).parameters
+        own = {
+            term
+            for term, argument in ROW_ARGUMENTS.items()
+            if argument in takes and "Tensor" in takes[argument].annotation
+        }
+        return frozenset({"weight", *own})
 
     @property
     def options(self) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """Losses on pairs: rho = log pi(y|x) - log pi_ref(y|x); h = rho_w - rho_l; r = beta rho.
 
-Each returns one value per pair, (E,), of (E, 2) log-probabilities.
+Each returns one value per pair, (E,), of (E, 2) log-probabilities. label_smoothing and the margin
+that beta h must exceed may be those of each pair, (E,).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 def sigmoid_loss(
     logprobs: RankedLogprobs,
     beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Tensor = 0.0,
     length_normalized: bool = False,
+    margin: float | Tensor = 0.0,
 ) -> Tensor:
     """DPO, arXiv 2305.18290 eq. 7; with label_smoothing e the conservative cDPO.
 
@@ -27,28 +29,34 @@ def sigmoid_loss(
     by its response's length first.
     """
     rho = logprobs.logratios / logprobs.lengths if length_normalized else logprobs.logratios
-    return smoothed_nll(beta * difference(rho), label_smoothing)
+    return smoothed_nll(beta * difference(rho) - margin, label_smoothing)
 
 
 def robust_loss(
-    logprobs: RankedLogprobs, beta: float = 0.1, label_smoothing: float = 0.0
+    logprobs: RankedLogprobs,
+    beta: float = 0.1,
+    label_smoothing: float | Tensor = 0.0,
+    margin: float | Tensor = 0.0,
 ) -> Tensor:
     """rDPO, 2403.00409 eq. 12: DPO's loss on clean labels, estimated without bias from labels that
     are flipped with probability e.
 
     [-(1-e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1 - 2e)
     """
-    logits = beta * difference(logprobs.logratios)
+    logits = beta * difference(logprobs.logratios) - margin
     right, wrong = -log_sigmoid(logits), -log_sigmoid(-logits)
     return (right * (1.0 - label_smoothing) - wrong * label_smoothing) / (1.0 - 2 * label_smoothing)
 
 
 def hinge_loss(
-    logprobs: RankedLogprobs, beta: float = 0.1, length_normalized: bool = False
+    logprobs: RankedLogprobs,
+    beta: float = 0.1,
+    length_normalized: bool = False,
+    margin: float | Tensor = 0.0,
 ) -> Tensor:
     """relu(1 - beta h), SLiC-HF (arXiv 2305.10425) on log-ratios as in RSO (2309.06657)."""
     rho = logprobs.logratios / logprobs.lengths if length_normalized else logprobs.logratios
-    return (1.0 - beta * difference(rho)).relu()
+    return (1.0 - (beta * difference(rho) - margin)).relu()
 
 
 def ipo_loss(logprobs: RankedLogprobs, beta: float = 0.1) -> Tensor:
@@ -79,14 +87,19 @@ def dpop_loss(logprobs: RankedLogprobs, beta: float = 0.1, dpop_lambda: float = 
     return -log_sigmoid(beta * (difference(rho) - dpop_lambda * (-rho[:, 0]).relu()))
 
 
-def rdpo_loss(logprobs: RankedLogprobs, beta: float = 0.1, length_penalty: float = 0.05) -> Tensor:
+def rdpo_loss(
+    logprobs: RankedLogprobs,
+    beta: float = 0.1,
+    length_penalty: float = 0.05,
+    margin: float | Tensor = 0.0,
+) -> Tensor:
     """R-DPO, 2403.19159 eq. 9: the reward is beta rho plus a length term that absorbs the
     preference for length.
 
     -log sigmoid(beta h + alpha (|y_w| - |y_l|)), alpha = length_penalty
     """
     longer = difference(logprobs.lengths)
-    return -log_sigmoid(beta * difference(logprobs.logratios) + length_penalty * longer)
+    return -log_sigmoid(beta * difference(logprobs.logratios) + length_penalty * longer - margin)
 
 
 def nca_loss(logprobs: RankedLogprobs, beta: float = 0.1) -> Tensor:
@@ -164,19 +177,26 @@ def simpo_loss(
     logprobs: RankedLogprobs,
     beta: float = 0.1,
     simpo_gamma: float = 1.0,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | Tensor = 0.0,
+    margin: float | Tensor = 0.0,
 ) -> Tensor:
     """SimPO, 2405.14734 eq. 6, without a reference: the reward is beta log pi per token.
 
     -log sigmoid(beta (log pi_w / |y_w| - log pi_l / |y_l|) - gamma); the paper takes beta 2 to 10.
     """
-    return smoothed_nll(beta * difference(logprobs.likelihoods) - simpo_gamma, label_smoothing)
+    logits = beta * difference(logprobs.likelihoods) - simpo_gamma
+    return smoothed_nll(logits - margin, label_smoothing)
 
 
-def cpo_loss(logprobs: RankedLogprobs, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
+def cpo_loss(
+    logprobs: RankedLogprobs,
+    beta: float = 0.1,
+    label_smoothing: float | Tensor = 0.0,
+    margin: float | Tensor = 0.0,
+) -> Tensor:
     """CPO, 2401.08417 eq. 5, without a reference: -log sigmoid(beta (log pi_w - log pi_l)) plus
     the chosen response's NLL per token."""
-    preferred = smoothed_nll(beta * difference(logprobs.policy), label_smoothing)
+    preferred = smoothed_nll(beta * difference(logprobs.policy) - margin, label_smoothing)
     return preferred - logprobs.likelihoods[:, 0]
 
 

@@ -117,7 +117,7 @@ def _exp(values: Tensor) -> Tensor:
     return values.clamp(max=LARGEST_EXPONENT).exp()
 
 
-def smoothed_nll(logits: Tensor, label_smoothing: float) -> Tensor:
+def smoothed_nll(logits: Tensor, label_smoothing: float | Tensor) -> Tensor:
     """-(1-e) log sigmoid(z) - e log sigmoid(-z): each label is wrong with probability e."""
     right = -log_sigmoid(logits) * (1.0 - label_smoothing)
     return right - log_sigmoid(-logits) * label_smoothing

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from dpo_cli.config import DpoConfig, PreferenceConfig, RunConfig
+from dpo_cli.config.datasets import row_terms
 from dpo_cli.config.stages.dpo import losses_of, reads_reference
 from dpo_cli.data.dataset import EncodedSplits
 from dpo_cli.errors import DataError
@@ -40,6 +41,7 @@ from dpo_cli.session.trained import trained_files
 from dpo_cli.session.workload import Workload, training_workload
 from dpo_cli.stages.preference import (
     ReferenceOf,
+    RowTerms,
     dpo_loss,
     references,
     sums_of,
@@ -64,6 +66,8 @@ def run(session: Session) -> dict[str, Any]:
         if reads_reference(stage)
         else {name: without_reference for name, rows in splits.items() if rows}
     )
+    names = list(row_terms(session.config.data))
+    terms_of = {name: RowTerms.of(rows, names, session) for name, rows in splits.items()}
     plan = step_plan(session, len(train))
     begin_training(session, loaded.model, plan.steps)
     task = TrainTask(
@@ -74,9 +78,13 @@ def run(session: Session) -> dict[str, Any]:
         compute_loss=balanced(
             session.config,
             loaded.model,
-            lambda batch: dpo_loss(loaded.model, batch, reference_of["train"], stage),
+            lambda batch: dpo_loss(
+                loaded.model, batch, reference_of["train"], stage, terms=terms_of["train"]
+            ),
         ),
-        evaluate=lambda: evaluate(session, loaded, held_out, reference_of.get("eval"), stage),
+        evaluate=lambda: evaluate(
+            session, loaded, held_out, reference_of.get("eval"), stage, terms_of["eval"]
+        ),
         budget=session.budget,
         live_references=int(reads_reference(stage) and live),
         on_eval=sample_writer(session, loaded),
@@ -141,12 +149,15 @@ def evaluate(
     examples: Sequence[EncodedExample],
     reference_of: ReferenceOf | None,
     stage: DpoConfig,
+    terms: RowTerms,
 ) -> dict[str, float]:
     """The training metrics on the held-out rows, and the length correlation; empty without rows."""
     if reference_of is None:
         return {}
     means = mean_figures(
-        session, examples, lambda row: dpo_loss(loaded.model, row, reference_of, stage, True)
+        session,
+        examples,
+        lambda row: dpo_loss(loaded.model, row, reference_of, stage, True, terms=terms),
     )
     if line := warning(means):
         session.note(line)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dpo_cli.config import PreferenceConfig
 from dpo_cli.config.stages.dpo import losses_of
 from dpo_cli.logprobs import sum_by_sequence
-from dpo_cli.losses import LOSSES, Comparisons, RankedLogprobs, preferences
+from dpo_cli.losses import LOSSES, ROW_ARGUMENTS, Comparisons, RankedLogprobs, preferences
 from dpo_cli.losses.diagnostics import diagnostics, moments
 from dpo_cli.model.adapters.active import is_adapted
 from dpo_cli.model.forward import loss_and_logprobs, sequence_logprobs, token_logprobs
@@ -23,6 +23,24 @@ from dpo_cli.session.reference import Reference, Sums, load_reference
 from dpo_cli.session.session import Session
 
 ReferenceOf = Callable[[Batch], Tensor | None]  # a pack -> (E, K) reference log-probabilities
+
+
+@dataclass(frozen=True)
+class RowTerms:
+    """The rows' own numbers for their loss: name -> (rows,) values on the run's device."""
+
+    values: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(examples: Sequence[EncodedExample], names: Sequence[str], session: Session) -> RowTerms:
+        columns = torch.tensor([e.terms for e in examples if names]).to(session.runtime.device)
+        return RowTerms(dict(zip(names, columns.unbind(-1), strict=True)) if len(columns) else {})
+
+    def __getitem__(self, ids: Tensor) -> dict[str, Tensor]:
+        return {name: column[ids] for name, column in self.values.items()}
+
+
+WITHOUT_TERMS = RowTerms({})
 
 
 def without_reference(batch: Batch) -> None:
@@ -116,6 +134,7 @@ def dpo_loss(
     stage: PreferenceConfig,
     held_out: bool = False,
     compared_in: Callable[[Sequence[int]], Comparisons | None] = lambda places: None,
+    terms: RowTerms = WITHOUT_TERMS,
 ) -> LossOutput:
     """Sum of the configured loss over the pack's examples, with the paper's metrics.
 
@@ -133,7 +152,8 @@ def dpo_loss(
         return RankedLogprobs(sums, reference, lengths[examples].float(), compared)
 
     def loss_of(logprobs: Tensor, examples: slice) -> Tensor:
-        return objective(ranked(logprobs, examples), stage).sum()
+        own = terms[batch.example_ids[examples]]
+        return objective(ranked(logprobs, examples), stage, own).sum()
 
     together = any(LOSSES[name].together for name in losses_of(stage))
     loss, logprobs = loss_and_logprobs(model, batch, loss_of, together)
@@ -148,19 +168,30 @@ def dpo_loss(
     )
 
 
-def objective(logprobs: RankedLogprobs, stage: PreferenceConfig) -> Tensor:
-    """(E,) the configured losses of each example, plus the NLL of the chosen response."""
+def objective(
+    logprobs: RankedLogprobs, stage: PreferenceConfig, terms: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """(E,) the configured losses of each example, plus the NLL of the chosen response.
+
+    terms: (E,) numbers of the rows (`Loss.terms`); a weight multiplies all of an example's loss.
+    """
+    terms = terms or {}
     total = None
     for name, weight in losses_of(stage).items():
-        losses = weight * loss_of_lists(name, logprobs, stage)
+        losses = weight * loss_of_lists(name, logprobs, stage, terms)
         total = losses if total is None else total + losses
     assert total is not None
     if stage.nll_weight:
         total = total - stage.nll_weight * logprobs.policy[:, 0] / logprobs.lengths[:, 0]
-    return total
+    return total * terms["weight"] if "weight" in terms else total
 
 
-def loss_of_lists(name: str, logprobs: RankedLogprobs, stage: PreferenceConfig) -> Tensor:
+def loss_of_lists(
+    name: str,
+    logprobs: RankedLogprobs,
+    stage: PreferenceConfig,
+    terms: Mapping[str, Tensor] | None = None,
+) -> Tensor:
     """(E,) one loss per list: a pairwise loss is averaged over the compared pairs of the list."""
     loss = LOSSES[name]
     options = {key: getattr(stage, key) for key in loss.arguments}
@@ -168,7 +199,11 @@ def loss_of_lists(name: str, logprobs: RankedLogprobs, stage: PreferenceConfig) 
         logprobs = logprobs.under(stage.divergence, stage.divergence_alpha)
     if loss.lists:
         return loss.compute(logprobs, **options)
-    return logprobs.mean_of_lists(loss.compute(logprobs.pairs(), **options))
+    pairs = logprobs.pairs()
+    for term, argument in ROW_ARGUMENTS.items():
+        if terms and term in terms:
+            options[argument] = terms[term].repeat_interleave(len(pairs.policy) // len(terms[term]))
+    return logprobs.mean_of_lists(loss.compute(pairs, **options))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from dpo_cli.config.datasets import row_terms
 from dpo_cli.config.keys import LOCAL, above, at_least, key, within
 from dpo_cli.config.stages.base import (
     StageConfig,
@@ -99,8 +100,11 @@ def reads_reference(stage: PreferenceConfig) -> bool:
 
 
 def problems(config: RunConfig) -> Iterator[str]:
+    stage = cast(DpoConfig, config.stage)
     yield from unpaired(config)
-    yield from loss_problems(cast(DpoConfig, config.stage), OF_REFERENCE)
+    yield from loss_problems(stage, OF_REFERENCE)
+    if all(name in LOSSES for name in losses_of(stage)):
+        yield from _unable(config, stage)
 
 
 def loss_problems(stage: PreferenceConfig, of_reference: Sequence[str]) -> Iterator[str]:
@@ -128,6 +132,17 @@ def loss_problems(stage: PreferenceConfig, of_reference: Sequence[str]) -> Itera
         yield "stage.loss=file needs stage.loss_file=<Python file with loss(logprobs, beta)>"
     if "exo" in losses_of(stage) and stage.label_smoothing == 0:
         yield "stage.label_smoothing=0: exo needs one above 0; its paper takes 0.001"
+
+
+def _unable(config: RunConfig, stage: PreferenceConfig) -> Iterator[str]:
+    """Numbers of the rows that a loss cannot take."""
+    for term, field in (columns := row_terms(config.data)).items():
+        if unable := [name for name in losses_of(stage) if term not in LOSSES[name].terms]:
+            able = ", ".join(name for name, loss in LOSSES.items() if term in loss.terms)
+            yield f"data.{term}_field={field}: stage.loss={unable[0]} takes none, only {able} do"
+    if "smoothing" in columns:
+        for name, value in changed(stage, ["label_smoothing"]):
+            yield no_effect(name, value, f"data.smoothing_field={columns['smoothing']}")
 
 
 def _wrong_extra_losses(stage: PreferenceConfig) -> Iterator[str]:

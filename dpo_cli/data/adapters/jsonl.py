@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.config import JsonlDataConfig
-from dpo_cli.data.adapters.columns import as_bool, as_number, as_text, column, kind
+from dpo_cli.config.datasets import ROW_TERMS, row_terms
+from dpo_cli.data.adapters.columns import as_bool, as_number, as_text, column, kind, number
 from dpo_cli.data.adapters.formats import in_columns
 from dpo_cli.data.adapters.messages import (
     as_list,
@@ -31,6 +32,7 @@ def parse(row: dict[str, Any], index: int, config: JsonlDataConfig) -> Iterable[
     a text), or are the prompt if the row has none. A list of responses with scores is sorted by
     them. With a system message or tools, a text prompt becomes a user message.
     """
+    terms = _terms(row, config)  # of the row's own columns, whatever its format
     row, config = in_columns(row, config)
     answers = _answers(row, config)
     split = [_response(value, field) for field, value in answers]
@@ -51,11 +53,13 @@ def parse(row: dict[str, Any], index: int, config: JsonlDataConfig) -> Iterable[
         scores = tuple(scores[place] for place in order)
     prompt = _with_tools(_with_system(prompt, row, config), row, config)
     if config.turns == "all":
-        yield from _earlier_turns(prompt, len(responses), index)
-    yield PreferenceExample(prompt, responses, index, scores, finished)
+        yield from _earlier_turns(prompt, len(responses), index, terms)
+    yield PreferenceExample(prompt, responses, index, scores, finished, terms)
 
 
-def _earlier_turns(prompt: Prompt, responses: int, index: int) -> Iterable[PreferenceExample]:
+def _earlier_turns(
+    prompt: Prompt, responses: int, index: int, terms: tuple[float, ...] | None
+) -> Iterable[PreferenceExample]:
     """The assistant's turns in a prompt, each as the response to the messages before it."""
     if responses > 1:
         raise ConfigError("data.turns=all: is for rows with one response, not for pairs and lists")
@@ -63,7 +67,7 @@ def _earlier_turns(prompt: Prompt, responses: int, index: int) -> Iterable[Prefe
     for place, message in enumerate(turns):
         if place and message["role"] == "assistant" and turns[place - 1]["role"] != "assistant":
             answer = message if message.keys() - {"role", "content"} else message["content"]
-            yield PreferenceExample(turns[:place], (answer,), index)
+            yield PreferenceExample(turns[:place], (answer,), index, terms=terms)
 
 
 def _answers(row: dict[str, Any], config: JsonlDataConfig) -> list[tuple[str, Any]]:
@@ -149,6 +153,15 @@ def _scores(row: dict[str, Any], config: JsonlDataConfig, count: int) -> tuple[f
     if not isinstance(values, list) or len(values) != count:
         raise BadRow(f"is not a list of {count} scores, one per response", field)
     return tuple(as_number(value, field) for value in values)
+
+
+def _terms(row: dict[str, Any], config: JsonlDataConfig) -> tuple[float, ...] | None:
+    terms = []
+    for name, field in row_terms(config).items():
+        terms.append(number(row, field))
+        if problem := ROW_TERMS[name].problem(terms[-1]):
+            raise BadRow(f"is {terms[-1]:g}, {problem}", field)
+    return tuple(terms) or None
 
 
 def _finished(row: dict[str, Any], field: str | None, count: int) -> tuple[bool, ...] | None:
