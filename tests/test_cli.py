@@ -54,7 +54,7 @@ def test_help_explains_every_key_of_an_option(capsys: pytest.CaptureFixture[str]
             assert f"  {group}.{field.name}=" in text or field.name == "name", field
         assert max(map(len, text.splitlines())) <= 110
     cli.main(["stage=dpo", "--help"])
-    assert "stage.beta=0.1\n      strength of the pull" in capsys.readouterr().out
+    assert "stage.beta=0.1\n      strength of the KL penalty" in capsys.readouterr().out
 
 
 def test_keys_of_earlier_versions_are_taken_and_told(
@@ -307,3 +307,24 @@ def test_the_users_allocator_settings_win(
     monkeypatch.setattr(os, "environ", dict(os.environ))
     cli._let_segments_grow()
     assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "lines"),
+    [
+        ("stage.beta", ["  stage.beta=0.1", "      of stage=dpo, stage=online-dpo"]),
+        ("lr", ["  optim.lr=null"]),
+        ("seed=3", ["  seed=0"]),
+    ],
+)  # fmt: skip
+def test_help_of_one_key(key: str, lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["help", key])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line not in printed] == []
+
+
+def test_help_of_an_unknown_key_says_what_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["help", "stage.bta"])
+    assert ended.value.code == 2
+    assert "did you mean stage.beta" in capsys.readouterr().err

@@ -7,11 +7,14 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dpo_cli import __version__
-from dpo_cli.config.hints import groups, option_schema
+from dpo_cli.config import RunConfig
+from dpo_cli.config.hints import TABLES, groups, option_schema, unknown_key
 from dpo_cli.config.keys import Fact
 from dpo_cli.config.paths import conf_dir, recipes_dir
+from dpo_cli.errors import ConfigError
 
 WIDTH = 92
 GROUPS = groups()
@@ -69,7 +72,9 @@ def quick_answer(argv: Sequence[str]) -> str | None:
     """The output of `--version`, `--help` and of no arguments; None for anything else."""
     if "--version" in argv:
         return f"dpo-run {__version__}"
-    if not argv or "--help" in argv or "-h" in argv:
+    if argv[:1] == ["help"] and len(argv) > 1:
+        return "\n\n".join(map(help_of_key, argv[1:]))
+    if not argv or argv[0] == "help" or "--help" in argv or "-h" in argv:
         chosen = [word for word in argv if _is_choice(word)]
         return "\n\n".join(map(key_help, chosen)) if chosen else help_text()
     return None
@@ -95,18 +100,44 @@ def key_help(word: str) -> str:
     for field in dataclasses.fields(schema):
         if field.name == "name":  # the option itself
             continue
-        fact = field.metadata.get("fact", Fact())
-        default = field.default_factory() if callable(field.default_factory) else field.default
-        value = in_yaml.get(field.name, _yaml(default))
-        lines.append(f"  {group}.{field.name}={value}")
-        listed = all(choice in fact.meaning for choice in fact.choices)
-        details = [fact.meaning, *([] if listed else [" | ".join(fact.choices)])]
-        details += [fact.bound.says] if fact.bound else []
-        lines += textwrap.wrap(
-            f"{'; '.join(details)} ({field.type})", WIDTH,
-            initial_indent=" " * 6, subsequent_indent=" " * 6,
-        )  # fmt: skip
+        lines += _key_lines(group, field, in_yaml.get(field.name))
     return "\n".join(lines)
+
+
+def _key_lines(group: str, field: dataclasses.Field[Any], value: str | None) -> list[str]:
+    """`key=value`, then meaning, choices, bounds and type. value: None for the schema's default."""
+    fact = field.metadata.get("fact", Fact())
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    listed = all(choice in fact.meaning for choice in fact.choices)
+    details = [fact.meaning, *([] if listed else [" | ".join(fact.choices)])]
+    details += [fact.bound.says] if fact.bound else []
+    text = f"{'; '.join(details)} ({field.type})"
+    key = f"{group}.{field.name}" if group else field.name
+    return [
+        f"  {key}={_yaml(default) if value is None else value}",
+        *textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6),
+    ]
+
+
+def help_of_key(word: str) -> str:
+    """Help text of one key, for each meaning that options of its group give it, or of a name
+    without a group. Raises ConfigError for an unknown key."""
+    key = word.partition("=")[0]
+    named, _, name = key.rpartition(".")
+    found: dict[str, list[str]] = {}
+    for group in [named] if named in GROUPS else [*GROUPS, ""] if not named else []:
+        for option in TABLES.get(group, {"": None}) if group else [""]:
+            schema = option_schema(group, option) if group else RunConfig
+            for field in dataclasses.fields(schema):
+                if field.name == name and field.metadata.get("fact"):
+                    text = "\n".join(_key_lines(group, field, None))
+                    found.setdefault(text, []).append(f"{group}={option}" if option else "")
+    if not found:
+        raise ConfigError(unknown_key(key, {}))
+    return "\n".join(
+        f"{text}\n      of {', '.join(options)}" if options[0] else text
+        for text, options in found.items()
+    )
 
 
 def _yaml(value: object) -> str:

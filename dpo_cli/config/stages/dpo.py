@@ -34,8 +34,8 @@ class PreferenceConfig(StageConfig):
     loss: str = key("sigmoid", "sigmoid is DPO's own", choices=tuple(LOSSES))
     beta: float = key(
         0.1,
-        "strength of the pull towards the reference (ipo: tau; simpo, cpo: scale of the reward; "
-        "orpo: lambda)",
+        "strength of the KL penalty towards the reference (ipo: tau; simpo, cpo: scale of the "
+        "reward; orpo: lambda)",
         bound=above(0, 1e6),
     )
     label_smoothing: float = key(
