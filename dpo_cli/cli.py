@@ -106,6 +106,10 @@ def dispatch(words: list[str]) -> int:
         from dpo_cli.workflow.convert import convert
 
         return convert(words[1:])
+    if words[:1] == ["runs"]:
+        from dpo_cli.workflow.runs import runs
+
+        return runs(words[1:])
     quiet_hydra()
     ensure_home()
     if launch.rank() is not None:

@@ -60,7 +60,7 @@ def stand_ins(words: list[str]) -> list[str]:
     if names := [w.removeprefix("recipe=") for w in words if w.startswith("recipe=")]:
         small = RECIPE if names == ["preferences"] else ()
         return [*words, *small, f"run_dir=recipe-{names[0]}"]
-    if words[0] in ("convert", "help"):
+    if words[0] in ("convert", "help", "runs"):
         return words
     extra = [w for w in HUB if not any(v.startswith(w.split("=")[0] + "=") for v in words)]
     local = extra if "data=hh" in words else []

@@ -55,6 +55,7 @@ Ways to run
   -m                        sweep over values separated by commas; on Slurm: hydra/launcher=slurm
   recipe=NAME vars.x=...    a sequence of steps; the same command again resumes it
   --config-dir DIR          your own YAML files: DIR/model/mine.yaml is then model=mine
+  runs [FOLDER]             the runs below a folder: state, main figure, disk
   convert FILE              the command for a file of TRL, axolotl or LLaMA-Factory
   stage=dpo --help          the keys of an option (any group: optim=adamw --help)
   --cfg job | --info | --hydra-help | --shell-completion | --version
