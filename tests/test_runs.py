@@ -59,7 +59,10 @@ def test_the_table(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch) 
             {"loss": 0.5, "accuracy": 0.75, "accuracy_low": 0.7, "accuracy_high": 0.8},
             "Preference accuracy 75.0% (70.0% to 80.0%)",
         ),
-        ({"kl": 2.5, "loss": 0.5, "kl_se": 0.1}, "KL to the reference (nats) 2.500\u00a0±\u00a00.100"),
+        (
+            {"kl": 2.5, "loss": 0.5, "kl_se": 0.1},
+            "KL to the reference (nats) 2.500\u00a0±\u00a00.100",
+        ),
     ],
 )
 def test_the_main_figure(summary: dict[str, float], figure: str) -> None:
