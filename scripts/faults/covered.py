@@ -166,6 +166,7 @@ def results(lab: Lab) -> dict[str, str]:
         report = lab.folder / "tests.xml"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider",
+                   "-m", "slow or not slow",
                    f"--junitxml={report}", *(f"tests/{test}" for test in tests)]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if not report.is_file() or done.returncode not in (0, 1):

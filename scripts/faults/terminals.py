@@ -28,7 +28,7 @@ def other_base(lab: Lab) -> str:
 
     base = lab.copy(lab.base() / "final", "swapped-base")
     words, checked = (*ADAPTER, f"model.path={base}"), []
-    trained = lab.uninterrupted("adapter", *words)
+    trained = lab.uninterrupted("adapter-of-base", *words)
     evaluated = ("stage=evaluate", "stage.prompts=2", "stage.max_new_tokens=4")
     starts = {
         "resume": lambda: (f"resume={lab.cut(trained, 'resumed', 3)}",),
