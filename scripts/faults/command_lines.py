@@ -119,7 +119,8 @@ def random_command_lines(lab: Lab) -> str:
         if problem is not None:
             raise Failed(f"{problem}: {words!r}: exit {done.code}, {done.last}")
     counts = ", ".join(f"{code}: {times}" for code, times in sorted(codes.items()))
-    return f"{sum(codes.values()):,} lines, by exit code {counts}; the slowest but sweeps {slowest:.1f} s"
+    slow = f"the slowest beside sweeps {slowest:.1f} s"
+    return f"{sum(codes.values()):,} lines, by exit code {counts}; {slow}"
 
 
 def _few_reviews(words: list[str]) -> list[str]:
