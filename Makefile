@@ -43,7 +43,7 @@ faults: $(READY) ## Kill runs, damage their files, fill their disk; print the ou
 	$(BIN)/python scripts/faults.py $(FAULTS_ARGS)
 
 test: $(READY) ## Run the tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(READY) ## Run the slow tests (whole experiments, compiled code)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

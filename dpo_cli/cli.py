@@ -13,6 +13,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,10 +88,8 @@ def fail_together(error: UserError) -> int:
 def report_error(error: UserError) -> int:
     """Print the error; several problems as a list."""
     problems = [line for line in str(error).split("\n") if line.strip()] or [type(error).__name__]
-    if len(problems) > 1:
-        lines = [f"error: {len(problems)} problems", *(f"  {line}" for line in problems)]
-    else:
-        lines = [f"error: {problems[0]}"]
+    several = [f"error: {len(problems)} problems", *(f"  {line}" for line in problems)]
+    lines = several if len(problems) > 1 else [f"error: {problems[0]}"]
     say("\n".join(map(in_one_line, lines)), error=True)
     return error.exit_code
 
@@ -102,14 +101,8 @@ def dispatch(words: list[str]) -> int:
     # Of libraries' own children too (compilers, launchers): none imports from the current folder.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     os.environ.setdefault("USE_HUB_KERNELS", "NO")  # transformers fetches code for some families
-    if words[:1] == ["convert"]:
-        from dpo_cli.workflow.convert import convert
-
-        return convert(words[1:])
-    if words[:1] == ["runs"]:
-        from dpo_cli.workflow.runs import runs
-
-        return runs(words[1:])
+    if words[:1] in (["convert"], ["runs"]):  # they start no run
+        return int(getattr(import_module(f"dpo_cli.workflow.{words[0]}"), words[0])(words[1:]))
     quiet_hydra()
     ensure_home()
     if launch.rank() is not None:

@@ -262,6 +262,19 @@ def test_a_mixture_of_several_is_left(tmp_path: Path, capsys: pytest.CaptureFixt
     assert left == {"dataset_mixer": "one data set at a time: data.path or data.hub_id"}
 
 
+def test_hostile_values_are_quoted_and_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(
+        'loss_type: ipo\noutput_dir: "$(touch x); `y` \\e[31m"\n"a\\e[0m": 1\n'
+    )
+    main(["convert", str(tmp_path / "c.yaml")])
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+    words = shlex.split(out.replace("\\\n", " "))
+    assert [w for w in words if "touch" in w] == ["run_dir='$(touch x); `y` \\x1b[31m'"]
+
+
 def test_each_counterpart_is_a_key() -> None:
     known = {*root_keys(), *(key for key, _ in known_facts())}
     assert set(SAME.values()) <= known

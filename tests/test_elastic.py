@@ -38,6 +38,7 @@ def errors(told: str) -> list[str]:
     return [line for line in told.splitlines() if line.startswith("error:")]
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_ranks_after_a_step(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = (*SFT, "hardware.devices=2", "train.max_steps=400", "train.save_every_steps=0",

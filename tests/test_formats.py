@@ -180,12 +180,15 @@ def test_labels(tmp_path, label):
     assert example.scores == (float(label in (True, "true", "1")),)
 
 
-def test_the_format_is_that_of_most_rows_and_holds_for_all(tmp_path):
+def test_the_format_holds_for_all_rows(tmp_path):
     """A pair without its rejected response is a bad row, not a demonstration."""
     pair = {"prompt": Q, "chosen": GOOD, "rejected": BAD}
     splits, _ = read(tmp_path, pair | {"rejected": None}, pair, pair | {"prompt": "And the sea?"})
     assert len(splits.train) == 2
     assert splits.drops.dropped == {"rejected is None, not text": [0]}
+    splits, _ = read(tmp_path, {"prompt": Q}, {"prompt": Q}, pair)
+    assert len(splits.train) == 1
+    assert splits.drops.dropped == {"chosen is missing": [0, 1]}
 
 
 def test_keys_that_name_columns_take_precedence(tmp_path):

@@ -442,7 +442,7 @@ if ranks == 1 or dist.get_rank() == 0:
 @pytest.mark.parametrize(
     ("kind", "ranks", "most"),
     [
-        ("lora", 1, 1.7),
+        pytest.param("lora", 1, 1.7, marks=pytest.mark.slow),
         pytest.param("full", 1, 3.3, marks=pytest.mark.slow),
         pytest.param("full", 2, 3.0, marks=pytest.mark.slow),
     ],

@@ -8,7 +8,7 @@ import json
 from dpo_cli.config import DataConfig, JsonlDataConfig
 from dpo_cli.config.datasets import FORMATS, described
 from dpo_cli.data.adapters import ADAPTERS
-from dpo_cli.data.adapters.formats import recognized
+from dpo_cli.data.adapters.formats import LOOKED_AT, recognized
 from dpo_cli.data.drops import MISSING, BadRow, DropReport, response_name
 from dpo_cli.data.files import Most, Row, too_long
 from dpo_cli.data.notes import note_scores
@@ -22,7 +22,7 @@ DEEPEST = 64  # lists and objects within each other; templates and JSON recurse
 def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[PreferenceExample]:
     """Examples of the rows. Unusable rows are counted in `drops`; DataError if none is usable.
 
-    A column missing from the very first row is treated as a wrong setting, not a bad row.
+    A column that the first rows lack is treated as a wrong setting, not as bad rows.
     """
     parse = ADAPTERS[config.name]
     config = _with_format(config, rows, drops)
@@ -35,7 +35,7 @@ def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[
         try:
             examples = list(parse(row, index, config))
         except BadRow as bad:
-            if drops.read == 1 and bad.field not in row and bad.reason == MISSING:
+            if drops.read == 1 and bad.reason == MISSING and _is_nowhere(bad.field, rows):
                 raise DataError(_missing_column(rows.origin, config, bad.field, row)) from bad
             drops.add(str(bad), index)
             continue
@@ -53,6 +53,11 @@ def adapt(rows: Rows, config: DataConfig, seed: int, drops: DropReport) -> list[
         reasons = "; ".join(drops.summary_lines()) or "it is empty"
         raise DataError(f"{rows.origin}: no row can be used: {reasons}")
     return examples_of_all
+
+
+def _is_nowhere(field: str, rows: Rows) -> bool:
+    """Whether none of the first rows has a column."""
+    return not any(field in rows.rows[place] for place in range(min(len(rows.rows), LOOKED_AT)))
 
 
 def _with_format(config: DataConfig, rows: Rows, drops: DropReport) -> DataConfig:

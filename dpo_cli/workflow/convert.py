@@ -7,7 +7,6 @@ the DPO reference code. The command goes to stdout; what could not be carried, a
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from dpo_cli.config.literals import as_override
 from dpo_cli.config.peers import CHANGED, SAME, WITHOUT
 from dpo_cli.durable.bounded_yaml import read_yaml
 from dpo_cli.errors import ConfigError
-from dpo_cli.escapes import in_one_line
+from dpo_cli.escapes import in_one_line, say
 from dpo_cli.workflow.convert_data import Conversion, is_local, read_data
 
 LOSSES = {
@@ -51,11 +50,11 @@ def convert(words: Sequence[str]) -> int:
         raise ConfigError("convert: give a file of another tool, or the words of its command")
     conversion = converted(*_read(words))
     command = [as_override(key, value) for key, value in conversion.words.items()]
-    print(" \\\n  ".join(["dpo-run", *map(shlex.quote, command)]))
+    say(" \\\n  ".join(["dpo-run", *(shlex.quote(in_one_line(word)) for word in command)]))
     done, count = len(conversion.carried), len(conversion.theirs)
-    print(f"carried {done} of {count} settings of {conversion.tool}", file=sys.stderr)
+    say(f"carried {done} of {count} settings of {conversion.tool}", error=True)
     for name, why in conversion.left.items():
-        print(in_one_line(f"  {name}: {why}"), file=sys.stderr)
+        say(in_one_line(f"  {name}: {why}"), error=True)
     return 0
 
 

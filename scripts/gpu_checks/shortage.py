@@ -63,9 +63,9 @@ def losses(run_dir: Path, words: Sequence[str]) -> list[dict[str, Any]]:
 def failing_above(tokens: int, function: Callable[..., Any]) -> Callable[..., Any]:
     """Fail as if the device were full: on a CPU the memory of one process cannot be limited."""
 
-    def broken(model: Any, batch: Any, *args: Any) -> Any:
+    def broken(model: Any, batch: Any, *args: Any, **options: Any) -> Any:
         if batch.input_ids.numel() > tokens:
             raise torch.OutOfMemoryError("out of memory, injected")
-        return function(model, batch, *args)
+        return function(model, batch, *args, **options)
 
     return broken

@@ -6,7 +6,6 @@ columns and the function that reads it (layouts.py). A new format is a line in b
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,15 +40,15 @@ class Format:
 
 
 def recognized(config: JsonlDataConfig, rows: Sequence[Row]) -> JsonlDataConfig:
-    """With the format that most of the first rows have. It holds for all rows: one that lacks a
-    value must not be read as something else."""
+    """With the first of READERS, the most specific one, that any of the first rows has. It holds
+    for all rows: a pair that lacks a response is a bad row, not a demonstration."""
     if config.format != "auto":
         return config
     name = "columns"
     if all(getattr(config, key) == getattr(DEFAULTS, key) for key in COLUMN_KEYS):
         first = (rows[place] for place in range(min(len(rows), LOOKED_AT)))
-        found = Counter(form for row in first if (form := _format_of(row)))
-        name = max(READERS, key=lambda each: found[each]) if found else name
+        found = {_format_of(row) for row in first}
+        name = next((each for each in READERS if each in found), name)
     return replace(config, format=name)
 
 
