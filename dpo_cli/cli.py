@@ -164,7 +164,7 @@ def _hydra_main(args: Namespace, extra: Sequence[str] = ()) -> None:
     import hydra
 
     from dpo_cli.config.flags import unparse_flags
-    from dpo_cli.config.hydra import HYDRA_VERSION
+    from dpo_cli.config.hydra import HYDRA_VERSION, ODD
     from dpo_cli.config.hydra_errors import as_config_error
     from dpo_cli.workflow.sweep import run_job
 
@@ -173,7 +173,7 @@ def _hydra_main(args: Namespace, extra: Sequence[str] = ()) -> None:
     entry = hydra.main(
         version_base=HYDRA_VERSION, config_path=str(conf_dir()), config_name="config"
     )
-    with as_config_error(overrides):
+    with as_config_error(overrides, *(() if args.multirun else ODD)):  # else it only composes
         entry(run_job)()
 
 

@@ -328,3 +328,15 @@ def test_help_of_an_unknown_key_says_what_was_meant(capsys: pytest.CaptureFixtur
         cli.main(["help", "stage.bta"])
     assert ended.value.code == 2
     assert "did you mean stage.beta" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", [["--hydra-help"], ["--cfg", "job"]])
+def test_an_odd_option_beside_a_question_is_one_line(
+    asked: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dpo-run"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*asked, "stage=-1e308"])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "must be a string or a list" in line
