@@ -74,7 +74,13 @@ def assert_near(found, expected, tolerance=2e-2):
 
 
 @pytest.mark.parametrize(
-    ("family", "every"), [("gpt2", 0), ("gpt2", 2), ("llama", 0), ("mistral", 1)]
+    ("family", "every"),
+    [
+        ("gpt2", 0),
+        ("llama", 0),
+        pytest.param("gpt2", 2, marks=pytest.mark.slow),
+        pytest.param("mistral", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_one_graph_serves_all_layers_and_lengths(graphs, family, every):
     expected = [step(model_of(family), row) for row in rows()]

@@ -111,7 +111,7 @@ KILLED = 128 + signal.SIGKILL
     ("how", "recorded", "then", "aside"),
     [
         ("all", {"1": 0}, ["resume 2", "run 3"], False),
-        ("half", {"1": 0}, ["run 2", "run 3"], True),
+        pytest.param("half", {"1": 0}, ["run 2", "run 3"], True, marks=pytest.mark.slow),
         ("whole", {"1": 0}, ["run 2", "run 3"], True),  # nobody saw it end well
         ("early", {"1": 0}, ["run 2", "run 3"], False),
     ],
