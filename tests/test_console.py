@@ -76,6 +76,15 @@ def test_held_out_metrics_get_their_own_line():
     assert lines(out)[1:] == ["step 1  held-out loss 0.6500  accuracy 50.0%"]
 
 
+def test_an_objective_is_not_called_a_loss():
+    """Where samples are scored, the held-out loss is not the training loss."""
+    progress, _, out = capture("plain")
+    with progress:
+        progress.begin(total=100)
+        progress.advance(1, {"eval/loss": -0.5, "eval/score": 0.6, "eval/kl": 1.0})
+    assert lines(out)[1:] == ["step 1  held-out score 0.600  KL 1.00"]
+
+
 def test_a_loop_of_unknown_length_has_no_eta():
     progress, _, out = capture("plain")
     with progress:

@@ -15,6 +15,7 @@ from dpo_cli.evaluation.measure import pairs_config
 from dpo_cli.report.console import Progress
 from dpo_cli.run import run
 from dpo_cli.session.prompts import write_rows
+from dpo_cli.statistics import share_interval
 from small_runs import TINY, configure, metrics, train
 
 
@@ -187,6 +188,42 @@ def test_implicit_labels_are_those_of_hand_made_log_probs(tmp_path, sft, policy,
         assert row["scores"] == pytest.approx(expected, abs=1e-4)
         assert expected[0] > expected[1]
     assert max(abs(r) for r in rewards.values()) > 0.05  # the policy did move
+
+
+def test_an_accuracy_has_the_error_of_its_prompts(tmp_path, sft, policy):
+    """Pairs of one prompt depend on each other: the errors, worked from each pair's own forwards,
+    are over prompts, in whatever order the rows are packed."""
+    texts = [text for row in ROWS for text in row["completions"]]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": one, "rejected": other}
+        for row in ROWS for one, other in zip(texts, [*texts[1:], texts[0]], strict=True)
+        if one != other
+    ]  # fmt: skip
+    path = write(tmp_path / "pairs", pairs) / "train.jsonl"
+    words = [w for w in TINY if w.startswith(("logger", "hardware"))]
+    figures = run(configure(
+        *words, "stage=evaluate", f"model.path={policy}", f"stage.reference={sft}",
+        f"stage.pairs={path}", "stage.prompts=2", "stage.max_new_tokens=2",
+        f"run_dir={tmp_path / 'e'}",
+    ), ["dpo-run"])  # fmt: skip
+
+    def rho(pair, side):
+        asked = pair["prompt"], pair[side], True
+        return logprob(policy, *asked) - logprob(sft, *asked)
+
+    right = [float(rho(pair, "chosen") > rho(pair, "rejected")) for pair in pairs]
+    mean = sum(right) / len(right)
+    of_prompt = {row["prompt"]: 0.0 for row in ROWS}
+    for pair, value in zip(pairs, right, strict=True):
+        of_prompt[pair["prompt"]] += value - mean
+    count = len(of_prompt)
+    spread = sum(total**2 for total in of_prompt.values()) * count / (count - 1)
+    assert figures["pairs"] == len(pairs) > count > 1
+    assert figures["accuracy"] == pytest.approx(mean)
+    assert figures["accuracy_se"] == pytest.approx(math.sqrt(spread) / len(pairs))
+    wilson = share_interval(mean, count)
+    assert figures["accuracy_low"] == pytest.approx(wilson.low)
+    assert figures["accuracy_high"] == pytest.approx(wilson.high)
 
 
 @pytest.mark.parametrize("field", [None, "finished"])

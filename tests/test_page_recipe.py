@@ -21,6 +21,18 @@ def test_a_recipe_compares_its_models(tmp_path):
     assert "SFT: 0.500" in page.text
 
 
+def test_none_of_several_alternatives_is_the_outcome(tmp_path):
+    steps = [evaluation(tmp_path / f"0{n}", r) for n, r in enumerate((0.5, 0.7621, 0.51))]
+    report = [
+        {"label": name, "folders": [str(step)]}
+        for name, step in zip(("SFT", "DPO", "DPOP"), steps, strict=True)
+    ]
+    page = recipe_report(tmp_path, steps, report=report)
+    assert "Reward: SFT 0.500 (KL 1.819), DPO 0.762 (KL 1.819), DPOP 0.510 (KL 1.819)." in page.text
+    assert "From SFT" not in page.text
+    assert "SFT: 0.500" not in page.text
+
+
 def test_repeats_are_averaged(tmp_path):
     """0.5 and 0.7: mean 0.6, standard deviation 0.2 / sqrt(2) = 0.1414."""
     steps = [evaluation(tmp_path / f"01-a-{n}", r) for n, r in enumerate((0.5, 0.7))]

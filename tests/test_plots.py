@@ -84,6 +84,21 @@ def test_a_dpo_run_gets_every_chart(tmp_path):
     assert sorted(written) == sorted((tmp_path / "run" / "plots").iterdir())
 
 
+def test_a_held_out_objective_has_a_chart_of_its_own(tmp_path, monkeypatch):
+    """Of a run that scores samples; beside the training loss it would be compared with it."""
+    drawn = {}
+    single = plots._single
+    monkeypatch.setattr(plots, "_single", lambda panel, curves, name: drawn.update(
+        {panel.name: {n for line in panel.lines for n in (line[0], f"eval/{line[0]}")
+                      if n in curves}}) or single(panel, curves, name))  # fmt: skip
+    rows = [{"step": s, "loss": 0.7, "score": 0.5, "eval/loss": -0.5, "eval/score": 0.5}
+            for s in range(1, 5)]  # fmt: skip
+    draw_curves(metrics(tmp_path, rows))
+    assert drawn["loss"] == {"loss"}
+    assert drawn["objective"] == {"eval/objective"}
+    assert drawn["score"] == {"score", "eval/score"}
+
+
 def test_an_sft_run_gets_its_charts_only(tmp_path):
     rows = [{"step": s, "loss": 3 / s, "lr": 1e-5, "grad_norm": 1.0} for s in range(1, 9)]
     written = draw_curves(metrics(tmp_path, rows))

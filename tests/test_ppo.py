@@ -1,6 +1,7 @@
 """stage=ppo-baseline: whole runs, resuming at rollouts, and its parts against plain forwards."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -298,6 +299,19 @@ def test_the_held_out_loss_is_of_the_scores_that_ppo_maximises(actors):
     ppo = ppo_baseline.Ppo(session, stage, made, [], held_out, None)  # type: ignore[arg-type]
     figures = ppo_baseline.evaluate(ppo)
     assert figures["loss"] == pytest.approx(stage.kl_coef * figures["kl"] + 7.0, abs=1e-5)
+
+
+def test_held_out_scores_have_the_error_of_their_prompts(actors):
+    """A score that the prompt alone decides has no smaller error with more completions of each."""
+    session, made, _, stage = actors
+    held_out = distinct_prompts(load_policy_and_data(session).splits.eval)[:4]
+    value = {e.prompt: float(place) for place, e in enumerate(held_out)}
+    made = replace(made, score=lambda rows: [value[row.prompt] for row in rows])
+    stage = replace(stage, completions=4, max_new_tokens=2)
+    ppo = ppo_baseline.Ppo(session, stage, made, [], held_out, None)  # type: ignore[arg-type]
+    figures = ppo_baseline.evaluate(ppo)
+    assert figures["score"] == pytest.approx(1.5)
+    assert figures["score_se"] == pytest.approx(math.sqrt(5 / 3 / 4))  # variance 5/3 of 0, 1, 2, 3
 
 
 @pytest.mark.parametrize("most", [2, 0])

@@ -111,6 +111,8 @@ class Progress:
         }
         self._latest |= {name: v for name, v in values.items() if not name.startswith("eval/")}
         self._show(self._training, step, _figures(self._latest), every_tenth=True)
+        if "score" in held_out:  # its loss is an objective, not the training loss
+            held_out.pop("loss", None)
         if shown := _figures(held_out):
             self.note(f"step {step:,}  held-out {shown}")
 

@@ -31,6 +31,7 @@ LABELS = {
     "rewards/chosen": "Reward of chosen responses",
     "rewards/rejected": "Reward of rejected responses",
     "loss": "Loss",
+    "objective": "Objective (KL penalty minus score)",
     "ece": "Expected calibration error",
     "perplexity": "Perplexity",
     "nll_per_token": "Negative log-likelihood per token",
@@ -89,6 +90,13 @@ def label(metric: str) -> str:
     words = LABELS[base]
     words += f" ({NATS})" if _unit(base) == NATS else ""
     return words if base == metric else f"Held-out {lower(words)}"
+
+
+def label_of(metric: str, row: Mapping[str, Any]) -> str:
+    """`label`; in a run that scores samples, the held-out loss is the objective of reward and KL,
+    which must not be compared with the training loss."""
+    objective = metric.endswith("eval/loss") and "eval/score" in row
+    return label(metric.replace("loss", "objective") if objective else metric)
 
 
 def lower(words: str) -> str:

@@ -15,7 +15,7 @@ from dpo_cli.report.numbers import (
     figure,
     interval,
     is_number,
-    label,
+    label_of,
     lower,
     with_unit,
 )
@@ -65,7 +65,7 @@ def shown_name(folder: Folder, metric: str) -> str | None:
 
 def words_of(folder: Folder, name: str) -> str:
     """The label of a figure; in a training run with a mark if it is of training batches."""
-    words = label(name)
+    words = label_of(name, folder.summary)
     spec = STAGES.get(folder.stage)
     training = spec is not None and spec.trains and not name.startswith("eval/")
     return f"Training {lower(words)}" if training else words
@@ -182,7 +182,7 @@ def _change(summary: Row, name: str) -> str:
     if not is_number(value):
         return ""
     start = f"from {figure(name, before)} to " if is_number(before) else "ends at "
-    return f"{lower(label(name))} {start}{figure(name, value)}"
+    return f"{lower(label_of(name, summary))} {start}{figure(name, value)}"
 
 
 def _held_out_rewards(folder: Folder) -> list[str]:

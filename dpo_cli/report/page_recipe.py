@@ -167,6 +167,8 @@ def _verdict(models: Sequence[Model], folders: Sequence[Folder]) -> str:
         return verdict_of(frontiers[-1], {})
     if not models:
         return ""
+    if several(models):
+        return _verdict_of_each(models)
     first, last = models[0], models[-1]
     clauses = []
     compared = comparable(first, last)
@@ -184,6 +186,26 @@ def _verdict(models: Sequence[Model], folders: Sequence[Folder]) -> str:
     return f"{who}: {', '.join(clauses[:3])}." if clauses else ""
 
 
+def _verdict_of_each(models: Sequence[Model]) -> str:
+    """The main figure of every model, with its KL: none of several alternatives is the outcome."""
+    for metric in _VERDICT:
+        name = shown_name(models[0].folder, metric)
+        if name and all(is_number(model.summary.get(name)) for model in models):
+            figures = [f"{m.label} {figure(name, m.summary[name])}{_at_kl(m)}" for m in models]
+            return f"{words_of(models[0].folder, name)}: {', '.join(figures)}."
+    return ""
+
+
+def _at_kl(model: Model) -> str:
+    kl = model.summary.get("kl")
+    return f" (KL {figure('kl', kl)})" if is_number(kl) else ""
+
+
+def several(models: Sequence[Model]) -> bool:
+    """Whether there are alternatives: more than two models whose figures are comparable."""
+    return len(models) > 2 and all(comparable(models[0], model) for model in models[1:])
+
+
 def comparable(first: Model, last: Model) -> bool:
     """Whether figures with the same name are comparable: SFT's loss is not DPO's, and a policy's
     accuracy is not a reward model's."""
@@ -192,9 +214,10 @@ def comparable(first: Model, last: Model) -> bool:
 
 
 def _tiles(models: Sequence[Model], steps: Sequence[Step]) -> list[Tile]:
-    """Figures of the last compared model, each beside the first model's; the time of all steps."""
-    tiles: list[Tile] = []
-    if models:
+    """Figures of the last compared model, each beside the first model's, unless there are several
+    alternatives; the time of all steps."""
+    tiles: list[Tile] = [Tile("Models", str(len(models)), "below")] if several(models) else []
+    if models and not tiles:
         first, last = models[0], models[-1]
         averaged_folder = replace(last.folder, summary=last.summary)
         for tile, metric in ((tile_of(averaged_folder, metric), metric) for metric in TILES):

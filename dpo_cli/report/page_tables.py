@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_cli.report.numbers import NOTHING, figure, figures, is_number, label
+from dpo_cli.report.numbers import NOTHING, figure, figures, is_number, label, label_of
 from dpo_cli.report.page_read import Folder, Row
 from dpo_cli.report.page_samples import text
 from dpo_cli.report.page_story import BASELINES, path_name
@@ -103,7 +103,8 @@ def comparison(labels: Sequence[str], summaries: Sequence[Row]) -> Table | None:
         if name.endswith("_se") or not any(map(is_number, values)):
             continue
         errors = [summary.get(f"{name}_se") for summary in summaries]
-        rows.append([label(name), *figures(name, values, errors)])
+        owner = next(summary for summary in summaries if name in summary)
+        rows.append([label_of(name, owner), *figures(name, values, errors)])
     columns = [Column(), *(Column(name, numeric=True) for name in labels)]
     return (
         Table("Comparison", columns, rows, "Figures with their standard errors") if rows else None

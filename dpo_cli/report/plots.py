@@ -53,6 +53,7 @@ def _pair(prefix: str) -> tuple[tuple[str, str, str], ...]:
 
 PANELS = (
     Panel("loss", "Loss", _train("loss")),
+    Panel("objective", "Held-out objective: KL penalty minus score", _train("objective")),
     Panel("score", "Score", _train("score")),
     Panel("kl", "KL to the reference (nats per sequence)", _train("kl"), from_zero=True),
     Panel("kl_coef", "KL coefficient", _train("kl_coef"), from_zero=True, smooth=False),
@@ -80,6 +81,8 @@ def draw_curves(run_dir: Path) -> list[Path]:
     written, overview first. Raises DiskError.
     """
     curves = read_curves(run_dir / "metrics.jsonl")
+    if "eval/score" in curves and "eval/loss" in curves:  # not the training loss (`label_of`)
+        curves["eval/objective"] = curves.pop("eval/loss")
     panels = [panel for panel in PANELS if _has_data(panel, curves)]
     if not panels:
         return []

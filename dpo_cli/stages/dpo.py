@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from dpo_cli.config import DpoConfig, PreferenceConfig, RunConfig
@@ -58,14 +58,8 @@ def run(session: Session) -> dict[str, Any]:
     loaded = load_policy_and_data(session, policy_loading(session))
     train, held_out = loaded.splits.train, loaded.splits.eval
     check_branches([*train, *held_out], stage)
-    named = reference.reference_path(session.config, loaded) if reads_reference(stage) else None
     splits = {"train": train, "eval": held_out}
-    live = stage.reference_logprobs == "live"
-    reference_of = (
-        references(session, loaded, named, splits, live, sums_of(stage))
-        if reads_reference(stage)
-        else {name: without_reference for name, rows in splits.items() if rows}
-    )
+    named, reference_of = compared_with(session, loaded, splits)
     names = list(row_terms(session.config.data))
     terms_of = {name: RowTerms.of(rows, names, session) for name, rows in splits.items()}
     plan = step_plan(session, len(train))
@@ -86,7 +80,7 @@ def run(session: Session) -> dict[str, Any]:
             session, loaded, held_out, reference_of.get("eval"), stage, terms_of["eval"]
         ),
         budget=session.budget,
-        live_references=int(reads_reference(stage) and live),
+        live_references=int(reads_reference(stage) and stage.reference_logprobs == "live"),
         on_eval=sample_writer(session, loaded),
         unit="pairs" if not LOSSES[stage.loss].lists else "lists",
         provenance=provenance_of(
@@ -103,6 +97,19 @@ def run(session: Session) -> dict[str, Any]:
     )
     fit(task, session)
     return {"samples": distinct_responses(train), "gradient_steps": plan.steps}
+
+
+def compared_with(
+    session: Session, loaded: Loaded, splits: Mapping[str, Sequence[EncodedExample]]
+) -> tuple[str | None, dict[str, ReferenceOf]]:
+    """The reference's folder or hub id, None for the policy as loaded; and its log-probabilities
+    for each split, or none for losses without a reference."""
+    stage = cast(DpoConfig, session.config.stage)
+    if not reads_reference(stage):
+        return None, {name: without_reference for name, rows in splits.items() if rows}
+    named = reference.reference_path(session.config, loaded)
+    live = stage.reference_logprobs == "live"
+    return named, references(session, loaded, named, splits, live, sums_of(stage))
 
 
 def plan(preview: Preview) -> Iterator[Row]:

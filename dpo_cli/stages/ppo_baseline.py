@@ -232,7 +232,7 @@ def prepare_state(session: Session, ppo: Ppo) -> None:
 def evaluate(ppo: Ppo) -> dict[str, float]:
     """Score and KL on held-out prompts; `loss` is PPO's objective at the initial KL weight.
 
-    Standard errors are left out for a single prompt, which has none.
+    Standard errors are over prompts, and left out for a single prompt, which has none.
     """
     if not ppo.held_out:
         return {}
@@ -243,7 +243,7 @@ def evaluate(ppo: Ppo) -> dict[str, float]:
     completed = with_samples(ppo.held_out, samples)
     tokens = session.within_memory(lambda: measure(session, actors, completed, stage))
     kl, error = mean_and_error([float((t.logprobs - t.reference).sum()) for t in tokens])
-    score, score_error = mean_and_error(scores.tolist())
+    score, score_error = mean_and_error(scores.view(len(samples), -1).mean(1).tolist())
     objective = float(final_scores(actors, scores, flat, stage).mean())
     figures = {
         "loss": stage.kl_coef * kl / stage.completions - objective,

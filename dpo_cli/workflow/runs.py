@@ -17,7 +17,7 @@ from dpo_cli.report.numbers import figure, interval, is_number, label
 from dpo_cli.report.table import Column, Table
 from dpo_cli.run_folder import LOCK, read_json
 
-MAIN = ("win_rate_t1", "accuracy", *KEY_METRICS)  # the first that a run has is shown
+MAIN = ("win_rate_t1", "accuracy", "eval/score", *KEY_METRICS)  # the first that a run has is shown
 MARKS = ("config.yaml", "command.txt")  # files of a run that has begun
 MB = 2**20
 

@@ -72,15 +72,7 @@ def sample(
     model.eval()
     with _casting_weights_once(model):
         mode = decoding_mode(model, note)
-        same_length = mode in SAME_LENGTH_MODES
-        groups = [
-            (
-                steps,
-                len(prompts[i]) * same_length,
-                rope.cut_crossing(model.config, len(prompts[i]), steps),
-            )
-            for steps, i in zip(token_limits, order, strict=True)
-        ]
+        groups = _groups(model, [len(prompts[i]) for i in order], token_limits, mode)
         longest = max((len(p) for p in prompts), default=1)
         decoder = _decoder(model, options, ends, pad_id, note, longest, mode)
         decode = _MemoryGuard(
@@ -95,6 +87,18 @@ def sample(
             tick(last - first)
     model.train(was_training)
     return results
+
+
+def _groups(
+    model: PreTrainedModel, lengths: Sequence[int], token_limits: Sequence[int], mode: str
+) -> list[tuple[int, int, rope.CutCrossing]]:
+    """What prompts of one batch must have in common: tokens to sample, length in modes without
+    padding, side of the length that changes the positions' frequencies."""
+    same_length = mode in SAME_LENGTH_MODES
+    return [
+        (steps, length * same_length, rope.cut_crossing(model.config, length, steps))
+        for steps, length in zip(token_limits, lengths, strict=True)
+    ]
 
 
 @contextmanager
