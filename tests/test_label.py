@@ -1,5 +1,6 @@
 """stage=label: pairs worked by hand, drawn labels against their probability, implicit rewards."""
 
+import itertools
 import json
 import math
 import os
@@ -193,12 +194,17 @@ def test_implicit_labels_are_those_of_hand_made_log_probs(tmp_path, sft, policy,
 def test_an_accuracy_has_the_error_of_its_prompts(tmp_path, sft, policy):
     """Pairs of one prompt depend on each other: the errors, worked from each pair's own forwards,
     are over prompts, in whatever order the rows are packed."""
+
+    def rho(prompt, text):
+        return logprob(policy, prompt, text, True) - logprob(sft, prompt, text, True)
+
     texts = [text for row in ROWS for text in row["completions"]]
-    pairs = [
-        {"prompt": row["prompt"], "chosen": one, "rejected": other}
-        for row in ROWS for one, other in zip(texts, [*texts[1:], texts[0]], strict=True)
-        if one != other
-    ]  # fmt: skip
+    pairs = []
+    for place, row in enumerate(ROWS):  # those of one prompt are all right, of the others all wrong
+        ranked = sorted(dict.fromkeys(texts), key=lambda text: rho(row["prompt"], text))
+        for worse, better in itertools.pairwise(ranked[: 4 - place % 2]):
+            sides = (better, worse) if place == 0 else (worse, better)
+            pairs.append({"prompt": row["prompt"], "chosen": sides[0], "rejected": sides[1]})
     path = write(tmp_path / "pairs", pairs) / "train.jsonl"
     words = [w for w in TINY if w.startswith(("logger", "hardware"))]
     figures = run(configure(
@@ -207,11 +213,10 @@ def test_an_accuracy_has_the_error_of_its_prompts(tmp_path, sft, policy):
         f"run_dir={tmp_path / 'e'}",
     ), ["dpo-run"])  # fmt: skip
 
-    def rho(pair, side):
-        asked = pair["prompt"], pair[side], True
-        return logprob(policy, *asked) - logprob(sft, *asked)
-
-    right = [float(rho(pair, "chosen") > rho(pair, "rejected")) for pair in pairs]
+    right = [
+        float(rho(pair["prompt"], pair["chosen"]) > rho(pair["prompt"], pair["rejected"]))
+        for pair in pairs
+    ]
     mean = sum(right) / len(right)
     of_prompt = {row["prompt"]: 0.0 for row in ROWS}
     for pair, value in zip(pairs, right, strict=True):
