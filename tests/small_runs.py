@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hydra import compose, initialize_config_dir
 
 from dpo_cli.config import RunConfig
@@ -13,6 +16,7 @@ from dpo_cli.config.literals import as_override
 from dpo_cli.config.paths import conf_dir
 from dpo_cli.config.read import prepare
 from dpo_cli.run import run
+from dpo_cli.train import loop
 
 TINY = (
     "model=tiny", "model.architecture.layers=2", "model.architecture.hidden=32",
@@ -39,6 +43,22 @@ def train_on_rows(run_dir: Path, *overrides: str) -> dict[str, Any]:
     words = [w for w in TINY if not w.startswith("data.")]
     config = configure(*words, as_override("run_dir", str(run_dir)), *overrides)
     return run(config, ["dpo-run", *overrides])
+
+
+@contextmanager
+def killed_at(step: int) -> Iterator[None]:
+    """The body's run ends without saving, as if killed, when it has taken so many steps."""
+    real = loop._train_step
+
+    def dies(run: Any) -> Any:
+        if run.step == step:
+            raise KeyboardInterrupt
+        return real(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_train_step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -17,9 +17,8 @@ from dpo_cli.errors import ConfigError
 from dpo_cli.model import load
 from dpo_cli.plan.dry_run import plan_rows
 from dpo_cli.session import reference
-from dpo_cli.train import loop
 from small_adapters import plain_logprobs, rows, write_base
-from small_runs import TINY, configure, metrics, train
+from small_runs import TINY, configure, killed_at, metrics, train
 
 SMALL = ("lora.r=4", "optim.lr=1e-2", "train.eval_every_steps=0", "train.sample_prompts=0",
          "logger.report=false")  # fmt: skip
@@ -159,17 +158,8 @@ def test_resumed_equals_uninterrupted(base, sft, tmp_path, monkeypatch, stage, k
     common += () if stage == "ppo-baseline" else ("lora.dropout=0.2",)
     common += ("stage.normalize_prompts=0",) if stage == "reward" else ()
     train(tmp_path / "whole", *common)
-    real = loop._train_step
-
-    def dies(run):
-        if run.step == 3:
-            raise KeyboardInterrupt
-        return real(run)
-
-    monkeypatch.setattr(loop, "_train_step", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(3):
         train(tmp_path / "cut", *common)
-    monkeypatch.setattr(loop, "_train_step", real)
     before = len(bases_read)
     train(tmp_path / "cut", *common, "resume=true")
     assert len(bases_read) - before <= 1

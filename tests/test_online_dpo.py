@@ -33,7 +33,7 @@ from dpo_cli.stages.pairing import by_judge, compare, comparisons
 from dpo_cli.train import checkpoint, loop
 from dpo_cli.train.runtime import start_runtime
 from judge_server import part, serving
-from small_runs import configure, metrics
+from small_runs import configure, killed_at, metrics
 
 PROMPTS = [f"{x} {y} {z}" for x in "ace" for y in "bd" for z in "abcd"]
 REWARD = ("reward_fn=lexicon", "reward_fn.positive=[a]", "reward_fn.negative=[b]")
@@ -323,22 +323,13 @@ MOVING = ("stage.reference_every=1", "stage.reference_mix=0.3")
 
 
 @pytest.mark.parametrize("more", [(), MOVING, ("stage.pairs=all", "stage.labels=bradley_terry")])
-def test_resumed_equals_uninterrupted_at_a_round(home, tmp_path, monkeypatch, more):
+def test_resumed_equals_uninterrupted_at_a_round(home, tmp_path, more):
     """Killed within the third round, the run goes on from the boundary before it."""
     more = (*more, "train.save_every_steps=1")
     train(home, tmp_path / "whole", *more)
-    real = loop._train_step
-
-    def dies(fit):
-        if fit.step == 5:
-            raise KeyboardInterrupt
-        return real(fit)
-
-    monkeypatch.setattr(loop, "_train_step", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(5):
         train(home, tmp_path / "cut", *more)
     assert checkpoint.steps_in(tmp_path / "cut" / "checkpoints") == [2, 4]
-    monkeypatch.setattr(loop, "_train_step", real)
     train(home, tmp_path / "cut", *more, "resume=true")
     files = ["final/model.safetensors"]
     files += ["checkpoints/step-6/carried.safetensors"] * (MOVING[0] in more)

@@ -24,7 +24,7 @@ from dpo_cli.session.session import Session
 from dpo_cli.stages import ppo_baseline, rollout
 from dpo_cli.train import checkpoint, loop
 from dpo_cli.train.runtime import start_runtime
-from small_runs import TINY, configure, metrics, train
+from small_runs import TINY, configure, killed_at, metrics, train
 
 PPO = (
     "stage=ppo-baseline", "stage.rollout_samples=16", "train.batch_size=8", "stage.ppo_epochs=2",
@@ -209,24 +209,15 @@ def test_every_completion_is_learnt_from_once_a_pass(actors):
 
 
 @pytest.mark.parametrize("control", ["adaptive", "fixed"])
-def test_resumed_equals_uninterrupted_at_a_rollout(sft, tmp_path, monkeypatch, control):
+def test_resumed_equals_uninterrupted_at_a_rollout(sft, tmp_path, control):
     """Killed in the middle of a rollout, the run goes on from the boundary before it."""
     words = [*PPO, f"model.path={sft}", f"stage.kl_control={control}", "train.save_every_steps=1"]
     if control == "adaptive":
         words += ["stage.target_kl=0.5", "stage.kl_horizon=64"]
     train(tmp_path / "whole", *words)
-    real = loop._train_step
-
-    def dies(run):
-        if run.step == 6:  # two steps into the second rollout
-            raise KeyboardInterrupt
-        return real(run)
-
-    monkeypatch.setattr(loop, "_train_step", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(6):  # two steps into the second rollout
         train(tmp_path / "cut", *words)
     assert checkpoint.steps_in(tmp_path / "cut" / "checkpoints") == [4]
-    monkeypatch.setattr(loop, "_train_step", real)
     train(tmp_path / "cut", *words, "resume=true")
     for name in ("final/model.safetensors", "checkpoints/step-12/heads.safetensors"):
         assert file_digest(tmp_path / "whole" / name) == file_digest(tmp_path / "cut" / name)

@@ -17,9 +17,9 @@ from dpo_cli.session.session import Session
 from dpo_cli.stages import ppo_baseline, rollout
 from dpo_cli.stages.advantages import Tokens, estimate
 from dpo_cli.stages.ppo_objective import ppo_loss
-from dpo_cli.train import checkpoint, loop
+from dpo_cli.train import checkpoint
 from dpo_cli.train.runtime import start_runtime
-from small_runs import TINY, configure, metrics, train
+from small_runs import TINY, configure, killed_at, metrics, train
 
 PPO = (
     "stage=ppo-baseline", "stage.rollout_samples=16", "train.batch_size=8", "stage.ppo_epochs=2",
@@ -155,21 +155,12 @@ WITHOUT = ("stage.advantage=rloo", "stage.completions=2", "stage.kl_in=loss",
            "stage.kl_estimator=k2", "train.max_steps=8", "train.save_every_steps=1")  # fmt: skip
 
 
-def test_a_run_without_a_critic_resumes_as_if_uninterrupted(sft, tmp_path, monkeypatch):
+def test_a_run_without_a_critic_resumes_as_if_uninterrupted(sft, tmp_path):
     words = (*PPO, *WITHOUT, f"model.path={sft}")
     train(tmp_path / "whole", *words)
-    real = loop._train_step
-
-    def dies(run):
-        if run.step == 6:
-            raise KeyboardInterrupt
-        return real(run)
-
-    monkeypatch.setattr(loop, "_train_step", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_at(6):
         train(tmp_path / "cut", *words)
     assert checkpoint.steps_in(tmp_path / "cut" / "checkpoints") == [4]
-    monkeypatch.setattr(loop, "_train_step", real)
     train(tmp_path / "cut", *words, "resume=true")
     name = "final/model.safetensors"
     assert file_digest(tmp_path / "whole" / name) == file_digest(tmp_path / "cut" / name)

@@ -126,8 +126,9 @@ def help_of_key(word: str) -> str:
     key = word.partition("=")[0]
     named, _, name = key.rpartition(".")
     found: dict[str, list[str]] = {}
-    for group in [named] if named in GROUPS else [*GROUPS, ""] if not named else []:
-        for option in TABLES.get(group, {"": None}) if group else [""]:
+    groups_of_key = [named] if named in GROUPS else [] if named else [*GROUPS, ""]
+    for group in groups_of_key:
+        for option in TABLES.get(group, [""]):
             schema = option_schema(group, option) if group else RunConfig
             for field in dataclasses.fields(schema):
                 if field.name == name and field.metadata.get("fact"):
